@@ -1,0 +1,192 @@
+"""What the gRPC front asks of the cluster: one contract and the plain values that cross it.
+
+`cluster.fabric` implements it over Ray actors, tests implement it in memory. Every call takes the caller's remaining
+time in seconds (`timeout_s`) and raises errors of the tree in `actors.errors` and `cluster.errors` only.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from cluster.config import JobConfig
+
+
+class JobState(enum.Enum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    CANCELLING = "cancelling"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        return self in (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
+
+
+@dataclass(frozen=True)
+class Job:
+    id: str
+    request_id: str
+    config: JobConfig
+    state: JobState
+    step: int
+    """Steps committed so far."""
+    created_s: float
+    """Unix time, as are the other two."""
+    started_s: float | None = None
+    ended_s: float | None = None
+    error: str = ""
+    last_event: int = 0
+    """Number of the newest event; events are numbered from 1 without gaps."""
+
+
+@dataclass(frozen=True)
+class JobEvent:
+    number: int
+    time_s: float
+    kind: str
+    """`state`, `step`, `eval` or `note`."""
+    state: JobState
+    step: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """step: loss (nats a token), grad_norm, lr, tokens, tokens_per_s, load_max_over_mean, retries;
+    eval: heldout_loss (nats a token), heldout_tokens."""
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    max_tokens: int = 128
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    """Generation ends before the first of these texts; it is not returned."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Exactly one of the two is set."""
+
+    text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class GenerateChunk:
+    text: str
+    """May be empty while a multi-byte character or a possible stop text is incomplete."""
+    token_ids: tuple[int, ...]
+    version: int
+    """Expert version (committed steps) these tokens were computed with."""
+    finish_reason: str = ""
+    """Empty until the last chunk: `length`, `stop` or `end_of_text`."""
+    prompt_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Natural log-probability of token i given those before it; one fewer than token_ids."""
+    version: int
+
+
+@dataclass(frozen=True)
+class EmbedResult:
+    embedding: tuple[float, ...]
+    """Mean of the last hidden states over the tokens; length D."""
+    num_tokens: int
+    version: int
+
+
+@dataclass(frozen=True)
+class ActorStatus:
+    id: str
+    role: str
+    """`router` or `expert`."""
+    node: str
+    pid: int
+    state: str
+    """`starting`, `ready` or `lost`."""
+    device: str
+    version: int
+    groups: tuple[int, ...] = ()
+    """Expert groups it owns (expert actors)."""
+    memory_bytes: int = 0
+    """Bytes of parameters, gradients and optimizer state it holds."""
+    tokens: int = 0
+    """Tokens received since it started (expert actors)."""
+    link: str = ""
+    """Kind of its link to the router, e.g. `socket/ipc`."""
+
+
+@dataclass(frozen=True)
+class ClusterStatus:
+    model: str
+    num_parameters: int
+    num_experts: int
+    num_moe_layers: int
+    top_k: int
+    version: int
+    placement_epoch: int
+    owners: Mapping[int, str]
+    """Expert group -> actor id."""
+    group_size: int
+    nodes: tuple[str, ...]
+    actors: tuple[ActorStatus, ...]
+    load_LE: tuple[tuple[int, ...], ...]
+    """Tokens each expert of each MoE layer got over the last window of training steps."""
+    jobs: Mapping[str, int]
+    """Job state -> number of jobs."""
+    ready: bool
+    message: str = ""
+    max_positions: int = 0
+    """Longest sequence the model takes, tokens."""
+    vocab_size: int = 0
+
+
+@dataclass(frozen=True)
+class ModelDirectory:
+    path: str
+    files: tuple[str, ...]
+    size_bytes: int
+    version: int
+
+
+class Backend(Protocol):
+    async def submit_job(self, config: JobConfig, *, request_id: str, timeout_s: float) -> Job:
+        """Idempotent: the same request id and config give the job that exists. `AlreadyExists` if configs differ."""
+
+    async def get_job(self, job_id: str, *, timeout_s: float) -> Job: ...
+
+    async def list_jobs(self, *, timeout_s: float) -> Sequence[Job]:
+        """Newest first."""
+
+    async def cancel_job(self, job_id: str, *, timeout_s: float) -> Job:
+        """`FailedPrecondition` when the job is final already."""
+
+    async def job_events(
+        self, job_id: str, *, after: int, max_events: int, wait_s: float
+    ) -> tuple[Sequence[JobEvent], Job]:
+        """Events with a number above `after`, oldest first; waits up to `wait_s` for the first. Empty if none came."""
+
+    def generate(self, prompt: Prompt, params: SamplingParams, *, timeout_s: float) -> AsyncIterator[GenerateChunk]:
+        """Closing the iterator ends the generation on the router."""
+
+    async def score(self, prompt: Prompt, *, timeout_s: float) -> ScoreResult: ...
+
+    async def embed(self, prompt: Prompt, *, timeout_s: float) -> EmbedResult: ...
+
+    async def status(self, *, timeout_s: float) -> ClusterStatus: ...
+
+    async def export_model(self, path: str, *, timeout_s: float) -> ModelDirectory:
+        """Writes a Hugging Face model directory to `path` below the storage root."""
+
+    async def import_model(self, path: str, *, timeout_s: float) -> ClusterStatus:
+        """Replaces weights and optimizer state by those of a model directory of the same architecture."""

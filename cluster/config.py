@@ -1,0 +1,145 @@
+"""The one config schema. YAML files under configs/ hold values only; `load` turns them into these classes.
+
+An unknown key, a wrong type or an impossible combination raises `ConfigError` with file, path, value and remedy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class RayConfig:
+    mode: Literal["embedded", "existing"] = "embedded"
+    """embedded: start our own nodes on this machine; existing: join the cluster at `address`."""
+    address: str | None = None
+    nodes: int = 2
+    """Simulated nodes that carry expert actors when embedded (the head takes none)."""
+    start_timeout_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    actors: int = 2
+    group_size: int = 8
+    """Experts an expert group; the group is what an actor owns and what moves. 8 to 16 for real models."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: int = 1
+    """Intra-op threads of one expert actor (CPU only)."""
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    threads: int = 2
+    request_timeout_s: float = 30.0
+    """Deadline of one message to an expert actor and its answer."""
+    max_step_retries: int = 3
+    """How often one batch is run again after an aborted step before the job fails."""
+    max_sessions: int = 16
+    """Generate streams that decode at the same time; more wait their turn."""
+
+
+@dataclass(frozen=True)
+class LinksConfig:
+    kind: Literal["auto", "local", "socket"] = "auto"
+    max_message_bytes: int = 1 << 30
+
+
+@dataclass(frozen=True)
+class FrontConfig:
+    host: str = "127.0.0.1"
+    port: int = 50151
+    """0 takes a free port; `moe-cluster up` prints it."""
+    max_receive_bytes: int = 16 << 20
+    max_concurrent_rpcs: int = 256
+    shutdown_grace_s: float = 5.0
+
+
+@dataclass(frozen=True)
+class StorageConfig:
+    root: str = "moe-cluster-data"
+    """Exports are written below this directory, and imports over gRPC are read from below it or `import_roots`."""
+    import_roots: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Either `path` (a Hugging Face model directory) or `values` of a transformers config to start from scratch."""
+
+    path: str | None = None
+    values: dict[str, Any] = field(default_factory=dict)
+    """Passed to `AutoConfig.for_model`; `model_type` is required."""
+    seed: int = 0
+    tokenizer: Literal["auto", "bytes"] = "auto"
+    """auto: the directory's own tokenizer, bytes for a model from scratch."""
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    model: ModelConfig
+    ray: RayConfig = RayConfig()
+    experts: ExpertsConfig = ExpertsConfig()
+    router: RouterConfig = RouterConfig()
+    links: LinksConfig = LinksConfig()
+    front: FrontConfig = FrontConfig()
+    storage: StorageConfig = StorageConfig()
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    sequences: int = 8
+    """Sequences a micro-batch."""
+    sequence_length: int = 128
+    gradient_accumulation: int = 1
+    """Micro-batches a step."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: Literal["adamw"] = "adamw"
+    lr: float = 3e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    """Global gradient norm limit over trunk and experts; 0 switches clipping off."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    kind: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.1
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str = "builtin:python-stdlib"
+    """`builtin:python-stdlib`, or `path:` followed by a file, a directory or a glob."""
+    format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
+    text_field: str = "text"
+    shuffle: bool = True
+    seed: int = 0
+    heldout_every: int = 50
+    """Every n-th document is held out for evaluation; 0 holds none out."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every_steps: int = 50
+    """0: no evaluation."""
+    batches: int = 4
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    steps: int = 100
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    data: DataConfig = DataConfig()
+    eval: EvalConfig = EvalConfig()
