@@ -1,0 +1,1 @@
+"""Ray: where actors run. The only folder that imports it."""

@@ -1,0 +1,103 @@
+"""Decoding: sampling and the sessions that stream tokens from a trunk, one step of one session at a time."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from actors.errors import InvalidInput
+
+
+@dataclass(frozen=True)
+class Sampling:
+    max_tokens: int = 128
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Smallest set of tokens whose probability reaches this (Holtzman et al. 2020)."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    token: int
+    version: int
+    """Expert version it was computed with."""
+    finish_reason: str = ""
+    """`length` or `end_of_text` with the last token."""
+
+
+def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """One token id. Ties of the greedy choice go to the lowest id."""
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    probs_V = torch.softmax(logits_V.float().cpu() / sampling.temperature, dim=-1)
+    if sampling.top_p < 1:
+        sorted_V, order_V = probs_V.sort(descending=True, stable=True)
+        outside_V = sorted_V.cumsum(0) - sorted_V >= sampling.top_p
+        probs_V = torch.zeros_like(probs_V).scatter(0, order_V, sorted_V.masked_fill(outside_V, 0.0))
+    return int(torch.multinomial(probs_V, 1, generator=generator))
+
+
+class DecodeEngine:
+    """Streams of a trunk view. `guard` is entered for every forward and gives the version that it computes with.
+
+    At most `max_sessions` streams decode in turns; more wait. A stream's tokens do not depend on the other streams.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        guard: Callable[[], AbstractContextManager[int]],
+        *,
+        max_sessions: int,
+        max_positions: int,
+        end_ids: Sequence[int],
+    ) -> None:
+        self._model = model
+        self._guard = guard
+        self._slots = threading.BoundedSemaphore(max_sessions)
+        self._max_positions = max_positions
+        self._end_ids = frozenset(end_ids)
+        self._keep_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def stream(self, prompt: Sequence[int], sampling: Sampling, timeout_s: float) -> Iterator[TokenEvent]:
+        """Tokens as they come. Closing the iterator ends the session and frees its cache."""
+        budget = min(sampling.max_tokens, self._max_positions - len(prompt))
+        if budget < 1:
+            raise InvalidInput(
+                f"{len(prompt)} tokens leave no room in {self._max_positions} positions",
+                field="prompt",
+                remedy=f"send at most {self._max_positions - 1} tokens",
+            )
+        if not self._slots.acquire(timeout=timeout_s):
+            raise TimeoutError("no decode slot became free before the deadline")
+        try:
+            yield from self._decode(prompt, sampling, budget)
+        finally:
+            self._slots.release()
+
+    def _decode(self, prompt: Sequence[int], sampling: Sampling, budget: int) -> Iterator[TokenEvent]:
+        generator = torch.Generator().manual_seed(sampling.seed)
+        device = self._model.get_input_embeddings().weight.device
+        tokens, cache = list(prompt), None
+        for position in range(budget):
+            ids = torch.tensor([tokens], device=device)
+            extra = {"logits_to_keep": 1} if self._keep_last else {}
+            with self._guard() as version, torch.no_grad():
+                out = self._model(input_ids=ids, past_key_values=cache, use_cache=True, **extra)
+            cache = out.past_key_values
+            token = choose(out.logits[0, -1], sampling, generator)
+            ended = token in self._end_ids
+            reason = "end_of_text" if ended else "length" if position + 1 == budget else ""
+            yield TokenEvent(token, version, reason)
+            if ended:
+                return
+            tokens = [token]

@@ -1,0 +1,345 @@
+"""An expert actor's inside: owns expert groups, computes for routers, keeps their gradients, applies its own optimizer.
+
+Everything it is asked comes as a `Message` to `handle`, one at a time, whichever link brought it. A training step is a
+transaction: forward and backward accumulate under (step, attempt); `prepare` says the gradients are complete; `commit`
+applies the optimizer and makes the version the step; `abort` drops everything of that attempt.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actors.errors import InvalidInput, MoeClusterError, StepAborted
+from actors.moe.experts import ExpertStack, Saved, WeightGradients, Work
+from actors.optim import OptimizerSettings, adamw, scale_gradients, set_lr, square_sum
+from actors.transport.message import Message, error_answer
+from actors.trunk.checkpoint import CheckpointReader
+from actors.trunk.init import initial_experts
+from actors.trunk.model import ModelSource, Skeleton, skeleton
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, order=True)
+class Attempt:
+    """One try at one step. A repeated try has a higher number, so that late messages of the earlier one are told apart."""
+
+    step: int
+    number: int
+
+
+class ExpertHost:
+    """Owns `groups` (expert group numbers, in local order) of every MoE layer of the model.
+
+    Thread-safe: a lock makes every question and every control call exclusive.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: ModelSource,
+        groups: Sequence[int],
+        *,
+        group_size: int,
+        device: str = "cpu",
+        version: int = 0,
+    ) -> None:
+        self.name = name
+        self.groups = tuple(groups)
+        self.group_size = group_size
+        self.experts = [g * group_size + i for g in self.groups for i in range(group_size)]
+        self.version = version
+        self.tokens = 0
+        self._source = source
+        self._device = torch.device(device)
+        self._skeleton: Skeleton = skeleton(source)
+        self._check_experts()
+        self._stacks = self._load(source)
+        self._lock = threading.Lock()
+        self._settings = OptimizerSettings()
+        self._optimizer = self._new_optimizer()
+        self._attempt = Attempt(version, 0)
+        self._prepared: Attempt | None = None
+        self._saved: dict[tuple[int, int], Saved] = {}
+        self._deferred: deque[tuple[int, WeightGradients]] = deque()
+        self._handlers: dict[str, Callable[[Message], Message]] = {
+            "forward": self._forward,
+            "backward": self._backward,
+            "prepare": self._prepare,
+            "commit": self._commit,
+            "abort": self._abort,
+            "begin_run": self._begin_run,
+            "status": self._status,
+            "export_layer": self._export_layer,
+            "export_experts": self._export_experts,
+            "import_experts": self._import_experts,
+            "load": self._load_model,
+        }
+
+    # -- what routers ask ---------------------------------------------------------------------------------------------
+
+    def handle(self, peer: str, question: Message) -> Message:
+        """One question, one answer. Never raises: errors of the tree and unexpected ones are answers too."""
+        handler = self._handlers.get(question.op)
+        if handler is None:
+            return error_answer(InvalidInput("unknown operation", field="op", value=question.op))
+        with self._lock:
+            try:
+                return handler(question)
+            except MoeClusterError as error:
+                logger.info("%s refused %s of %s: %s", self.name, question.op, peer, error)
+                return error_answer(error)
+            except Exception as error:  # the host must live on, whatever one message does
+                logger.exception("%s failed in %s of %s", self.name, question.op, peer)
+                return error_answer(error)
+
+    def idle(self) -> bool:
+        """Does one piece of deferred work, between questions. False when none is left."""
+        with self._lock:
+            if self._deferred:
+                layer, part = self._deferred.popleft()
+                self._stacks[layer].accumulate(part)
+            return bool(self._deferred)
+
+    def _forward(self, question: Message) -> Message:
+        """Tokens of one layer -> weighted sums. `keep` (training) saves what backward needs, under (micro-batch, layer)."""
+        fields = question.fields
+        layer, keep = self._layer(fields), bool(fields.get("keep"))
+        if keep:
+            self._enter(fields)
+        self._check_version(int(fields.get("min_version", 0)))  # type: ignore[arg-type]
+        x_TD, token_P, weight_P = question.tensors
+        stack = self._stacks[layer]
+        work = Work(token_P.to(self._device), list(fields["counts_E"]), weight_P.to(self._device))  # type: ignore[arg-type]
+        self._check_tokens(x_TD)
+        work.check(x_TD.shape[0], stack.num_experts)
+        y_TD, saved = stack(x_TD.to(self._device), work, keep=keep)
+        if saved is not None:
+            # A second forward of the same micro-batch (activation checkpointing) takes the place of the first.
+            self._saved[int(fields["microbatch"]), layer] = saved  # type: ignore[arg-type]
+        self.tokens += x_TD.shape[0]
+        return Message("ok", {"version": self.version}, (y_TD,))
+
+    def _backward(self, question: Message) -> Message:
+        self._enter(question.fields)
+        layer = self._layer(question.fields)
+        microbatch = int(question.fields["microbatch"])  # type: ignore[arg-type]
+        saved = self._saved.pop((microbatch, layer), None)
+        if saved is None:
+            raise StepAborted(f"micro-batch {microbatch} of layer {layer} has no forward here")
+        (grad_y_TD,) = question.tensors
+        self._check_tokens(grad_y_TD)
+        grad_x_TD, grad_weight_P, part = self._stacks[layer].backward(saved, grad_y_TD.to(self._device))
+        self._deferred.append((layer, part))
+        return Message("ok", {}, (grad_x_TD, grad_weight_P))
+
+    def _prepare(self, question: Message) -> Message:
+        """Gradients are complete: answers the sum of their squares. From here on only commit or abort is right."""
+        self._enter(question.fields)
+        if self._saved:
+            raise StepAborted(f"{len(self._saved)} forwards have no backward yet")
+        self._finish_deferred()
+        norm = square_sum(self._parameters())
+        self._prepared = self._attempt
+        return Message("ok", {"square_sum": norm if math.isfinite(norm) else None})
+
+    def _commit(self, question: Message) -> Message:
+        fields = question.fields
+        step = int(fields["step"])  # type: ignore[arg-type]
+        if step == self.version:
+            return Message("ok", {"version": self.version})  # repeated: already done
+        if self._prepared != Attempt(step, int(fields["attempt"])):  # type: ignore[arg-type]
+            raise StepAborted(f"commit of step {step}, prepared is {self._prepared}")
+        set_lr(self._optimizer, float(fields["lr"]))  # type: ignore[arg-type]
+        scale_gradients(self._parameters(), float(fields["scale"]))  # type: ignore[arg-type]
+        self._optimizer.step()
+        self._drop_gradients()
+        self.version = step
+        return Message("ok", {"version": self.version})
+
+    def _abort(self, question: Message) -> Message:
+        attempt = _attempt(question.fields)
+        if attempt >= self._attempt and attempt.step > self.version:
+            # The next try has a higher number; anything of this one that is still on its way is refused.
+            self._attempt = Attempt(attempt.step, attempt.number + 1)
+            self._drop_gradients()
+        return Message("ok", {"version": self.version})
+
+    def _begin_run(self, question: Message) -> Message:
+        """A new job: its optimizer settings, fresh moments."""
+        self._settings = OptimizerSettings(**question.fields["optimizer"])  # type: ignore[arg-type]
+        self._drop_gradients()
+        self._optimizer = self._new_optimizer()
+        return Message("ok", {"version": self.version})
+
+    # -- state in and out ---------------------------------------------------------------------------------------------
+
+    def _status(self, question: Message) -> Message:
+        return Message("ok", self.status())
+
+    def status(self) -> dict[str, Any]:
+        tensors: list[Tensor] = [*self._parameters()]
+        tensors += [p.grad for p in self._parameters() if p.grad is not None]
+        tensors += [t for state in self._optimizer.state.values() for t in state.values()]
+        return {
+            "version": self.version,
+            "groups": list(self.groups),
+            "tokens": self.tokens,
+            "memory_bytes": sum(t.numel() * t.element_size() for t in tensors),
+        }
+
+    def _export_layer(self, question: Message) -> Message:
+        """Stacked weights of one layer's experts here, in the order of `experts`."""
+        stack = self._stacks[self._layer(question.fields)]
+        names = sorted(stack._parameters)
+        tensors = tuple(stack.get_parameter(n).detach().clone() for n in names)
+        return Message("ok", {"names": names, "experts": self.experts, "version": self.version}, tensors)
+
+    def _export_experts(self, question: Message) -> Message:
+        """One expert of one layer with its optimizer state: weights, first and second moment, in the order of `names`."""
+        layer, expert = self._layer(question.fields), self._local(question.fields)
+        names = sorted(self._stacks[layer]._parameters)
+        tensors: list[Tensor] = []
+        for name in names:
+            parameter = self._stacks[layer].get_parameter(name)
+            state = self._optimizer.state.get(parameter, {})
+            moments = [state.get(key, torch.zeros_like(parameter)) for key in ("exp_avg", "exp_avg_sq")]
+            tensors += [t.detach()[expert].clone() for t in (parameter, *moments)]
+        return Message("ok", {"names": names, "version": self.version, "updates": self._updates()}, tuple(tensors))
+
+    def _import_experts(self, question: Message) -> Message:
+        """Counterpart of `export_experts`. The update count must be that of the experts already here."""
+        layer, expert = self._layer(question.fields), self._local(question.fields)
+        names = sorted(self._stacks[layer]._parameters)
+        tensors = iter(question.tensors)
+        if len(question.tensors) != 3 * len(names):
+            raise InvalidInput(f"need {3 * len(names)} tensors", field="tensors", value=len(question.tensors))
+        updates = int(question.fields.get("updates", 0))  # type: ignore[arg-type]
+        for name in names:
+            parameter = self._stacks[layer].get_parameter(name)
+            self._write_expert(parameter, expert, [next(tensors) for _ in range(3)], updates)
+        return Message("ok", {"version": self.version})
+
+    def _write_expert(self, parameter: Tensor, expert: int, parts: list[Tensor], updates: int) -> None:
+        for part in parts:
+            if part.shape != parameter.shape[1:] or part.dtype != parameter.dtype:
+                raise InvalidInput(
+                    f"need {tuple(parameter.shape[1:])} of {parameter.dtype}", field="tensors", value=tuple(part.shape)
+                )
+        state = self._optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(float(updates), dtype=torch.float32)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        if int(state["step"]) != updates:
+            raise InvalidInput(
+                f"the experts here had {int(state['step'])} updates", field="updates", value=updates,
+                remedy="import an expert of the same version",
+            )
+        with torch.no_grad():
+            for target, part in zip((parameter, state["exp_avg"], state["exp_avg_sq"]), parts, strict=True):
+                target[expert] = part
+
+    def _load_model(self, question: Message) -> Message:
+        """Replaces all weights by those of another directory of the same architecture; moments start anew."""
+        source = ModelSource(path=str(question.fields["path"]), dtype=self._source.dtype)
+        stacks = self._load(source)
+        for mine, loaded in zip(self._stacks, stacks, strict=True):
+            for name, parameter in loaded.named_parameters():
+                if mine.get_parameter(name).shape != parameter.shape:
+                    raise InvalidInput("another architecture", field=name, value=tuple(parameter.shape))
+        self._stacks = stacks
+        self._drop_gradients()
+        self._optimizer = self._new_optimizer()
+        return Message("ok", {"version": self.version})
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _load(self, source: ModelSource) -> list[ExpertStack]:
+        stacks = []
+        reader = CheckpointReader(source.path, self._skeleton) if source.path else None
+        for number, layer in enumerate(self._skeleton.layers):
+            if reader is not None:
+                tensors = reader.expert_tensors(layer.name, self.experts)
+            else:
+                tensors = initial_experts(self._skeleton, number, self.groups, self.group_size, source.seed)
+            stacks.append(ExpertStack(layer.template, {n: t.to(self._device) for n, t in tensors.items()}))
+        return stacks
+
+    def _enter(self, fields: Any) -> None:
+        """Admits a message of the current attempt; a new step may start only after the commit of the last."""
+        attempt = _attempt(fields)
+        if attempt < self._attempt or attempt.step <= self.version:
+            raise StepAborted(f"message of {attempt} came after it ended; now at {self._attempt}, version {self.version}")
+        if attempt.step != self.version + 1:
+            raise StepAborted(f"message of step {attempt.step}, version here is {self.version}")
+        if attempt > self._attempt:
+            self._drop_gradients()
+            self._attempt = attempt
+
+    def _check_version(self, wanted: int) -> None:
+        if wanted > self.version:
+            raise StepAborted(f"version {wanted} is asked for, {self.version} is here")
+
+    def _check_experts(self) -> None:
+        if not self.experts or max(self.experts) >= self._skeleton.num_experts:
+            raise InvalidInput(
+                f"the model has {self._skeleton.num_experts} experts a layer",
+                field="groups",
+                value=self.groups,
+                remedy=f"with groups of {self.group_size} the last group is "
+                f"{self._skeleton.num_experts // self.group_size - 1}",
+            )
+
+    def _layer(self, fields: Any) -> int:
+        layer = fields.get("layer")
+        if type(layer) is not int or not 0 <= layer < len(self._stacks):
+            raise InvalidInput(f"must be 0 to {len(self._stacks) - 1}", field="layer", value=layer)
+        return layer
+
+    def _local(self, fields: Any) -> int:
+        if (expert := fields.get("expert")) not in self.experts:
+            raise InvalidInput(f"{self.name} does not own it", field="expert", value=expert)
+        return self.experts.index(expert)
+
+    def _check_tokens(self, x_TD: Tensor) -> None:
+        width = self._stacks[0].width
+        if x_TD.ndim != 2 or x_TD.shape[1] != width or x_TD.dtype != self._skeleton.dtype:
+            raise InvalidInput(
+                f"need [T, {width}] of {self._skeleton.dtype}", field="x_TD", value=(tuple(x_TD.shape), x_TD.dtype)
+            )
+
+    def _finish_deferred(self) -> None:
+        while self._deferred:
+            layer, part = self._deferred.popleft()
+            self._stacks[layer].accumulate(part)
+
+    def _drop_gradients(self) -> None:
+        self._saved.clear()
+        self._deferred.clear()
+        self._prepared = None
+        for parameter in self._parameters():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return [p for stack in self._stacks for p in stack.parameters()]
+
+    def _updates(self) -> int:
+        return next((int(s["step"]) for s in self._optimizer.state.values() if "step" in s), 0)
+
+    def _new_optimizer(self) -> torch.optim.AdamW:
+        named = [(f"{i}.{n}", p) for i, stack in enumerate(self._stacks) for n, p in stack.named_parameters()]
+        return adamw(named, self._settings)
+
+
+def _attempt(fields: Any) -> Attempt:
+    return Attempt(int(fields["step"]), int(fields["attempt"]))

@@ -1,0 +1,72 @@
+"""The optimizer of every actor: one AdamW, stepped under the job's schedule. Trunk, experts and the reference share it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from actors.errors import InvalidInput
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW (Loshchilov & Hutter 2019). `weight_decay` acts on matrices, not on norms and biases."""
+
+    lr: float = 3e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def decays(name: str, ndim: int) -> bool:
+    """Whether weight decay acts on this parameter. A stacked expert bias has two dimensions and is still a bias."""
+    return ndim >= 2 and "bias" not in name.rsplit(".", 1)[-1]
+
+
+def adamw(parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings) -> torch.optim.AdamW:
+    named = [(name, p) for name, p in parameters if p.requires_grad]
+    if not named:
+        raise InvalidInput("no parameter to train", field="optimizer")
+    groups = [
+        {"params": [p for n, p in named if decays(n, p.ndim)], "weight_decay": settings.weight_decay},
+        {"params": [p for n, p in named if not decays(n, p.ndim)], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]],
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        fused=True,
+    )
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def square_sum(parameters: Iterable[nn.Parameter]) -> float:
+    """Sum of squares of all gradients, for the global norm."""
+    total = 0.0
+    for parameter in parameters:
+        if parameter.grad is not None:
+            total += float(torch.linalg.vector_norm(parameter.grad, dtype=_wide(parameter.grad.dtype))) ** 2
+    return total
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def scale_gradients(parameters: Iterable[nn.Parameter], scale: float) -> None:
+    if scale != 1.0:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)

@@ -1,0 +1,354 @@
+"""A router actor's inside: a trunk, its links, training steps as transactions, and serving from the same weights."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from actors.dispatcher import Dispatcher, LinkOpener, Purpose
+from actors.engine import DecodeEngine, Sampling, TokenEvent
+from actors.errors import InvalidInput, LinkError, MoeClusterError, NonFinite, StepAborted
+from actors.moe.dispatch import OwnerTable
+from actors.optim import OptimizerSettings, adamw, scale_gradients, set_lr, square_sum
+from actors.transport.contract import Pending
+from actors.trunk.checkpoint import CheckpointReader
+from actors.trunk.export import export_model
+from actors.trunk.load import load_trunk, load_weights
+from actors.trunk.model import ModelSource, connect, second_view, skeleton
+from actors.versions import VersionGate
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a committed step did. `loss` in nats a token, before the update."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    """Global norm over trunk and experts, before clipping."""
+    num_tokens: int
+    """Predicted tokens, over all micro-batches."""
+    seconds: float
+    retries: int
+    load_LE: list[list[int]] = field(repr=False)
+
+
+def token_losses(logits_BSV: Tensor, ids_BS: Tensor) -> Tensor:
+    """Cross entropy of every predicted token, summed; in float32 or wider."""
+    logits = logits_BSV[:, :-1].flatten(0, 1)
+    if logits.dtype not in (torch.float32, torch.float64):
+        logits = logits.float()
+    return F.cross_entropy(logits, ids_BS[:, 1:].flatten(), reduction="sum")
+
+
+class Router:
+    """`openers[a]` opens a link to the actor that owns `owned[a]` (expert numbers in that actor's local order).
+
+    `train_step` is called by one thread; serving calls by any number of others.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        openers: Sequence[LinkOpener],
+        owned: Sequence[Sequence[int]],
+        *,
+        device: str = "cpu",
+        timeout_s: float = 30.0,
+        max_step_retries: int = 3,
+        max_sessions: int = 16,
+    ) -> None:
+        self._skeleton = skeleton(source)
+        self._source = source
+        self._max_retries = max_step_retries
+        self._timeout_s = timeout_s
+        owners = OwnerTable.of([list(o) for o in owned])
+        if len(owners.actor_E) != self._skeleton.num_experts:
+            raise InvalidInput(
+                f"the model has {self._skeleton.num_experts} experts a layer", field="owned", value=len(owners.actor_E)
+            )
+        num_layers = len(self._skeleton.layers)
+        self._training = Dispatcher(openers, owners, num_layers=num_layers, timeout_s=timeout_s)
+        self._serving = Dispatcher(openers, owners, num_layers=num_layers, timeout_s=timeout_s)
+        self.trunk = load_trunk(source, self._skeleton, device)
+        self._view = second_view(source, self.trunk)
+        connect(self.trunk, [self._training.layer_function(i) for i in range(num_layers)])
+        connect(self._view, [self._serving.layer_function(i) for i in range(num_layers)])
+        self.version = self._agree_on_version()
+        self._attempt = 0
+        self._uncommitted: list[Pending] = []
+        self._commit_fields: dict[str, Any] = {}
+        self._gate = VersionGate()
+        self._serving_lock = threading.Lock()
+        self._settings = OptimizerSettings()
+        self._optimizer = adamw(self.trunk.named_parameters(), self._settings)
+        text = self._skeleton.config.get_text_config()
+        self.vocab_size = int(text.vocab_size)
+        self.max_positions = int(getattr(text, "max_position_embeddings", 1 << 20))
+        self._engine = DecodeEngine(
+            self._view,
+            self._version_guard,
+            max_sessions=max_sessions,
+            max_positions=self.max_positions,
+            end_ids=_end_ids(self._skeleton.config),
+        )
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def begin_run(self, settings: OptimizerSettings) -> None:
+        """A new job: optimizer settings and fresh moments, here and on every expert actor."""
+        self._settings = settings
+        self._training.reopen()
+        self._confirm_commit()
+        self._training.ask_all("begin_run", {"optimizer": settings.to_dict()})
+        self._optimizer = adamw(self.trunk.named_parameters(), settings)
+
+    def train_step(self, microbatches: Sequence[Tensor], *, lr: float, clip_norm: float) -> StepReport:
+        """One transaction over all micro-batches, each [B, S] token ids.
+
+        A fault before the commit aborts the attempt everywhere and the same batch runs again, `max_step_retries` times.
+        Raises `NonFinite` (nothing was changed), or the last fault when the retries are used up.
+        """
+        for ids_BS in microbatches:
+            self._check_ids(ids_BS)
+        if not microbatches:
+            raise InvalidInput("no token to train on", field="microbatches", value=0)
+        started = time.monotonic()
+        for retries in range(self._max_retries + 1):
+            try:
+                if retries:
+                    self._recover()
+                loss, norm, load_LE = self._attempt_step(microbatches, lr, clip_norm)
+                num_tokens = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in microbatches)
+                seconds = time.monotonic() - started
+                return StepReport(self.version, loss, norm, num_tokens, seconds, retries, load_LE)
+            except NonFinite:
+                self._abort()
+                raise
+            except (LinkError, StepAborted) as error:
+                logger.warning("step %d attempt %d aborted: %s", self.version + 1, self._attempt, error)
+                self._abort()
+                if retries == self._max_retries:
+                    raise
+        raise AssertionError("unreachable")
+
+    def _attempt_step(
+        self, microbatches: Sequence[Tensor], lr: float, clip_norm: float
+    ) -> tuple[float, float, list[list[int]]]:
+        step = self.version + 1
+        self._training.load_LE.zero_()
+        loss = self._accumulate(step, microbatches)
+        square = square_sum(self.trunk.parameters())
+        self._confirm_commit()
+        for answer in self._training.ask_all("prepare", {"step": step, "attempt": self._attempt}):
+            part = answer.fields["square_sum"]
+            square += math.nan if part is None else float(part)  # type: ignore[arg-type]
+        norm = math.sqrt(square)
+        if not math.isfinite(norm):
+            raise NonFinite(f"gradient norm is {norm} at step {step}; the step was dropped", step=step)
+        scale = min(1.0, clip_norm / (norm + 1e-6)) if clip_norm > 0 else 1.0
+        self._commit(step, lr, scale)
+        return loss, norm, self._training.load_LE.tolist()
+
+    def _accumulate(self, step: int, microbatches: Sequence[Tensor]) -> float:
+        """Forward and backward of every micro-batch. Returns the mean loss over all their tokens."""
+        device = self.trunk.get_input_embeddings().weight.device
+        num_tokens = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in microbatches)
+        total = 0.0
+        for number, ids_BS in enumerate(microbatches):
+            self._training.purpose = Purpose(step, self._attempt, number, min_version=step - 1)
+            ids_BS = ids_BS.to(device)
+            loss = token_losses(self.trunk(input_ids=ids_BS, use_cache=False).logits, ids_BS) / num_tokens
+            total += loss.item()
+            if not math.isfinite(total):
+                raise NonFinite(f"loss is {total} at step {step}; the step was dropped", step=step)
+            loss.backward()
+        return total
+
+    def _commit(self, step: int, lr: float, scale: float) -> None:
+        """Tells every actor and applies the trunk's part. Nobody waits: the queue of each link keeps the order.
+
+        Between steps serving sees either all of the old version or, through `min_version`, all of the new one.
+        """
+        with self._gate.writing():
+            self._commit_fields = {"step": step, "attempt": self._attempt, "lr": lr, "scale": scale}
+            self._uncommitted = self._training.start_all("commit", self._commit_fields)
+            parameters = list(self.trunk.parameters())
+            scale_gradients(parameters, scale)
+            set_lr(self._optimizer, lr)
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+            self.version = step
+            self._attempt = 0
+
+    def _confirm_commit(self) -> None:
+        """Reads the answers to the last commit; an actor that did not get it is asked again (it answers if done)."""
+        unsure, self._uncommitted = self._uncommitted, []
+        for pending in unsure:
+            try:
+                pending.result(self._timeout_s)
+            except LinkError as error:
+                logger.warning("commit of %d not confirmed by %s: %s", self.version, pending.link.peer, error)
+                self._uncommitted = unsure  # until all have it
+        if self._uncommitted:
+            self._training.reopen()
+            self._training.ask_all("commit", self._commit_fields)
+            self._uncommitted = []
+
+    def _abort(self) -> None:
+        self.trunk.zero_grad(set_to_none=True)
+        self._training.tell_living("abort", {"step": self.version + 1, "attempt": self._attempt})
+        self._attempt += 1
+
+    def _recover(self) -> None:
+        """Before another attempt: links open, the last commit done everywhere, leftovers of the failed attempt dropped."""
+        self._training.reopen()
+        self._confirm_commit()
+        self._training.ask_all("abort", {"step": self.version + 1, "attempt": self._attempt - 1})
+
+    # -- serving ------------------------------------------------------------------------------------------------------
+
+    def generate(self, prompt: Sequence[int], sampling: Sampling, *, timeout_s: float) -> Iterator[TokenEvent]:
+        self._check_prompt(prompt)
+        return self._engine.stream(prompt, sampling, timeout_s)
+
+    def score(self, ids: Sequence[int]) -> tuple[list[float], int]:
+        """Natural log-probability of each token but the first, and the version they are of."""
+        self._check_prompt(ids, least=2)
+        logits_SV, version = self._logits(torch.tensor([ids]))
+        logprobs_SV = torch.log_softmax(logits_SV[:-1].float(), dim=-1)
+        return logprobs_SV.gather(1, torch.tensor(ids[1:]).unsqueeze(1).to(logprobs_SV.device)).squeeze(1).tolist(), version
+
+    def logits(self, ids_BS: Tensor) -> Tensor:
+        """[B, S, V] of the serving view."""
+        self._check_ids(ids_BS, least=1)
+        with self._version_guard(), torch.no_grad():
+            result: Tensor = self._view(input_ids=ids_BS.to(self._device), use_cache=False).logits
+        return result
+
+    def embed(self, ids: Sequence[int]) -> tuple[list[float], int]:
+        """Mean of the last hidden states [D]."""
+        self._check_prompt(ids)
+        with self._version_guard() as version, torch.no_grad():
+            base: nn.Module = self._view.base_model
+            hidden_BSD = base(input_ids=torch.tensor([ids], device=self._device), use_cache=False).last_hidden_state
+        return hidden_BSD[0].float().mean(0).tolist(), version
+
+    def evaluate(self, batches: Sequence[Tensor]) -> tuple[float, int]:
+        """Mean loss (nats a token) over the batches, and their number of predicted tokens."""
+        total, count = 0.0, 0
+        for ids_BS in batches:
+            self._check_ids(ids_BS)
+            with self._version_guard(), torch.no_grad():
+                ids_BS = ids_BS.to(self._device)
+                total += token_losses(self._view(input_ids=ids_BS, use_cache=False).logits, ids_BS).item()
+            count += ids_BS.shape[0] * (ids_BS.shape[1] - 1)
+        return total / max(count, 1), count
+
+    def _logits(self, ids_BS: Tensor) -> tuple[Tensor, int]:
+        with self._version_guard() as version, torch.no_grad():
+            return self._view(input_ids=ids_BS.to(self._device), use_cache=False).logits[0], version
+
+    @contextmanager
+    def _version_guard(self) -> Iterator[int]:
+        """One forward at a time on the serving links, none while a commit goes out."""
+        with self._serving_lock, self._gate.reading():
+            self._serving.reopen()
+            self._serving.purpose = Purpose(min_version=self.version)
+            yield self.version
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def quiet(self) -> Iterator[Dispatcher]:
+        """No update and no other serving forward inside: for exports, imports and status over the serving links."""
+        with self._version_guard():
+            yield self._serving
+
+    def status(self) -> list[dict[str, Any]]:
+        """What each expert actor says of itself, in actor order, with the kind of its link."""
+        with self.quiet() as dispatcher:
+            answers = dispatcher.ask_all("status", {})
+            links = [link.kind for link in dispatcher.links]
+        return [{**answer.fields, "link": kind} for answer, kind in zip(answers, links, strict=True)]
+
+    def memory_bytes(self) -> int:
+        tensors = list(self.trunk.parameters()) + [p.grad for p in self.trunk.parameters() if p.grad is not None]
+        tensors += [t for state in self._optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def replace_weights(self, path: str) -> None:
+        """Trunk and experts from another directory of the same architecture; optimizer moments start anew."""
+        reader = CheckpointReader(path, self._skeleton)
+        with self._serving_lock, self._gate.writing():
+            self._serving.reopen()
+            self._serving.ask_all("load", {"path": path}, timeout_s=10 * self._timeout_s)
+            load_weights(self.trunk, reader)
+            self._optimizer = adamw(self.trunk.named_parameters(), self._settings)
+
+    def export(self, directory: Path) -> list[str]:
+        """Writes the whole model as a Hugging Face directory. Steps wait meanwhile. Returns the file names."""
+        with self.quiet() as dispatcher:
+            return export_model(
+                directory,
+                self.trunk,
+                self._skeleton,
+                dispatcher,
+                tokenizer_from=self._source.path,
+                timeout_s=10 * self._timeout_s,
+            )
+
+    def close(self) -> None:
+        self._training.close()
+        self._serving.close()
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = self.trunk.get_input_embeddings().weight.device
+        return device
+
+    def _agree_on_version(self) -> int:
+        versions = {int(a.fields["version"]) for a in self._training.ask_all("status", {})}  # type: ignore[arg-type]
+        if len(versions) != 1:
+            raise MoeClusterError(f"expert actors are at different versions: {sorted(versions)}")
+        return versions.pop()
+
+    def _check_ids(self, ids_BS: Tensor, least: int = 2) -> None:
+        if ids_BS.ndim != 2 or ids_BS.shape[0] == 0 or ids_BS.shape[1] < least:
+            raise InvalidInput(f"need [B, S] with S of at least {least}", field="token_ids", value=tuple(ids_BS.shape))
+        if ids_BS.shape[1] > self.max_positions:
+            raise InvalidInput(
+                "sequence is longer than the model",
+                field="sequence_length",
+                value=ids_BS.shape[1],
+                remedy=f"use at most {self.max_positions} tokens",
+            )
+        low, high = int(ids_BS.min()), int(ids_BS.max())
+        if low < 0 or high >= self.vocab_size:
+            raise InvalidInput(
+                "token outside the vocabulary",
+                field="token_ids",
+                value=low if low < 0 else high,
+                remedy=f"ids are 0 to {self.vocab_size - 1}",
+            )
+
+    def _check_prompt(self, ids: Sequence[int], least: int = 1) -> None:
+        self._check_ids(torch.tensor([list(ids)], dtype=torch.int64), least)
+
+
+def _end_ids(config: Any) -> list[int]:
+    ids = getattr(config.get_text_config(), "eos_token_id", None)
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)

@@ -1,0 +1,94 @@
+"""The transport contract: a `Link` is one router's way to one expert actor.
+
+Questions are handled in the order sent; each gets one answer. A link serves one thread at a time. Every wait has a
+deadline. When the peer dies the pending and all later waits raise `PeerLost` naming it; other links are untouched.
+"""
+
+from __future__ import annotations
+
+import abc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from actors.errors import PeerLost
+from actors.transport.message import Message, raise_if_error
+
+Handler = Callable[[str, Message], Message]
+"""(name of the asking peer, question) -> answer. Raises nothing: errors are answers too."""
+
+
+@dataclass
+class Traffic:
+    """What crossed a link since it was opened: messages and payload bytes, each way."""
+
+    messages_sent: int = 0
+    bytes_sent: int = 0
+    messages_received: int = 0
+    bytes_received: int = 0
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A question on its way. `result` waits for the answer."""
+
+    link: Link
+    id: int
+
+    def result(self, timeout_s: float) -> Message:
+        return self.link.wait(self.id, timeout_s)
+
+
+class Link(abc.ABC):
+    """Shared half of every implementation: ids, answers out of order, traffic counters."""
+
+    kind: str = ""
+
+    def __init__(self, peer: str) -> None:
+        self.peer = peer
+        self.traffic = Traffic()
+        self.closed = False
+        self._next_id = 1
+        self._waiting: set[int] = set()
+        self._early: dict[int, Message] = {}
+
+    def start(self, question: Message) -> Pending:
+        """Sends without waiting for the answer."""
+        if self.closed:
+            raise PeerLost("the link is closed", peer=self.peer)
+        question = replace(question, id=self._next_id)
+        self._next_id += 1
+        self._waiting.add(question.id)
+        self._send(question)
+        self.traffic.messages_sent += 1
+        self.traffic.bytes_sent += question.num_bytes
+        return Pending(self, question.id)
+
+    def call(self, question: Message, timeout_s: float) -> Message:
+        return self.start(question).result(timeout_s)
+
+    def wait(self, question_id: int, timeout_s: float) -> Message:
+        """The answer to one question. `LinkTimeout` after `timeout_s`: its late answer is then dropped."""
+        deadline = time.monotonic() + timeout_s
+        try:
+            while question_id not in self._early:
+                answer = self._receive(deadline)
+                self.traffic.messages_received += 1
+                self.traffic.bytes_received += answer.num_bytes
+                # An answer nobody waits for is a duplicate, or came after its deadline.
+                if answer.id in self._waiting:
+                    self._early[answer.id] = answer
+            return raise_if_error(self._early[question_id], self.peer)
+        finally:
+            self._waiting.discard(question_id)
+            self._early.pop(question_id, None)
+
+    def close(self) -> None:
+        self.closed = True
+
+    @abc.abstractmethod
+    def _send(self, question: Message) -> None: ...
+
+    @abc.abstractmethod
+    def _receive(self, deadline: float) -> Message:
+        """Next answer of the peer, whichever it is. `deadline` is a `time.monotonic` value."""

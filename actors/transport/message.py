@@ -1,0 +1,135 @@
+"""The message that crosses a link, and its wire form: a JSON header frame, then one raw frame a tensor. No pickle.
+
+Header: `{"v": 1, "id": 7, "op": "forward", "fields": {...}, "tensors": [["float32", [64, 256]], ...]}`.
+`decode` checks every size against the limits before a tensor exists.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actors.errors import InvalidInput, MoeClusterError, NonFinite, ProtocolError, RemoteError, StepAborted
+
+WIRE_VERSION = 1
+MAX_HEADER_BYTES = 64 << 10
+MAX_TENSORS = 16
+MAX_DIMS = 8
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "uint8": torch.uint8,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+Field = str | int | float | bool | None | list[Any] | dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Message:
+    """`op` says what is asked (or `ok` / `error` in an answer); `fields` are small JSON values; tensors come raw.
+
+    Neither side writes into a tensor of a message it sent or received: `local` links pass them without a copy.
+    """
+
+    op: str
+    fields: Mapping[str, Field] = field(default_factory=dict)
+    tensors: tuple[Tensor, ...] = ()
+    id: int = 0
+    """Set by the link; an answer carries the id of its question."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+
+def encode(message: Message) -> list[bytes | memoryview]:
+    """Message -> frames. Tensor frames are views: the caller keeps the tensors unchanged until they are sent."""
+    specs = [[_NAMES[t.dtype], list(t.shape)] for t in message.tensors]
+    header = {"v": WIRE_VERSION, "id": message.id, "op": message.op, "fields": message.fields, "tensors": specs}
+    return [json.dumps(header, separators=(",", ":")).encode(), *(_view(t) for t in message.tensors)]
+
+
+def decode(frames: Sequence[Any], *, peer: str, max_bytes: int) -> Message:
+    """Frames (bytes or buffers) -> message. `ProtocolError` names the peer and what does not fit."""
+    if not frames or len(frames) > MAX_TENSORS + 1:
+        raise ProtocolError(f"a message has 1 to {MAX_TENSORS + 1} frames, got {len(frames)}", peer=peer)
+    if len(frames[0]) > MAX_HEADER_BYTES:
+        raise ProtocolError(f"header of {len(frames[0])} bytes exceeds {MAX_HEADER_BYTES}", peer=peer)
+    if sum(len(f) for f in frames) > max_bytes:
+        raise ProtocolError(f"message exceeds {max_bytes} bytes", peer=peer)
+    try:
+        header = json.loads(bytes(frames[0]))
+        version, op, number = header["v"], header["op"], header["id"]
+        fields, specs = header["fields"], header["tensors"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ProtocolError(f"malformed header: {error!r}", peer=peer) from None
+    if version != WIRE_VERSION:
+        raise ProtocolError(f"wire version {version!r}, this side speaks {WIRE_VERSION}", peer=peer)
+    if not isinstance(op, str) or not isinstance(number, int) or not isinstance(fields, dict):
+        raise ProtocolError("header fields have wrong types", peer=peer)
+    if not isinstance(specs, list) or len(specs) != len(frames) - 1:
+        raise ProtocolError(f"header announces other tensors than the {len(frames) - 1} frames", peer=peer)
+    tensors = tuple(_tensor(spec, frame, peer) for spec, frame in zip(specs, frames[1:], strict=True))
+    return Message(op, fields, tensors, number)
+
+
+def _view(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().contiguous().cpu().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def _tensor(spec: Any, frame: Any, peer: str) -> Tensor:
+    try:
+        name, shape = spec
+        dtype = DTYPES[name]
+        sizes_ok = len(shape) <= MAX_DIMS and all(type(n) is int and 0 <= n < 1 << 40 for n in shape)
+    except (TypeError, ValueError, KeyError):
+        raise ProtocolError(f"malformed tensor description {spec!r}", peer=peer) from None
+    expected = math.prod(shape) * dtype.itemsize if sizes_ok else -1
+    if expected != len(frame):
+        raise ProtocolError(f"tensor {spec!r} does not fit a frame of {len(frame)} bytes", peer=peer)
+    if expected == 0:
+        return torch.empty(shape, dtype=dtype)
+    tensor = torch.frombuffer(frame, dtype=torch.uint8)
+    if tensor.data_ptr() % dtype.itemsize:
+        tensor = tensor.clone()
+    return tensor.view(dtype).view(shape)
+
+
+_ERROR_KINDS: Mapping[str, type[MoeClusterError]] = {
+    "invalid_input": InvalidInput,
+    "step_aborted": StepAborted,
+    "non_finite": NonFinite,
+    "protocol": ProtocolError,
+}
+
+
+def error_answer(error: Exception, question_id: int = 0) -> Message:
+    """The answer that tells the other side what went wrong; the text of unexpected errors stays on this side."""
+    for kind, cls in _ERROR_KINDS.items():
+        if isinstance(error, cls):
+            return Message("error", {"kind": kind, "text": str(error)}, id=question_id)
+    return Message("error", {"kind": "internal", "text": f"{type(error).__name__} in the actor"}, id=question_id)
+
+
+def raise_if_error(answer: Message, peer: str) -> Message:
+    if answer.op != "error":
+        return answer
+    kind, text = answer.fields.get("kind"), str(answer.fields.get("text"))
+    if kind == "invalid_input":
+        raise InvalidInput(f"{text} (said {peer})")
+    if kind == "step_aborted":
+        raise StepAborted(f"{text} (said {peer})")
+    raise RemoteError(f"{kind}: {text}", peer=peer)

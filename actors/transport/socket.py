@@ -1,0 +1,210 @@
+"""`socket`: pyzmq between processes, over ipc:// on one host and tcp:// between hosts.
+
+The expert actor binds one ROUTER socket at two addresses; every link is a DEALER. zmq keeps quiet about a dead peer, so
+the link watches its socket's monitor: a DISCONNECTED event ends every wait with `PeerLost`, also in mid-message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket as os_socket
+import tempfile
+import threading
+import time
+import uuid
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+import zmq.utils.monitor
+
+from actors.errors import InvalidInput, LinkTimeout, MoeClusterError, PeerLost, ProtocolError
+from actors.transport.contract import Handler, Link
+from actors.transport.message import Message, decode, encode, error_answer
+
+logger = logging.getLogger(__name__)
+
+# torch warns that a received frame is read-only; nobody writes into a received tensor (contract of Message).
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
+_GONE = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_MONITOR_STOPPED
+COPY_BELOW_BYTES = 1 << 16
+"""Smaller frames are copied into zmq: cheaper than tracking a shared buffer."""
+MAX_REMEMBERED_LINKS = 4096
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where an expert actor listens. `host_id` tells whether ipc reaches it."""
+
+    host_id: str
+    ipc: str
+    tcp: str
+
+
+def host_id() -> str:
+    """The same for all processes that can share a unix socket: boot and network name of this machine or container."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot = file.read().strip()
+    except OSError:
+        boot = "no-boot-id"
+    return f"{boot}/{os_socket.gethostname()}/{tempfile.gettempdir()}"
+
+
+class SocketLink(Link):
+    """One DEALER. Opening waits for the peer's answer to `hello`, so an open link has a living peer."""
+
+    def __init__(self, peer: str, address: Address, *, name: str, max_bytes: int, timeout_s: float) -> None:
+        super().__init__(peer)
+        on_this_host = address.host_id == host_id() and os.path.exists(address.ipc.removeprefix("ipc://"))
+        self.kind = "socket/ipc" if on_this_host else "socket/tcp"
+        self._max_bytes = max_bytes
+        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, -1)  # a dead peer stays dead; its successor gets a new link
+        self._socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
+        self._socket.setsockopt_string(zmq.IDENTITY, f"{name}/{uuid.uuid4().hex[:12]}")
+        self._socket.copy_threshold = COPY_BELOW_BYTES
+        self._monitor = self._socket.get_monitor_socket(_GONE)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
+        self._socket.connect(address.ipc if on_this_host else address.tcp)
+        try:
+            self.call(Message("hello", {"name": name}), timeout_s)
+        except MoeClusterError:
+            self.close()
+            raise
+
+    def _send(self, question: Message) -> None:
+        frames = encode(question)
+        size = sum(len(f) for f in frames)
+        if size > self._max_bytes:
+            raise InvalidInput(
+                "message is larger than the link allows",
+                field="links.max_message_bytes",
+                value=size,
+                remedy=f"raise it above {self._max_bytes} or send fewer tokens a micro-batch",
+            )
+        try:
+            self._socket.send_multipart(frames, flags=zmq.DONTWAIT, copy=False)
+        except zmq.Again:
+            raise PeerLost("the peer does not take messages", peer=self.peer) from None
+
+    def _receive(self, deadline: float) -> Message:
+        while True:
+            if self.closed:
+                raise PeerLost("the link is closed", peer=self.peer)
+            wait_ms = max(0.0, deadline - time.monotonic()) * 1e3
+            ready = dict(self._poller.poll(wait_ms))
+            if self._socket in ready:
+                frames = self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
+                return decode([f.buffer for f in frames], peer=self.peer, max_bytes=self._max_bytes)
+            if self._monitor in ready:
+                # Not reading the event leaves it there, so every later wait ends at once too.
+                raise PeerLost("the connection ended", peer=self.peer)
+            if time.monotonic() >= deadline:
+                raise LinkTimeout("no answer before the deadline", peer=self.peer)
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            self._socket.disable_monitor()
+            self._monitor.close(0)
+            self._socket.close(0)
+
+
+class SocketServer:
+    """Serves a handler to any number of links from one thread: questions are handled one by one, in arrival order.
+
+    `idle` is called between questions and does one piece of deferred work; it returns False when none is left.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        handler: Handler,
+        *,
+        host: str = "127.0.0.1",
+        max_bytes: int,
+        idle: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.name = name
+        self._handler = handler
+        self._idle = idle
+        self._max_bytes = max_bytes
+        self._directory = tempfile.mkdtemp(prefix="moe-")
+        self._socket = zmq.Context.instance().socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
+        self._socket.copy_threshold = COPY_BELOW_BYTES
+        ipc = f"ipc://{self._directory}/link"
+        self._socket.bind(ipc)
+        port = self._socket.bind_to_random_port(f"tcp://{host}")
+        self.address = Address(host_id(), ipc, f"tcp://{host}:{port}")
+        self._last_id: OrderedDict[bytes, int] = OrderedDict()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"serve-{name}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+        self._socket.close(0)
+        with contextlib.suppress(OSError):
+            os.unlink(f"{self._directory}/link")
+        with contextlib.suppress(OSError):
+            os.rmdir(self._directory)
+
+    def _run(self) -> None:
+        busy = False
+        while not self._stop.is_set():
+            if self._socket.poll(0 if busy else 100):
+                self._serve_one()
+                busy = True
+            else:
+                busy = busy and self._idle()
+
+    def _serve_one(self) -> None:
+        identity, *frames = self._socket.recv_multipart(copy=False)
+        sender = bytes(identity.buffer)
+        peer = sender.decode(errors="replace")
+        try:
+            question = decode([f.buffer for f in frames], peer=peer, max_bytes=self._max_bytes)
+        except ProtocolError as error:
+            logger.warning("refused a message: %s", error)
+            self._answer(sender, error_answer(error))
+            return
+        if question.id <= self._last_id.get(sender, 0):
+            logger.warning("dropped a duplicate of message %d from %s", question.id, peer)
+            return
+        self._last_id[sender] = question.id
+        self._last_id.move_to_end(sender)
+        if len(self._last_id) > MAX_REMEMBERED_LINKS:
+            self._last_id.popitem(last=False)
+        if question.op == "hello":
+            answer = Message("ok", {"name": self.name})
+        else:
+            answer = self._handler(peer, question)
+        self._answer(sender, Message(answer.op, answer.fields, answer.tensors, question.id))
+
+    def _answer(self, sender: bytes, answer: Message) -> None:
+        # Without ROUTER_MANDATORY zmq drops an answer whose asker is gone, which is what we want.
+        self._socket.send_multipart([sender, *encode(answer)], copy=False)
+
+
+def address_to_dict(address: Address) -> dict[str, str]:
+    return {"host_id": address.host_id, "ipc": address.ipc, "tcp": address.tcp}
+
+
+def address_from_dict(values: Mapping[str, Any]) -> Address:
+    return Address(**values)

@@ -1,0 +1,203 @@
+"""The split: a transformers model whose experts modules hold no weights and call a function of ours instead.
+
+transformers routes every family's experts through one registry, `ALL_EXPERTS_FUNCTIONS`; `remote_experts` is our entry.
+The trunk (embeddings, attention, norms, gates, shared experts, head) stays exactly the family's own code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from actors.errors import CheckpointError, InvalidInput
+
+REMOTE_EXPERTS = "moe_cluster"
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+RemoteExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x_TD, topk_ids_TK, topk_weights_TK) -> y_TD of one MoE layer."""
+
+
+def remote_experts(module: nn.Module, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+    remote: RemoteExperts | None = module.__dict__.get("remote")
+    assert remote is not None, "a trunk runs only after connect()"
+    return remote(x_TD, topk_ids_TK, topk_weights_TK)
+
+
+ALL_EXPERTS_FUNCTIONS.register(REMOTE_EXPERTS, remote_experts)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which model: a directory with config.json and safetensors, or transformers config values to start from scratch."""
+
+    path: str | None = None
+    values: Mapping[str, Any] | None = None
+    seed: int = 0
+    dtype: str = "float32"
+
+    def config(self) -> PretrainedConfig:
+        config = _config_of_directory(Path(self.path)) if self.path else _config_of_values(dict(self.values or {}))
+        if getattr(config, "quantization_config", None):
+            raise CheckpointError(
+                "the checkpoint is quantised",
+                field="quantization_config",
+                remedy="convert it to bfloat16 first; quantised experts cannot be trained or moved",
+            )
+        return config
+
+
+def _config_of_directory(path: Path) -> PretrainedConfig:
+    if not (path / "config.json").is_file():
+        raise CheckpointError(
+            "not a model directory: config.json is missing",
+            field="model.path",
+            value=str(path),
+            remedy="give a directory written by save_pretrained",
+        )
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(f"transformers cannot read its config: {error}", field="model.path", value=str(path)) from None
+
+
+def _config_of_values(values: dict[str, Any]) -> PretrainedConfig:
+    model_type = values.pop("model_type", None)
+    if model_type is None:
+        raise InvalidInput("is missing", field="model.values.model_type", remedy="for example deepseek_v3")
+    try:
+        return AutoConfig.for_model(model_type, **values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise InvalidInput(str(error), field="model.values", remedy="see the transformers config of this model_type") from None
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """One MoE layer as an expert actor sees it."""
+
+    name: str
+    """Module path in the model, e.g. `model.layers.1.mlp.experts`."""
+    template: nn.Module
+    """The family's experts module on the meta device: its functions, flags and parameter shapes."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter name -> shape of one expert's part."""
+        return {name: tuple(p.shape[1:]) for name, p in self.template.named_parameters()}
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """The whole model on the meta device: every name and shape, no memory."""
+
+    config: PretrainedConfig
+    model: PreTrainedModel
+    layers: tuple[ExpertLayer, ...]
+    num_experts: int
+    top_k: int
+    dtype: torch.dtype
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def expert_names(self) -> set[str]:
+        """Full names of the stacked expert parameters."""
+        return {f"{layer.name}.{name}" for layer in self.layers for name in layer.shapes()}
+
+
+def skeleton(source: ModelSource) -> Skeleton:
+    config = source.config()
+    dtype = DTYPES[source.dtype]
+    model = meta_model(config, dtype)
+    layers = tuple(
+        ExpertLayer(name, module) for name, module in model.named_modules() if hasattr(module, "_is_expert_parallel")
+    )
+    if not layers:
+        raise CheckpointError(
+            f"{type(model).__name__} has no mixture-of-experts layer",
+            field="model",
+            value=config.model_type,
+            remedy="use a model whose experts go through transformers' experts registry",
+        )
+    for layer in layers:
+        _check_supported(layer)
+    counts = {int(layer.template.num_experts) for layer in layers}
+    if len(counts) > 1:
+        raise CheckpointError("layers with different numbers of experts", field="model", value=sorted(counts))
+    return Skeleton(config, model, layers, counts.pop(), _top_k(config), dtype)
+
+
+def _check_supported(layer: ExpertLayer) -> None:
+    if layer.template.has_post_expert_norm:
+        raise CheckpointError(
+            "a norm after the expert has weights shared by all experts of the layer, which cannot be split yet",
+            field=layer.name,
+            value=type(layer.template).__name__,
+        )
+
+
+def _top_k(config: PretrainedConfig) -> int:
+    text = config.get_text_config()
+    for name in ("num_experts_per_tok", "moe_top_k", "moe_topk", "top_k_experts"):
+        if isinstance(value := getattr(text, name, None), int):
+            return value
+    return 0
+
+
+def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    with torch.device("meta"):
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False))
+
+
+def empty_trunk(source: ModelSource) -> PreTrainedModel:
+    """A model without expert weights on the meta device, its experts modules bound to `remote_experts`."""
+    config = source.config()
+    trunk = meta_model(config, DTYPES[source.dtype])
+    trunk.set_experts_implementation(REMOTE_EXPERTS)
+    for module in trunk.modules():
+        if hasattr(module, "_is_expert_parallel"):
+            for name in list(module._parameters):
+                del module._parameters[name]
+            module._is_hf_initialized = True  # nothing left to initialise
+    return trunk
+
+
+def connect(trunk: PreTrainedModel, remotes: list[RemoteExperts]) -> None:
+    """Gives every MoE layer, in order, the function that computes its experts."""
+    modules = [m for m in trunk.modules() if hasattr(m, "_is_expert_parallel")]
+    for module, remote in zip(modules, remotes, strict=True):
+        module.__dict__["remote"] = remote
+
+
+def second_view(source: ModelSource, trunk: PreTrainedModel) -> PreTrainedModel:
+    """Another module tree over the same parameters and buffers, in eval mode.
+
+    Serving runs it beside training: module flags and connections differ, weights are the same memory.
+    """
+    view = empty_trunk(source)
+    view.load_state_dict(trunk.state_dict(keep_vars=True), assign=True)
+    buffers = dict(trunk.named_buffers())
+    for name, _ in list(view.named_buffers()):
+        module_name, _, buffer_name = name.rpartition(".")
+        view.get_submodule(module_name)._buffers[buffer_name] = buffers[name]
+    view.tie_weights()
+    return view.eval()
+
+
+def config_json(config: PretrainedConfig) -> str:
+    return json.dumps(config.to_dict(), sort_keys=True, default=str)

@@ -1,0 +1,105 @@
+"""The nodes: our own simulated ones on this machine (embedded), or a Ray cluster that exists."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+from ray.cluster_utils import Cluster
+
+from cluster.config import ClusterConfig
+from cluster.errors import FailedPrecondition, StartupError
+from cluster.fabric.options import EXPERT_RESOURCE, NODE_LABEL, ROUTER_RESOURCE
+
+logger = logging.getLogger(__name__)
+
+DATA_CPUS = 2
+"""Logical CPUs of the embedded head: Ray Data reads and tokenises there, nothing else asks for CPUs."""
+OBJECT_STORE_BYTES = 128 << 20
+
+
+@contextmanager
+def connected(config: ClusterConfig) -> Iterator[None]:
+    """Inside, this process is a driver of the cluster; afterwards everything that was started here has ended."""
+    if ray.is_initialized():
+        raise FailedPrecondition(
+            "this process is connected to a Ray cluster already; call ray.shutdown() first, "
+            "or set ray.mode to existing in a process of its own"
+        )
+    if config.ray.mode == "existing":
+        with _existing(config):
+            yield
+    else:
+        with _embedded(config):
+            yield
+
+
+@contextmanager
+def _existing(config: ClusterConfig) -> Iterator[None]:
+    try:
+        ray.init(address=config.ray.address, log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise StartupError(f"no Ray cluster answers at ray.address {config.ray.address!r}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _embedded(config: ClusterConfig) -> Iterator[None]:
+    """A head and `ray.nodes` nodes as processes of this machine, beside any other Ray cluster that runs here."""
+    _isolate()
+    slots = math.ceil(config.experts.actors / config.ray.nodes)
+    cluster = None
+    try:
+        cluster = Cluster(
+            initialize_head=True,
+            head_node_args={
+                "num_cpus": DATA_CPUS,
+                "resources": {ROUTER_RESOURCE: 1},
+                "labels": {NODE_LABEL: "head"},
+                "include_dashboard": False,
+                "object_store_memory": OBJECT_STORE_BYTES,
+                "gcs_server_port": 0,
+            },
+        )
+        for number in range(1, config.ray.nodes + 1):
+            cluster.add_node(
+                wait=False,
+                num_cpus=0,
+                num_gpus=0,
+                resources={EXPERT_RESOURCE: slots},
+                labels={NODE_LABEL: f"node-{number}"},
+                object_store_memory=OBJECT_STORE_BYTES,
+            )
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
+        cluster.wait_for_nodes(timeout=config.ray.start_timeout_s)
+        yield
+    except TimeoutError as error:
+        raise StartupError(f"nodes did not start within ray.start_timeout_s: {error}") from error
+    finally:
+        ray.shutdown()
+        if cluster is not None:
+            cluster.shutdown()
+
+
+def _isolate() -> None:
+    """An embedded cluster is private to this process: no address, token or telemetry from the environment."""
+    for name in ("RAY_ADDRESS", "RAY_NAMESPACE"):
+        os.environ.pop(name, None)
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+
+def node_names() -> dict[str, str]:
+    """Ray node id -> name, of the living nodes."""
+    return {
+        node["NodeID"]: (node.get("Labels") or {}).get(NODE_LABEL, node["NodeID"][:12])
+        for node in ray.nodes()
+        if node["Alive"]
+    }

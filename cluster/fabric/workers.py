@@ -1,0 +1,173 @@
+"""The Ray edge of the plain classes: an expert actor, a router actor. Nothing is decided here."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from actors.engine import Sampling, TokenEvent
+from actors.expert import ExpertHost
+from actors.optim import OptimizerSettings
+from actors.router import Router, StepReport
+from actors.transport.contract import Link
+from actors.transport.socket import Address, SocketLink, SocketServer
+from actors.trunk.model import ModelSource
+from cluster.config import ClusterConfig, OptimizerConfig
+from cluster.fabric.options import CONTROL, SERVE, TRAIN
+from cluster.jobs.batches import MicroBatch
+
+
+@dataclass(frozen=True)
+class ExpertContact:
+    """How to reach an expert actor on the data plane, and what it owns."""
+
+    name: str
+    node_id: str
+    pid: int
+    address: Address
+    groups: tuple[int, ...]
+    experts: tuple[int, ...]
+
+
+class ExpertWorker:
+    """Holds an `ExpertHost` and serves its links from a thread of its own; Ray calls only look after it."""
+
+    def __init__(self, name: str, config: ClusterConfig, groups: Sequence[int], bind_host: str) -> None:
+        _quiet(config.experts.threads)
+        self._host = ExpertHost(
+            name,
+            model_source(config),
+            groups,
+            group_size=config.experts.group_size,
+            device=config.experts.device,
+        )
+        self._server = SocketServer(
+            name, self._host.handle, host=bind_host, max_bytes=config.links.max_message_bytes, idle=self._host.idle
+        )
+        self._server.start()
+
+    def contact(self) -> ExpertContact:
+        return ExpertContact(
+            self._host.name,
+            ray.get_runtime_context().get_node_id(),
+            os.getpid(),
+            self._server.address,
+            self._host.groups,
+            tuple(self._host.experts),
+        )
+
+    def wait_until_death(self) -> None:
+        """Never returns: the caller's reference fails the moment this process is gone."""
+        threading.Event().wait()
+
+
+class RouterWorker:
+    """Holds a `Router`. Training, serving and control calls run in concurrency groups of their own."""
+
+    def __init__(self, config: ClusterConfig, experts: Sequence[ExpertContact]) -> None:
+        _quiet(config.router.threads)
+        self._config = config
+        self._cancelled: set[str] = set()
+        self._router = Router(
+            model_source(config),
+            [self._opener(expert) for expert in experts],
+            [expert.experts for expert in experts],
+            device=config.router.device,
+            timeout_s=config.router.request_timeout_s,
+            max_step_retries=config.router.max_step_retries,
+            max_sessions=config.router.max_sessions,
+        )
+
+    def _opener(self, expert: ExpertContact) -> Any:
+        def open_link() -> Link:
+            return SocketLink(
+                expert.name,
+                expert.address,
+                name="router-0",
+                max_bytes=self._config.links.max_message_bytes,
+                timeout_s=self._config.router.request_timeout_s,
+            )
+
+        return open_link
+
+    @ray.method(concurrency_group=CONTROL)
+    def contact(self) -> tuple[str, int]:
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    @ray.method(concurrency_group=CONTROL)
+    def wait_until_death(self) -> None:
+        threading.Event().wait()
+
+    @ray.method(concurrency_group=TRAIN)
+    def begin_run(self, optimizer: OptimizerConfig) -> None:
+        values = asdict(optimizer)
+        self._router.begin_run(OptimizerSettings(**{k: values[k] for k in OptimizerSettings().to_dict()}))
+
+    @ray.method(concurrency_group=TRAIN)
+    def train_step(self, microbatches: Sequence[MicroBatch], lr: float, clip_norm: float) -> StepReport:
+        return self._router.train_step([torch.tensor(m) for m in microbatches], lr=lr, clip_norm=clip_norm)
+
+    @ray.method(concurrency_group=TRAIN)
+    def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
+        return self._router.evaluate([torch.tensor(b) for b in batches])
+
+    @ray.method(concurrency_group=SERVE, num_returns="streaming")
+    def generate(
+        self, session: str, prompt: Sequence[int], sampling: Sampling, timeout_s: float
+    ) -> Iterator[TokenEvent]:
+        try:
+            for event in self._router.generate(prompt, sampling, timeout_s=timeout_s):
+                if session in self._cancelled:
+                    return
+                yield event
+        finally:
+            self._cancelled.discard(session)
+
+    @ray.method(concurrency_group=CONTROL)
+    def end_session(self, session: str) -> None:
+        """Its stream ends before the next token."""
+        self._cancelled.add(session)
+
+    @ray.method(concurrency_group=SERVE)
+    def score(self, ids: Sequence[int]) -> tuple[list[float], int]:
+        return self._router.score(ids)
+
+    @ray.method(concurrency_group=SERVE)
+    def embed(self, ids: Sequence[int]) -> tuple[list[float], int]:
+        return self._router.embed(ids)
+
+    @ray.method(concurrency_group=CONTROL)
+    def status(self) -> dict[str, Any]:
+        router = self._router
+        return {"version": router.version, "memory_bytes": router.memory_bytes(), "experts": router.status()}
+
+    @ray.method(concurrency_group=CONTROL)
+    def export(self, directory: str) -> list[str]:
+        return self._router.export(Path(directory))
+
+    @ray.method(concurrency_group=TRAIN)
+    def replace_weights(self, path: str) -> None:
+        self._router.replace_weights(path)
+
+
+def model_source(config: ClusterConfig) -> ModelSource:
+    model = config.model
+    return ModelSource(
+        path=model.path,
+        values=None if model.path else dict(model.values),
+        seed=model.seed,
+        dtype=config.router.dtype,
+    )
+
+
+def _quiet(threads: int) -> None:
+    torch.set_num_threads(threads)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
