@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.errors import MoeClusterError, PeerLost, ProtocolError
+from actors.errors import LinkError, MoeClusterError, PeerLost, ProtocolError
 from actors.moe.dispatch import OwnerTable, Share, plan
 from actors.transport.contract import Link, Pending
 from actors.transport.message import Message
@@ -112,10 +112,11 @@ class Dispatcher:
 
     def ask_all(self, op: str, fields: Mapping[str, Any], timeout_s: float | None = None) -> list[Message]:
         """The same question to every actor; answers in actor order. Raises the first error, after all were asked."""
-        return self._answers(self.start_all(op, fields), timeout_s)
+        return self._answers([link.start(Message(op, fields)) for link in self.links], timeout_s)
 
-    def start_all(self, op: str, fields: Mapping[str, Any]) -> list[Pending]:
-        return [link.start(Message(op, fields)) for link in self.links]
+    def start_each(self, op: str, fields: Mapping[str, Any]) -> list[Pending | None]:
+        """The same question to every actor, without waiting. None where it could not be sent."""
+        return [_try_start(link, Message(op, fields)) for link in self.links]
 
     def tell_living(self, op: str, fields: Mapping[str, Any]) -> None:
         """Best effort to every open link, errors logged: used to clean up after a failure."""
@@ -151,6 +152,15 @@ class Dispatcher:
         if failure is not None:
             raise failure
         return answers
+
+
+def _try_start(link: Link, question: Message) -> Pending | None:
+    try:
+        return link.start(question)
+    except LinkError as error:
+        logger.warning("%s was not sent: %s", question.op, error)
+        link.close()
+        return None
 
 
 class _RoutedExperts(torch.autograd.Function):

@@ -168,7 +168,8 @@ class ExpertHost:
 
     def _abort(self, question: Message) -> Message:
         attempt = _attempt(question.fields)
-        if attempt >= self._attempt and attempt.step > self.version:
+        # An abort of a later step must not touch gradients that are prepared: their commit may still be on its way.
+        if attempt >= self._attempt and attempt.step == self.version + 1:
             # The next try has a higher number; anything of this one that is still on its way is refused.
             self._attempt = Attempt(attempt.step, attempt.number + 1)
             self._drop_gradients()

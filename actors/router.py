@@ -89,7 +89,7 @@ class Router:
         connect(self._view, [self._serving.layer_function(i) for i in range(num_layers)])
         self.version = self._agree_on_version()
         self._attempt = 0
-        self._uncommitted: list[Pending] = []
+        self._unconfirmed: list[Pending | None] = []
         self._commit_fields: dict[str, Any] = {}
         self._gate = VersionGate()
         self._serving_lock = threading.Lock()
@@ -181,11 +181,12 @@ class Router:
     def _commit(self, step: int, lr: float, scale: float) -> None:
         """Tells every actor and applies the trunk's part. Nobody waits: the queue of each link keeps the order.
 
+        All are prepared, so the step counts from here on, even where the message is lost: `_confirm_commit` repeats it.
         Between steps serving sees either all of the old version or, through `min_version`, all of the new one.
         """
         with self._gate.writing():
             self._commit_fields = {"step": step, "attempt": self._attempt, "lr": lr, "scale": scale}
-            self._uncommitted = self._training.start_all("commit", self._commit_fields)
+            self._unconfirmed = self._training.start_each("commit", self._commit_fields)
             parameters = list(self.trunk.parameters())
             scale_gradients(parameters, scale)
             set_lr(self._optimizer, lr)
@@ -195,18 +196,22 @@ class Router:
             self._attempt = 0
 
     def _confirm_commit(self) -> None:
-        """Reads the answers to the last commit; an actor that did not get it is asked again (it answers if done)."""
-        unsure, self._uncommitted = self._uncommitted, []
-        for pending in unsure:
-            try:
-                pending.result(self._timeout_s)
-            except LinkError as error:
-                logger.warning("commit of %d not confirmed by %s: %s", self.version, pending.link.peer, error)
-                self._uncommitted = unsure  # until all have it
-        if self._uncommitted:
+        """Reads the answers to the last commit. If one is missing all are asked again: who has done it just says so."""
+        answered = all(self._is_confirmed(pending) for pending in self._unconfirmed)
+        if not answered:
             self._training.reopen()
             self._training.ask_all("commit", self._commit_fields)
-            self._uncommitted = []
+        self._unconfirmed = []
+
+    def _is_confirmed(self, pending: Pending | None) -> bool:
+        if pending is None:
+            return False
+        try:
+            pending.result(self._timeout_s)
+        except LinkError as error:
+            logger.warning("commit of step %d is not confirmed: %s", self.version, error)
+            return False
+        return True
 
     def _abort(self) -> None:
         self.trunk.zero_grad(set_to_none=True)

@@ -1,0 +1,182 @@
+"""The range and combination checks of every config, in one place: for files, overrides and specs over gRPC alike.
+
+Each `validate_*` returns its config unchanged or raises a `ConfigError` at the first value that cannot work.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cluster.config import ClusterConfig, DataConfig, FrontConfig, JobConfig, ModelConfig, OptimizerConfig, RayConfig
+from cluster.errors import ConfigError
+
+_PATH, _STDLIB = "path:", "builtin:python-stdlib"
+MAX_STEPS = 10**9
+
+
+def validate_cluster(config: ClusterConfig, source: str) -> ClusterConfig:
+    check = _Check(source)
+    _check_model(config.model, check.below("model"))
+    _check_ray(config.ray, check.below("ray"))
+
+    check.at_least("experts.actors", config.experts.actors, 1)
+    check.at_least("experts.group_size", config.experts.group_size, 1)
+    check.at_least("experts.threads", config.experts.threads, 1)
+
+    check.at_least("router.threads", config.router.threads, 1)
+    check.above("router.request_timeout_s", config.router.request_timeout_s, 0)
+    check.at_least("router.max_step_retries", config.router.max_step_retries, 0)
+    check.at_least("router.max_sessions", config.router.max_sessions, 1)
+
+    check.at_least("links.max_message_bytes", config.links.max_message_bytes, 1 << 16)
+    _check_front(config.front, check.below("front"))
+    check.that(bool(config.storage.root), "storage.root", "is empty", None, "name a directory")
+    return config
+
+
+def validate_job(config: JobConfig, source: str, *, max_positions: int = 0) -> JobConfig:
+    """`max_positions`: longest sequence the model takes, tokens; 0 where the model is not known yet."""
+    check = _Check(source)
+    check.within("steps", config.steps, 1, MAX_STEPS)
+
+    check.at_least("batch.sequences", config.batch.sequences, 1)
+    check.at_least("batch.gradient_accumulation", config.batch.gradient_accumulation, 1)
+    length = config.batch.sequence_length
+    # The model predicts token i + 1 from those up to i: a sequence of one token has nothing to predict.
+    check.at_least("batch.sequence_length", length, 2)
+    check.that(
+        not max_positions or length <= max_positions,
+        "batch.sequence_length",
+        f"is beyond the model's {max_positions} positions",
+        length,
+        f"use at most {max_positions}",
+    )
+
+    _check_optimizer(config.optimizer, check.below("optimizer"))
+    check.within("schedule.min_lr_ratio", config.schedule.min_lr_ratio, 0, 1)
+    check.at_least("schedule.warmup_steps", config.schedule.warmup_steps, 0)
+    check.that(
+        config.schedule.warmup_steps <= config.steps,
+        "schedule.warmup_steps",
+        f"is more than the job's {config.steps} steps",
+        config.schedule.warmup_steps,
+        "warm up for fewer steps",
+    )
+
+    _check_data(config.data, check.below("data"))
+    check.at_least("eval.every_steps", config.eval.every_steps, 0)
+    check.at_least("eval.batches", config.eval.batches, 1)
+    check.that(
+        config.data.heldout_every > 0 or config.eval.every_steps == 0,
+        "data.heldout_every",
+        "holds out no documents, but eval.every_steps asks for evaluation",
+        config.data.heldout_every,
+        "hold some out (50 is usual) or set eval.every_steps to 0",
+    )
+    return config
+
+
+def validate_model(config: ModelConfig, source: str, prefix: str = "") -> ModelConfig:
+    _check_model(config, _Check(source, prefix))
+    return config
+
+
+def _check_model(config: ModelConfig, check: _Check) -> None:
+    check.that(
+        (config.path is None) != (not config.values),
+        "",
+        "needs either `path` or `values`, and not both",
+        None,
+        "give the path of a Hugging Face model directory, or the values of a transformers config",
+    )
+    check.at_least("seed", config.seed, 0)
+    if config.path is not None:
+        check.that(
+            (Path(config.path) / "config.json").is_file(),
+            "path",
+            "is not a Hugging Face model directory: it has no config.json",
+            config.path,
+            "name a directory written by save_pretrained",
+        )
+    elif not isinstance(config.values.get("model_type"), str):
+        found = config.values.get("model_type")
+        check.that(False, "values.model_type", "is missing or not a text", found, "name one, e.g. deepseek_v3")
+
+
+def _check_ray(config: RayConfig, check: _Check) -> None:
+    check.at_least("nodes", config.nodes, 1)
+    check.above("start_timeout_s", config.start_timeout_s, 0)
+    if config.mode == "embedded":
+        remedy = "leave the address out, or set ray.mode to existing"
+        check.that(config.address is None, "address", "an embedded cluster has none", config.address, remedy)
+    else:
+        remedy = "give one, e.g. auto or 10.0.0.1:6379, or set ray.mode to embedded"
+        check.that(bool(config.address), "address", "is needed to join an existing cluster", config.address, remedy)
+
+
+def _check_front(config: FrontConfig, check: _Check) -> None:
+    check.that(bool(config.host), "host", "is empty", None, "name an interface, e.g. 127.0.0.1")
+    check.within("port", config.port, 0, 65535)
+    check.at_least("max_receive_bytes", config.max_receive_bytes, 1 << 10)
+    check.at_least("max_concurrent_rpcs", config.max_concurrent_rpcs, 1)
+    check.at_least("shutdown_grace_s", config.shutdown_grace_s, 0)
+
+
+def _check_optimizer(config: OptimizerConfig, check: _Check) -> None:
+    check.above("lr", config.lr, 0)
+    check.below_one("beta1", config.beta1)
+    check.below_one("beta2", config.beta2)
+    check.above("eps", config.eps, 0)
+    check.at_least("weight_decay", config.weight_decay, 0)
+    check.at_least("clip_norm", config.clip_norm, 0)
+
+
+def _check_data(config: DataConfig, check: _Check) -> None:
+    is_path = config.source.startswith(_PATH) and len(config.source) > len(_PATH)
+    remedy = f"use {_STDLIB}, or {_PATH} followed by a file, a directory or a glob"
+    check.that(is_path or config.source == _STDLIB, "source", "is no known source", config.source, remedy)
+    check.that(
+        config.source != _STDLIB or config.format in ("auto", "text"),
+        "format",
+        f"{_STDLIB} is text",
+        config.format,
+        "leave the format out",
+    )
+    check.that(bool(config.text_field), "text_field", "is empty", None, "name the field that holds the text")
+    check.at_least("seed", config.seed, 0)
+    check.at_least("heldout_every", config.heldout_every, 0)
+    remedy = "hold out every 2nd or fewer, or none with 0"
+    check.that(config.heldout_every != 1, "heldout_every", "leaves nothing to train on", config.heldout_every, remedy)
+
+
+class _Check:
+    """Raises `ConfigError` for one source; names are dotted paths below `prefix`."""
+
+    def __init__(self, source: str, prefix: str = "") -> None:
+        self._source = source
+        self._prefix = prefix
+
+    def below(self, name: str) -> _Check:
+        return _Check(self._source, self._path(name))
+
+    def that(self, condition: bool, name: str, message: str, value: object, remedy: str) -> None:
+        if not condition:
+            path = self._path(name)
+            field = f"{self._source}: {path}" if path else self._source
+            raise ConfigError(message, field=field, value=value, remedy=remedy)
+
+    def at_least(self, name: str, value: float, minimum: float) -> None:
+        self.that(value >= minimum, name, f"is below {minimum}", value, f"use {minimum} or more")
+
+    def above(self, name: str, value: float, bound: float) -> None:
+        self.that(value > bound, name, f"is not above {bound}", value, f"use a number above {bound}")
+
+    def within(self, name: str, value: float, minimum: float, maximum: float) -> None:
+        remedy = f"use a number from {minimum} to {maximum}"
+        self.that(minimum <= value <= maximum, name, f"is outside {minimum} to {maximum}", value, remedy)
+
+    def below_one(self, name: str, value: float) -> None:
+        self.that(0 <= value < 1, name, "is outside [0, 1)", value, "use at least 0 and less than 1")
+
+    def _path(self, name: str) -> str:
+        return ".".join(part for part in (self._prefix, name) if part)

@@ -1,0 +1,279 @@
+"""The coordinator: the only writer of cluster state. A state machine without threads, clock or network.
+
+The edge calls its methods with the time (Unix, seconds) and carries out the decisions that `step` returns. Calls must
+come from one thread. Everything it gives out is a frozen value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from actors.errors import InvalidInput
+from cluster.backend import ActorStatus, ClusterStatus, Job, JobEvent, JobState
+from cluster.config import JobConfig
+from cluster.configcheck import validate_job
+from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
+from cluster.control.jobtable import JobRecord, JobTable
+from cluster.control.members import Members
+from cluster.errors import FailedPrecondition
+from cluster.placement.placement import Placement
+
+LoadLE = Sequence[Sequence[int]]
+"""Tokens of each expert [E] of each MoE layer [L]."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    max_queued_jobs: int = 16
+    max_final_jobs: int = 1000
+    """Ended jobs that are remembered, with their request ids."""
+    max_events: int = 10_000
+    """Events kept of a job, newest last."""
+    heartbeat_timeout_s: float = 10.0
+    load_window_steps: int = 50
+    """Training steps over which expert load is summed."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What status tells of the model, and what a job must fit into."""
+
+    name: str
+    num_parameters: int
+    num_experts: int
+    num_moe_layers: int
+    top_k: int
+    max_positions: int
+    """Longest sequence, tokens."""
+    vocab_size: int
+
+
+class Coordinator:
+    def __init__(self, model: ModelFacts, placement: Placement, limits: Limits | None = None) -> None:
+        self._limits = limits or Limits()
+        self._model = model
+        self._placement = placement
+        self._jobs = JobTable(self._limits.max_queued_jobs, self._limits.max_final_jobs, self._limits.max_events)
+        self._members = Members(self._limits.heartbeat_timeout_s)
+        self._loads: deque[LoadLE] = deque(maxlen=self._limits.load_window_steps)
+        self._version = 0
+        self._stopping: str | None = None
+        """A job that failed here while its steps may still be running."""
+        self._decisions: list[Decision] = []
+
+    # --- Asked by clients ----------------------------------------------------------------------------------------
+
+    def submit(self, config: JobConfig, request_id: str, now: float) -> Job:
+        """Idempotent by request id.
+
+        `ConfigError` if the job cannot work with this model, `AlreadyExists` if the id came with another config,
+        `ResourceExhausted` if the queue is full.
+        """
+        validate_job(config, "job", max_positions=self._model.max_positions)
+        return self._jobs.submit(config, request_id, now)
+
+    def cancel(self, job_id: str, now: float) -> Job:
+        """A queued job ends at once; a running one is told to stop and ends with `job_stopped`.
+
+        `FailedPrecondition` if the job is final; cancelling twice is the same as once.
+        """
+        record = self._jobs[job_id]
+        if record.job.state is JobState.QUEUED:
+            record.move(JobState.CANCELLED, now, "cancelled before it started")
+        elif record.job.state is not JobState.CANCELLING:
+            record.move(JobState.CANCELLING, now)
+            self._decisions.append(StopJob(job_id, "cancelled"))
+        return record.job
+
+    def job(self, job_id: str) -> Job:
+        return self._jobs[job_id].job
+
+    def jobs(self) -> Sequence[Job]:
+        """Newest first."""
+        return self._jobs.newest_first()
+
+    def job_events(self, job_id: str, after: int, max_events: int) -> tuple[tuple[JobEvent, ...], Job]:
+        """Events with a number above `after`, oldest first, of those that are kept; and the job."""
+        record = self._jobs[job_id]
+        return record.events_after(after, max_events), record.job
+
+    def status(self) -> ClusterStatus:
+        missing = self._groups_without_owner()
+        return ClusterStatus(
+            model=self._model.name,
+            num_parameters=self._model.num_parameters,
+            num_experts=self._model.num_experts,
+            num_moe_layers=self._model.num_moe_layers,
+            top_k=self._model.top_k,
+            version=self._version,
+            placement_epoch=self._placement.epoch,
+            owners=dict(enumerate(self._placement.owners)),
+            group_size=self._placement.group_size,
+            nodes=tuple(sorted({actor.node for actor in self._members.all()})),
+            actors=self._members.all(),
+            load_LE=self._load_LE(),
+            jobs=self._jobs.count_by_state(),
+            ready=self._is_ready(),
+            message=self._message(missing),
+            max_positions=self._model.max_positions,
+            vocab_size=self._model.vocab_size,
+        )
+
+    # --- Reported by the running job -----------------------------------------------------------------------------
+    # A report about a job that has ended meanwhile is late, not wrong: it is ignored.
+
+    def step_committed(
+        self, job_id: str, step: int, metrics: Mapping[str, float], now: float, load_LE: LoadLE | None = None
+    ) -> None:
+        """Step `step` (from 1) is part of every actor's weights. Steps come in order; a repeated report is ignored.
+
+        A loss that is not finite fails the job.
+        """
+        record = self._active(job_id)
+        if record is None or step <= record.job.step:
+            return
+        if step != record.job.step + 1:
+            raise InvalidInput(f"step {record.job.step + 1} of {job_id} was never committed", field="step", value=step)
+        self._version += 1
+        if load_LE is not None:
+            self._loads.append(load_LE)
+        loss = metrics.get("loss", 0.0)
+        if math.isfinite(loss):
+            record.commit(step, metrics, now)
+        else:
+            self._fail(record, f"loss of step {step} is {loss}", now)
+
+    def evaluated(self, job_id: str, metrics: Mapping[str, float], now: float) -> None:
+        if record := self._active(job_id):
+            record.record("eval", now, metrics)
+
+    def note(self, job_id: str, message: str, now: float) -> None:
+        """Something a reader of the job's events should know, e.g. a step that was aborted and run again."""
+        if record := self._active(job_id):
+            record.record("note", now, message=message)
+
+    def job_finished(self, job_id: str, now: float) -> None:
+        """Every step is committed."""
+        if record := self._ended(job_id):
+            if record.job.step < record.job.config.steps:
+                raise FailedPrecondition(f"{job_id} committed {record.job.step} of {record.job.config.steps} steps")
+            record.move(JobState.SUCCEEDED, now)
+
+    def job_stopped(self, job_id: str, now: float) -> None:
+        """The answer to `StopJob`: the step at hand is done or aborted, and no other will begin."""
+        record = self._ended(job_id)
+        if record is None:
+            return
+        if record.job.state is JobState.CANCELLING:
+            record.move(JobState.CANCELLED, now, f"cancelled after step {record.job.step}")
+        else:
+            record.move(JobState.FAILED, now, f"stopped after step {record.job.step} without being asked")
+
+    def job_failed(self, job_id: str, error: str, now: float) -> None:
+        """The job ended by itself; there is nothing left to stop."""
+        if record := self._ended(job_id):
+            record.move(JobState.FAILED, now, error)
+
+    # --- Reported by the fabric ----------------------------------------------------------------------------------
+
+    def actor_seen(self, status: ActorStatus, now: float) -> None:
+        """A heartbeat, with what the actor says of itself. Its groups are those of the placement, not its own."""
+        self._members.seen(dataclasses.replace(status, groups=self._placement.groups_of(status.id)), now)
+
+    def actor_lost(self, actor_id: str, now: float, reason: str) -> None:
+        """The actor's process is dead for certain. Told to the edge once; a lost router ends the running job."""
+        self._members.bury(actor_id)
+        self._lose(actor_id, now, reason)
+
+    def placed(self, placement: Placement) -> None:
+        """Replaces the placement by a newer one."""
+        if placement.epoch <= self._placement.epoch:
+            raise InvalidInput("is not newer", field="placement.epoch", value=placement.epoch)
+        self._placement = placement
+        for actor in self._members.all():
+            self._members.regroup(actor.id, placement.groups_of(actor.id))
+
+    def model_replaced(self, model: ModelFacts, version: int) -> None:
+        """After an import. `FailedPrecondition` while a job trains the weights that would go."""
+        self.require_idle("the model cannot be replaced")
+        self._model, self._version = model, version
+        self._loads.clear()
+
+    def require_idle(self, what: str) -> None:
+        """`FailedPrecondition` while a job runs or comes to its stop."""
+        if record := self._jobs.active():
+            raise FailedPrecondition(f"{what} while {record.job.id} is {record.job.state.value}; cancel it or wait")
+        if self._stopping:
+            raise FailedPrecondition(f"{what} while {self._stopping} comes to its stop; try again")
+
+    # --- Time ----------------------------------------------------------------------------------------------------
+
+    def step(self, now: float) -> list[Decision]:
+        """What to do now, in order. Each decision is given out once."""
+        for actor_id in self._members.silent(now):
+            self._lose(actor_id, now, f"silent for more than {self._limits.heartbeat_timeout_s:g} s")
+        self._jobs.forget_old()
+        self._start_next(now)
+        decisions, self._decisions = self._decisions, []
+        return decisions
+
+    def _lose(self, actor_id: str, now: float, reason: str) -> None:
+        actor = self._members.lose(actor_id)
+        if actor is None:
+            return
+        record = self._jobs.active()
+        job_id = record.job.id if record else None
+        self._decisions.append(ActorLost(actor_id, actor.role, actor.groups, job_id, reason))
+        if record is None:
+            return
+        record.record("note", now, message=f"{actor.role} {actor_id} lost: {reason}")
+        if actor.role == "router":
+            self._fail(record, f"router {actor_id} was lost after step {record.job.step}: {reason}", now)
+
+    def _start_next(self, now: float) -> None:
+        record = self._jobs.next_queued()
+        if record is None or self._jobs.active() or self._stopping or not self._is_ready():
+            return
+        record.move(JobState.RUNNING, now)
+        self._decisions.append(StartJob(record.job.id, record.job.config))
+
+    def _fail(self, record: JobRecord, error: str, now: float) -> None:
+        record.move(JobState.FAILED, now, error)
+        self._decisions.append(StopJob(record.job.id, error))
+        self._stopping = record.job.id
+
+    def _ended(self, job_id: str) -> JobRecord | None:
+        """As `_active`, for a report that the job's steps have come to an end."""
+        record = self._active(job_id)
+        if job_id == self._stopping:
+            self._stopping = None
+        return record
+
+    def _active(self, job_id: str) -> JobRecord | None:
+        record = self._jobs[job_id]
+        if record.job.state is JobState.QUEUED:
+            raise FailedPrecondition(f"{job_id} was never started")
+        return None if record.job.state.is_final else record
+
+    # --- Views ---------------------------------------------------------------------------------------------------
+
+    def _is_ready(self) -> bool:
+        return self._members.has_ready("router") and not self._groups_without_owner()
+
+    def _groups_without_owner(self) -> list[int]:
+        owners = enumerate(self._placement.owners)
+        return [group for group, owner in owners if not self._members.is_ready(owner)]
+
+    def _message(self, missing: Sequence[int]) -> str:
+        if missing:
+            return f"expert groups without a ready owner: {', '.join(map(str, missing))}"
+        return "" if self._members.has_ready("router") else "no router is ready"
+
+    def _load_LE(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(
+            tuple(sum(tokens) for tokens in zip(*layers, strict=True)) for layers in zip(*self._loads, strict=True)
+        )

@@ -1,0 +1,40 @@
+"""What the coordinator wants done. Values only: the edge carries them out and reports what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.config import JobConfig
+
+
+@dataclass(frozen=True)
+class StartJob:
+    job_id: str
+    config: JobConfig
+
+
+@dataclass(frozen=True)
+class StopJob:
+    """Stop after the step at hand, then report `job_stopped`: no other job starts before that.
+
+    Also given for a job that has failed already, while its steps may still be running.
+    """
+
+    job_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ActorLost:
+    """An actor died or fell silent. Told once a loss; the running job's router should drop its link."""
+
+    actor_id: str
+    role: str
+    groups: tuple[int, ...]
+    """Expert groups that have no living owner now."""
+    job_id: str | None
+    """The running job, if any."""
+    reason: str
+
+
+Decision = StartJob | StopJob | ActorLost

@@ -1,0 +1,118 @@
+"""Training jobs and their events: the part of the cluster's state that clients watch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+from actors.errors import InvalidInput
+from cluster.backend import Job, JobEvent, JobState
+from cluster.config import JobConfig
+from cluster.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted
+
+_NEXT: dict[JobState, frozenset[JobState]] = {
+    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.CANCELLED}),
+    JobState.RUNNING: frozenset({JobState.CANCELLING, JobState.SUCCEEDED, JobState.FAILED}),
+    JobState.CANCELLING: frozenset({JobState.CANCELLED, JobState.SUCCEEDED, JobState.FAILED}),
+}
+
+
+class JobRecord:
+    """One job: its current value, and its newest events numbered from 1 without gaps."""
+
+    def __init__(self, job: Job, max_events: int) -> None:
+        self.job = job
+        self._events: deque[JobEvent] = deque(maxlen=max_events)
+
+    def move(self, state: JobState, now: float, message: str = "") -> None:
+        if state not in _NEXT.get(self.job.state, frozenset()):
+            raise FailedPrecondition(f"job {self.job.id} is {self.job.state.value}, it cannot become {state.value}")
+        changes: dict[str, object] = {"state": state}
+        if state is JobState.RUNNING:
+            changes["started_s"] = now
+        if state.is_final:
+            changes["ended_s"] = now
+        if state is JobState.FAILED:
+            changes["error"] = message
+        self.job = dataclasses.replace(self.job, **changes)  # type: ignore[arg-type]
+        self.record("state", now, message=message)
+
+    def commit(self, step: int, metrics: Mapping[str, float], now: float) -> None:
+        self.job = dataclasses.replace(self.job, step=step)
+        self.record("step", now, metrics)
+
+    def record(self, kind: str, now: float, metrics: Mapping[str, float] | None = None, message: str = "") -> None:
+        number = self.job.last_event + 1
+        self.job = dataclasses.replace(self.job, last_event=number)
+        self._events.append(
+            JobEvent(number, now, kind, self.job.state, self.job.step, dict(metrics or {}), message=message)
+        )
+
+    def events_after(self, number: int, max_events: int) -> tuple[JobEvent, ...]:
+        """Oldest first. Starts later than `number` + 1 where the history no longer reaches back that far."""
+        if not self._events:
+            return ()
+        skip = max(0, number + 1 - self._events[0].number)
+        return tuple(self._events[i] for i in range(skip, min(len(self._events), skip + max_events)))
+
+
+class JobTable:
+    """All jobs, oldest first; at most one is running. Final jobs beyond `max_final` are forgotten, oldest first."""
+
+    def __init__(self, max_queued: int, max_final: int, max_events: int) -> None:
+        self._max_queued, self._max_final, self._max_events = max_queued, max_final, max_events
+        self._records: dict[str, JobRecord] = {}
+        self._id_of_request: dict[str, str] = {}
+        self._num_submitted = 0
+
+    def submit(self, config: JobConfig, request_id: str, now: float) -> Job:
+        if not request_id:
+            raise InvalidInput("is empty", field="request_id", remedy="send a fresh UUID, and the same one on a retry")
+        if request_id in self._id_of_request:
+            return self._submitted_before(config, request_id)
+        num_queued = sum(record.job.state is JobState.QUEUED for record in self._records.values())
+        if num_queued >= self._max_queued:
+            raise ResourceExhausted(f"{num_queued} jobs are queued, the limit; cancel one or wait for one to end")
+        self._num_submitted += 1
+        job = Job(f"job-{self._num_submitted}", request_id, config, JobState.QUEUED, step=0, created_s=now)
+        record = JobRecord(job, self._max_events)
+        record.record("state", now)
+        self._records[job.id] = record
+        self._id_of_request[request_id] = job.id
+        return record.job
+
+    def __getitem__(self, job_id: str) -> JobRecord:
+        try:
+            return self._records[job_id]
+        except KeyError:
+            raise NotFound(f"no job {job_id!r}") from None
+
+    def active(self) -> JobRecord | None:
+        """The job that is running or being cancelled."""
+        active = (JobState.RUNNING, JobState.CANCELLING)
+        return next((record for record in self._records.values() if record.job.state in active), None)
+
+    def next_queued(self) -> JobRecord | None:
+        return next((record for record in self._records.values() if record.job.state is JobState.QUEUED), None)
+
+    def newest_first(self) -> Sequence[Job]:
+        return [record.job for record in reversed(self._records.values())]
+
+    def count_by_state(self) -> dict[str, int]:
+        counts = {state.value: 0 for state in JobState}
+        for record in self._records.values():
+            counts[record.job.state.value] += 1
+        return counts
+
+    def forget_old(self) -> None:
+        final = [record.job for record in self._records.values() if record.job.state.is_final]
+        for job in final[: max(0, len(final) - self._max_final)]:
+            del self._records[job.id]
+            del self._id_of_request[job.request_id]
+
+    def _submitted_before(self, config: JobConfig, request_id: str) -> Job:
+        job = self._records[self._id_of_request[request_id]].job
+        if job.config != config:
+            raise AlreadyExists(f"request id {request_id!r} was used for {job.id}, whose config is another")
+        return job

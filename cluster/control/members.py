@@ -1,0 +1,63 @@
+"""Membership: the actors of the cluster, as they report themselves, and which of them fell silent."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from cluster.backend import ActorStatus
+
+STARTING, READY, LOST = "starting", "ready", "lost"
+
+
+class Members:
+    """Actors by id, in the order in which they were first seen."""
+
+    def __init__(self, heartbeat_timeout_s: float) -> None:
+        self._timeout_s = heartbeat_timeout_s
+        self._actors: dict[str, ActorStatus] = {}
+        self._last_seen_s: dict[str, float] = {}
+        self._dead: set[tuple[str, int]] = set()
+
+    def seen(self, status: ActorStatus, now: float) -> None:
+        """A report is a heartbeat. An actor that was taken for lost because of its silence is back with it."""
+        if (status.id, status.pid) in self._dead:
+            return  # sent before the process died
+        self._actors[status.id] = status
+        self._last_seen_s[status.id] = now
+
+    def lose(self, actor_id: str) -> ActorStatus | None:
+        """The actor as it was; None if it is unknown or lost already."""
+        actor = self._actors.get(actor_id)
+        if actor is None or actor.state == LOST:
+            return None
+        self._actors[actor_id] = dataclasses.replace(actor, state=LOST)
+        return actor
+
+    def bury(self, actor_id: str) -> None:
+        """Its process is dead: reports of it that are still on their way count for nothing."""
+        if actor_id in self._actors:
+            self._dead.add((actor_id, self._actors[actor_id].pid))
+
+    def silent(self, now: float) -> list[str]:
+        """Ids of ready actors from whom nothing came for longer than the timeout.
+
+        Starting ones are exempt: loading a large model is silent for minutes, and who starts them watches the clock.
+        """
+        return [
+            actor.id
+            for actor in self._actors.values()
+            if actor.state == READY and now - self._last_seen_s[actor.id] > self._timeout_s
+        ]
+
+    def all(self) -> tuple[ActorStatus, ...]:
+        return tuple(self._actors.values())
+
+    def is_ready(self, actor_id: str) -> bool:
+        actor = self._actors.get(actor_id)
+        return actor is not None and actor.state == READY
+
+    def has_ready(self, role: str) -> bool:
+        return any(actor.role == role and actor.state == READY for actor in self._actors.values())
+
+    def regroup(self, actor_id: str, groups: tuple[int, ...]) -> None:
+        self._actors[actor_id] = dataclasses.replace(self._actors[actor_id], groups=groups)

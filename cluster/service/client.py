@@ -1,0 +1,239 @@
+"""A small synchronous client: plain values in and out, a deadline on every call, errors of our own tree."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Generator
+from types import TracebackType
+from typing import Any, TypeVar
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from actors.errors import LinkTimeout
+from cluster.backend import (
+    ClusterStatus,
+    EmbedResult,
+    GenerateChunk,
+    Job,
+    JobEvent,
+    ModelDirectory,
+    Prompt,
+    SamplingParams,
+    ScoreResult,
+)
+from cluster.config import JobConfig
+from cluster.service import errors
+from cluster.service.codec import checks, config, jobs, status, text
+from protos.moecluster.v1 import (
+    cluster_pb2,
+    cluster_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    training_pb2,
+    training_pb2_grpc,
+)
+
+Answer = TypeVar("Answer")
+
+WATCH_STREAM_S = 600.0
+"""Deadline of one stream of a watch; a watch that lasts longer goes on in the next."""
+MODEL_TIMEOUT_S = 1800.0
+MAX_DELAY_S = 2.0
+_TRANSIENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+_OPTIONS = [
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_metadata_size", 64 << 10),
+    # A cluster is reached directly; proxies named in the environment are for the web.
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+]
+
+
+class Client:
+    """Talks to the front at `target` (host:port). `timeout_s` holds for every call that is given none of its own.
+
+    Only calls that may be repeated are: `submit_job`, thanks to its request id, and `watch_job`, which resumes after
+    the last event it saw. Both give up after `max_retries` failures in a row.
+    """
+
+    def __init__(self, target: str, *, timeout_s: float = 30.0, max_retries: int = 5) -> None:
+        self.target = target
+        self._timeout_s = timeout_s
+        self._max_retries = max_retries
+        self._channel = grpc.insecure_channel(target, options=_OPTIONS)
+        self._training = training_pb2_grpc.TrainingServiceStub(self._channel)
+        self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
+        self._cluster = cluster_pb2_grpc.ClusterServiceStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    # Training
+
+    def submit_job(self, job: JobConfig, *, request_id: str | None = None, timeout_s: float | None = None) -> Job:
+        """`request_id` (default: a fresh one) names the job for good: the same id and config give the same job."""
+        request_id = request_id if request_id is not None else str(uuid.uuid4())
+        checks.identifier("request_id", request_id)
+        config.check_job_config(job)
+        request = training_pb2.SubmitJobRequest(request_id=request_id, config=config.job_config_to_message(job))
+        deadline_s = time.monotonic() + self._or_default(timeout_s)
+
+        def submit() -> Job:
+            left_s = max(0.0, deadline_s - time.monotonic())
+            return jobs.job_from_message(self._training.SubmitJob(request, timeout=left_s).job)
+
+        return self._repeated(submit, deadline_s)
+
+    def get_job(self, job_id: str, *, timeout_s: float | None = None) -> Job:
+        request = training_pb2.GetJobRequest(job_id=job_id)
+        return jobs.job_from_message(self._unary(self._training.GetJob, request, timeout_s).job)
+
+    def list_jobs(
+        self, *, limit: int | None = None, page_size: int = jobs.DEFAULT_PAGE_SIZE, timeout_s: float | None = None
+    ) -> list[Job]:
+        """Newest first, at most `limit`; fetched page by page."""
+        found: list[Job] = []
+        token = ""
+        while True:
+            size = page_size if limit is None else min(page_size, limit - len(found))
+            request = training_pb2.ListJobsRequest(page_size=size, page_token=token)
+            response = self._unary(self._training.ListJobs, request, timeout_s)
+            found.extend(map(jobs.job_from_message, response.jobs))
+            token = response.next_page_token
+            if not token or (limit is not None and len(found) >= limit):
+                return found
+
+    def cancel_job(self, job_id: str, *, timeout_s: float | None = None) -> Job:
+        request = training_pb2.CancelJobRequest(job_id=job_id)
+        return jobs.job_from_message(self._unary(self._training.CancelJob, request, timeout_s).job)
+
+    def watch_job(self, job_id: str, *, after: int = 0) -> Generator[JobEvent, None, None]:
+        """Events above `after`, each once, until the job is final; survives fronts that come and go."""
+        jobs.check_after_event(after)
+        failures = 0
+        while True:
+            request = training_pb2.WatchJobRequest(job_id=job_id, after_event=after)
+            stream = self._training.WatchJob(request, timeout=WATCH_STREAM_S)
+            try:
+                for response in stream:
+                    event = jobs.event_from_message(response.event)
+                    after, failures = event.number, 0
+                    yield event
+                return
+            except grpc.RpcError as error:
+                if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                    continue
+                failures += 1
+                if error.code() not in _TRANSIENT or failures > self._max_retries:
+                    raise self._translated(error) from error
+                time.sleep(_delay_s(failures, error))
+            finally:
+                stream.cancel()
+
+    # Inference
+
+    def generate(
+        self, prompt: Prompt | str, params: SamplingParams | None = None, *, timeout_s: float | None = None
+    ) -> Generator[GenerateChunk, None, None]:
+        """Starts at the first `next`; closing the iterator ends the generation. `timeout_s` holds for all of it."""
+        request = inference_pb2.GenerateRequest(
+            prompt=text.prompt_to_message(_prompt(prompt)), params=text.params_to_message(params or SamplingParams())
+        )
+        return self._chunks(request, self._or_default(timeout_s))
+
+    def score(self, prompt: Prompt | str, *, timeout_s: float | None = None) -> ScoreResult:
+        request = inference_pb2.ScoreRequest(prompt=text.prompt_to_message(_prompt(prompt)))
+        return text.score_from_message(self._unary(self._inference.Score, request, timeout_s))
+
+    def embed(self, prompt: Prompt | str, *, timeout_s: float | None = None) -> EmbedResult:
+        request = inference_pb2.EmbedRequest(prompt=text.prompt_to_message(_prompt(prompt)))
+        return text.embed_from_message(self._unary(self._inference.Embed, request, timeout_s))
+
+    # Cluster
+
+    def status(self, *, timeout_s: float | None = None) -> ClusterStatus:
+        response = self._unary(self._cluster.GetStatus, cluster_pb2.GetStatusRequest(), timeout_s)
+        return status.status_from_message(response.status)
+
+    def export_model(self, path: str, *, timeout_s: float = MODEL_TIMEOUT_S) -> ModelDirectory:
+        request = cluster_pb2.ExportModelRequest(path=path)
+        return status.directory_from_message(self._unary(self._cluster.ExportModel, request, timeout_s))
+
+    def import_model(self, path: str, *, timeout_s: float = MODEL_TIMEOUT_S) -> ClusterStatus:
+        request = cluster_pb2.ImportModelRequest(path=path)
+        return status.status_from_message(self._unary(self._cluster.ImportModel, request, timeout_s).status)
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Returns when the front says SERVING; `LinkTimeout` if it does not in time."""
+        deadline_s = time.monotonic() + timeout_s
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            stream = self._health.Watch(health_pb2.HealthCheckRequest(), timeout=left_s, wait_for_ready=True)
+            try:
+                if any(response.status == health_pb2.HealthCheckResponse.SERVING for response in stream):
+                    return
+            except grpc.RpcError as error:
+                if error.code() not in (*_TRANSIENT, grpc.StatusCode.DEADLINE_EXCEEDED):
+                    raise self._translated(error) from error
+            finally:
+                stream.cancel()
+            time.sleep(min(0.1, max(0.0, deadline_s - time.monotonic())))
+        raise LinkTimeout(f"the cluster was not ready within {timeout_s:.3g} s", peer=self.target)
+
+    def _unary(self, method: Callable[..., Any], request: Any, timeout_s: float | None) -> Any:
+        try:
+            return method(request, timeout=self._or_default(timeout_s))
+        except grpc.RpcError as error:
+            raise self._translated(error) from error
+
+    def _chunks(self, request: inference_pb2.GenerateRequest, timeout_s: float) -> Generator[GenerateChunk, None, None]:
+        stream = self._inference.Generate(request, timeout=timeout_s)
+        try:
+            for response in stream:
+                yield text.chunk_from_message(response)
+        except grpc.RpcError as error:
+            raise self._translated(error) from error
+        finally:
+            stream.cancel()
+
+    def _repeated(self, attempt: Callable[[], Answer], deadline_s: float) -> Answer:
+        for failures in range(1, self._max_retries + 2):
+            try:
+                return attempt()
+            except grpc.RpcError as error:
+                delay_s = _delay_s(failures, error)
+                late = time.monotonic() + delay_s > deadline_s
+                if error.code() not in _TRANSIENT or failures > self._max_retries or late:
+                    raise self._translated(error) from error
+                time.sleep(delay_s)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _translated(self, error: grpc.RpcError) -> Exception:
+        return errors.from_rpc_error(error, self.target)
+
+    def _or_default(self, timeout_s: float | None) -> float:
+        return self._timeout_s if timeout_s is None else timeout_s
+
+
+def _prompt(prompt: Prompt | str) -> Prompt:
+    return Prompt(text=prompt) if isinstance(prompt, str) else prompt
+
+
+def _delay_s(failures: int, error: grpc.RpcError) -> float:
+    backoff_s: float = 0.1 * 2 ** (failures - 1)
+    return min(MAX_DELAY_S, max(backoff_s, errors.retry_after_s(error) or 0.0))

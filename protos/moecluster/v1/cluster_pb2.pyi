@@ -1,0 +1,152 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ActorRole(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ACTOR_ROLE_UNSPECIFIED: _ClassVar[ActorRole]
+    ACTOR_ROLE_ROUTER: _ClassVar[ActorRole]
+    ACTOR_ROLE_EXPERT: _ClassVar[ActorRole]
+
+class ActorState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ACTOR_STATE_UNSPECIFIED: _ClassVar[ActorState]
+    ACTOR_STATE_STARTING: _ClassVar[ActorState]
+    ACTOR_STATE_READY: _ClassVar[ActorState]
+    ACTOR_STATE_LOST: _ClassVar[ActorState]
+ACTOR_ROLE_UNSPECIFIED: ActorRole
+ACTOR_ROLE_ROUTER: ActorRole
+ACTOR_ROLE_EXPERT: ActorRole
+ACTOR_STATE_UNSPECIFIED: ActorState
+ACTOR_STATE_STARTING: ActorState
+ACTOR_STATE_READY: ActorState
+ACTOR_STATE_LOST: ActorState
+
+class ActorStatus(_message.Message):
+    __slots__ = ("id", "role", "node", "pid", "state", "device", "version", "groups", "memory_bytes", "tokens", "link")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LINK_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    role: ActorRole
+    node: str
+    pid: int
+    state: ActorState
+    device: str
+    version: int
+    groups: _containers.RepeatedScalarFieldContainer[int]
+    memory_bytes: int
+    tokens: int
+    link: str
+    def __init__(self, id: _Optional[str] = ..., role: _Optional[_Union[ActorRole, str]] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[_Union[ActorState, str]] = ..., device: _Optional[str] = ..., version: _Optional[int] = ..., groups: _Optional[_Iterable[int]] = ..., memory_bytes: _Optional[int] = ..., tokens: _Optional[int] = ..., link: _Optional[str] = ...) -> None: ...
+
+class LayerLoad(_message.Message):
+    __slots__ = ("tokens",)
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ClusterStatus(_message.Message):
+    __slots__ = ("model", "num_parameters", "num_experts", "num_moe_layers", "top_k", "version", "placement_epoch", "owners", "group_size", "nodes", "actors", "load", "jobs", "ready", "message", "max_positions", "vocab_size")
+    class OwnersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: str
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[str] = ...) -> None: ...
+    class JobsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_MOE_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    OWNERS_FIELD_NUMBER: _ClassVar[int]
+    GROUP_SIZE_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
+    ACTORS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    JOBS_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    MAX_POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    num_parameters: int
+    num_experts: int
+    num_moe_layers: int
+    top_k: int
+    version: int
+    placement_epoch: int
+    owners: _containers.ScalarMap[int, str]
+    group_size: int
+    nodes: _containers.RepeatedScalarFieldContainer[str]
+    actors: _containers.RepeatedCompositeFieldContainer[ActorStatus]
+    load: _containers.RepeatedCompositeFieldContainer[LayerLoad]
+    jobs: _containers.ScalarMap[str, int]
+    ready: bool
+    message: str
+    max_positions: int
+    vocab_size: int
+    def __init__(self, model: _Optional[str] = ..., num_parameters: _Optional[int] = ..., num_experts: _Optional[int] = ..., num_moe_layers: _Optional[int] = ..., top_k: _Optional[int] = ..., version: _Optional[int] = ..., placement_epoch: _Optional[int] = ..., owners: _Optional[_Mapping[int, str]] = ..., group_size: _Optional[int] = ..., nodes: _Optional[_Iterable[str]] = ..., actors: _Optional[_Iterable[_Union[ActorStatus, _Mapping]]] = ..., load: _Optional[_Iterable[_Union[LayerLoad, _Mapping]]] = ..., jobs: _Optional[_Mapping[str, int]] = ..., ready: _Optional[bool] = ..., message: _Optional[str] = ..., max_positions: _Optional[int] = ..., vocab_size: _Optional[int] = ...) -> None: ...
+
+class GetStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetStatusResponse(_message.Message):
+    __slots__ = ("status",)
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    status: ClusterStatus
+    def __init__(self, status: _Optional[_Union[ClusterStatus, _Mapping]] = ...) -> None: ...
+
+class ExportModelRequest(_message.Message):
+    __slots__ = ("path",)
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    def __init__(self, path: _Optional[str] = ...) -> None: ...
+
+class ExportModelResponse(_message.Message):
+    __slots__ = ("path", "files", "size_bytes", "version")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    files: _containers.RepeatedScalarFieldContainer[str]
+    size_bytes: int
+    version: int
+    def __init__(self, path: _Optional[str] = ..., files: _Optional[_Iterable[str]] = ..., size_bytes: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
+
+class ImportModelRequest(_message.Message):
+    __slots__ = ("path",)
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    def __init__(self, path: _Optional[str] = ...) -> None: ...
+
+class ImportModelResponse(_message.Message):
+    __slots__ = ("status",)
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    status: ClusterStatus
+    def __init__(self, status: _Optional[_Union[ClusterStatus, _Mapping]] = ...) -> None: ...

@@ -1,0 +1,247 @@
+"""The commands against a front in this process, as the command line calls them."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import re
+
+import pytest
+from rich.console import Console
+
+from cluster.backend import Job, JobEvent, JobState
+from cluster.commands import output, progress, remote
+from cluster.commands.options import TARGET_VARIABLE
+from cluster.config import JobConfig
+from cluster.service.client import Client
+from tests.fakes.backend import MemoryBackend
+from tests.fakes.front import running_front
+
+NOBODY = "127.0.0.1:1"
+
+
+@pytest.fixture
+def backend():
+    return MemoryBackend()
+
+
+@pytest.fixture
+def command(backend, monkeypatch, capsys):
+    """Runs a command line; gives exit code, stdout and stderr."""
+    with running_front(backend) as front:
+        monkeypatch.setenv(TARGET_VARIABLE, front.target)
+        monkeypatch.setenv("COLUMNS", "200")
+
+        def run(*argv: str) -> tuple[int, str, str]:
+            parser = argparse.ArgumentParser(prog="moe-cluster")
+            remote.add_parsers(parser.add_subparsers(required=True))
+            args = parser.parse_args(argv)
+            code = args.run(args)
+            return code, *capsys.readouterr()
+
+        yield run
+
+
+@pytest.fixture
+def job_file(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text("steps: 3\noptimizer: {lr: 0.5}\n")
+    return str(path)
+
+
+def only_line(text: str) -> str:
+    assert text.endswith("\n")
+    (line,) = text.splitlines()
+    return line
+
+
+class TestStatus:
+    def test_table(self, command):
+        code, out, err = command("status")
+        assert (code, err) == (0, "")
+        assert re.search(r"expert-0 .*node-1 .*3\.0 MiB.*socket/ipc", out)
+        assert re.search(r"0 .* 10 .* 3 .* 1\.60", out)
+
+    def test_json(self, command):
+        status = json.loads(command("status", "--json")[1])
+        assert status["owners"] == {"0": "expert-0"}
+        assert status["load_LE"] == [[1, 2, 3, 4], [0, 0, 0, 0]]
+        assert [actor["id"] for actor in status["actors"]] == ["router-0", "expert-0"]
+
+    def test_no_front(self, command):
+        code, out, err = command("status", "--target", NOBODY)
+        assert (code, out) == (1, "")
+        assert "moe-cluster up" in only_line(err)
+        assert NOBODY in err
+
+    def test_a_front_that_is_late(self, backend, command):
+        backend.delays_s["status"] = 60.0
+        code, _, err = command("status", "--timeout", "0.2")
+        assert code == 1
+        assert "moe-cluster:" in only_line(err)
+
+
+class TestTrain:
+    def test_lines(self, command, job_file):
+        code, out, err = command("train", job_file)
+        assert (code, err) == (0, "")
+        lines = out.splitlines()
+        assert "step 2/3  loss 2.5000  tokens/s 1,000" in lines
+        assert "step 3/3  held-out loss 2.5000" in lines
+        assert lines[-1] == "job job-1 is succeeded at step 3/3"
+
+    def test_json_keeps_stdout_for_the_document(self, command, job_file):
+        code, out, err = command("train", job_file, "--json", "--set", "steps=2", "--set", "optimizer.lr=1e-3")
+        result = json.loads(out)
+        assert code == 0
+        assert (result["job"]["state"], result["job"]["step"]) == ("succeeded", 2)
+        assert result["job"]["config"]["optimizer"]["lr"] == 0.001
+        assert result["metrics"]["loss"] == 2.5
+        assert result["eval"]["heldout_loss"] == 2.5
+        assert "step 2/2" in err
+
+    def test_a_request_id_submits_once(self, command, job_file):
+        ids = {json.loads(command("train", job_file, "--json", "--request-id", "r1")[1])["job"]["id"] for _ in "ab"}
+        assert len(ids) == 1
+        code, _, err = command("train", job_file, "--request-id", "r1", "--set", "steps=9")
+        assert code == 1
+        assert "r1" in only_line(err)
+
+    def test_detach_and_watch(self, command, job_file):
+        code, out, _ = command("train", job_file, "--detach")
+        assert code == 0
+        job_id = re.search(r"train --watch (\S+),", out)[1]
+        code, out, _ = command("train", "--watch", job_id)
+        assert code == 0
+        assert out.splitlines()[-1] == f"job {job_id} is succeeded at step 3/3"
+
+    def test_ctrl_c_detaches_and_says_how_to_go_on(self, backend, command, job_file, monkeypatch):
+        backend.step_s = 0.01
+
+        def interrupted(self, job_id, *, after=0):
+            yield next(watch(self, job_id, after=after))
+            raise KeyboardInterrupt
+
+        watch = Client.watch_job
+        monkeypatch.setattr(Client, "watch_job", interrupted)
+        code, _, err = command("train", job_file, "--set", "steps=10000")
+        assert code == 130
+        assert "moe-cluster train --watch job-1, end it: moe-cluster cancel job-1" in only_line(err)
+        assert command("cancel", "job-1")[0] == 0
+
+    def test_a_cancelled_job_is_a_failure_for_scripts(self, backend, command, job_file):
+        backend.step_s = 60.0
+        command("train", job_file, "--detach")
+        command("train", job_file, "--detach", "--request-id", "second")
+        command("cancel", "job-2")
+        code, _, err = command("train", "--watch", "job-2")
+        assert code == 1
+        assert "job job-2 cancelled at step 0" in only_line(err)
+
+    @pytest.mark.parametrize(
+        ("argv", "said"),
+        [
+            (("train", "no-such-file.yaml"), "no-such-file.yaml"),
+            (("train", "{job}", "--set", "optimizer.lrr=1"), "lrr"),
+            (("train", "{job}", "--set", "steps=-1"), "steps"),
+            (("train", "{job}", "--request-id", "a b"), "request_id"),
+            (("train", "--watch", "job-1", "--set", "steps=1"), "--set"),
+        ],
+    )
+    def test_bad_input_is_exit_code_2(self, command, job_file, argv, said):
+        code, _, err = command(*(arg.format(job=job_file) for arg in argv))
+        assert code == 2
+        assert said in only_line(err)
+
+    @pytest.mark.parametrize("argv", [("train",), ("train", "a.yaml", "--watch", "b"), ("train", "a", "--set", "x")])
+    def test_bad_usage_is_exit_code_2(self, command, argv):
+        with pytest.raises(SystemExit) as caught:
+            command(*argv)
+        assert caught.value.code == 2
+
+
+class TestJobs:
+    def test_list_and_cancel(self, backend, command, job_file):
+        assert "no jobs yet" in command("jobs")[1]
+        backend.step_s = 60.0
+        for request_id in ("a", "b", "c"):
+            command("train", job_file, "--detach", "--request-id", request_id)
+        assert [job["id"] for job in json.loads(command("jobs", "--json")[1])["jobs"]] == ["job-3", "job-2", "job-1"]
+        assert len(json.loads(command("jobs", "--json", "--limit", "2")[1])["jobs"]) == 2
+        assert json.loads(command("cancel", "job-3", "--json")[1])["job"]["state"] == "cancelled"
+        assert re.search(r"job-3 .*cancelled .*0/3", command("jobs")[1])
+
+    def test_cancel_of_a_finished_job(self, command, job_file):
+        command("train", job_file)
+        code, _, err = command("cancel", "job-1")
+        assert code == 1
+        assert "succeeded already" in only_line(err)
+
+
+class TestInference:
+    def test_generate(self, command):
+        assert command("generate", "ab", "--max-tokens", "5") == (0, "ababa\n", "")
+
+    def test_generate_json(self, command):
+        code, out, _ = command("generate", "--token-ids", "72,105", "--max-tokens", "2", "--json")
+        assert code == 0
+        assert json.loads(out) == {
+            "text": "Hi",
+            "token_ids": [72, 105],
+            "finish_reason": "length",
+            "prompt_tokens": 2,
+            "versions": [0],
+        }
+
+    def test_the_prompt_from_standard_input(self, command, monkeypatch):
+        monkeypatch.setattr("sys.stdin", io.StringIO("xy"))
+        assert command("generate", "-", "--max-tokens", "3")[1] == "xyx\n"
+
+    def test_bad_parameters(self, command):
+        for argv in (["--temperature", "nan"], ["--top-p", "0"], ["--max-tokens", "0"], ["--stop", ""]):
+            code, out, err = command("generate", "ab", *argv)
+            assert (code, out) == (2, "")
+            assert argv[0].removeprefix("--").replace("-", "_") in only_line(err)
+        assert command("generate", "")[0] == 2
+
+    def test_score(self, command):
+        assert "3 tokens, 0.1500 nats a token" in command("score", "abc")[1]
+        assert json.loads(command("score", "abc", "--json")[1])["logprobs"] == [-0.1, -0.2]
+
+
+class TestModel:
+    def test_export_and_import(self, command):
+        assert "/storage/out: 2 files, 4.0 KiB" in command("export", "out")[1]
+        assert json.loads(command("export", "out", "--json")[1])["size_bytes"] == 4096
+        assert "imported out: 1,000 parameters" in command("import", "out")[1]
+        assert json.loads(command("import", "out", "--json")[1])["model"] == "memory"
+
+    def test_a_missing_directory(self, command):
+        code, _, err = command("import", "missing")
+        assert code == 2
+        assert "export one first" in only_line(err)
+
+
+class TestLooks:
+    JOB = Job("job-1", "r", JobConfig(steps=4), JobState.RUNNING, step=0, created_s=0.0)
+
+    def test_the_bar_of_a_terminal(self, monkeypatch):
+        screen = Console(file=io.StringIO(), force_terminal=True, width=160)
+        monkeypatch.setattr(progress, "console", lambda *, stderr: screen)
+        with progress.open_progress(self.JOB, stderr=False) as show:
+            show(JobEvent(1, 0.0, "step", JobState.RUNNING, 3, {"loss": 1.25, "retries": 1.0}))
+            show(JobEvent(2, 0.0, "note", JobState.RUNNING, 3, {}, "[router] lost expert-1"))
+        shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.file.getvalue())
+        assert "3/4" in shown
+        assert "loss 1.2500  retries 1" in shown
+        assert "step 3/4  [router] lost expert-1" in shown
+
+    def test_json_has_no_nan(self, capsys):
+        output.print_json({"loss": math.nan, "state": JobState.FAILED, "at": (1, math.inf)})
+        assert json.loads(capsys.readouterr().out) == {"loss": None, "state": "failed", "at": [1, None]}
+
+    @pytest.mark.parametrize(("num_bytes", "text"), [(0, "0 B"), (1536, "1.5 KiB"), (5 << 40, "5.0 TiB")])
+    def test_sizes(self, num_bytes, text):
+        assert output.size(num_bytes) == text

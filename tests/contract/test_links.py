@@ -1,0 +1,278 @@
+"""One suite for every link: what a router may rely on, whichever way the bytes go."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+import torch
+import zmq
+
+from actors.errors import InvalidInput, LinkTimeout, PeerLost, ProtocolError, RemoteError
+from actors.transport.contract import Link
+from actors.transport.faulty import Fault, FaultyLink
+from actors.transport.local import LocalLink
+from actors.transport.message import Message, decode, encode, error_answer
+from actors.transport.socket import Address, SocketLink, SocketServer
+
+MAX_BYTES = 1 << 22
+KINDS = ("local", "socket/ipc", "socket/tcp", "faulty")
+
+
+def echo(peer: str, question: Message) -> Message:
+    """A peer that answers what it was sent, refuses `refuse` and breaks at `break`."""
+    if question.op == "refuse":
+        return error_answer(InvalidInput("not like this", field="op"))
+    if question.op == "break":
+        return error_answer(ZeroDivisionError("secret"))
+    return Message("ok", {"op": question.op, **question.fields}, question.tensors)
+
+
+def over_tcp(address: Address) -> Address:
+    return Address("another host", address.ipc, address.tcp)
+
+
+@contextmanager
+def opened(kind: str, handler: Callable[[str, Message], Message] = echo) -> Iterator[Link]:
+    if kind == "local":
+        yield LocalLink("peer", handler)
+        return
+    server = SocketServer("peer", handler, max_bytes=MAX_BYTES)
+    server.start()
+    address = over_tcp(server.address) if kind == "socket/tcp" else server.address
+    link: Link = SocketLink("peer", address, name="router", max_bytes=MAX_BYTES, timeout_s=5)
+    if kind == "faulty":
+        link = FaultyLink(link, [])
+    try:
+        yield link
+    finally:
+        link.close()
+        server.stop()
+
+
+@pytest.fixture(params=KINDS)
+def link(request: pytest.FixtureRequest) -> Iterator[Link]:
+    with opened(request.param) as link:
+        yield link
+
+
+def test_kind_says_what_it_is(link: Link) -> None:
+    assert link.kind in KINDS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32])
+@pytest.mark.parametrize("shape", [(3, 5), (0, 5), (1,), (), (700, 64)])
+def test_tensors_come_back_as_they_went(link: Link, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensor = (torch.randn(shape) * 100).to(dtype)
+    answer = link.call(Message("echo", {"n": 3, "x": [1, 2], "none": None}, (tensor, torch.empty(0, dtype=dtype))), 5)
+    assert answer.fields == {"op": "echo", "n": 3, "x": [1, 2], "none": None}
+    assert answer.tensors[0].dtype == dtype
+    assert torch.equal(answer.tensors[0], tensor)
+    assert answer.tensors[1].numel() == 0
+
+
+def test_a_strided_tensor_is_sent_by_value(link: Link) -> None:
+    tensor = torch.arange(12.0).view(3, 4).t()
+    assert torch.equal(link.call(Message("echo", {}, (tensor,)), 5).tensors[0], tensor)
+
+
+def test_answers_may_be_awaited_in_any_order(link: Link) -> None:
+    pending = [link.start(Message("echo", {"n": n})) for n in range(5)]
+    assert [p.result(5).fields["n"] for p in reversed(pending)] == [4, 3, 2, 1, 0]
+
+
+def test_a_refusal_leaves_the_link_usable(link: Link) -> None:
+    with pytest.raises(InvalidInput, match=r"not like this.*said peer"):
+        link.call(Message("refuse"), 5)
+    assert link.call(Message("echo"), 5).op == "ok"
+
+
+def test_an_inner_error_is_named_but_not_shown(link: Link) -> None:
+    with pytest.raises(RemoteError, match="ZeroDivisionError") as caught:
+        link.call(Message("break"), 5)
+    assert "secret" not in str(caught.value)
+    assert "peer" in str(caught.value)
+
+
+def test_traffic_is_counted(link: Link) -> None:
+    before = link.traffic.bytes_sent
+    link.call(Message("echo", {}, (torch.zeros(10, 10),)), 5)
+    assert link.traffic.bytes_sent - before == 400
+    assert link.traffic.bytes_received >= 400
+
+
+def test_a_closed_link_says_so(link: Link) -> None:
+    link.close()
+    with pytest.raises(PeerLost, match="peer"):
+        link.call(Message("echo"), 5)
+
+
+@pytest.mark.parametrize("kind", ["socket/ipc", "socket/tcp"])
+def test_a_slow_peer_ends_in_a_timeout_and_its_late_answer_is_dropped(kind: str) -> None:
+    release = threading.Event()
+
+    def slow(peer: str, question: Message) -> Message:
+        if question.op == "slow":
+            release.wait(10)
+        return Message("ok", {"op": question.op})
+
+    with opened(kind, slow) as link:
+        started = time.monotonic()
+        with pytest.raises(LinkTimeout, match="peer"):
+            link.call(Message("slow"), 0.2)
+        assert time.monotonic() - started < 3
+        release.set()
+        assert link.call(Message("quick"), 5).fields["op"] == "quick"
+
+
+def test_too_large_a_message_is_refused_before_it_is_sent() -> None:
+    with opened("socket/ipc") as link:
+        with pytest.raises(InvalidInput, match="max_message_bytes"):
+            link.call(Message("echo", {}, (torch.zeros(MAX_BYTES // 4 + 1),)), 5)
+        assert link.call(Message("echo"), 5).op == "ok"
+
+
+def test_nobody_listens() -> None:
+    started = time.monotonic()
+    with pytest.raises((PeerLost, LinkTimeout), match="nobody"):
+        SocketLink("nobody", Address("x", "", "tcp://127.0.0.1:9"), name="r", max_bytes=MAX_BYTES, timeout_s=1)
+    assert time.monotonic() - started < 5
+
+
+_CHILD = """
+import sys, time
+from actors.transport.message import Message
+from actors.transport.socket import SocketServer, address_to_dict
+import json
+def handler(peer, question):
+    if question.op == "hang":
+        print("hanging", flush=True)
+        time.sleep(60)
+    return Message("ok", {}, question.tensors)
+server = SocketServer("child", handler, max_bytes=1 << 26)
+print(json.dumps(address_to_dict(server.address)), flush=True)
+server.start()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("way", ["ipc", "tcp"])
+@pytest.mark.parametrize("moment", ["waiting", "sending"])
+def test_a_peer_that_dies_is_named_at_once(way: str, moment: str) -> None:
+    import json
+
+    child = subprocess.Popen([sys.executable, "-c", _CHILD], stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout is not None
+        address = Address(**json.loads(child.stdout.readline()))
+        address = over_tcp(address) if way == "tcp" else address
+        link = SocketLink("child", address, name="router", max_bytes=1 << 26, timeout_s=10)
+        if moment == "waiting":
+            pending = link.start(Message("hang"))
+            assert child.stdout.readline().strip() == "hanging"
+        else:
+            # A stopped process takes no bytes: most of this message is still on its way when the peer dies.
+            os.kill(child.pid, signal.SIGSTOP)
+            pending = link.start(Message("echo", {}, (torch.zeros(1 << 23),)))
+        os.kill(child.pid, signal.SIGKILL)
+        killed = time.monotonic()
+        with pytest.raises(PeerLost, match="child"):
+            pending.result(20)
+        assert time.monotonic() - killed < 5
+        with pytest.raises(PeerLost):
+            link.call(Message("echo"), 5)
+        link.close()
+    finally:
+        with suppress(ProcessLookupError):
+            child.kill()
+        child.wait(10)
+
+
+BAD_FRAMES = {
+    "nothing": [],
+    "no json": [b"\xff\xfe"],
+    "another version": [b'{"v": 2, "id": 1, "op": "x", "fields": {}, "tensors": []}'],
+    "no fields": [b'{"v": 1, "id": 1, "op": "x", "tensors": []}'],
+    "op is a number": [b'{"v": 1, "id": 1, "op": 5, "fields": {}, "tensors": []}'],
+    "tensor without a frame": [b'{"v": 1, "id": 1, "op": "x", "fields": {}, "tensors": [["float32", [2]]]}'],
+    "shape and bytes differ": [b'{"v": 1, "id": 1, "op": "x", "fields": {}, "tensors": [["float32", [9]]]}', b"1234"],
+    "negative size": [b'{"v": 1, "id": 1, "op": "x", "fields": {}, "tensors": [["float32", [-1]]]}', b"1234"],
+    "huge shape": [b'{"v": 1, "id": 1, "op": "x", "fields": {}, "tensors": [["float32", [99999999999999]]]}', b""],
+    "unknown dtype": [b'{"v": 1, "id": 1, "op": "x", "fields": {}, "tensors": [["object", [1]]]}', b"1"],
+    "deep nesting": [b"[" * 5000],
+    "too many frames": [b"{}"] * 30,
+    "too many bytes": [b"{}", b"x" * (MAX_BYTES + 1)],
+}
+
+
+@pytest.mark.parametrize("what", BAD_FRAMES)
+def test_malformed_frames_make_a_protocol_error(what: str) -> None:
+    with pytest.raises(ProtocolError, match="stranger"):
+        decode(BAD_FRAMES[what], peer="stranger", max_bytes=MAX_BYTES)
+
+
+def test_the_server_outlives_a_stranger() -> None:
+    with opened("socket/tcp") as link:
+        assert isinstance(link, SocketLink)
+        stranger = zmq.Context.instance().socket(zmq.DEALER)
+        stranger.setsockopt(zmq.LINGER, 0)
+        stranger.connect(link._socket.getsockopt_string(zmq.LAST_ENDPOINT))
+        for frames in BAD_FRAMES.values():
+            if frames and sum(map(len, frames)) < MAX_BYTES:
+                stranger.send_multipart(frames)
+                assert stranger.poll(5000), "a refusal is answered"
+                answer = decode(stranger.recv_multipart(), peer="server", max_bytes=MAX_BYTES)
+                assert answer.op == "error"
+        stranger.close()
+        assert link.call(Message("echo"), 5).op == "ok"
+
+
+def test_encode_then_decode_is_the_same_message() -> None:
+    message = Message("op", {"a": [1, {"b": None}]}, (torch.eye(3, dtype=torch.bfloat16),), id=7)
+    again = decode(encode(message), peer="x", max_bytes=MAX_BYTES)
+    assert (again.op, again.fields, again.id) == (message.op, message.fields, 7)
+    assert torch.equal(again.tensors[0], message.tensors[0])
+
+
+def test_faults_strike_where_the_script_says() -> None:
+    with opened("socket/ipc") as inner:
+        script = [
+            Fault("a", 2, "drop_question"),
+            Fault("b", 1, "drop_answer"),
+            Fault("c", 1, "duplicate"),
+            Fault("d", 1, "delay", delay_s=0.05),
+            Fault("e", 1, "close"),
+        ]
+        link = FaultyLink(inner, script)
+        assert link.call(Message("a"), 5).op == "ok"
+        for op in ("a", "b"):
+            with pytest.raises(LinkTimeout):
+                link.call(Message(op), 0.3)
+        assert link.call(Message("c", {"n": 1}), 5).fields["n"] == 1
+        started = time.monotonic()
+        assert link.call(Message("d"), 5).op == "ok"
+        assert time.monotonic() - started >= 0.05
+        with pytest.raises(PeerLost, match="script"):
+            link.call(Message("e"), 5)
+        assert [f.op for f in link.struck] == ["a", "b", "c", "d", "e"]
+
+
+def test_a_duplicate_is_handled_once() -> None:
+    seen: list[int] = []
+
+    def counting(peer: str, question: Message) -> Message:
+        seen.append(question.id)
+        return Message("ok")
+
+    with opened("socket/ipc", counting) as inner:
+        link = FaultyLink(inner, [Fault("x", 1, "duplicate")])
+        link.call(Message("x"), 5)
+        link.call(Message("y"), 5)
+    assert len(seen) == 2

@@ -1,0 +1,298 @@
+"""Every call of the front against a backend in memory, through the client."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import threading
+
+import pytest
+
+from actors.errors import CheckpointError, InvalidInput, LinkTimeout, PeerLost, RemoteError, StepAborted
+from cluster.backend import GenerateChunk, Job, JobState, Prompt, SamplingParams
+from cluster.config import FrontConfig, JobConfig, OptimizerConfig
+from cluster.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted, Unavailable
+from cluster.service.client import Client
+from tests.fakes.backend import MemoryBackend
+from tests.fakes.front import run, running_front
+
+QUICK = JobConfig(steps=3)
+
+
+@pytest.fixture
+def backend():
+    return MemoryBackend()
+
+
+@pytest.fixture
+def client(backend):
+    with running_front(backend) as front, Client(front.target, timeout_s=10.0) as client:
+        yield client
+
+
+def finished(client: Client, config: JobConfig = QUICK, **kwargs) -> Job:
+    job = client.submit_job(config, **kwargs)
+    list(client.watch_job(job.id))
+    return client.get_job(job.id)
+
+
+class TestTraining:
+    def test_a_job_runs_and_its_config_comes_back(self, client):
+        config = JobConfig(steps=4, optimizer=OptimizerConfig(lr=0.25, clip_norm=0.0))
+        job = finished(client, config, request_id="first")
+        assert (job.state, job.step, job.request_id, job.config) == (JobState.SUCCEEDED, 4, "first", config)
+        assert job.created_s <= job.started_s <= job.ended_s
+
+    def test_submit_is_idempotent_by_request_id(self, client):
+        first = client.submit_job(QUICK, request_id="same")
+        assert client.submit_job(QUICK, request_id="same").id == first.id
+        assert client.submit_job(QUICK, request_id="other").id != first.id
+        assert len(client.list_jobs()) == 2
+
+    def test_a_request_id_with_another_config_is_refused(self, client):
+        client.submit_job(QUICK, request_id="same")
+        with pytest.raises(AlreadyExists, match="same"):
+            client.submit_job(JobConfig(steps=4), request_id="same")
+
+    def test_jobs_are_listed_newest_first_in_pages(self, client):
+        ids = [client.submit_job(QUICK).id for _ in range(7)]
+        assert [job.id for job in client.list_jobs(page_size=3)] == ids[::-1]
+        assert [job.id for job in client.list_jobs(page_size=3, limit=4)] == ids[::-1][:4]
+
+    def test_unknown_jobs(self, client):
+        for call in (client.get_job, client.cancel_job, lambda job_id: list(client.watch_job(job_id))):
+            with pytest.raises(NotFound, match="job-99"):
+                call("job-99")
+
+    def test_cancel_ends_a_running_job_after_its_step(self, backend, client):
+        backend.step_s = 0.01
+        job = client.submit_job(JobConfig(steps=10_000))
+        watch = client.watch_job(job.id)
+        next(event for event in watch if event.step == 2)
+        assert client.cancel_job(job.id).state is JobState.CANCELLING
+        assert list(watch)[-1].state is JobState.CANCELLED
+        assert 2 <= client.get_job(job.id).step < 10_000
+
+    def test_cancel_of_a_finished_job_is_refused(self, client):
+        job = finished(client)
+        with pytest.raises(FailedPrecondition, match="succeeded"):
+            client.cancel_job(job.id)
+        assert client.get_job(job.id) == job
+
+
+class TestWatch:
+    def test_events_are_numbered_without_gaps_and_end_with_the_job(self, client):
+        job = client.submit_job(QUICK)
+        events = list(client.watch_job(job.id))
+        assert [event.number for event in events] == list(range(1, len(events) + 1))
+        assert [event.step for event in events if event.kind == "step"] == [1, 2, 3]
+        assert events[-1].state is JobState.SUCCEEDED
+        assert events[3].metrics == {"loss": 2.5, "tokens_per_s": 1000.0}
+
+    def test_it_starts_after_the_given_event(self, client):
+        job = finished(client)
+        assert [event.number for event in client.watch_job(job.id, after=4)] == list(range(5, job.last_event + 1))
+        assert list(client.watch_job(job.id, after=job.last_event)) == []
+
+    def test_an_event_that_does_not_exist_yet_is_refused(self, client):
+        job = finished(client)
+        with pytest.raises(InvalidInput, match="after_event") as caught:
+            list(client.watch_job(job.id, after=job.last_event + 1))
+        assert caught.value.field == "after_event"
+
+    def test_more_events_than_one_fetch_gives(self, client):
+        job = client.submit_job(JobConfig(steps=1000))
+        assert sum(event.kind == "step" for event in client.watch_job(job.id)) == 1000
+
+    def test_it_outlasts_the_deadline_of_one_stream(self, backend, client, monkeypatch):
+        monkeypatch.setattr("cluster.service.client.WATCH_STREAM_S", 0.1)
+        backend.step_s = 0.01
+        job = client.submit_job(JobConfig(steps=30))
+        numbers = [event.number for event in client.watch_job(job.id)]
+        assert numbers == list(range(1, client.get_job(job.id).last_event + 1))
+
+    def test_it_survives_a_front_that_is_replaced(self):
+        backend = MemoryBackend(step_s=0.005)
+        with running_front(backend) as front, Client(front.target) as client:
+            job = client.submit_job(JobConfig(steps=100))
+            watch = client.watch_job(job.id)
+            numbers = [event.number for event in itertools.islice(watch, 5)]
+            run(front.stop(grace_s=0.0))
+            with running_front(backend, FrontConfig(port=front.port)):
+                numbers += [event.number for event in watch]
+        assert numbers == list(range(1, len(numbers) + 1))
+        assert len(numbers) > 100
+
+    def test_it_gives_up_when_no_front_comes_back(self):
+        backend = MemoryBackend(step_s=0.01)
+        with running_front(backend) as front, Client(front.target, max_retries=1) as client:
+            watch = client.watch_job(client.submit_job(JobConfig(steps=10_000)).id)
+            next(watch)
+            run(front.stop(grace_s=0.0))
+            with pytest.raises(Unavailable, match="moe-cluster up"):
+                list(watch)
+
+
+class TestSubmitRetries:
+    def test_a_lost_answer_does_not_make_a_second_job(self):
+        class LosesFirstAnswer(MemoryBackend):
+            async def submit_job(self, config, *, request_id, timeout_s):
+                job = await super().submit_job(config, request_id=request_id, timeout_s=timeout_s)
+                if not self.failures.get("answered"):
+                    self.failures["answered"] = [Unavailable("once")]
+                    raise Unavailable("the coordinator restarts")
+                return job
+
+        with running_front(LosesFirstAnswer()) as front, Client(front.target) as client:
+            job = client.submit_job(QUICK)
+            assert [found.id for found in client.list_jobs()] == [job.id]
+
+    def test_other_errors_are_not_retried(self, backend, client):
+        backend.failures["submit_job"] = [FailedPrecondition("not now")]
+        with pytest.raises(FailedPrecondition, match="not now"):
+            client.submit_job(QUICK)
+
+    def test_no_front(self):
+        with Client("127.0.0.1:1", max_retries=1) as client, pytest.raises(Unavailable, match=r"127\.0\.0\.1:1"):
+            client.submit_job(QUICK)
+
+
+class TestInference:
+    def test_generate_streams_pieces(self, client):
+        chunks = list(client.generate("ab", SamplingParams(max_tokens=5)))
+        assert "".join(chunk.text for chunk in chunks) == "ababa"
+        assert [chunk.finish_reason for chunk in chunks] == ["", "", "", "", "length"]
+        assert chunks[-1].prompt_tokens == 2
+
+    def test_generate_takes_token_ids(self, client):
+        chunks = list(client.generate(Prompt(token_ids=(72, 105)), SamplingParams(max_tokens=2)))
+        assert [chunk.token_ids for chunk in chunks] == [(72,), (105,)]
+
+    def test_a_prompt_the_model_refuses(self, client):
+        with pytest.raises(InvalidInput, match="vocabulary") as caught:
+            list(client.generate(Prompt(token_ids=(1, 999))))
+        assert (caught.value.field, caught.value.remedy) == ("prompt.token_ids", "give ids below 256")
+
+    def test_score(self, client):
+        result = client.score("abc")
+        assert result.token_ids == (97, 98, 99)
+        assert result.logprobs == (-0.1, -0.2)
+
+    def test_embed(self, client):
+        assert client.embed("abc").embedding == (0.5, -0.25)
+
+    def test_a_client_that_leaves_ends_the_generation(self, backend, client):
+        backend.token_s = 0.005
+        chunks = client.generate("ab", SamplingParams(max_tokens=100_000))
+        next(chunks)
+        chunks.close()
+        assert backend.generation_closed.wait(5.0)
+
+    def test_a_client_that_never_reads_ends_the_generation_by_leaving(self, backend, client):
+        """The stream is stuck in a full send window then, not in the backend."""
+        chunks = client.generate("ab", SamplingParams(max_tokens=1_000_000))
+        next(chunks)
+        assert not backend.generation_closed.wait(0.3)
+        chunks.close()
+        assert backend.generation_closed.wait(5.0)
+
+    def test_the_backends_iterator_is_closed_and_not_left_to_the_garbage_collector(self):
+        class Endless:
+            def __init__(self):
+                self.closed = threading.Event()
+
+            def __aiter__(self):
+                return self
+
+            async def __anext__(self):
+                await asyncio.sleep(0.005)
+                return GenerateChunk("a", (97,), 0)
+
+            async def aclose(self):
+                self.closed.set()
+
+        class Backend(MemoryBackend):
+            stream = Endless()
+
+            def generate(self, prompt, params, *, timeout_s):
+                return self.stream
+
+        backend = Backend()
+        with running_front(backend) as front, Client(front.target) as client:
+            chunks = client.generate("a")
+            next(chunks)
+            assert not backend.stream.closed.is_set()
+            chunks.close()
+            assert backend.stream.closed.wait(5.0)
+
+
+class TestCluster:
+    def test_status_crosses_whole(self, backend, client):
+        assert client.status() == run(backend.status(timeout_s=1.0))
+
+    def test_export_and_import(self, client):
+        assert client.export_model("out").path == "/storage/out"
+        assert client.import_model("out").model == "memory"
+
+    def test_import_of_a_missing_directory(self, client):
+        with pytest.raises(CheckpointError, match="missing-model") as caught:
+            client.import_model("missing-model")
+        assert caught.value.remedy == "export one first"
+
+
+class TestDeadlines:
+    def test_a_late_call_ends_in_time_and_in_the_backend_too(self, backend, client):
+        backend.delays_s["score"] = 60.0
+        with pytest.raises(LinkTimeout, match=r"127\.0\.0\.1"):
+            client.score("abc", timeout_s=0.2)
+        assert backend.cancelled.wait(5.0)
+
+    def test_what_is_left_is_passed_on(self, backend, client):
+        client.score("abc", timeout_s=7.0)
+        assert 5.0 < backend.timeouts_s["score"] < 7.1  # deadlines cross the wire on another clock
+
+
+class TestFailures:
+    @pytest.mark.parametrize(
+        ("raised", "seen"),
+        [
+            (NotFound("no model"), NotFound),
+            (ResourceExhausted("16 streams"), ResourceExhausted),
+            (Unavailable("restarting"), Unavailable),
+            (StepAborted("again"), StepAborted),
+            (PeerLost("gone", peer="expert-3"), Unavailable),
+            (RuntimeError("bug"), RemoteError),
+        ],
+        ids=lambda value: getattr(value, "__name__", type(value).__name__),
+    )
+    def test_errors_of_the_backend(self, backend, client, raised, seen):
+        backend.failures["score"] = [raised]
+        with pytest.raises(seen) as caught:
+            client.score("abc")
+        assert type(caught.value) is seen
+        assert client.score("abc").token_ids
+
+    def test_what_is_inside_stays_inside(self, backend, client, caplog):
+        backend.failures["score"] = [RuntimeError("/secret/path"), PeerLost("gone", peer="10.0.0.7:999")]
+        for _ in range(2):
+            with pytest.raises((RemoteError, Unavailable)) as caught:
+                client.score("abc")
+            assert "secret" not in str(caught.value)
+            assert "10.0.0.7" not in str(caught.value)
+        assert "RuntimeError: /secret/path" in caplog.text
+        assert "10.0.0.7" in caplog.text
+
+    def test_a_long_text_with_bytes_that_are_no_text_still_arrives(self, backend, client):
+        backend.failures["score"] = [FailedPrecondition("\udce4" + "漢字" * 20_000)]
+        with pytest.raises(FailedPrecondition, match="漢字"):
+            client.score("abc")
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
+    def test_the_client_checks_before_it_sends(self, client, value):
+        with pytest.raises(InvalidInput, match="temperature"):
+            client.generate("a", SamplingParams(temperature=value))
+        with pytest.raises(InvalidInput, match=r"optimizer\.lr"):
+            client.submit_job(JobConfig(optimizer=OptimizerConfig(lr=value)))
+        with pytest.raises(InvalidInput, match="request_id"):
+            client.submit_job(QUICK, request_id="x" * 129)

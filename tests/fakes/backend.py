@@ -1,0 +1,225 @@
+"""A backend in memory: jobs take steps, events are kept, generation echoes the prompt. Nothing is computed.
+
+It lives in one event loop and is driven from there. `delays` and `failures` make single calls slow or fail, and the
+fields at the top let a test in another thread see what happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+
+from actors.errors import CheckpointError, InvalidInput
+from cluster.backend import (
+    ActorStatus,
+    ClusterStatus,
+    EmbedResult,
+    GenerateChunk,
+    Job,
+    JobEvent,
+    JobState,
+    ModelDirectory,
+    Prompt,
+    SamplingParams,
+    ScoreResult,
+)
+from cluster.config import JobConfig
+from cluster.errors import AlreadyExists, FailedPrecondition, NotFound
+
+NUM_EXPERTS = 4
+NUM_LAYERS = 2
+VOCAB_SIZE = 256
+
+
+class MemoryBackend:
+    def __init__(self, *, step_s: float = 0.0, token_s: float = 0.0, ready: bool = True) -> None:
+        self.step_s = step_s
+        self.token_s = token_s
+        self.ready = ready
+        self.delays_s: dict[str, float] = {}
+        """Method name -> seconds it takes."""
+        self.failures: dict[str, list[Exception]] = {}
+        """Method name -> what its next calls raise, one each."""
+        self.timeouts_s: dict[str, float] = {}
+        """Method name -> the time it was given, last call."""
+        self.cancelled = threading.Event()
+        """A call was cancelled while it waited."""
+        self.generation_started = threading.Event()
+        self.generation_closed = threading.Event()
+        self.version = 0
+        self._jobs: dict[str, Job] = {}
+        self._events: dict[str, list[JobEvent]] = {}
+        self._changed = asyncio.Condition()
+        self._worker: asyncio.Task[None] | None = None
+
+    async def submit_job(self, config: JobConfig, *, request_id: str, timeout_s: float) -> Job:
+        await self._enter("submit_job", timeout_s)
+        for job in self._jobs.values():
+            if job.request_id == request_id:
+                if job.config != config:
+                    raise AlreadyExists(f"request id {request_id} was used before with another config")
+                return job
+        job_id = f"job-{len(self._jobs) + 1}"
+        self._jobs[job_id] = Job(job_id, request_id, config, JobState.QUEUED, step=0, created_s=time.time())
+        self._events[job_id] = []
+        await self._record(job_id, "state", state=JobState.QUEUED)
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work())
+        return self._jobs[job_id]
+
+    async def get_job(self, job_id: str, *, timeout_s: float) -> Job:
+        await self._enter("get_job", timeout_s)
+        if job_id not in self._jobs:
+            raise NotFound(f"no job {job_id}")
+        return self._jobs[job_id]
+
+    async def list_jobs(self, *, timeout_s: float) -> Sequence[Job]:
+        await self._enter("list_jobs", timeout_s)
+        return list(reversed(self._jobs.values()))
+
+    async def cancel_job(self, job_id: str, *, timeout_s: float) -> Job:
+        job = await self.get_job(job_id, timeout_s=timeout_s)
+        if job.state.is_final:
+            raise FailedPrecondition(f"job {job_id} is {job.state.value} already")
+        queued = job.state is JobState.QUEUED
+        await self._record(job_id, "state", state=JobState.CANCELLED if queued else JobState.CANCELLING)
+        return self._jobs[job_id]
+
+    async def job_events(
+        self, job_id: str, *, after: int, max_events: int, wait_s: float
+    ) -> tuple[Sequence[JobEvent], Job]:
+        await self._enter("job_events", wait_s)
+        if job_id not in self._jobs:
+            raise NotFound(f"no job {job_id}")
+        events = self._events[job_id]
+        try:
+            async with asyncio.timeout(wait_s), self._changed:
+                await self._changed.wait_for(lambda: len(events) > after)
+        except TimeoutError:
+            pass
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        return events[after : after + max_events], self._jobs[job_id]
+
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams, *, timeout_s: float
+    ) -> AsyncIterator[GenerateChunk]:
+        token_ids = self._tokens(prompt)
+        try:
+            await self._enter("generate", timeout_s)
+            self.generation_started.set()
+            echoed = [token_ids[i % len(token_ids)] for i in range(params.max_tokens)]
+            for index, token_id in enumerate(echoed, start=1):
+                await asyncio.sleep(self.token_s)
+                reason = "length" if index == len(echoed) else ""
+                yield GenerateChunk(chr(token_id), (token_id,), self.version, reason, len(token_ids))
+        finally:
+            self.generation_closed.set()
+
+    async def score(self, prompt: Prompt, *, timeout_s: float) -> ScoreResult:
+        await self._enter("score", timeout_s)
+        token_ids = self._tokens(prompt)
+        return ScoreResult(token_ids, tuple(-i / 10 for i in range(1, len(token_ids))), self.version)
+
+    async def embed(self, prompt: Prompt, *, timeout_s: float) -> EmbedResult:
+        await self._enter("embed", timeout_s)
+        return EmbedResult((0.5, -0.25), len(self._tokens(prompt)), self.version)
+
+    async def status(self, *, timeout_s: float) -> ClusterStatus:
+        await self._enter("status", timeout_s)
+        states = [job.state for job in self._jobs.values()]
+        router = ActorStatus("router-0", "router", "node-0", 100, "ready", "cpu", self.version, memory_bytes=1 << 20)
+        expert = ActorStatus(
+            "expert-0", "expert", "node-1", 101, "ready", "cpu", self.version, (0,), 3 << 20, 640, "socket/ipc"
+        )
+        return ClusterStatus(
+            model="memory",
+            num_parameters=1000,
+            num_experts=NUM_EXPERTS,
+            num_moe_layers=NUM_LAYERS,
+            top_k=2,
+            version=self.version,
+            placement_epoch=1,
+            owners={0: "expert-0"},
+            group_size=NUM_EXPERTS,
+            nodes=("node-0", "node-1"),
+            actors=(router, expert),
+            load_LE=((1, 2, 3, 4), (0, 0, 0, 0)),
+            jobs={state.value: states.count(state) for state in JobState},
+            ready=self.ready,
+            max_positions=512,
+            vocab_size=VOCAB_SIZE,
+        )
+
+    async def export_model(self, path: str, *, timeout_s: float) -> ModelDirectory:
+        await self._enter("export_model", timeout_s)
+        return ModelDirectory(f"/storage/{path}", ("config.json", "model.safetensors"), 4096, self.version)
+
+    async def import_model(self, path: str, *, timeout_s: float) -> ClusterStatus:
+        await self._enter("import_model", timeout_s)
+        if path.startswith("missing"):
+            raise CheckpointError("no such model directory", field="path", value=path, remedy="export one first")
+        return await self.status(timeout_s=timeout_s)
+
+    async def _enter(self, method: str, timeout_s: float) -> None:
+        self.timeouts_s[method] = timeout_s
+        if pending := self.failures.get(method):
+            raise pending.pop(0)
+        try:
+            await asyncio.sleep(self.delays_s.get(method, 0.0))
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+
+    async def _work(self) -> None:
+        """Runs the queued jobs one after another."""
+        while queued := [job.id for job in self._jobs.values() if job.state is JobState.QUEUED]:
+            await self._run(queued[0])
+
+    async def _run(self, job_id: str) -> None:
+        await self._record(job_id, "state", state=JobState.RUNNING)
+        for step in range(1, self._jobs[job_id].config.steps + 1):
+            await asyncio.sleep(self.step_s)
+            if self._jobs[job_id].state is JobState.CANCELLING:
+                await self._record(job_id, "state", state=JobState.CANCELLED)
+                return
+            self.version += 1
+            await self._record(job_id, "step", step=step, metrics={"loss": 5.0 / step, "tokens_per_s": 1000.0})
+        await self._record(job_id, "eval", metrics={"heldout_loss": 2.5, "heldout_tokens": 64.0})
+        await self._record(job_id, "state", state=JobState.SUCCEEDED)
+
+    async def _record(
+        self,
+        job_id: str,
+        kind: str,
+        *,
+        state: JobState | None = None,
+        step: int | None = None,
+        metrics: dict[str, float] | None = None,
+    ) -> None:
+        job, now = self._jobs[job_id], time.time()
+        state = state or job.state
+        event = JobEvent(job.last_event + 1, now, kind, state, job.step if step is None else step, metrics or {})
+        self._jobs[job_id] = replace(
+            job,
+            state=state,
+            step=event.step,
+            started_s=job.started_s or (now if state is JobState.RUNNING else None),
+            ended_s=now if state.is_final else None,
+            last_event=event.number,
+        )
+        self._events[job_id].append(event)
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
+        token_ids = prompt.token_ids if prompt.token_ids is not None else tuple((prompt.text or "").encode())
+        for token_id in token_ids:
+            if token_id >= VOCAB_SIZE:
+                remedy = f"give ids below {VOCAB_SIZE}"
+                raise InvalidInput("outside of the vocabulary", field="prompt.token_ids", value=token_id, remedy=remedy)
+        return token_ids
