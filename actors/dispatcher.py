@@ -122,6 +122,7 @@ class Dispatcher:
         """Best effort to every open link, errors logged: used to clean up after a failure."""
         for link in self.links:
             if not link.closed:
+                link.forget()
                 try:
                     link.call(Message(op, fields), self._timeout_s)
                 except MoeClusterError as error:

@@ -67,6 +67,7 @@ class ExpertHost:
         self._lock = threading.Lock()
         self._settings = OptimizerSettings()
         self._optimizer = self._new_optimizer()
+        self._memory_bytes = self._measure()
         self._attempt = Attempt(version, 0)
         self._prepared: Attempt | None = None
         self._saved: dict[tuple[int, int], Saved] = {}
@@ -163,6 +164,7 @@ class ExpertHost:
         scale_gradients(self._parameters(), float(fields["scale"]))  # type: ignore[arg-type]
         self._optimizer.step()
         self._drop_gradients()
+        self._memory_bytes = self._measure()
         self.version = step
         return Message("ok", {"version": self.version})
 
@@ -188,15 +190,20 @@ class ExpertHost:
         return Message("ok", self.status())
 
     def status(self) -> dict[str, Any]:
-        tensors: list[Tensor] = [*self._parameters()]
-        tensors += [p.grad for p in self._parameters() if p.grad is not None]
-        tensors += [t for state in self._optimizer.state.values() for t in state.values()]
+        """Cheap and without the lock: it is also the heartbeat of an actor that is busy."""
         return {
             "version": self.version,
             "groups": list(self.groups),
             "tokens": self.tokens,
-            "memory_bytes": sum(t.numel() * t.element_size() for t in tensors),
+            "memory_bytes": self._memory_bytes,
         }
+
+    def _measure(self) -> int:
+        """Bytes of parameters, gradients and optimizer state."""
+        tensors: list[Tensor] = [*self._parameters()]
+        tensors += [p.grad for p in self._parameters() if p.grad is not None]
+        tensors += [t for state in self._optimizer.state.values() for t in state.values()]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def _export_layer(self, question: Message) -> Message:
         """Stacked weights of one layer's experts here, in the order of `experts`."""

@@ -290,10 +290,16 @@ class Router:
             links = [link.kind for link in dispatcher.links]
         return [{**answer.fields, "link": kind} for answer, kind in zip(answers, links, strict=True)]
 
-    def memory_bytes(self) -> int:
+    def vitals(self) -> dict[str, Any]:
+        """Cheap, without asking anybody: version, memory in bytes, link kind of each expert actor."""
         tensors = list(self.trunk.parameters()) + [p.grad for p in self.trunk.parameters() if p.grad is not None]
-        tensors += [t for state in self._optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        moments = [state.values() for state in list(self._optimizer.state.values())]
+        tensors += [t for values in moments for t in list(values) if isinstance(t, Tensor)]
+        return {
+            "version": self.version,
+            "memory_bytes": sum(t.numel() * t.element_size() for t in tensors),
+            "links": {link.peer: link.kind for link in self._training.links},
+        }
 
     def replace_weights(self, path: str) -> None:
         """Trunk and experts from another directory of the same architecture; optimizer moments start anew."""

@@ -83,6 +83,11 @@ class Link(abc.ABC):
             self._waiting.discard(question_id)
             self._early.pop(question_id, None)
 
+    def forget(self) -> None:
+        """Nobody waits for the open questions any more: their answers will be dropped."""
+        self._waiting.clear()
+        self._early.clear()
+
     def close(self) -> None:
         self.closed = True
 

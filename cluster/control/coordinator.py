@@ -216,7 +216,7 @@ class Coordinator:
         """What to do now, in order. Each decision is given out once."""
         for actor_id in self._members.silent(now):
             self._lose(actor_id, now, f"silent for more than {self._limits.heartbeat_timeout_s:g} s")
-        self._jobs.forget_old()
+        self._jobs.forget_old(keep=self._stopping)
         self._start_next(now)
         decisions, self._decisions = self._decisions, []
         return decisions

@@ -105,8 +105,9 @@ class JobTable:
             counts[record.job.state.value] += 1
         return counts
 
-    def forget_old(self) -> None:
-        final = [record.job for record in self._records.values() if record.job.state.is_final]
+    def forget_old(self, keep: str | None) -> None:
+        jobs = (record.job for record in self._records.values())
+        final = [job for job in jobs if job.state.is_final and job.id != keep]
         for job in final[: max(0, len(final) - self._max_final)]:
             del self._records[job.id]
             del self._id_of_request[job.request_id]

@@ -18,6 +18,7 @@ from actors.expert import ExpertHost
 from actors.optim import OptimizerSettings
 from actors.router import Router, StepReport
 from actors.transport.contract import Link
+from actors.transport.message import Message
 from actors.transport.socket import Address, SocketLink, SocketServer
 from actors.trunk.model import ModelSource
 from cluster.config import ClusterConfig, OptimizerConfig
@@ -40,29 +41,42 @@ class ExpertContact:
 class ExpertWorker:
     """Holds an `ExpertHost` and serves its links from a thread of its own; Ray calls only look after it."""
 
-    def __init__(self, name: str, config: ClusterConfig, groups: Sequence[int], bind_host: str) -> None:
+    def __init__(self, name: str, config: ClusterConfig, bind_host: str) -> None:
         _quiet(config.experts.threads)
+        self._name, self._config, self._bind_host = name, config, bind_host
+
+    def load(self, groups: Sequence[int]) -> ExpertContact:
+        """Takes the weights of its groups and begins to serve."""
         self._host = ExpertHost(
-            name,
-            model_source(config),
+            self._name,
+            model_source(self._config),
             groups,
-            group_size=config.experts.group_size,
-            device=config.experts.device,
+            group_size=self._config.experts.group_size,
+            device=self._config.experts.device,
         )
         self._server = SocketServer(
-            name, self._host.handle, host=bind_host, max_bytes=config.links.max_message_bytes, idle=self._host.idle
+            self._name,
+            self._host.handle,
+            host=self._bind_host,
+            max_bytes=self._config.links.max_message_bytes,
+            idle=self._host.idle,
         )
         self._server.start()
-
-    def contact(self) -> ExpertContact:
         return ExpertContact(
-            self._host.name,
+            self._name,
             ray.get_runtime_context().get_node_id(),
             os.getpid(),
             self._server.address,
             self._host.groups,
             tuple(self._host.experts),
         )
+
+    def handle(self, question: Message) -> Message:
+        """The data plane's question as a Ray call: what the links are measured against."""
+        return self._host.handle("ray", question)
+
+    def vitals(self) -> dict[str, Any]:
+        return self._host.status()
 
     def wait_until_death(self) -> None:
         """Never returns: the caller's reference fails the moment this process is gone."""
@@ -72,19 +86,24 @@ class ExpertWorker:
 class RouterWorker:
     """Holds a `Router`. Training, serving and control calls run in concurrency groups of their own."""
 
-    def __init__(self, config: ClusterConfig, experts: Sequence[ExpertContact]) -> None:
+    def __init__(self, config: ClusterConfig) -> None:
         _quiet(config.router.threads)
         self._config = config
         self._cancelled: set[str] = set()
+
+    @ray.method(concurrency_group=CONTROL)
+    def load(self, experts: Sequence[ExpertContact]) -> tuple[str, int]:
+        """Takes the trunk's weights and opens links to the experts. Returns its node and process id."""
         self._router = Router(
-            model_source(config),
+            model_source(self._config),
             [self._opener(expert) for expert in experts],
             [expert.experts for expert in experts],
-            device=config.router.device,
-            timeout_s=config.router.request_timeout_s,
-            max_step_retries=config.router.max_step_retries,
-            max_sessions=config.router.max_sessions,
+            device=self._config.router.device,
+            timeout_s=self._config.router.request_timeout_s,
+            max_step_retries=self._config.router.max_step_retries,
+            max_sessions=self._config.router.max_sessions,
         )
+        return ray.get_runtime_context().get_node_id(), os.getpid()
 
     def _opener(self, expert: ExpertContact) -> Any:
         def open_link() -> Link:
@@ -97,10 +116,6 @@ class RouterWorker:
             )
 
         return open_link
-
-    @ray.method(concurrency_group=CONTROL)
-    def contact(self) -> tuple[str, int]:
-        return ray.get_runtime_context().get_node_id(), os.getpid()
 
     @ray.method(concurrency_group=CONTROL)
     def wait_until_death(self) -> None:
@@ -145,9 +160,12 @@ class RouterWorker:
         return self._router.embed(ids)
 
     @ray.method(concurrency_group=CONTROL)
-    def status(self) -> dict[str, Any]:
-        router = self._router
-        return {"version": router.version, "memory_bytes": router.memory_bytes(), "experts": router.status()}
+    def vitals(self) -> dict[str, Any]:
+        return self._router.vitals()
+
+    @ray.method(concurrency_group=SERVE)
+    def logits(self, ids: MicroBatch) -> Any:
+        return self._router.logits(torch.tensor(ids)).cpu()
 
     @ray.method(concurrency_group=CONTROL)
     def export(self, directory: str) -> list[str]:

@@ -156,21 +156,26 @@ def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
     try:
         bound: int = server.add_insecure_port(_address(host, port))
     except RuntimeError as error:
-        raise _bind_error(host, port) from error
+        check_port(host, port)
+        raise _taken(host, port) from error
     return bound
 
 
-def _bind_error(host: str, port: int) -> MoeClusterError:
-    """gRPC does not say why it could not listen, so the same is asked of the operating system."""
+def check_port(host: str, port: int) -> None:
+    """`PortInUse` or `InvalidInput` if nobody could listen there now. gRPC does not say why it could not, so this does."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            remedy = "give an address of this machine and a free port above 1023"
-            return InvalidInput(f"cannot be listened on: {error}", field="front", value=(host, port), remedy=remedy)
+        if error.errno == errno.EADDRINUSE:
+            raise _taken(host, port) from error
+        remedy = "give an address of this machine and a free port above 1023"
+        raise InvalidInput(f"cannot be listened on: {error}", field="front", value=(host, port), remedy=remedy) from None
+
+
+def _taken(host: str, port: int) -> PortInUse:
     return PortInUse(
         f"{_address(host, port)} is taken by another process; end it, or set front.port to another (0: any free one)"
     )

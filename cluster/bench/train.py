@@ -1,0 +1,61 @@
+"""`split_cost`: training tokens a second of a router and its expert actors, against one process of plain transformers."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from actors.optim import OptimizerSettings
+from actors.reference import Reference
+from actors.trunk.model import ModelSource
+from cluster.bench.result import Report, interleaved, rate_row
+from cluster.config import ClusterConfig, OptimizerConfig
+from cluster.fabric.launch import launched
+
+SEQUENCES, LENGTH = 8, 256
+STEPS_A_ROUND = 3
+PEERS = ("eager", "grouped_mm")
+LR, CLIP_NORM = 1e-3, 1.0
+
+
+def bench_train(config: ClusterConfig, *, rounds: int) -> Report:
+    """The peer is the faster of transformers' two CPU paths, with as many threads as the machine has cores."""
+    with tempfile.TemporaryDirectory() as directory:
+        torch.manual_seed(0)
+        model_config = ModelSource(config.model.path, config.model.values).config()
+        AutoModelForCausalLM.from_config(model_config).save_pretrained(directory)
+        config = replace(config, model=replace(config.model, path=directory, values={}, tokenizer="bytes"))
+        vocab_size = int(model_config.get_text_config().vocab_size)
+        batches = np.random.default_rng(0).integers(0, vocab_size, (STEPS_A_ROUND, SEQUENCES, LENGTH))
+        with launched(config) as running:
+            running.router.begin_run(OptimizerConfig(lr=LR))
+
+            def ours() -> None:
+                for batch in batches:
+                    running.router.train_step([batch], lr=LR, clip_norm=CLIP_NORM)
+
+            candidates: dict[str, Callable[[], None]] = {"ours": ours}
+            for name in PEERS:
+                candidates[name] = _plain(directory, name, batches)
+            seconds = interleaved(candidates, rounds)
+    peer = min(PEERS, key=lambda name: statistics.median(seconds[name]))
+    tokens = STEPS_A_ROUND * SEQUENCES * (LENGTH - 1)
+    row = rate_row("split_cost", "tokens/s", tokens, seconds["ours"], f"transformers {peer}", seconds[peer])
+    return Report("train", [row])
+
+
+def _plain(directory: str, experts: str, batches: np.ndarray) -> Callable[[], None]:
+    reference = Reference(directory, experts=experts)
+    reference.begin_run(OptimizerSettings(lr=LR))
+
+    def run() -> None:
+        for batch in batches:
+            reference.train_step([torch.tensor(batch)], lr=LR, clip_norm=CLIP_NORM)
+
+    return run

@@ -1,0 +1,61 @@
+"""`bench NAME`: what the split costs, measured here and now against a peer in the same run."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from cluster.commands.options import Subparsers
+from cluster.commands.output import print_json, print_table
+from cluster.commands.up import Guard, add_config_options
+from cluster.configfile import find_config, load_cluster
+
+if TYPE_CHECKING:
+    from cluster.bench.result import Report
+
+NAMES = {
+    "dispatch": "a small message to an expert actor and back, against a Ray actor call",
+    "train": "training tokens a second, against plain transformers in one process",
+    "experts": "training one expert behind a link, against the same expert in one process",
+}
+
+
+def add_parsers(subparsers: Subparsers, guarded: Guard) -> None:
+    bench = subparsers.add_parser("bench", help="measure against a peer in the same run")
+    names = bench.add_subparsers(required=True, metavar="NAME", dest="name")
+    for name, help_text in NAMES.items():
+        parser = names.add_parser(name, help=help_text, description=help_text)
+        add_config_options(parser)
+        parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: %(default)s)")
+        parser.add_argument("--json", action="store_true", help="print one JSON document")
+        if name == "experts":
+            parser.add_argument("--hivemind", metavar="PYTHON", help="an interpreter that has hivemind, timed too")
+        parser.set_defaults(run=guarded(run_bench))
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    report = _run(args)
+    if args.json:
+        print_json(report.to_dict())
+        return 0
+    rows = [
+        (r.case, f"{r.value:,.3g} {r.unit}", f"{r.peer_value:,.3g} {r.unit}", r.peer, f"{r.ratio:.2f}", r.rounds)
+        for r in report.rows
+    ]
+    print_table(("case", "ours", "peer's", "peer", "ratio", "rounds"), rows, title=f"bench {report.bench}")
+    return 0
+
+
+def _run(args: argparse.Namespace) -> Report:
+    config = load_cluster(find_config(args.config), dict(args.overrides))
+    if args.name == "dispatch":
+        from cluster.bench.dispatch import bench_dispatch
+
+        return bench_dispatch(config, rounds=args.rounds)
+    if args.name == "train":
+        from cluster.bench.train import bench_train
+
+        return bench_train(config, rounds=args.rounds)
+    from cluster.bench.experts import bench_experts
+
+    return bench_experts(config, rounds=args.rounds, hivemind=args.hivemind)

@@ -1,0 +1,122 @@
+"""The `Backend` of the front over Ray: control calls to the coordinator, tokens straight from the router."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+from actors.engine import Sampling, TokenEvent
+from actors.errors import InvalidInput, MoeClusterError
+from cluster.backend import (
+    ClusterStatus,
+    EmbedResult,
+    GenerateChunk,
+    Job,
+    JobEvent,
+    ModelDirectory,
+    Prompt,
+    SamplingParams,
+    ScoreResult,
+)
+from cluster.config import JobConfig, ModelConfig
+from cluster.fabric.calls import acall, translated
+from cluster.jobs.tokenizer import Tokenizer, load_tokenizer
+from cluster.serving import TextStream
+
+COORDINATOR, ROUTER = "coordinator", "router-0"
+
+
+class RayBackend:
+    """Handles only: any number of fronts may hold one, and none keeps state."""
+
+    def __init__(self, control: Any, router: Any, model: ModelConfig) -> None:
+        self._control = control
+        self._router = router
+        self._tokenizer: Tokenizer = load_tokenizer(model)
+
+    async def submit_job(self, config: JobConfig, *, request_id: str, timeout_s: float) -> Job:
+        job: Job = await acall(COORDINATOR, self._control.submit.remote(config, request_id), timeout_s)
+        return job
+
+    async def get_job(self, job_id: str, *, timeout_s: float) -> Job:
+        job: Job = await acall(COORDINATOR, self._control.job.remote(job_id), timeout_s)
+        return job
+
+    async def list_jobs(self, *, timeout_s: float) -> Sequence[Job]:
+        jobs: Sequence[Job] = await acall(COORDINATOR, self._control.jobs.remote(), timeout_s)
+        return jobs
+
+    async def cancel_job(self, job_id: str, *, timeout_s: float) -> Job:
+        job: Job = await acall(COORDINATOR, self._control.cancel.remote(job_id), timeout_s)
+        return job
+
+    async def job_events(
+        self, job_id: str, *, after: int, max_events: int, wait_s: float
+    ) -> tuple[Sequence[JobEvent], Job]:
+        ref = self._control.job_events.remote(job_id, after, max_events, wait_s)
+        found: tuple[Sequence[JobEvent], Job] = await acall(COORDINATOR, ref, wait_s + 10)
+        return found
+
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams, *, timeout_s: float
+    ) -> AsyncIterator[GenerateChunk]:
+        deadline = time.monotonic() + timeout_s
+        ids = self._ids(prompt)
+        session = uuid.uuid4().hex
+        sampling = Sampling(params.max_tokens, params.temperature, params.top_p, params.seed)
+        stream = self._router.generate.remote(session, ids, sampling, timeout_s)
+        text = TextStream(self._tokenizer, params.stop, num_prompt_tokens=len(ids))
+        try:
+            async for event in _events(stream, deadline):
+                chunk = text.push(event)
+                yield chunk
+                if chunk.finish_reason:
+                    return
+        finally:
+            with suppress(MoeClusterError), translated(ROUTER):
+                self._router.end_session.remote(session)
+
+    async def score(self, prompt: Prompt, *, timeout_s: float) -> ScoreResult:
+        ids = self._ids(prompt)
+        logprobs, version = await acall(ROUTER, self._router.score.remote(ids), timeout_s)
+        return ScoreResult(tuple(ids), tuple(logprobs), version)
+
+    async def embed(self, prompt: Prompt, *, timeout_s: float) -> EmbedResult:
+        ids = self._ids(prompt)
+        embedding, version = await acall(ROUTER, self._router.embed.remote(ids), timeout_s)
+        return EmbedResult(tuple(embedding), len(ids), version)
+
+    async def status(self, *, timeout_s: float) -> ClusterStatus:
+        status: ClusterStatus = await acall(COORDINATOR, self._control.status.remote(), timeout_s)
+        return status
+
+    async def export_model(self, path: str, *, timeout_s: float) -> ModelDirectory:
+        result: ModelDirectory = await acall(COORDINATOR, self._control.export.remote(path, timeout_s), timeout_s)
+        return result
+
+    async def import_model(self, path: str, *, timeout_s: float) -> ClusterStatus:
+        status: ClusterStatus = await acall(COORDINATOR, self._control.import_model.remote(path, timeout_s), timeout_s)
+        return status
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        ids = list(prompt.token_ids) if prompt.token_ids is not None else self._tokenizer.encode(prompt.text or "")
+        if not ids:
+            raise InvalidInput("holds no token", field="prompt", remedy="send at least one character")
+        return ids
+
+
+async def _events(stream: Any, deadline: float) -> AsyncIterator[TokenEvent]:
+    """Tokens of a Ray streaming generator until the deadline."""
+    iterator = aiter(stream)
+    while True:
+        with translated(ROUTER):
+            try:
+                ref = await asyncio.wait_for(anext(iterator), max(0.0, deadline - time.monotonic()))
+            except StopAsyncIteration:
+                return
+            event: TokenEvent = await ref
+        yield event

@@ -1,0 +1,53 @@
+"""A cluster from its config to its last process: nodes, coordinator, actors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from actors.errors import MoeClusterError
+from actors.transport.message import Message
+from cluster.config import ClusterConfig
+from cluster.fabric.backend import RayBackend
+from cluster.fabric.calls import call
+from cluster.fabric.control import ControlWorker, RayRouter
+from cluster.fabric.nodes import connected
+from cluster.fabric.options import coordinator_options
+from cluster.fabric.workers import ExpertContact
+
+logger = logging.getLogger(__name__)
+
+STOP_TIMEOUT_S = 10.0
+CALL_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class RunningCluster:
+    backend: RayBackend
+    router: RayRouter
+    """For programs that measure: the router without the front."""
+    control: Any
+
+    def ask_expert(self, number: int) -> tuple[ExpertContact, Callable[[Message], Message]]:
+        """Where expert actor `number` listens, and a function that asks it by a Ray call instead."""
+        contact, handle = call("coordinator", self.control.experts.remote(), STOP_TIMEOUT_S)[number]
+        return contact, lambda question: call(contact.name, handle.handle.remote(question), CALL_TIMEOUT_S)
+
+
+@contextmanager
+def launched(config: ClusterConfig) -> Iterator[RunningCluster]:
+    """A ready cluster; on leaving, also by an error or Ctrl-C, every process it started has ended."""
+    with connected(config):
+        bind_host = "127.0.0.1" if config.ray.mode == "embedded" else ray.util.get_node_ip_address()
+        control: Any = ray.remote(**coordinator_options())(ControlWorker).remote(config, bind_host)
+        try:
+            router = call("coordinator", control.start.remote(), 3 * config.ray.start_timeout_s)
+            yield RunningCluster(RayBackend(control, router, config.model), RayRouter(router), control)
+        finally:
+            with suppress(MoeClusterError):
+                call("coordinator", control.stop.remote(), STOP_TIMEOUT_S)

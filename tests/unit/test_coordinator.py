@@ -1,0 +1,469 @@
+"""The coordinator, single-stepped: the tests are its clock, its clients and its cluster."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
+
+from actors.errors import InvalidInput
+from cluster.backend import ActorStatus, JobEvent, JobState
+from cluster.config import BatchConfig, EvalConfig, JobConfig
+from cluster.control.coordinator import Coordinator, Limits, ModelFacts
+from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
+from cluster.errors import AlreadyExists, ConfigError, FailedPrecondition, NotFound, ResourceExhausted
+from cluster.placement.placement import ActorSlot, Placement, spread
+
+MODEL = ModelFacts("tiny", 1000, num_experts=8, num_moe_layers=2, top_k=2, max_positions=256, vocab_size=260)
+PLACEMENT = spread(8, 2, [ActorSlot("e0", "n0"), ActorSlot("e1", "n1")])
+ACTORS = ("r0", "e0", "e1")
+SHORT = JobConfig(steps=3)
+
+
+def report(actor_id: str, state: str = "ready", pid: int = 1) -> ActorStatus:
+    role = "router" if actor_id.startswith("r") else "expert"
+    return ActorStatus(actor_id, role, f"n{actor_id[1:]}", pid, state, device="cpu", version=0)
+
+
+def beat(coordinator: Coordinator, now: float, actors: Sequence[str] = ACTORS) -> None:
+    for actor_id in actors:
+        coordinator.actor_seen(report(actor_id), now)
+
+
+def make(limits: Limits | None = None) -> Coordinator:
+    coordinator = Coordinator(MODEL, PLACEMENT, limits)
+    beat(coordinator, 0.0)
+    return coordinator
+
+
+@pytest.fixture
+def coordinator() -> Coordinator:
+    return make()
+
+
+def start(coordinator: Coordinator, request_id: str = "q", config: JobConfig = SHORT, now: float = 1.0) -> str:
+    job = coordinator.submit(config, request_id, now)
+    assert StartJob(job.id, config) in coordinator.step(now)
+    return job.id
+
+
+def commit(coordinator: Coordinator, job_id: str, steps: int, now: float = 2.0) -> None:
+    for step in range(1, steps + 1):
+        coordinator.step_committed(job_id, step, {"loss": 1.0}, now)
+
+
+def kinds(coordinator: Coordinator, job_id: str) -> list[tuple[str, str]]:
+    events, _ = coordinator.job_events(job_id, 0, 1000)
+    return [(event.kind, event.state.value) for event in events]
+
+
+# --- Jobs ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_from_submit_to_success(coordinator: Coordinator) -> None:
+    job = coordinator.submit(SHORT, "q", 1.0)
+    assert (job.state, job.step, job.created_s, job.last_event) == (JobState.QUEUED, 0, 1.0, 1)
+    assert coordinator.step(2.0) == [StartJob(job.id, SHORT)]
+    assert coordinator.step(2.5) == [], "a decision is given out once"
+    commit(coordinator, job.id, 3, now=3.0)
+    coordinator.evaluated(job.id, {"heldout_loss": 0.5}, 3.5)
+    coordinator.job_finished(job.id, 4.0)
+    job = coordinator.job(job.id)
+    assert (job.state, job.step, job.started_s, job.ended_s, job.error) == (JobState.SUCCEEDED, 3, 2.0, 4.0, "")
+    assert kinds(coordinator, job.id) == [
+        ("state", "queued"),
+        ("state", "running"),
+        ("step", "running"),
+        ("step", "running"),
+        ("step", "running"),
+        ("eval", "running"),
+        ("state", "succeeded"),
+    ]
+    assert coordinator.status().version == 3
+
+
+def test_jobs_run_one_at_a_time_in_order(coordinator: Coordinator) -> None:
+    first, second, third = (coordinator.submit(SHORT, request, 1.0).id for request in "abc")
+    assert coordinator.step(1.0) == [StartJob(first, SHORT)]
+    commit(coordinator, first, 3)
+    coordinator.job_finished(first, 3.0)
+    assert coordinator.step(3.0) == [StartJob(second, SHORT)]
+    assert [job.id for job in coordinator.jobs()] == [third, second, first]
+    assert coordinator.status().jobs == {
+        "queued": 1,
+        "running": 1,
+        "cancelling": 0,
+        "succeeded": 1,
+        "failed": 0,
+        "cancelled": 0,
+    }
+
+
+def test_a_request_id_means_one_job(coordinator: Coordinator) -> None:
+    job_id = start(coordinator)
+    again = coordinator.submit(JobConfig(steps=3), "q", 9.0)
+    assert (again.id, again.state, again.created_s) == (job_id, JobState.RUNNING, 1.0)
+    assert len(coordinator.jobs()) == 1
+    with pytest.raises(AlreadyExists, match="'q' was used for job-1"):
+        coordinator.submit(JobConfig(steps=4), "q", 9.0)
+    with pytest.raises(InvalidInput, match="request_id: is empty"):
+        coordinator.submit(SHORT, "", 9.0)
+
+
+def test_the_queue_has_a_limit_which_retries_do_not_meet() -> None:
+    coordinator = make(Limits(max_queued_jobs=2))
+    start(coordinator, "running")
+    for request in "ab":
+        coordinator.submit(SHORT, request, 1.0)
+    with pytest.raises(ResourceExhausted, match="2 jobs are queued"):
+        coordinator.submit(SHORT, "c", 1.0)
+    assert coordinator.submit(SHORT, "b", 1.0).request_id == "b"
+
+
+def test_a_job_must_fit_the_model(coordinator: Coordinator) -> None:
+    with pytest.raises(ConfigError, match=r"batch\.sequence_length: is beyond the model's 256 positions \(got 257\)"):
+        coordinator.submit(JobConfig(batch=BatchConfig(sequence_length=257)), "q", 1.0)
+    with pytest.raises(ConfigError, match=r"eval\.batches"):
+        coordinator.submit(JobConfig(eval=EvalConfig(batches=0)), "q", 1.0)
+    assert coordinator.jobs() == []
+
+
+def test_cancel_of_a_queued_job_ends_it_at_once(coordinator: Coordinator) -> None:
+    start(coordinator, "running")
+    job = coordinator.cancel(coordinator.submit(SHORT, "queued", 1.0).id, 2.0)
+    assert (job.state, job.started_s, job.ended_s) == (JobState.CANCELLED, None, 2.0)
+    assert coordinator.step(2.0) == []
+
+
+def test_cancel_of_a_running_job_waits_for_its_step(coordinator: Coordinator) -> None:
+    job_id = start(coordinator)
+    coordinator.submit(SHORT, "next", 1.0)
+    assert coordinator.cancel(job_id, 2.0).state is JobState.CANCELLING
+    assert coordinator.cancel(job_id, 2.0).state is JobState.CANCELLING
+    assert coordinator.step(2.0) == [StopJob(job_id, "cancelled")], "and the next job waits"
+    commit(coordinator, job_id, 1)
+    coordinator.job_stopped(job_id, 3.0)
+    assert (coordinator.job(job_id).state, coordinator.job(job_id).step) == (JobState.CANCELLED, 1)
+    assert coordinator.step(3.0) == [StartJob("job-2", SHORT)]
+    with pytest.raises(FailedPrecondition, match="job-1 is cancelled"):
+        coordinator.cancel(job_id, 4.0)
+
+
+def test_a_job_that_ends_before_the_cancel_reaches_it_has_succeeded(coordinator: Coordinator) -> None:
+    job_id = start(coordinator)
+    coordinator.cancel(job_id, 2.0)
+    commit(coordinator, job_id, 3)
+    coordinator.job_finished(job_id, 3.0)
+    coordinator.job_stopped(job_id, 3.1)
+    assert coordinator.job(job_id).state is JobState.SUCCEEDED
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_fails_the_job_and_nothing_else(coordinator: Coordinator, loss: float) -> None:
+    job_id = start(coordinator)
+    commit(coordinator, job_id, 1)
+    coordinator.step_committed(job_id, 2, {"loss": loss}, 3.0)
+    job = coordinator.job(job_id)
+    assert (job.state, job.step, job.error) == (JobState.FAILED, 1, f"loss of step 2 is {loss}")
+    coordinator.submit(SHORT, "next", 4.0)
+    assert coordinator.step(4.0) == [StopJob(job_id, job.error)], "the next job waits for the steps to stop"
+    with pytest.raises(FailedPrecondition, match="comes to its stop"):
+        coordinator.require_idle("x")
+    coordinator.job_stopped(job_id, 5.0)
+    assert coordinator.step(5.0) == [StartJob("job-2", SHORT)]
+
+
+def test_a_failed_job_frees_the_cluster(coordinator: Coordinator) -> None:
+    job_id = start(coordinator)
+    coordinator.job_failed(job_id, "data.source: no file matches", 2.0)
+    assert (coordinator.job(job_id).state, coordinator.job(job_id).error) == (
+        JobState.FAILED,
+        "data.source: no file matches",
+    )
+    assert start(coordinator, "next", now=3.0) == "job-2"
+
+
+def test_late_and_repeated_reports_change_nothing(coordinator: Coordinator) -> None:
+    job_id = start(coordinator)
+    commit(coordinator, job_id, 2)
+    coordinator.step_committed(job_id, 2, {"loss": 9.0}, 3.0)
+    assert coordinator.job(job_id).step == 2
+    coordinator.job_failed(job_id, "why", 4.0)
+    before = coordinator.job(job_id)
+    coordinator.step_committed(job_id, 3, {"loss": 1.0}, 5.0)
+    coordinator.evaluated(job_id, {}, 5.0)
+    coordinator.note(job_id, "late", 5.0)
+    coordinator.job_finished(job_id, 5.0)
+    coordinator.job_failed(job_id, "again", 5.0)
+    coordinator.job_stopped(job_id, 5.0)
+    assert coordinator.job(job_id) == before
+    assert coordinator.status().version == 2
+
+
+def test_reports_that_cannot_be_true_are_refused(coordinator: Coordinator) -> None:
+    job_id = start(coordinator)
+    with pytest.raises(InvalidInput, match="step 1 of job-1 was never committed"):
+        coordinator.step_committed(job_id, 2, {}, 2.0)
+    with pytest.raises(FailedPrecondition, match="committed 0 of 3 steps"):
+        coordinator.job_finished(job_id, 2.0)
+    queued = coordinator.submit(SHORT, "next", 2.0).id
+    with pytest.raises(FailedPrecondition, match="never started"):
+        coordinator.step_committed(queued, 1, {}, 2.0)
+    for call in (
+        coordinator.job,
+        lambda job: coordinator.cancel(job, 2.0),
+        lambda job: coordinator.job_events(job, 0, 1),
+    ):
+        with pytest.raises(NotFound, match="'job-9'"):
+            call("job-9")
+
+
+# --- Events --------------------------------------------------------------------------------------------------------
+
+
+def test_events_resume_from_a_number(coordinator: Coordinator) -> None:
+    job_id = start(coordinator)
+    commit(coordinator, job_id, 3)
+    page, job = coordinator.job_events(job_id, 2, 2)
+    assert [(event.number, event.kind, event.step) for event in page] == [(3, "step", 1), (4, "step", 2)]
+    assert job.last_event == 5
+    assert coordinator.job_events(job_id, 5, 10)[0] == ()
+    assert coordinator.job_events(job_id, 99, 10)[0] == ()
+
+
+def test_history_is_bounded_and_its_numbers_show_what_is_gone() -> None:
+    coordinator = make(Limits(max_events=10))
+    job_id = start(coordinator, config=JobConfig(steps=100))
+    commit(coordinator, job_id, 100)
+    events, job = coordinator.job_events(job_id, 0, 1000)
+    assert [event.number for event in events] == list(range(93, 103))
+    assert job.last_event == 102
+
+
+def test_old_jobs_are_forgotten() -> None:
+    coordinator = make(Limits(max_final_jobs=2))
+    for request in "abcd":
+        coordinator.cancel(coordinator.submit(SHORT, request, 1.0).id, 1.0)
+    coordinator.step(2.0)
+    assert [job.request_id for job in coordinator.jobs()] == ["d", "c"]
+    assert coordinator.submit(SHORT, "a", 3.0).id == "job-5"
+
+
+# --- Membership ----------------------------------------------------------------------------------------------------
+
+
+def test_jobs_wait_until_every_group_has_a_ready_owner() -> None:
+    coordinator = Coordinator(MODEL, PLACEMENT)
+    coordinator.submit(SHORT, "q", 0.0)
+    assert coordinator.step(0.0) == []
+    assert coordinator.status().message == "expert groups without a ready owner: 0, 1, 2, 3"
+    beat(coordinator, 1.0, ["e0", "e1"])
+    assert (coordinator.step(1.0), coordinator.status().message) == ([], "no router is ready")
+    coordinator.actor_seen(report("r0", state="starting"), 1.0)
+    assert coordinator.step(1.0) == []
+    coordinator.actor_seen(report("r0"), 2.0)
+    assert coordinator.step(2.0) == [StartJob("job-1", SHORT)]
+    assert coordinator.status().ready
+
+
+def test_a_silent_actor_is_lost_and_the_running_job_told(coordinator: Coordinator) -> None:
+    job_id = start(coordinator)
+    beat(coordinator, 5.0, ["r0", "e0"])
+    assert coordinator.step(10.0) == []
+    decisions = coordinator.step(10.1)
+    assert decisions == [ActorLost("e1", "expert", (2, 3), job_id, "silent for more than 10 s")]
+    status = coordinator.status()
+    assert {actor.id: actor.state for actor in status.actors} == {"r0": "ready", "e0": "ready", "e1": "lost"}
+    assert (status.ready, status.message) == (False, "expert groups without a ready owner: 2, 3")
+    assert kinds(coordinator, job_id)[-1] == ("note", "running")
+    assert coordinator.step(11.0) == [], "told once"
+
+
+def test_a_silent_actor_comes_back_with_its_next_report(coordinator: Coordinator) -> None:
+    beat(coordinator, 5.0, ["r0", "e0"])
+    coordinator.step(12.0)
+    beat(coordinator, 13.0)
+    assert coordinator.status().ready
+
+
+def test_a_dead_process_does_not_come_back_but_its_successor_does(coordinator: Coordinator) -> None:
+    coordinator.actor_lost("e1", 1.0, "exit code -9")
+    assert coordinator.step(1.0) == [ActorLost("e1", "expert", (2, 3), None, "exit code -9")]
+    coordinator.actor_lost("e1", 1.1, "exit code -9")
+    coordinator.actor_seen(report("e1"), 1.2)
+    assert coordinator.step(1.3) == []
+    assert not coordinator.status().ready
+    coordinator.actor_seen(report("e1", pid=2), 2.0)
+    assert coordinator.status().ready
+
+
+def test_a_lost_router_ends_the_running_job(coordinator: Coordinator) -> None:
+    job_id = start(coordinator)
+    commit(coordinator, job_id, 1)
+    coordinator.actor_lost("r0", 3.0, "exit code -9")
+    error = "router r0 was lost after step 1: exit code -9"
+    assert coordinator.step(3.0) == [
+        ActorLost("r0", "router", (), job_id, "exit code -9"),
+        StopJob(job_id, error),
+    ]
+    assert coordinator.job(job_id).error == error
+
+
+def test_starting_actors_may_be_silent() -> None:
+    coordinator = Coordinator(MODEL, PLACEMENT)
+    coordinator.actor_seen(report("e0", state="starting"), 0.0)
+    assert coordinator.step(3600.0) == []
+
+
+def test_groups_follow_the_placement(coordinator: Coordinator) -> None:
+    assert [actor.groups for actor in coordinator.status().actors] == [(), (0, 1), (2, 3)]
+    coordinator.placed(Placement(2, ("e1", "e1", "e1", "e0"), 2))
+    status = coordinator.status()
+    assert [actor.groups for actor in status.actors] == [(), (3,), (0, 1, 2)]
+    assert (status.placement_epoch, status.owners) == (2, {0: "e1", 1: "e1", 2: "e1", 3: "e0"})
+    with pytest.raises(InvalidInput, match="not newer"):
+        coordinator.placed(Placement(2, ("e0",) * 4, 2))
+
+
+def test_load_is_summed_over_a_window_of_steps() -> None:
+    coordinator = make(Limits(load_window_steps=2))
+    assert coordinator.status().load_LE == ()
+    job_id = start(coordinator)
+    for step, load in enumerate(([[9, 9], [9, 9]], [[1, 2], [3, 4]], [[10, 20], [30, 40]]), start=1):
+        coordinator.step_committed(job_id, step, {"loss": 1.0}, 2.0, load)
+    assert coordinator.status().load_LE == ((11, 22), (33, 44))
+
+
+def test_a_model_is_replaced_only_while_no_job_runs(coordinator: Coordinator) -> None:
+    job_id = start(coordinator)
+    other = dataclasses.replace(MODEL, name="other", max_positions=64)
+    with pytest.raises(FailedPrecondition, match="while job-1 is running"):
+        coordinator.model_replaced(other, version=7)
+    coordinator.job_failed(job_id, "x", 2.0)
+    coordinator.model_replaced(other, version=7)
+    status = coordinator.status()
+    assert (status.model, status.version, status.max_positions) == ("other", 7, 64)
+
+
+# --- Long runs -----------------------------------------------------------------------------------------------------
+
+
+def test_an_hour_of_events_takes_a_moment(coordinator: Coordinator) -> None:
+    started = time.perf_counter()
+    job_id = start(coordinator, config=JobConfig(steps=3600))
+    lost = []
+    for second in range(2, 3602):
+        beat(coordinator, second, ACTORS if not 1000 <= second < 1020 else ["r0", "e0"])
+        coordinator.step_committed(job_id, second - 1, {"loss": 1.0}, second)
+        lost += coordinator.step(second)
+    coordinator.job_finished(job_id, 3602)
+    assert [decision.actor_id for decision in lost if isinstance(decision, ActorLost)] == ["e1"]
+    assert coordinator.job(job_id).state is JobState.SUCCEEDED
+    assert coordinator.status().ready
+    assert time.perf_counter() - started < 2.0
+
+
+class CoordinatorMachine(RuleBasedStateMachine):
+    """Any order of calls keeps the promises that clients and the edge rely on."""
+
+    jobs = Bundle("jobs")
+    LIMITS = Limits(max_queued_jobs=3, max_final_jobs=50, max_events=12, heartbeat_timeout_s=10.0)
+
+    @initialize()
+    def begin(self) -> None:
+        self.now = 0.0
+        self.coordinator = make(self.LIMITS)
+        self.started: list[str] = []
+        self.running: str | None = None
+        """The job whose steps the edge runs: from StartJob to the report that they ended."""
+        self.final: dict[str, JobState] = {}
+        self.seen: dict[str, list[JobEvent]] = {}
+
+    def carry_out(self, decisions: list[Decision]) -> None:
+        for decision in decisions:
+            if isinstance(decision, StartJob):
+                assert self.running is None, "two jobs never run at once"
+                assert decision.job_id not in self.started, "a job starts once"
+                self.started.append(decision.job_id)
+                self.running = decision.job_id
+            elif isinstance(decision, StopJob):
+                assert decision.job_id in self.started
+
+    @rule(target=jobs, request=st.integers(0, 8))
+    def submit(self, request: int) -> object:
+        try:
+            return self.coordinator.submit(SHORT, f"q{request}", self.now).id
+        except ResourceExhausted:
+            assert self.coordinator.status().jobs["queued"] == self.LIMITS.max_queued_jobs
+            return multiple()
+
+    @rule(job_id=jobs)
+    def cancel(self, job_id: str) -> None:
+        was_final = self.coordinator.job(job_id).state.is_final
+        try:
+            self.coordinator.cancel(job_id, self.now)
+            assert not was_final
+        except FailedPrecondition:
+            assert was_final
+
+    @rule(loss=st.sampled_from([1.0, 1.0, 1.0, math.nan]))
+    def commit(self, loss: float) -> None:
+        if self.running:
+            step = self.coordinator.job(self.running).step + 1
+            self.coordinator.step_committed(self.running, step, {"loss": loss}, self.now)
+            if step >= SHORT.steps:
+                self.coordinator.job_finished(self.running, self.now)
+                self.running = None
+
+    @rule(failed=st.booleans())
+    def end(self, failed: bool) -> None:
+        if self.running:
+            if failed:
+                self.coordinator.job_failed(self.running, "error", self.now)
+            else:
+                self.coordinator.job_stopped(self.running, self.now)
+            self.running = None
+
+    @rule(seconds=st.floats(0.1, 8.0), silent=st.sampled_from([(), (), ("e1",), ("r0", "e0")]))
+    def pass_time(self, seconds: float, silent: tuple[str, ...]) -> None:
+        self.now += seconds
+        beat(self.coordinator, self.now, [actor for actor in ACTORS if actor not in silent])
+        self.carry_out(self.coordinator.step(self.now))
+
+    @rule(actor=st.sampled_from(ACTORS))
+    def lose(self, actor: str) -> None:
+        self.coordinator.actor_lost(actor, self.now, "killed")
+        self.carry_out(self.coordinator.step(self.now))
+        self.coordinator.actor_seen(report(actor, pid=int(self.now * 1000) + 2), self.now)
+
+    @invariant()
+    def states_are_sound(self) -> None:
+        jobs = self.coordinator.jobs()
+        active = [job for job in jobs if job.state in (JobState.RUNNING, JobState.CANCELLING)]
+        assert len(active) <= 1
+        for job in jobs:
+            assert 0 <= job.step <= job.config.steps
+            assert self.final.get(job.id, job.state) is job.state, "a final state is final"
+            assert job.state.is_final == (job.ended_s is not None)
+            assert (job.state is JobState.FAILED) == bool(job.error)
+            if job.state.is_final:
+                self.final[job.id] = job.state
+
+    @invariant()
+    def events_have_no_gaps(self) -> None:
+        for job in self.coordinator.jobs():
+            seen = self.seen.setdefault(job.id, [])
+            new, _ = self.coordinator.job_events(job.id, len(seen), 100)
+            seen += new
+            assert [event.number for event in seen] == list(range(1, job.last_event + 1))
+            assert seen[-1].state is job.state
+
+
+TestCoordinatorMachine = CoordinatorMachine.TestCase
+TestCoordinatorMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
