@@ -158,7 +158,7 @@ class Router:
             square += math.nan if part is None else float(part)  # type: ignore[arg-type]
         norm = math.sqrt(square)
         if not math.isfinite(norm):
-            raise NonFinite(f"gradient norm is {norm} at step {step}; the step was dropped", step=step)
+            raise NonFinite(f"gradient norm is {norm}; the step was dropped, weights are those of version {step - 1}", step=step)
         scale = min(1.0, clip_norm / (norm + 1e-6)) if clip_norm > 0 else 1.0
         self._commit(step, lr, scale)
         return loss, norm, self._training.load_LE.tolist()
@@ -174,7 +174,7 @@ class Router:
             loss = token_losses(self.trunk(input_ids=ids_BS, use_cache=False).logits, ids_BS) / num_tokens
             total += loss.item()
             if not math.isfinite(total):
-                raise NonFinite(f"loss is {total} at step {step}; the step was dropped", step=step)
+                raise NonFinite(f"loss is {total}; the step was dropped, weights are those of version {step - 1}", step=step)
             loss.backward()
         return total
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 NAMES = {
     "dispatch": "a small message to an expert actor and back, against a Ray actor call",
     "train": "training tokens a second, against plain transformers in one process",
+    "memory": "loading a quarter of the experts, against loading the whole model",
     "experts": "training one expert behind a link, against the same expert in one process",
 }
 
@@ -47,6 +48,10 @@ def run_bench(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> Report:
+    if args.name == "memory":
+        from cluster.bench.memory import bench_memory
+
+        return bench_memory(rounds=args.rounds)
     config = load_cluster(find_config(args.config), dict(args.overrides))
     if args.name == "dispatch":
         from cluster.bench.dispatch import bench_dispatch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import selectors
 import subprocess
 import sys
 import tempfile
@@ -107,7 +108,7 @@ def _detach(args: argparse.Namespace) -> int:
         command += ["--set", f"{key}={json.dumps(value)}"]
     with log.open("wb") as errors:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL, text=True, start_new_session=True
+            command, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL, start_new_session=True
         )
     document = _first_document(process, log)
     if args.json:
@@ -117,21 +118,20 @@ def _detach(args: argparse.Namespace) -> int:
     return 0
 
 
-def _first_document(process: subprocess.Popen[str], log: Path) -> dict[str, Any]:
+def _first_document(process: subprocess.Popen[bytes], log: Path) -> dict[str, Any]:
+    """The JSON document that the new process prints when it is ready."""
     assert process.stdout is not None
-    import selectors
-
     selector = selectors.DefaultSelector()
     selector.register(process.stdout, selectors.EVENT_READ)
-    deadline, text = time.monotonic() + START_TIMEOUT_S, ""
-    while not text.rstrip().endswith("}"):
+    deadline, text = time.monotonic() + START_TIMEOUT_S, b""
+    while not text.rstrip().endswith(b"}"):
         if not selector.select(max(0.0, deadline - time.monotonic())):
             process.terminate()
             raise StartupError(f"not ready within {START_TIMEOUT_S:.0f} s; see {log}")
-        if not (line := process.stdout.readline()):
+        if not (part := os.read(process.stdout.fileno(), 4096)):
             reason = log.read_text(errors="replace").strip().splitlines()
             raise StartupError(reason[-1].removeprefix("moe-cluster: ") if reason else f"it ended; see {log}")
-        text += line
+        text += part
     document: dict[str, Any] = json.loads(text)
     return document
 

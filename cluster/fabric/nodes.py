@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -41,7 +43,8 @@ def connected(config: ClusterConfig) -> Iterator[None]:
 @contextmanager
 def _existing(config: ClusterConfig) -> Iterator[None]:
     try:
-        ray.init(address=config.ray.address, log_to_driver=False, logging_level=logging.WARNING)
+        with _keeping_sigterm():
+            _connect(config.ray.address)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise StartupError(f"no Ray cluster answers at ray.address {config.ray.address!r}: {error}") from error
     try:
@@ -54,30 +57,12 @@ def _existing(config: ClusterConfig) -> Iterator[None]:
 def _embedded(config: ClusterConfig) -> Iterator[None]:
     """A head and `ray.nodes` nodes as processes of this machine, beside any other Ray cluster that runs here."""
     _isolate()
-    slots = math.ceil(config.experts.actors / config.ray.nodes)
     cluster = None
     try:
-        cluster = Cluster(
-            initialize_head=True,
-            head_node_args={
-                "num_cpus": DATA_CPUS,
-                "resources": {ROUTER_RESOURCE: 1},
-                "labels": {NODE_LABEL: "head"},
-                "include_dashboard": False,
-                "object_store_memory": OBJECT_STORE_BYTES,
-                "gcs_server_port": 0,
-            },
-        )
-        for number in range(1, config.ray.nodes + 1):
-            cluster.add_node(
-                wait=False,
-                num_cpus=0,
-                num_gpus=0,
-                resources={EXPERT_RESOURCE: slots},
-                labels={NODE_LABEL: f"node-{number}"},
-                object_store_memory=OBJECT_STORE_BYTES,
-            )
-        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
+        with _keeping_sigterm():
+            cluster = _start_head()
+            _start_nodes(cluster, config)
+            _connect(cluster.address)
         cluster.wait_for_nodes(timeout=config.ray.start_timeout_s)
         yield
     except TimeoutError as error:
@@ -86,6 +71,47 @@ def _embedded(config: ClusterConfig) -> Iterator[None]:
         ray.shutdown()
         if cluster is not None:
             cluster.shutdown()
+
+
+def _start_head() -> Cluster:
+    head = {
+        "num_cpus": DATA_CPUS,
+        "resources": {ROUTER_RESOURCE: 1},
+        "labels": {NODE_LABEL: "head"},
+        "include_dashboard": False,
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "gcs_server_port": 0,
+    }
+    return Cluster(initialize_head=True, head_node_args=head)
+
+
+def _start_nodes(cluster: Cluster, config: ClusterConfig) -> None:
+    slots = math.ceil(config.experts.actors / config.ray.nodes)
+    for number in range(1, config.ray.nodes + 1):
+        cluster.add_node(
+            wait=False,
+            num_cpus=0,
+            num_gpus=0,
+            resources={EXPERT_RESOURCE: slots},
+            labels={NODE_LABEL: f"node-{number}"},
+            object_store_memory=OBJECT_STORE_BYTES,
+        )
+
+
+def _connect(address: str | None) -> None:
+    ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+
+
+@contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Starting nodes and `ray.init` put handlers of their own on SIGTERM, which drain for half a minute or abort the
+    process. Afterwards the one that was there before, which unwinds, is back."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _isolate() -> None:

@@ -23,7 +23,8 @@ EVALUATION_POOL = 64
 
 
 SHUFFLE_WINDOW = 1024
-"""Sequences. Of one file after the other, 180 steps of the demo reach 2.64 nats on held-out text; shuffled 2.22."""
+"""Sequences. Unshuffled, a batch is one stretch of one file: the same 180 steps of a small model ended at 2.64 nats a
+byte on held-out text in file order, at 2.22 shuffled."""
 
 
 class StepBatches:

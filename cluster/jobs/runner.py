@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from actors.errors import NonFinite
 from actors.router import StepReport
 from cluster.config import JobConfig, OptimizerConfig
 from cluster.jobs.batches import MicroBatch, StepBatches, evaluation_batches
@@ -61,16 +62,17 @@ def run_job(
         heldout = evaluation_batches(documents.heldout(), config.batch, documents.eos_id, config.eval.batches)
     router.begin_run(config.optimizer)
     _evaluate(router, heldout, reporter, 0)
-    batches = StepBatches(documents.train(), config.batch, documents.eos_id)
+    shuffle_seed = config.data.seed if config.data.shuffle else None
+    batches = StepBatches(documents.train(), config.batch, documents.eos_id, shuffle_seed=shuffle_seed)
     for step in range(1, config.steps + 1):
         if should_stop():
             raise JobStopped
         started = time.monotonic()
-        report = router.train_step(
-            next(batches),
-            lr=(lr := lr_at(step, config.steps, config.optimizer, config.schedule)),
-            clip_norm=config.optimizer.clip_norm,
-        )
+        lr = lr_at(step, config.steps, config.optimizer, config.schedule)
+        try:
+            report = router.train_step(next(batches), lr=lr, clip_norm=config.optimizer.clip_norm)
+        except NonFinite as error:
+            raise NonFinite(f"step {step}: {error}", step=step) from error
         reporter.step_committed(step, _metrics(report, lr, time.monotonic() - started), report.load_LE)
         if config.eval.every_steps and (step % config.eval.every_steps == 0 or step == config.steps):
             _evaluate(router, heldout, reporter, step)

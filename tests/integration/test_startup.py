@@ -1,0 +1,105 @@
+"""Clusters that cannot be, and clusters that end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+
+from actors.errors import InvalidInput
+from cluster.configfile import find_config, load_cluster
+from cluster.fabric.launch import launched
+
+WAIT_S = 150.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        ({"experts.actors": 5, "experts.group_size": 2}, "more actors than the 4 expert groups"),
+        ({"experts.group_size": 3}, "does not divide"),
+    ],
+)
+def test_a_placement_that_cannot_be_is_named(overrides: dict[str, object], text: str) -> None:
+    config = load_cluster(find_config("local_cpu"), {"model": "tiny", "front.port": 0, **overrides})
+    with pytest.raises(InvalidInput, match=text), launched(config):
+        pass
+
+
+def processes_with(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("MOE_CLUSTER_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "cluster.cli", *arguments]
+
+
+TINY = ("--set", "model=tiny", "--set", "experts.group_size=2")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_demo_leaves_no_process_behind(tmp_path: Path, number: int) -> None:
+    mark = uuid.uuid4().hex
+    demo = subprocess.Popen(
+        command("demo", "--quick", "--output", str(tmp_path), *TINY),
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "MOE_CLUSTER_TEST_MARK": mark},
+        start_new_session=True,
+    )
+    try:
+        assert demo.stdout is not None
+        for line in demo.stdout:
+            if "step 3/" in line:
+                break
+        assert len(processes_with(mark)) > 5
+        # The terminal sends Ctrl-C to the whole foreground group, Ray's processes included.
+        os.killpg(demo.pid, number) if number == signal.SIGINT else demo.send_signal(number)
+        demo.communicate(timeout=WAIT_S)
+        assert demo.returncode == 130
+        deadline = time.monotonic() + 20
+        while processes_with(mark) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert processes_with(mark) == []
+    finally:
+        demo.kill()
+        demo.wait(10)
+
+
+def test_up_detached_serves_until_down(tmp_path: Path) -> None:
+    mark = uuid.uuid4().hex
+    env = {**os.environ, "MOE_CLUSTER_TEST_MARK": mark, "XDG_STATE_HOME": str(tmp_path)}
+
+    def run(*arguments: str) -> dict[str, object]:
+        done = subprocess.run(
+            command(*arguments, "--json"), capture_output=True, text=True, timeout=WAIT_S, env=env, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+    target = str(run("up", "--detach", "--set", "front.port=0", *TINY)["target"])
+    try:
+        assert run("status", "--target", target)["ready"] is True
+        generated = run("generate", "--target", target, "--max-tokens", "4", "hello")
+        assert len(generated["token_ids"]) == 4  # type: ignore[arg-type]
+    finally:
+        run("down", "--target", target)
+    assert processes_with(mark) == []
+    again = subprocess.run(command("down", "--target", target), capture_output=True, text=True, timeout=WAIT_S, env=env)
+    assert again.returncode == 1
+    assert target in again.stderr

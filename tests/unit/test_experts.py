@@ -1,0 +1,133 @@
+"""The expert stack against autograd over a plain loop of experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from actors.errors import InvalidInput
+from actors.moe.experts import ExpertStack, Work
+from actors.trunk.model import ModelSource, skeleton
+from tests.families import FAMILIES
+
+T, E = 24, 8
+
+
+def make(family: str, counts: list[int], seed: int = 0) -> tuple[nn.Module, dict[str, Tensor], Work, Tensor]:
+    torch.manual_seed(seed)
+    values = {"model_type": family, **FAMILIES[family]}
+    layer = skeleton(ModelSource(values=values, dtype="float64")).layers[0]
+    tensors = {n: torch.randn(E, *shape, dtype=torch.float64) * 0.3 for n, shape in layer.shapes().items()}
+    pairs = sum(counts)
+    work = Work(torch.randint(0, T, (pairs,)), counts, torch.rand(pairs, dtype=torch.float64))
+    return layer.template, tensors, work, torch.randn(T, 32, dtype=torch.float64)
+
+
+def brute_force(template: nn.Module, tensors: dict[str, Tensor], work: Work, x_TD: Tensor, weight_P: Tensor) -> Tensor:
+    """y[t] = sum over the pairs of t of weight * expert(x[t]), one pair at a time."""
+    experts = [e for e, n in enumerate(work.counts_E) for _ in range(n)]
+    y_TD = torch.zeros_like(x_TD)
+    for pair, (expert, token) in enumerate(zip(experts, work.token_P.tolist(), strict=True)):
+        w_in, w_out = tensors["gate_up_proj"][expert], tensors["down_proj"][expert]
+        if not template.is_transposed:
+            w_in, w_out = w_in.t(), w_out.t()
+        hidden = x_TD[token : token + 1] @ w_in
+        if "gate_up_proj_bias" in tensors:
+            hidden = hidden + tensors["gate_up_proj_bias"][expert]
+        out = template._apply_gate(hidden) @ w_out
+        if "down_proj_bias" in tensors:
+            out = out + tensors["down_proj_bias"][expert]
+        y_TD = y_TD.index_add(0, torch.tensor([token]), out * weight_P[pair])
+    return y_TD
+
+
+SKEWS = {
+    "even": [3] * E,
+    "some experts idle": [0, 9, 0, 0, 4, 1, 0, 7],
+    "all to one": [0, 0, 40, 0, 0, 0, 0, 0],
+    "nothing": [0] * E,
+}
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("skew", SKEWS)
+def test_forward_and_all_gradients(family: str, skew: str) -> None:
+    template, tensors, work, x_TD = make(family, SKEWS[skew])
+    stack = ExpertStack(template, {n: t.clone() for n, t in tensors.items()})
+    y_TD, saved = stack(x_TD, work, keep=True)
+    grad_y = torch.randn_like(y_TD)
+    assert saved is not None
+    grad_x, grad_weight, part = stack.backward(saved, grad_y)
+    stack.accumulate(part)
+
+    leaves = {n: t.clone().requires_grad_() for n, t in tensors.items()}
+    x_leaf, weight_leaf = x_TD.clone().requires_grad_(), work.weight_P.clone().requires_grad_()
+    expected = brute_force(template, leaves, work, x_leaf, weight_leaf)
+    torch.testing.assert_close(y_TD, expected.detach())
+    if not sum(work.counts_E):
+        assert not grad_x.any()
+        return
+    expected.backward(grad_y)
+    torch.testing.assert_close(grad_x, x_leaf.grad)
+    torch.testing.assert_close(grad_weight, weight_leaf.grad)
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(stack.get_parameter(name).grad, leaf.grad, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_micro_batches_accumulate() -> None:
+    template, tensors, work, x_TD = make("deepseek_v3", SKEWS["even"])
+    once = ExpertStack(template, {n: t.clone() for n, t in tensors.items()})
+    twice = ExpertStack(template, {n: t.clone() for n, t in tensors.items()})
+    for stack, times in ((once, 1), (twice, 2)):
+        for _ in range(times):
+            _, saved = stack(x_TD, work, keep=True)
+            assert saved is not None
+            stack.accumulate(stack.backward(saved, torch.ones_like(x_TD))[2])
+    for name in tensors:
+        torch.testing.assert_close(twice.get_parameter(name).grad, 2 * once.get_parameter(name).grad)
+
+
+def test_nothing_is_kept_without_keep() -> None:
+    template, tensors, work, x_TD = make("deepseek_v3", SKEWS["even"])
+    y_TD, saved = ExpertStack(template, tensors)(x_TD, work, keep=False)
+    assert saved is None
+    assert not y_TD.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lower_precision_stays_near(dtype: torch.dtype) -> None:
+    template, tensors, work, x_TD = make("deepseek_v3", SKEWS["even"])
+    exact, _ = ExpertStack(template, tensors)(x_TD, work, keep=False)
+    low = {n: t.to(dtype) for n, t in tensors.items()}
+    low_work = Work(work.token_P, work.counts_E, work.weight_P.float())
+    y_TD, saved = ExpertStack(template, low)(x_TD.to(dtype), low_work, keep=True)
+    assert y_TD.dtype == dtype
+    assert saved is not None
+    error = (y_TD.double() - exact).norm() / exact.norm()
+    assert error < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize(
+    ("work", "field"),
+    [
+        (Work(torch.zeros(3, dtype=torch.int64), [3], torch.ones(3)), "counts_E"),
+        (Work(torch.zeros(3, dtype=torch.int64), [-1] + [0] * 7, torch.ones(3)), "counts_E"),
+        (Work(torch.zeros(2, dtype=torch.int64), [3] + [0] * 7, torch.ones(3)), "token_P"),
+        (Work(torch.full((3,), T), [3] + [0] * 7, torch.ones(3)), "token_P"),
+        (Work(torch.full((3,), -1), [3] + [0] * 7, torch.ones(3)), "token_P"),
+    ],
+)
+def test_work_that_does_not_fit_is_refused(work: Work, field: str) -> None:
+    with pytest.raises(InvalidInput, match=field):
+        work.check(T, E)
+
+
+def test_the_templates_of_all_families_are_understood(tmp_path: Path) -> None:
+    for family, values in FAMILIES.items():
+        found = skeleton(ModelSource(values={"model_type": family, **values}))
+        assert found.num_experts == 8, family
+        assert found.top_k == 2, family
+        assert all(p.device.type == "meta" for p in found.model.parameters())
