@@ -94,9 +94,7 @@ class Dispatcher:
         """-> gradient of the tokens [T, D] and of the gate weights [T, K]."""
         device = grad_y_TD.device
         pending = [
-            self.links[s.actor].start(
-                Message("backward", purpose, (grad_y_TD.index_select(0, s.tokens_T.to(device)),))
-            )
+            self.links[s.actor].start(Message("backward", purpose, (grad_y_TD.index_select(0, s.tokens_T.to(device)),)))
             for s in shares
         ]
         grad_x_TD = torch.zeros_like(grad_y_TD)
@@ -195,5 +193,3 @@ def _expect(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, link: Link
         raise ProtocolError(
             f"answer of {tuple(tensor.shape)} {tensor.dtype}, need {tuple(shape)} {dtype}", peer=link.peer
         )
-
-

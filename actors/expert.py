@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, order=True)
 class Attempt:
-    """One try at one step. A repeated try has a higher number, so that late messages of the earlier one are told apart."""
+    """One try at one step. A repeated try has a higher number, which tells late messages of the earlier one apart."""
 
     step: int
     number: int
@@ -80,6 +80,7 @@ class ExpertHost:
             "abort": self._abort,
             "begin_run": self._begin_run,
             "status": self._status,
+            "echo": self._echo,
             "export_layer": self._export_layer,
             "export_experts": self._export_experts,
             "import_experts": self._import_experts,
@@ -112,7 +113,7 @@ class ExpertHost:
             return bool(self._deferred)
 
     def _forward(self, question: Message) -> Message:
-        """Tokens of one layer -> weighted sums. `keep` (training) saves what backward needs, under (micro-batch, layer)."""
+        """Tokens of one layer -> weighted sums. `keep` (training) saves what backward needs, by micro-batch and layer."""
         fields = question.fields
         layer, keep = self._layer(fields), bool(fields.get("keep"))
         if keep:
@@ -186,6 +187,10 @@ class ExpertHost:
 
     # -- state in and out ---------------------------------------------------------------------------------------------
 
+    def _echo(self, question: Message) -> Message:
+        """What a message costs without the experts' computation."""
+        return Message("ok", {"version": self.version}, question.tensors[:1])
+
     def _status(self, question: Message) -> Message:
         return Message("ok", self.status())
 
@@ -213,7 +218,7 @@ class ExpertHost:
         return Message("ok", {"names": names, "experts": self.experts, "version": self.version}, tensors)
 
     def _export_experts(self, question: Message) -> Message:
-        """One expert of one layer with its optimizer state: weights, first and second moment, in the order of `names`."""
+        """One expert of one layer with its optimizer state: for each of `names` weights, first and second moment."""
         layer, expert = self._layer(question.fields), self._local(question.fields)
         names = sorted(self._stacks[layer]._parameters)
         tensors: list[Tensor] = []
@@ -249,7 +254,9 @@ class ExpertHost:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         if int(state["step"]) != updates:
             raise InvalidInput(
-                f"the experts here had {int(state['step'])} updates", field="updates", value=updates,
+                f"the experts here had {int(state['step'])} updates",
+                field="updates",
+                value=updates,
                 remedy="import an expert of the same version",
             )
         with torch.no_grad():
@@ -286,7 +293,9 @@ class ExpertHost:
         """Admits a message of the current attempt; a new step may start only after the commit of the last."""
         attempt = _attempt(fields)
         if attempt < self._attempt or attempt.step <= self.version:
-            raise StepAborted(f"message of {attempt} came after it ended; now at {self._attempt}, version {self.version}")
+            raise StepAborted(
+                f"message of {attempt} came after it ended; now at {self._attempt}, version {self.version}"
+            )
         if attempt.step != self.version + 1:
             raise StepAborted(f"message of step {attempt.step}, version here is {self.version}")
         if attempt > self._attempt:

@@ -1,4 +1,4 @@
-"""The optimizer of every actor: one AdamW, stepped under the job's schedule. Trunk, experts and the reference share it."""
+"""The optimizer of every actor, stepped under the job's schedule. Trunk, experts and the reference share it."""
 
 from __future__ import annotations
 

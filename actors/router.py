@@ -158,7 +158,9 @@ class Router:
             square += math.nan if part is None else float(part)  # type: ignore[arg-type]
         norm = math.sqrt(square)
         if not math.isfinite(norm):
-            raise NonFinite(f"gradient norm is {norm}; the step was dropped, weights are those of version {step - 1}", step=step)
+            raise NonFinite(
+                f"gradient norm is {norm}; the step was dropped, weights are those of version {step - 1}", step=step
+            )
         scale = min(1.0, clip_norm / (norm + 1e-6)) if clip_norm > 0 else 1.0
         self._commit(step, lr, scale)
         return loss, norm, self._training.load_LE.tolist()
@@ -174,7 +176,9 @@ class Router:
             loss = token_losses(self.trunk(input_ids=ids_BS, use_cache=False).logits, ids_BS) / num_tokens
             total += loss.item()
             if not math.isfinite(total):
-                raise NonFinite(f"loss is {total}; the step was dropped, weights are those of version {step - 1}", step=step)
+                raise NonFinite(
+                    f"loss is {total}; the step was dropped, weights are those of version {step - 1}", step=step
+                )
             loss.backward()
         return total
 
@@ -219,7 +223,7 @@ class Router:
         self._attempt += 1
 
     def _recover(self) -> None:
-        """Before another attempt: links open, the last commit done everywhere, leftovers of the failed attempt dropped."""
+        """Before another attempt: links open, the last commit done everywhere, leftovers of the failed one dropped."""
         self._training.reopen()
         self._confirm_commit()
         self._training.ask_all("abort", {"step": self.version + 1, "attempt": self._attempt - 1})
@@ -235,7 +239,9 @@ class Router:
         self._check_prompt(ids, least=2)
         logits_SV, version = self._logits(torch.tensor([ids]))
         logprobs_SV = torch.log_softmax(logits_SV[:-1].float(), dim=-1)
-        return logprobs_SV.gather(1, torch.tensor(ids[1:]).unsqueeze(1).to(logprobs_SV.device)).squeeze(1).tolist(), version
+        return logprobs_SV.gather(1, torch.tensor(ids[1:]).unsqueeze(1).to(logprobs_SV.device)).squeeze(
+            1
+        ).tolist(), version
 
     def logits(self, ids_BS: Tensor) -> Tensor:
         """[B, S, V] of the serving view."""

@@ -15,7 +15,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args = parser().parse_args(argv)
     logging.basicConfig(
         level=logging.DEBUG if args.verbose > 1 else logging.INFO if args.verbose else logging.WARNING,
@@ -30,7 +29,8 @@ def parser() -> argparse.ArgumentParser:
     from cluster.commands import local, remote
 
     root = argparse.ArgumentParser(
-        prog="moe-cluster", description="Elastic mixture-of-experts service: experts are actors, trained and served together."
+        prog="moe-cluster",
+        description="Elastic mixture-of-experts service: experts are actors, trained and served together.",
     )
     root.add_argument("--version", action="version", version=f"%(prog)s {version('moe-cluster')}")
     root.add_argument("-v", "--verbose", action="count", default=0, help="log more; twice for debugging")

@@ -19,7 +19,6 @@ from cluster.service.client import Client
 from cluster.service.server import Front, check_port
 
 
-
 @dataclass(frozen=True)
 class Service:
     target: str
@@ -85,5 +84,3 @@ def wait_for_signal() -> None:
     """Until SIGTERM or Ctrl-C, which raises KeyboardInterrupt."""
     while True:
         threading.Event().wait(3600)
-
-

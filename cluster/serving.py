@@ -30,9 +30,7 @@ class TextStream:
             text, reason = text[:found], "stop"
         keep = 0 if reason else self._possible_stop(text)
         self._held = text[len(text) - keep :]
-        return GenerateChunk(
-            text[: len(text) - keep], (event.token,), event.version, reason, self._num_prompt_tokens
-        )
+        return GenerateChunk(text[: len(text) - keep], (event.token,), event.version, reason, self._num_prompt_tokens)
 
     def _possible_stop(self, text: str) -> int:
         """Length of the longest end of `text` that a stop text begins with."""

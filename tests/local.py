@@ -44,9 +44,7 @@ def cluster(
         def open_link() -> Link:
             if links == "local":
                 return wrap(i, LocalLink(hosts[i].name, hosts[i].handle))
-            link = SocketLink(
-                hosts[i].name, servers[i].address, name="router", max_bytes=1 << 28, timeout_s=timeout_s
-            )
+            link = SocketLink(hosts[i].name, servers[i].address, name="router", max_bytes=1 << 28, timeout_s=timeout_s)
             return wrap(i, link)
 
         return open_link
@@ -70,5 +68,3 @@ def _serve(host: ExpertHost) -> SocketServer:
     server = SocketServer(host.name, host.handle, max_bytes=1 << 28, idle=host.idle)
     server.start()
     return server
-
-

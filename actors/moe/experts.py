@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +38,12 @@ class Work:
         num_pairs = sum(self.counts_E)
         if self.token_P.shape != (num_pairs,) or self.weight_P.shape != (num_pairs,):
             raise InvalidInput(f"need {num_pairs} pairs", field="token_P", value=tuple(self.token_P.shape))
-        if num_pairs and not (0 <= int(self.token_P.min()) and int(self.token_P.max()) < num_tokens):
-            raise InvalidInput(f"indices must be below {num_tokens}", field="token_P", value=int(self.token_P.max()))
+        if num_pairs:
+            low, high = self.token_P.aminmax()
+            if int(low) < 0 or int(high) >= num_tokens:
+                raise InvalidInput(
+                    f"indices must be 0 to {num_tokens - 1}", field="token_P", value=(int(low), int(high))
+                )
 
 
 @dataclass
@@ -78,12 +83,12 @@ class ExpertStack(nn.Module):
 
     @property
     def num_experts(self) -> int:
-        return int(self.get_parameter(self._in).shape[0])
+        return int(self._parameter(self._in).shape[0])
 
     @property
     def width(self) -> int:
         """D, the model width."""
-        weight = self.get_parameter(self._in)
+        weight = self._parameter(self._in)
         return int(weight.shape[1] if self._transposed else weight.shape[2])
 
     def forward(self, x_TD: Tensor, work: Work, *, keep: bool) -> tuple[Tensor, Saved | None]:
@@ -133,23 +138,27 @@ class ExpertStack(nn.Module):
         self._accumulate_matrix(self._out, act_PI, part.grad_out_PD, counts_E)
         for name, grad_PN in ((self._in, part.grad_pre_PH), (self._out, part.grad_out_PD)):
             if self._bias(name) is not None:
-                add_grouped_sum(_grad(self.get_parameter(f"{name}_bias")), grad_PN, counts_E)
+                add_grouped_sum(_grad(self._parameter(f"{name}_bias")), grad_PN, counts_E)
 
     def _accumulate_matrix(self, name: str, rows_PM: Tensor, grad_PN: Tensor, counts_E: Sequence[int]) -> None:
-        grad = _grad(self.get_parameter(name))
+        grad = _grad(self._parameter(name))
         left, right = (rows_PM, grad_PN) if self._transposed else (grad_PN, rows_PM)
         add_grouped_outer(grad, left, right, counts_E)
 
     def _matrices(self, name: str) -> Tensor:
         """[E, in, out], whichever way the family stores them."""
-        weight = self.get_parameter(name)
+        weight = self._parameter(name)
         return weight if self._transposed else weight.transpose(1, 2)
 
+    def _parameter(self, name: str) -> nn.Parameter:
+        """As `get_parameter`, without its parsing of the name: this is called several times a message."""
+        return cast(nn.Parameter, self._parameters[name])
+
     def _bias(self, name: str) -> Tensor | None:
-        return self.get_parameter(f"{name}_bias") if f"{name}_bias" in self._parameters else None
+        return self._parameters.get(f"{name}_bias")
 
     def _activate(self, pre_PH: Tensor) -> Tensor:
-        template = self._template
+        template: Any = self._template
         result: Tensor = template._apply_gate(pre_PH) if template.has_gate else template.act_fn(pre_PH)
         return result
 

@@ -28,7 +28,9 @@ class FaultyLink(Link):
     def __init__(self, inner: Link, script: Sequence[Fault]) -> None:
         super().__init__(inner.peer)
         self._inner = inner
-        self._next_id = inner._next_id  # the peer has seen the ids before; from here on only this link uses the inner one
+        self._next_id = (
+            inner._next_id
+        )  # the peer has seen the ids before; from here on only this link uses the inner one
         self._script = tuple(script)
         self._seen: dict[str, int] = {}
         self._drop_answers: set[int] = set()

@@ -1,17 +1,17 @@
-"""The message that crosses a link, and its wire form: a JSON header frame, then one raw frame a tensor. No pickle.
+"""The message that crosses a link, and its wire form: a msgpack header frame, then one raw frame a tensor. No pickle.
 
-Header: `{"v": 1, "id": 7, "op": "forward", "fields": {...}, "tensors": [["float32", [64, 256]], ...]}`.
+Header: `[version, id, op, fields, [[dtype, shape], ...]]`, e.g. `[1, 7, "forward", {}, [["float32", [64, 256]]]]`.
 `decode` checks every size against the limits before a tensor exists.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgpack
 import torch
 from torch import Tensor
 
@@ -38,7 +38,7 @@ Field = str | int | float | bool | None | list[Any] | dict[str, Any]
 
 @dataclass(frozen=True)
 class Message:
-    """`op` says what is asked (or `ok` / `error` in an answer); `fields` are small JSON values; tensors come raw.
+    """`op` says what is asked (or `ok` / `error` in an answer); `fields` are small plain values; tensors come raw.
 
     Neither side writes into a tensor of a message it sent or received: `local` links pass them without a copy.
     """
@@ -56,9 +56,9 @@ class Message:
 
 def encode(message: Message) -> list[bytes | memoryview]:
     """Message -> frames. Tensor frames are views: the caller keeps the tensors unchanged until they are sent."""
-    specs = [[_NAMES[t.dtype], list(t.shape)] for t in message.tensors]
-    header = {"v": WIRE_VERSION, "id": message.id, "op": message.op, "fields": message.fields, "tensors": specs}
-    return [json.dumps(header, separators=(",", ":")).encode(), *(_view(t) for t in message.tensors)]
+    specs = [(_NAMES[t.dtype], tuple(t.shape)) for t in message.tensors]
+    header: bytes = msgpack.packb((WIRE_VERSION, message.id, message.op, message.fields, specs))
+    return [header, *(_view(t) for t in message.tensors)]
 
 
 def decode(frames: Sequence[Any], *, peer: str, max_bytes: int) -> Message:
@@ -67,17 +67,15 @@ def decode(frames: Sequence[Any], *, peer: str, max_bytes: int) -> Message:
         raise ProtocolError(f"a message has 1 to {MAX_TENSORS + 1} frames, got {len(frames)}", peer=peer)
     if len(frames[0]) > MAX_HEADER_BYTES:
         raise ProtocolError(f"header of {len(frames[0])} bytes exceeds {MAX_HEADER_BYTES}", peer=peer)
-    if sum(len(f) for f in frames) > max_bytes:
+    if sum(map(len, frames)) > max_bytes:
         raise ProtocolError(f"message exceeds {max_bytes} bytes", peer=peer)
     try:
-        header = json.loads(bytes(frames[0]))
-        version, op, number = header["v"], header["op"], header["id"]
-        fields, specs = header["fields"], header["tensors"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        version, number, op, fields, specs = msgpack.unpackb(frames[0])
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise ProtocolError(f"malformed header: {error!r}", peer=peer) from None
     if version != WIRE_VERSION:
         raise ProtocolError(f"wire version {version!r}, this side speaks {WIRE_VERSION}", peer=peer)
-    if not isinstance(op, str) or not isinstance(number, int) or not isinstance(fields, dict):
+    if not isinstance(op, str) or type(number) is not int or not isinstance(fields, dict):
         raise ProtocolError("header fields have wrong types", peer=peer)
     if not isinstance(specs, list) or len(specs) != len(frames) - 1:
         raise ProtocolError(f"header announces other tensors than the {len(frames) - 1} frames", peer=peer)
@@ -86,8 +84,10 @@ def decode(frames: Sequence[Any], *, peer: str, max_bytes: int) -> Message:
 
 
 def _view(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().contiguous().cpu().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    if not tensor.numel():
+        return memoryview(b"")
+    flat = tensor.detach().cpu().reshape(-1)  # reshape copies what is not contiguous
+    return memoryview(flat.view(torch.uint8).numpy())
 
 
 def _tensor(spec: Any, frame: Any, peer: str) -> Tensor:

@@ -104,8 +104,8 @@ class SocketLink(Link):
             wait_ms = max(0.0, deadline - time.monotonic()) * 1e3
             ready = dict(self._poller.poll(wait_ms))
             if self._socket in ready:
-                frames = self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
-                return decode([f.buffer for f in frames], peer=self.peer, max_bytes=self._max_bytes)
+                frames = _received(self._socket)
+                return decode(frames, peer=self.peer, max_bytes=self._max_bytes)
             if self._monitor in ready:
                 # Not reading the event leaves it there, so every later wait ends at once too.
                 raise PeerLost("the connection ended", peer=self.peer)
@@ -148,6 +148,8 @@ class SocketServer:
         self._socket.bind(ipc)
         port = self._socket.bind_to_random_port(f"tcp://{host}")
         self.address = Address(host_id(), ipc, f"tcp://{host}:{port}")
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
         self._last_id: OrderedDict[bytes, int] = OrderedDict()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"serve-{name}", daemon=True)
@@ -168,18 +170,18 @@ class SocketServer:
     def _run(self) -> None:
         busy = False
         while not self._stop.is_set():
-            if self._socket.poll(0 if busy else 100):
+            if self._poller.poll(0 if busy else 100):
                 self._serve_one()
                 busy = True
             else:
                 busy = busy and self._idle()
 
     def _serve_one(self) -> None:
-        identity, *frames = self._socket.recv_multipart(copy=False)
-        sender = bytes(identity.buffer)
+        sender: bytes = self._socket.recv()
+        frames = _received(self._socket) if self._socket.getsockopt(zmq.RCVMORE) else []
         peer = sender.decode(errors="replace")
         try:
-            question = decode([f.buffer for f in frames], peer=peer, max_bytes=self._max_bytes)
+            question = decode(frames, peer=peer, max_bytes=self._max_bytes)
         except ProtocolError as error:
             logger.warning("refused a message: %s", error)
             self._answer(sender, error_answer(error))
@@ -200,6 +202,14 @@ class SocketServer:
     def _answer(self, sender: bytes, answer: Message) -> None:
         # Without ROUTER_MANDATORY zmq drops an answer whose asker is gone, which is what we want.
         self._socket.send_multipart([sender, *encode(answer)], copy=False)
+
+
+def _received(socket: Any) -> list[Any]:
+    """Frames of the message at hand: the header copied, tensors as views of zmq's own buffers."""
+    frames: list[Any] = [socket.recv()]
+    while socket.getsockopt(zmq.RCVMORE):
+        frames.append(socket.recv(copy=False).buffer)
+    return frames
 
 
 def address_to_dict(address: Address) -> dict[str, str]:

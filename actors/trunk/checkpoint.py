@@ -114,11 +114,12 @@ class CheckpointReader:
     ) -> None:
         for pattern, tensors in converter.collected_tensors.items():
             if _expert_index(next(k for k, p in sources if p == pattern), pattern) is not None:
-                have = {_expert_index(k, p) for k, p in sources if p == pattern}
+                have = {_expert_index(k, pattern) for k, p in sources if p == pattern}
                 missing = sorted(set(experts) - have)
                 if missing or len(tensors) != len(experts):
+                    name = pattern.replace("*", str(missing[0] if missing else "?"))
                     raise CheckpointError(
-                        f"expert tensors are missing: {pattern.replace('*', str(missing[0] if missing else '?'))} of {target}",
+                        f"expert tensors are missing: {name} of {target}",
                         field="model.path",
                         value=str(self.directory),
                         remedy="the directory is incomplete; copy it again",
@@ -127,7 +128,8 @@ class CheckpointReader:
     def _read(self, key: str, experts: Sequence[int] | None) -> Tensor:
         with safe_open(self.directory / self._file_of[key], framework="pt") as file:
             if experts is None:
-                return file.get_tensor(key)
+                whole: Tensor = file.get_tensor(key)
+                return whole
             part = file.get_slice(key)
             count = part.get_shape()[0]
             if max(experts, default=-1) >= count:
@@ -142,7 +144,7 @@ class CheckpointReader:
 def _reorder(converter: WeightConverter, sources: list[tuple[str, str | None]], experts: Sequence[int]) -> None:
     """Collected tensors came in file order; a stack is in the order of `experts`."""
     for pattern, tensors in converter.collected_tensors.items():
-        indices = [_expert_index(k, p) for k, p in sources if p == pattern]
+        indices = [_expert_index(k, pattern) for k, p in sources if p == pattern]
         if None in indices:
             continue
         by_expert = dict(zip([i for i in indices if i in set(experts)], tensors, strict=True))

@@ -88,9 +88,9 @@ def _layer_tensors(layer: int, skeleton: Skeleton, dispatcher: Dispatcher, timeo
         for name, shape in description.shapes().items()
     }
     for answer in dispatcher.ask_all("export_layer", {"layer": layer}, timeout_s):
-        names: Any = answer.fields["names"]
-        for name, tensor in zip(names, answer.tensors, strict=True):
-            stacked[name][answer.fields["experts"]] = tensor
+        fields: Any = answer.fields
+        for name, tensor in zip(fields["names"], answer.tensors, strict=True):
+            stacked[name][fields["experts"]] = tensor
     return {f"{description.name}.{name}": tensor for name, tensor in stacked.items()}
 
 

@@ -52,4 +52,3 @@ def initialise_trunk(trunk: PreTrainedModel, seed: int) -> None:
     """Draws everything that is not marked as loaded; also fills buffers that no checkpoint holds (rotary tables)."""
     with drawn_from(seed):
         trunk.initialize_weights()
-

@@ -43,7 +43,7 @@ ALL_EXPERTS_FUNCTIONS.register(REMOTE_EXPERTS, remote_experts)
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Which model: a directory with config.json and safetensors, or transformers config values to start from scratch."""
+    """Which model: a directory with config.json and safetensors, or transformers config values to start with."""
 
     path: str | None = None
     values: Mapping[str, Any] | None = None
@@ -72,7 +72,9 @@ def _config_of_directory(path: Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
-        raise CheckpointError(f"transformers cannot read its config: {error}", field="model.path", value=str(path)) from None
+        raise CheckpointError(
+            f"transformers cannot read its config: {error}", field="model.path", value=str(path)
+        ) from None
 
 
 def _config_of_values(values: dict[str, Any]) -> PretrainedConfig:
@@ -82,7 +84,9 @@ def _config_of_values(values: dict[str, Any]) -> PretrainedConfig:
     try:
         return AutoConfig.for_model(model_type, **values)
     except (ValueError, TypeError, KeyError) as error:
-        raise InvalidInput(str(error), field="model.values", remedy="see the transformers config of this model_type") from None
+        raise InvalidInput(
+            str(error), field="model.values", remedy="see the transformers config of this model_type"
+        ) from None
 
 
 @dataclass(frozen=True)

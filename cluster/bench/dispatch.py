@@ -1,6 +1,12 @@
-"""`small_message`: a few tokens to an expert actor and back, over its link and as a Ray call of the same question."""
+"""One actor's share of one token, as in a decode step, over its link and as a Ray actor call of the same tensors.
+
+`small_message` goes to the expert host and back; `one_token_layer` is computed by the experts there as well.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -12,39 +18,43 @@ from cluster.config import ClusterConfig
 from cluster.fabric.launch import launched
 from cluster.fabric.workers import model_source
 
-TOKENS = 4
 CALLS_A_ROUND = 20
 TIMEOUT_S = 10.0
 
 
 def bench_dispatch(config: ClusterConfig, *, rounds: int) -> Report:
-    """The question is a real forward of a few tokens: the time holds the experts' computation as well."""
     with launched(config) as running:
         contact, ray_call = running.ask_expert(0)
         model = skeleton(model_source(config))
         width, top_k = int(model.config.get_text_config().hidden_size), model.top_k
-        question = _question(len(contact.experts), width, top_k, model.dtype)
+        pairs = max(1, top_k // config.experts.actors)
+        question = _question(len(contact.experts), width, pairs, model.dtype)
         link = SocketLink(
             contact.name, contact.address, name="bench", max_bytes=config.links.max_message_bytes, timeout_s=TIMEOUT_S
         )
 
-        def over_link() -> None:
-            for _ in range(CALLS_A_ROUND):
-                link.call(question, TIMEOUT_S)
+        def over_link(question: Message) -> Message:
+            return link.call(question, TIMEOUT_S)
 
-        def over_ray() -> None:
-            for _ in range(CALLS_A_ROUND):
-                ray_call(question)
-
-        seconds = interleaved({"link": over_link, "ray": over_ray}, rounds, warmups=3)
+        rows = []
+        for case, op in (("small_message", "echo"), ("one_token_layer", "forward")):
+            question = replace(question, op=op)
+            seconds = interleaved({"link": _calls(over_link, question), "ray": _calls(ray_call, question)}, rounds, 3)
+            each = {name: [s / CALLS_A_ROUND for s in values] for name, values in seconds.items()}
+            rows.append(time_row(case, "ms", 1e3, each["link"], "Ray actor call", each["ray"]))
         link.close()
-    each = {name: [s / CALLS_A_ROUND for s in values] for name, values in seconds.items()}
-    return Report("dispatch", [time_row("small_message", "ms", 1e3, each["link"], "Ray actor call", each["ray"])])
+    return Report("dispatch", rows)
 
 
-def _question(num_experts: int, width: int, top_k: int, dtype: torch.dtype) -> Message:
-    counts_E = [0] * num_experts
-    counts_E[:top_k] = [TOKENS] * top_k
-    token_P = torch.arange(TOKENS, dtype=torch.int32).repeat(top_k)
-    tensors = (torch.randn(TOKENS, width, dtype=dtype), token_P, torch.full((TOKENS * top_k,), 1 / top_k))
+def _calls(ask: Callable[[Message], Message], question: Message) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(CALLS_A_ROUND):
+            ask(question)
+
+    return run
+
+
+def _question(num_experts: int, width: int, pairs: int, dtype: torch.dtype) -> Message:
+    counts_E = [1] * pairs + [0] * (num_experts - pairs)
+    tensors = (torch.randn(1, width, dtype=dtype), torch.zeros(pairs, dtype=torch.int32), torch.ones(pairs) / pairs)
     return Message("forward", {"layer": 0, "counts_E": counts_E}, tensors)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from actors.errors import InvalidInput
 from actors.optim import OptimizerSettings, adamw
+from actors.transport.contract import Pending
 from actors.transport.message import Message
 from actors.transport.socket import SocketLink
 from cluster.bench.result import Report, Row, interleaved, rate_row
@@ -59,7 +60,10 @@ def _bench_shape(config: ClusterConfig, hidden_size: int, num_tokens: int, round
             contact.name, contact.address, name="bench", max_bytes=config.links.max_message_bytes, timeout_s=TIMEOUT_S
         )
         steps = STEPS_A_ROUND[hidden_size]
-        candidates = {"ours": _behind_link(link, hidden_size, num_tokens, steps), "raw": _raw(hidden_size, num_tokens, steps)}
+        candidates = {
+            "ours": _behind_link(link, hidden_size, num_tokens, steps),
+            "raw": _raw(hidden_size, num_tokens, steps),
+        }
         seconds = interleaved(candidates, rounds)
         link.close()
     case = f"ffn_{hidden_size}x{num_tokens}"
@@ -90,17 +94,23 @@ def _behind_link(link: SocketLink, hidden_size: int, num_tokens: int, steps: int
     token_P, weight_P = torch.arange(num_tokens, dtype=torch.int32), torch.ones(num_tokens)
     link.call(Message("begin_run", {"optimizer": OptimizerSettings().to_dict()}), TIMEOUT_S)
     done = 0
+    commit: Pending | None = None
 
     def run() -> None:
-        nonlocal done
+        """As a router does it: nobody waits for the commit, the next step's messages queue behind it."""
+        nonlocal done, commit
         for _ in range(steps):
             done += 1
             step = {"step": done, "attempt": 0}
             part = {**step, "layer": 0, "microbatch": 0, "keep": True}
             link.call(Message("forward", {**part, "counts_E": [num_tokens]}, (x_TD, token_P, weight_P)), TIMEOUT_S)
-            link.call(Message("backward", part, (grad_TD,)), TIMEOUT_S)
-            link.call(Message("prepare", step), TIMEOUT_S)
-            link.call(Message("commit", {**step, "lr": 1e-4, "scale": 1.0}), TIMEOUT_S)
+            backward = link.start(Message("backward", part, (grad_TD,)))
+            prepare = link.start(Message("prepare", step))
+            backward.result(TIMEOUT_S)
+            prepare.result(TIMEOUT_S)
+            if commit is not None:
+                commit.result(TIMEOUT_S)
+            commit = link.start(Message("commit", {**step, "lr": 1e-4, "scale": 1.0}))
 
     return run
 

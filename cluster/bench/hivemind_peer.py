@@ -13,8 +13,8 @@ def main() -> None:
     import hivemind
     import torch
     from hivemind.moe.client.expert import create_remote_experts
-    from hivemind.moe.server import ModuleBackend, Server, layers
     from hivemind.moe.expert_uid import ExpertInfo
+    from hivemind.moe.server import ModuleBackend, Server, layers
     from hivemind.p2p import PeerInfo
     from hivemind.utils import BatchTensorDescriptor, get_dht_time
 
@@ -41,7 +41,9 @@ def main() -> None:
     server.start()
     server.ready.wait(60)
     client_dht = hivemind.DHT(initial_peers=dht.get_visible_maddrs(), start=True)
-    info = ExpertInfo("expert.0", PeerInfo(dht.peer_id, [a.decapsulate("/p2p") for a in dht.get_visible_maddrs()]).peer_id)
+    info = ExpertInfo(
+        "expert.0", PeerInfo(dht.peer_id, [a.decapsulate("/p2p") for a in dht.get_visible_maddrs()]).peer_id
+    )
     (remote,) = create_remote_experts([info], dht=client_dht)
     x, grad = torch.randn(2, tokens, hidden)
     local = block()

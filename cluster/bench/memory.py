@@ -1,4 +1,4 @@
-"""`quarter_of_experts`: peak memory of loading an expert host that owns a quarter of the experts, against the whole model.
+"""`quarter_of_experts`: peak memory of loading a host that owns a quarter of the experts, against the whole model.
 
 Each load runs in a process of its own; what Python and its libraries take before the load is subtracted.
 """

@@ -80,14 +80,10 @@ def interleaved(candidates: dict[str, Callable[[], None]], rounds: int, warmups:
 def rate_row(case: str, unit: str, amount: float, ours: Sequence[float], peer: str, theirs: Sequence[float]) -> Row:
     """`amount` of work a round -> a row of rates."""
     ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
-    return Row(
-        case, amount / statistics.median(ours), unit, peer, amount / statistics.median(theirs), ratio, len(ours)
-    )
+    return Row(case, amount / statistics.median(ours), unit, peer, amount / statistics.median(theirs), ratio, len(ours))
 
 
 def time_row(case: str, unit: str, scale: float, ours: Sequence[float], peer: str, theirs: Sequence[float]) -> Row:
     """Seconds -> a row of times in `unit`, of which `scale` make a second."""
     ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
-    return Row(
-        case, statistics.median(ours) * scale, unit, peer, statistics.median(theirs) * scale, ratio, len(ours)
-    )
+    return Row(case, statistics.median(ours) * scale, unit, peer, statistics.median(theirs) * scale, ratio, len(ours))

@@ -92,9 +92,7 @@ def run_demo(args: argparse.Namespace) -> int:
 def _private(config: ClusterConfig, output: Path) -> ClusterConfig:
     """The demo's front takes any free port, and its export lands in the report."""
     shutil.rmtree(output / "model", ignore_errors=True)
-    return replace(
-        config, front=replace(config.front, port=0), storage=replace(config.storage, root=str(output))
-    )
+    return replace(config, front=replace(config.front, port=0), storage=replace(config.storage, root=str(output)))
 
 
 def _train(client: Client, job: Job, record: _Record, *, stderr: bool) -> None:

@@ -34,14 +34,19 @@ def add_parsers(subparsers: Subparsers, guarded: Guard) -> None:
     up.add_argument("--json", action="store_true", help="print one JSON document when it is ready")
     up.set_defaults(run=guarded(run_up))
     down = subparsers.add_parser("down", help="end a service that was started here with `up`")
-    down.add_argument("--target", metavar="HOST:PORT", default=default_target(), help="which one (default: %(default)s)")
+    down.add_argument(
+        "--target", metavar="HOST:PORT", default=default_target(), help="which one (default: %(default)s)"
+    )
     down.add_argument("--json", action="store_true", help="print one JSON document")
     down.set_defaults(run=guarded(run_down))
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--config", default="local_cpu", metavar="FILE", help="a cluster config, or a shipped one (default: %(default)s)"
+        "--config",
+        default="local_cpu",
+        metavar="FILE",
+        help="a cluster config, or a shipped one (default: %(default)s)",
     )
     parser.add_argument(
         "--set",
@@ -103,7 +108,16 @@ def _announce(target: str, as_json: bool) -> None:
 def _detach(args: argparse.Namespace) -> int:
     """Runs the same command in a session of its own and waits until it is ready."""
     log = Path(tempfile.gettempdir()) / f"moe-cluster-{os.getpid()}.log"
-    command = [sys.executable, "-m", "cluster.cli", "-v", "up", "--json", "--config", str(find_config(args.config).resolve())]
+    command = [
+        sys.executable,
+        "-m",
+        "cluster.cli",
+        "-v",
+        "up",
+        "--json",
+        "--config",
+        str(find_config(args.config).resolve()),
+    ]
     for key, value in args.overrides:
         command += ["--set", f"{key}={json.dumps(value)}"]
     with log.open("wb") as errors:
@@ -114,7 +128,9 @@ def _detach(args: argparse.Namespace) -> int:
     if args.json:
         print_json({**document, "log": str(log)})
     else:
-        print_line(f"ready at {document['target']}; log in {log}; end it with: moe-cluster down --target {document['target']}")
+        print_line(
+            f"ready at {document['target']}; log in {log}; end it with: moe-cluster down --target {document['target']}"
+        )
     return 0
 
 

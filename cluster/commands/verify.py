@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 def add_parsers(subparsers: Subparsers, guarded: Guard) -> None:
     parser = subparsers.add_parser("verify", help="train the same model in one process and on a cluster, and compare")
     add_config_options(parser)
-    parser.add_argument("--model", metavar="DIR|CONFIG", default="tiny", help="model directory or config (default: tiny)")
+    parser.add_argument(
+        "--model", metavar="DIR|CONFIG", default="tiny", help="model directory or config (default: tiny)"
+    )
     parser.add_argument("--steps", type=int, default=20, help="training steps (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float64", "float32", "bfloat16"), default="float64")
     parser.add_argument("--actors", type=int, default=2, help="expert actors (default: %(default)s)")

@@ -6,7 +6,6 @@ One loop watches actors and steps the machine; each job runs in a thread of its 
 from __future__ import annotations
 
 import logging
-
 import threading
 import time
 from collections.abc import Sequence
@@ -365,5 +364,3 @@ def _below(roots: Sequence[Path], path: str, field: str) -> Path:
             remedy=f"use a path below {', '.join(map(str, roots))}",
         )
     return resolved
-
-

@@ -162,7 +162,7 @@ def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
 
 
 def check_port(host: str, port: int) -> None:
-    """`PortInUse` or `InvalidInput` if nobody could listen there now. gRPC does not say why it could not, so this does."""
+    """`PortInUse` or `InvalidInput` if nobody could listen there now; gRPC itself does not say why it could not."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family) as probe:
@@ -172,7 +172,9 @@ def check_port(host: str, port: int) -> None:
         if error.errno == errno.EADDRINUSE:
             raise _taken(host, port) from error
         remedy = "give an address of this machine and a free port above 1023"
-        raise InvalidInput(f"cannot be listened on: {error}", field="front", value=(host, port), remedy=remedy) from None
+        raise InvalidInput(
+            f"cannot be listened on: {error}", field="front", value=(host, port), remedy=remedy
+        ) from None
 
 
 def _taken(host: str, port: int) -> PortInUse:

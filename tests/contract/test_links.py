@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+import msgpack
 import pytest
 import torch
 import zmq
@@ -195,20 +196,30 @@ def test_a_peer_that_dies_is_named_at_once(way: str, moment: str) -> None:
         child.wait(10)
 
 
+def header(*parts: object) -> bytes:
+    packed: bytes = msgpack.packb(parts)
+    return packed
+
+
 BAD_FRAMES = {
     "nothing": [],
-    "no json": [b"\xff\xfe"],
-    "another version": [b'{"v": 2, "id": 1, "op": "x", "fields": {}, "tensors": []}'],
-    "no fields": [b'{"v": 1, "id": 1, "op": "x", "tensors": []}'],
-    "op is a number": [b'{"v": 1, "id": 1, "op": 5, "fields": {}, "tensors": []}'],
-    "tensor without a frame": [b'{"v": 1, "id": 1, "op": "x", "fields": {}, "tensors": [["float32", [2]]]}'],
-    "shape and bytes differ": [b'{"v": 1, "id": 1, "op": "x", "fields": {}, "tensors": [["float32", [9]]]}', b"1234"],
-    "negative size": [b'{"v": 1, "id": 1, "op": "x", "fields": {}, "tensors": [["float32", [-1]]]}', b"1234"],
-    "huge shape": [b'{"v": 1, "id": 1, "op": "x", "fields": {}, "tensors": [["float32", [99999999999999]]]}', b""],
-    "unknown dtype": [b'{"v": 1, "id": 1, "op": "x", "fields": {}, "tensors": [["object", [1]]]}', b"1"],
-    "deep nesting": [b"[" * 5000],
-    "too many frames": [b"{}"] * 30,
-    "too many bytes": [b"{}", b"x" * (MAX_BYTES + 1)],
+    "no msgpack": [b"\xc1\xff\xfe"],
+    "a number": [b"\x07"],
+    "cut short": [header(1, 1, "x", {}, [])[:-3]],
+    "another version": [header(2, 1, "x", {}, [])],
+    "no fields": [header(1, 1, "x", [])],
+    "op is a number": [header(1, 1, 5, {}, [])],
+    "id is a text": [header(1, "1", "x", {}, [])],
+    "tensor without a frame": [header(1, 1, "x", {}, [["float32", [2]]])],
+    "shape and bytes differ": [header(1, 1, "x", {}, [["float32", [9]]]), b"1234"],
+    "negative size": [header(1, 1, "x", {}, [["float32", [-1]]]), b"1234"],
+    "huge shape": [header(1, 1, "x", {}, [["float32", [99999999999999]]]), b""],
+    "unknown dtype": [header(1, 1, "x", {}, [["object", [1]]]), b"1"],
+    "spec is a number": [header(1, 1, "x", {}, [7]), b"1"],
+    "deep nesting": [b"\x91" * 5000],
+    "claims a huge array": [b"\xdd\xff\xff\xff\xff"],
+    "too many frames": [b"\x90"] * 30,
+    "too many bytes": [b"\x90", b"x" * (MAX_BYTES + 1)],
 }
 
 

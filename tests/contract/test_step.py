@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -158,9 +156,7 @@ def test_one_expert_moves_with_its_optimizer_state(source: ModelSource) -> None:
                 local.router.train_step(batch, lr=1e-2, clip_norm=1.0)
         question = {"layer": 1, "expert": 2}
         sent = one.hosts[0].handle("test", Message("export_experts", question))
-        wiped = Message(
-            "import_experts", {**question, "updates": 2}, tuple(torch.zeros_like(t) for t in sent.tensors)
-        )
+        wiped = Message("import_experts", {**question, "updates": 2}, tuple(torch.zeros_like(t) for t in sent.tensors))
         assert two.hosts[0].handle("test", wiped).op == "ok"
         back = Message("import_experts", {**question, "updates": sent.fields["updates"]}, sent.tensors)
         assert two.hosts[0].handle("test", back).op == "ok"

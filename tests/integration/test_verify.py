@@ -81,5 +81,3 @@ def test_the_command_on_real_actors(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["steps"] == 5
     assert found["loss_rel_diff_max"] < 1e-9
     assert found["weight_abs_diff_max"] < 1e-8
-
-

@@ -19,7 +19,9 @@ OWNED = {
 @pytest.mark.parametrize(("num_tokens", "top_k"), [(1, 1), (5, 2), (40, 4), (0, 2)])
 def test_every_pair_goes_to_its_owner_once(owned: str, num_tokens: int, top_k: int) -> None:
     generator = torch.Generator().manual_seed(num_tokens * 10 + top_k)
-    ids_TK = torch.stack([torch.randperm(8, generator=generator)[:top_k] for _ in range(num_tokens)] or [torch.zeros(top_k)])
+    ids_TK = torch.stack(
+        [torch.randperm(8, generator=generator)[:top_k] for _ in range(num_tokens)] or [torch.zeros(top_k)]
+    )
     ids_TK = ids_TK[:num_tokens].long()
     shares = plan(ids_TK, OwnerTable.of(OWNED[owned]))
     seen: list[tuple[int, int]] = []
