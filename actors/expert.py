@@ -113,7 +113,7 @@ class ExpertHost:
             return bool(self._deferred)
 
     def _forward(self, question: Message) -> Message:
-        """Tokens of one layer -> weighted sums. `keep` (training) saves what backward needs, by micro-batch and layer."""
+        """Tokens of one layer -> weighted sums. `keep` (training) saves what backward needs, by micro-batch, layer."""
         fields = question.fields
         layer, keep = self._layer(fields), bool(fields.get("keep"))
         if keep:

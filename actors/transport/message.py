@@ -87,7 +87,7 @@ def _view(tensor: Tensor) -> memoryview:
     if not tensor.numel():
         return memoryview(b"")
     flat = tensor.detach().cpu().reshape(-1)  # reshape copies what is not contiguous
-    return memoryview(flat.view(torch.uint8).numpy())
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _tensor(spec: Any, frame: Any, peer: str) -> Tensor:

@@ -47,6 +47,10 @@ class Address:
     tcp: str
 
 
+def _context() -> Any:
+    return zmq.Context.instance()
+
+
 def host_id() -> str:
     """The same for all processes that can share a unix socket: boot and network name of this machine or container."""
     try:
@@ -65,7 +69,7 @@ class SocketLink(Link):
         on_this_host = address.host_id == host_id() and os.path.exists(address.ipc.removeprefix("ipc://"))
         self.kind = "socket/ipc" if on_this_host else "socket/tcp"
         self._max_bytes = max_bytes
-        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket = _context().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.RECONNECT_IVL, -1)  # a dead peer stays dead; its successor gets a new link
         self._socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
@@ -101,7 +105,7 @@ class SocketLink(Link):
         while True:
             if self.closed:
                 raise PeerLost("the link is closed", peer=self.peer)
-            wait_ms = max(0.0, deadline - time.monotonic()) * 1e3
+            wait_ms = max(0, int((deadline - time.monotonic()) * 1e3 + 0.999))
             ready = dict(self._poller.poll(wait_ms))
             if self._socket in ready:
                 frames = _received(self._socket)
@@ -140,7 +144,7 @@ class SocketServer:
         self._idle = idle
         self._max_bytes = max_bytes
         self._directory = tempfile.mkdtemp(prefix="moe-")
-        self._socket = zmq.Context.instance().socket(zmq.ROUTER)
+        self._socket = _context().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
         self._socket.copy_threshold = COPY_BELOW_BYTES

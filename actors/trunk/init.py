@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,15 +38,16 @@ def initial_experts(
 
 
 def _initial_group(skeleton: Skeleton, layer: int, group: int, group_size: int, seed: int) -> dict[str, Tensor]:
-    module = copy.copy(skeleton.layers[layer].template)
-    module._parameters = {
+    module: Any = copy.copy(skeleton.layers[layer].template)
+    parameters = {
         name: nn.Parameter(torch.zeros(group_size, *shape, dtype=skeleton.dtype))
         for name, shape in skeleton.layers[layer].shapes().items()
     }
+    module._parameters = parameters
     module.num_experts = group_size
     with drawn_from(seed, layer, group), torch.no_grad():
         skeleton.model._init_weights(module)
-    return {name: p.detach() for name, p in module._parameters.items()}
+    return {name: p.detach() for name, p in parameters.items()}
 
 
 def initialise_trunk(trunk: PreTrainedModel, seed: int) -> None:

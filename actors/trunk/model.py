@@ -98,6 +98,11 @@ class ExpertLayer:
     template: nn.Module
     """The family's experts module on the meta device: its functions, flags and parameter shapes."""
 
+    @property
+    def num_experts(self) -> int:
+        template: Any = self.template
+        return int(template.num_experts)
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameter name -> shape of one expert's part."""
         return {name: tuple(p.shape[1:]) for name, p in self.template.named_parameters()}
@@ -140,7 +145,7 @@ def skeleton(source: ModelSource) -> Skeleton:
         )
     for layer in layers:
         _check_supported(layer)
-    counts = {int(layer.template.num_experts) for layer in layers}
+    counts = {layer.num_experts for layer in layers}
     if len(counts) > 1:
         raise CheckpointError("layers with different numbers of experts", field="model", value=sorted(counts))
     return Skeleton(config, model, layers, counts.pop(), _top_k(config), dtype)

@@ -1,4 +1,4 @@
-"""`split_cost`: training tokens a second of a router and its expert actors, against plain transformers in one process."""
+"""`split_cost`: training tokens a second of a router and its expert actors, against one process."""
 
 from __future__ import annotations
 

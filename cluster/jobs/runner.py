@@ -45,7 +45,7 @@ class Reporter(Protocol):
     def evaluated(self, step: int, metrics: dict[str, float]) -> None: ...
 
 
-class JobStopped(Exception):  # noqa: N818 - not an error: somebody asked for it
+class JobStopped(Exception):
     """The job ended between two steps because it was asked to."""
 
 
