@@ -157,7 +157,7 @@ def _hivemind_row(python: str, ours: Row, hidden_size: int, num_tokens: int, rou
             f"hivemind could not be timed: {str(detail).strip().splitlines()[-1:]}",
             field="--hivemind",
             value=python,
-            remedy="give an interpreter with hivemind 1.1.12 installed",
+            remedy="give an interpreter with hivemind 1.1.12 and uvloop below 0.22",
         ) from None
     share_of_raw = rates["hivemind"] / rates["raw"]
     return Row(
