@@ -1,6 +1,8 @@
-"""The message that crosses a link, and its wire form: a msgpack header frame, then one raw frame a tensor. No pickle.
+"""The message that crosses a link, and its wire form: a msgpack header frame, then raw tensor frames. No pickle.
 
 Header: `[version, id, op, fields, [[dtype, shape], ...]]`, e.g. `[1, 7, "forward", {}, [["float32", [64, 256]]]]`.
+Each tensor is a frame of its own, so that large ones are never copied; the tensors of a small message share one frame,
+each padded to `ALIGN_BYTES`, since a frame costs more than the copy.
 `decode` checks every size against the limits before a tensor exists.
 """
 
@@ -21,6 +23,8 @@ WIRE_VERSION = 1
 MAX_HEADER_BYTES = 64 << 10
 MAX_TENSORS = 16
 MAX_DIMS = 8
+SHARE_BELOW_BYTES = 1 << 14
+ALIGN_BYTES = 16
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float64": torch.float64,
@@ -58,6 +62,8 @@ def encode(message: Message) -> list[bytes | memoryview]:
     """Message -> frames. Tensor frames are views: the caller keeps the tensors unchanged until they are sent."""
     specs = [(_NAMES[t.dtype], tuple(t.shape)) for t in message.tensors]
     header: bytes = msgpack.packb((WIRE_VERSION, message.id, message.op, message.fields, specs))
+    if len(specs) > 1 and message.num_bytes < SHARE_BELOW_BYTES:
+        return [header, b"".join(_padded(t) for t in message.tensors)]
     return [header, *(_view(t) for t in message.tensors)]
 
 
@@ -77,10 +83,30 @@ def decode(frames: Sequence[Any], *, peer: str, max_bytes: int) -> Message:
         raise ProtocolError(f"wire version {version!r}, this side speaks {WIRE_VERSION}", peer=peer)
     if not isinstance(op, str) or type(number) is not int or not isinstance(fields, dict):
         raise ProtocolError("header fields have wrong types", peer=peer)
-    if not isinstance(specs, list) or len(specs) != len(frames) - 1:
+    if not isinstance(specs, list) or len(specs) > MAX_TENSORS:
+        raise ProtocolError(f"header fields have wrong types, or more than {MAX_TENSORS} tensors", peer=peer)
+    parts = _shared(specs, frames[1], peer) if len(specs) > 1 and len(frames) == 2 else frames[1:]
+    if len(specs) != len(parts):
         raise ProtocolError(f"header announces other tensors than the {len(frames) - 1} frames", peer=peer)
-    tensors = tuple(_tensor(spec, frame, peer) for spec, frame in zip(specs, frames[1:], strict=True))
+    tensors = tuple(_tensor(spec, part, peer) for spec, part in zip(specs, parts, strict=True))
     return Message(op, fields, tensors, number)
+
+
+def _padded(tensor: Tensor) -> bytes:
+    raw = bytes(_view(tensor))
+    return raw + bytes(-len(raw) % ALIGN_BYTES)
+
+
+def _shared(specs: list[Any], frame: Any, peer: str) -> list[memoryview]:
+    """The parts of a frame that several tensors share; sizes are checked by `_tensor` as for frames of their own."""
+    view, start, parts = memoryview(frame), 0, []
+    for spec in specs:
+        size = _size_bytes(spec, peer)
+        parts.append(view[start : start + size])
+        start += size + -size % ALIGN_BYTES
+    if start != len(view):
+        raise ProtocolError(f"tensors of {start} bytes do not fit a frame of {len(view)} bytes", peer=peer)
+    return parts
 
 
 def _view(tensor: Tensor) -> memoryview:
@@ -90,16 +116,24 @@ def _view(tensor: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def _tensor(spec: Any, frame: Any, peer: str) -> Tensor:
+def _size_bytes(spec: Any, peer: str) -> int:
     try:
         name, shape = spec
         dtype = DTYPES[name]
         sizes_ok = len(shape) <= MAX_DIMS and all(type(n) is int and 0 <= n < 1 << 40 for n in shape)
     except (TypeError, ValueError, KeyError):
         raise ProtocolError(f"malformed tensor description {spec!r}", peer=peer) from None
-    expected = math.prod(shape) * dtype.itemsize if sizes_ok else -1
+    if not sizes_ok:
+        raise ProtocolError(f"impossible tensor shape {spec!r}", peer=peer)
+    size: int = math.prod(shape) * dtype.itemsize
+    return size
+
+
+def _tensor(spec: Any, frame: Any, peer: str) -> Tensor:
+    expected = _size_bytes(spec, peer)
     if expected != len(frame):
         raise ProtocolError(f"tensor {spec!r} does not fit a frame of {len(frame)} bytes", peer=peer)
+    dtype, shape = DTYPES[spec[0]], spec[1]
     if expected == 0:
         return torch.empty(shape, dtype=dtype)
     tensor = torch.frombuffer(frame, dtype=torch.uint8)

@@ -216,6 +216,9 @@ BAD_FRAMES = {
     "huge shape": [header(1, 1, "x", {}, [["float32", [99999999999999]]]), b""],
     "unknown dtype": [header(1, 1, "x", {}, [["object", [1]]]), b"1"],
     "spec is a number": [header(1, 1, "x", {}, [7]), b"1"],
+    "shared frame too short": [header(1, 1, "x", {}, [["uint8", [16]], ["uint8", [16]]]), b"x" * 31],
+    "shared frame too long": [header(1, 1, "x", {}, [["uint8", [16]], ["uint8", [3]]]), b"x" * 64],
+    "shared frame, huge shape": [header(1, 1, "x", {}, [["uint8", [1 << 39]], ["uint8", [3]]]), b"x" * 64],
     "deep nesting": [b"\x91" * 5000],
     "claims a huge array": [b"\xdd\xff\xff\xff\xff"],
     "too many frames": [b"\x90"] * 30,
@@ -243,6 +246,16 @@ def test_the_server_outlives_a_stranger() -> None:
                 assert answer.op == "error"
         stranger.close()
         assert link.call(Message("echo"), 5).op == "ok"
+
+
+def test_small_tensors_share_a_frame_and_large_ones_do_not() -> None:
+    small, large = torch.arange(5, dtype=torch.int32), torch.zeros(1 << 16)
+    assert len(encode(Message("op", {}, (small, small)))) == 2
+    assert len(encode(Message("op", {}, (small, large)))) == 3
+    mixed = Message("op", {}, (small, torch.rand(3, dtype=torch.float64), small[:0], torch.ones(7).bfloat16()))
+    for sent, got in zip(mixed.tensors, decode(encode(mixed), peer="x", max_bytes=MAX_BYTES).tensors, strict=True):
+        assert torch.equal(sent, got)
+        assert got.dtype == sent.dtype
 
 
 def test_encode_then_decode_is_the_same_message() -> None:
