@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
+from ray.cluster_utils import Cluster
 
 from actors.errors import InvalidInput
 from cluster.configfile import find_config, load_cluster
@@ -32,6 +35,19 @@ def test_a_placement_that_cannot_be_is_named(overrides: dict[str, object], text:
     config = load_cluster(find_config("local_cpu"), {"model": "tiny", "front.port": 0, **overrides})
     with pytest.raises(InvalidInput, match=text), launched(config):
         pass
+
+
+def test_an_embedded_cluster_runs_beside_another() -> None:
+    other = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        config = load_cluster(find_config("local_cpu"), {"model": "tiny", "experts.group_size": 2, "front.port": 0})
+        with launched(config) as running:
+            assert ray.get_runtime_context().gcs_address != other.address
+            assert asyncio.run(running.backend.status(timeout_s=10)).ready
+        assert other.head_node is not None
+        assert not other.head_node.dead_processes(), "the other cluster is left alone"
+    finally:
+        other.shutdown()
 
 
 def processes_with(mark: str) -> list[psutil.Process]:
