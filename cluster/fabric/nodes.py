@@ -63,10 +63,8 @@ def _embedded(config: ClusterConfig) -> Iterator[None]:
             cluster = _start_head()
             _start_nodes(cluster, config)
             _connect(cluster.address)
-        cluster.wait_for_nodes(timeout=config.ray.start_timeout_s)
+        _wait_for_nodes(cluster, config.ray.start_timeout_s)
         yield
-    except TimeoutError as error:
-        raise StartupError(f"nodes did not start within ray.start_timeout_s: {error}") from error
     finally:
         ray.shutdown()
         if cluster is not None:
@@ -81,8 +79,13 @@ def _start_head() -> Cluster:
         "include_dashboard": False,
         "object_store_memory": OBJECT_STORE_BYTES,
         "gcs_server_port": 0,
+        # By default every head asks for the same port; where another cluster's holds it, the start takes seconds more.
+        "dashboard_agent_listen_port": 0,
     }
-    return Cluster(initialize_head=True, head_node_args=head)
+    try:
+        return Cluster(initialize_head=True, head_node_args=head)
+    except Exception as error:  # Ray raises no class of its own here
+        raise StartupError(f"Ray's head node did not start: {error}") from error
 
 
 def _start_nodes(cluster: Cluster, config: ClusterConfig) -> None:
@@ -96,6 +99,13 @@ def _start_nodes(cluster: Cluster, config: ClusterConfig) -> None:
             labels={NODE_LABEL: f"node-{number}"},
             object_store_memory=OBJECT_STORE_BYTES,
         )
+
+
+def _wait_for_nodes(cluster: Cluster, timeout_s: float) -> None:
+    try:
+        cluster.wait_for_nodes(timeout=timeout_s)
+    except TimeoutError as error:
+        raise StartupError(f"nodes did not start within ray.start_timeout_s: {error}") from error
 
 
 def _connect(address: str | None) -> None:

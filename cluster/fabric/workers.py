@@ -89,7 +89,7 @@ class RouterWorker:
     def __init__(self, config: ClusterConfig) -> None:
         _quiet(config.router.threads)
         self._config = config
-        self._cancelled: set[str] = set()
+        self._sessions: set[str] = set()
 
     @ray.method(concurrency_group=CONTROL)
     def load(self, experts: Sequence[ExpertContact]) -> tuple[str, int]:
@@ -138,18 +138,19 @@ class RouterWorker:
     def generate(
         self, session: str, prompt: Sequence[int], sampling: Sampling, timeout_s: float
     ) -> Iterator[TokenEvent]:
+        self._sessions.add(session)
         try:
             for event in self._router.generate(prompt, sampling, timeout_s=timeout_s):
-                if session in self._cancelled:
+                if session not in self._sessions:
                     return
                 yield event
         finally:
-            self._cancelled.discard(session)
+            self._sessions.discard(session)
 
     @ray.method(concurrency_group=CONTROL)
     def end_session(self, session: str) -> None:
-        """Its stream ends before the next token."""
-        self._cancelled.add(session)
+        """Its stream ends before the next token. A session that has ended is no error."""
+        self._sessions.discard(session)
 
     @ray.method(concurrency_group=SERVE)
     def score(self, ids: Sequence[int]) -> tuple[list[float], int]:
