@@ -6,32 +6,13 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from actors.errors import InvalidInput
-
-
-@dataclass(frozen=True)
-class Sampling:
-    max_tokens: int = 128
-    temperature: float = 0.0
-    """0 takes the likeliest token."""
-    top_p: float = 1.0
-    """Smallest set of tokens whose probability reaches this (Holtzman et al. 2020)."""
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class TokenEvent:
-    token: int
-    version: int
-    """Expert version it was computed with."""
-    finish_reason: str = ""
-    """`length` or `end_of_text` with the last token."""
+from actors.values import Sampling, TokenEvent
 
 
 def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

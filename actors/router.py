@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from actors.dispatcher import Dispatcher, LinkOpener, Purpose
-from actors.engine import DecodeEngine, Sampling, TokenEvent
+from actors.engine import DecodeEngine
 from actors.errors import InvalidInput, LinkError, MoeClusterError, NonFinite, StepAborted
 from actors.moe.dispatch import OwnerTable
 from actors.optim import OptimizerSettings, adamw, scale_gradients, set_lr, square_sum
@@ -26,24 +25,10 @@ from actors.trunk.checkpoint import CheckpointReader
 from actors.trunk.export import export_model
 from actors.trunk.load import load_trunk, load_weights
 from actors.trunk.model import ModelSource, connect, second_view, skeleton
+from actors.values import Sampling, StepReport, TokenEvent
 from actors.versions import VersionGate
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What a committed step did. `loss` in nats a token, before the update."""
-
-    step: int
-    loss: float
-    grad_norm: float
-    """Global norm over trunk and experts, before clipping."""
-    num_tokens: int
-    """Predicted tokens, over all micro-batches."""
-    seconds: float
-    retries: int
-    load_LE: list[list[int]] = field(repr=False)
 
 
 def token_losses(logits_BSV: Tensor, ids_BS: Tensor) -> Tensor:
@@ -91,6 +76,8 @@ class Router:
         self._attempt = 0
         self._unconfirmed: list[Pending | None] = []
         self._commit_fields: dict[str, Any] = {}
+        self._served_version = self.version
+        """The newest version that every expert actor has confirmed over the serving links."""
         self._gate = VersionGate()
         self._serving_lock = threading.Lock()
         self._settings = OptimizerSettings()
@@ -237,18 +224,15 @@ class Router:
     def score(self, ids: Sequence[int]) -> tuple[list[float], int]:
         """Natural log-probability of each token but the first, and the version they are of."""
         self._check_prompt(ids, least=2)
-        logits_SV, version = self._logits(torch.tensor([ids]))
-        logprobs_SV = torch.log_softmax(logits_SV[:-1].float(), dim=-1)
-        return logprobs_SV.gather(1, torch.tensor(ids[1:]).unsqueeze(1).to(logprobs_SV.device)).squeeze(
-            1
-        ).tolist(), version
+        logits_BSV, version = self._logits(torch.tensor([ids]))
+        logprobs_SV = torch.log_softmax(logits_BSV[0, :-1].float(), dim=-1)
+        next_S1 = torch.tensor(ids[1:], device=logprobs_SV.device).unsqueeze(1)
+        return logprobs_SV.gather(1, next_S1).squeeze(1).tolist(), version
 
     def logits(self, ids_BS: Tensor) -> Tensor:
         """[B, S, V] of the serving view."""
         self._check_ids(ids_BS, least=1)
-        with self._version_guard(), torch.no_grad():
-            result: Tensor = self._view(input_ids=ids_BS.to(self._device), use_cache=False).logits
-        return result
+        return self._logits(ids_BS)[0]
 
     def embed(self, ids: Sequence[int]) -> tuple[list[float], int]:
         """Mean of the last hidden states [D]."""
@@ -271,15 +255,23 @@ class Router:
 
     def _logits(self, ids_BS: Tensor) -> tuple[Tensor, int]:
         with self._version_guard() as version, torch.no_grad():
-            return self._view(input_ids=ids_BS.to(self._device), use_cache=False).logits[0], version
+            return self._view(input_ids=ids_BS.to(self._device), use_cache=False).logits, version
 
     @contextmanager
     def _version_guard(self) -> Iterator[int]:
         """One forward at a time on the serving links, none while a commit goes out."""
         with self._serving_lock, self._gate.reading():
             self._serving.reopen()
+            self._bring_commit()
             self._serving.purpose = Purpose(min_version=self.version)
             yield self.version
+
+    def _bring_commit(self) -> None:
+        """The last commit, once more over the serving links: there it may have overtaken the training links, or be the
+        only one that arrives. Who has done it just says so."""
+        if self._served_version < self.version:
+            self._serving.ask_all("commit", self._commit_fields)
+            self._served_version = self.version
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -312,6 +304,7 @@ class Router:
         reader = CheckpointReader(path, self._skeleton)
         with self._serving_lock, self._gate.writing():
             self._serving.reopen()
+            self._bring_commit()
             self._serving.ask_all("load", {"path": path}, timeout_s=10 * self._timeout_s)
             load_weights(self.trunk, reader)
             self._optimizer = adamw(self.trunk.named_parameters(), self._settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from actors.engine import TokenEvent
+from actors.values import TokenEvent
 from cluster.backend import GenerateChunk
 from cluster.jobs.tokenizer import StreamDecoder, Tokenizer
 

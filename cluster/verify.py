@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from actors.optim import OptimizerSettings
 from actors.reference import Reference
-from actors.router import StepReport
 from actors.trunk.model import DTYPES, ModelSource
+from actors.values import StepReport
 from cluster.config import ModelConfig, OptimizerConfig
 from cluster.jobs.batches import MicroBatch
 

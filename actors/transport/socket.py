@@ -16,8 +16,7 @@ import time
 import uuid
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import zmq
@@ -26,6 +25,7 @@ import zmq.utils.monitor
 from actors.errors import InvalidInput, LinkTimeout, MoeClusterError, PeerLost, ProtocolError
 from actors.transport.contract import Handler, Link
 from actors.transport.message import Message, decode, encode, error_answer
+from actors.values import Address
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +36,6 @@ _GONE = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_CONNECT_RETRIED | 
 COPY_BELOW_BYTES = 1 << 16
 """Smaller frames are copied into zmq: cheaper than tracking a shared buffer."""
 MAX_REMEMBERED_LINKS = 4096
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where an expert actor listens. `host_id` tells whether ipc reaches it."""
-
-    host_id: str
-    ipc: str
-    tcp: str
 
 
 def _context() -> Any:
@@ -214,11 +205,3 @@ def _received(socket: Any) -> list[Any]:
     while socket.getsockopt(zmq.RCVMORE):
         frames.append(socket.recv(copy=False).buffer)
     return frames
-
-
-def address_to_dict(address: Address) -> dict[str, str]:
-    return {"host_id": address.host_id, "ipc": address.ipc, "tcp": address.tcp}
-
-
-def address_from_dict(values: Mapping[str, Any]) -> Address:
-    return Address(**values)

@@ -16,7 +16,7 @@ from actors.trunk.model import skeleton
 from cluster.bench.result import Report, interleaved, time_row
 from cluster.config import ClusterConfig
 from cluster.fabric.launch import launched
-from cluster.fabric.workers import model_source
+from cluster.fabric.model import model_source
 
 CALLS_A_ROUND = 20
 TIMEOUT_S = 10.0

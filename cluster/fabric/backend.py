@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Any
 
-from actors.engine import Sampling, TokenEvent
 from actors.errors import InvalidInput, MoeClusterError
+from actors.values import Sampling, TokenEvent
 from cluster.backend import (
     ClusterStatus,
     EmbedResult,
@@ -24,10 +24,9 @@ from cluster.backend import (
 )
 from cluster.config import JobConfig, ModelConfig
 from cluster.fabric.calls import acall, translated
+from cluster.fabric.options import COORDINATOR, ROUTER
 from cluster.jobs.tokenizer import Tokenizer, load_tokenizer
 from cluster.serving import TextStream
-
-COORDINATOR, ROUTER = "coordinator", "router-0"
 
 
 class RayBackend:

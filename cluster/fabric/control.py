@@ -15,8 +15,7 @@ from typing import Any
 import ray
 
 from actors.errors import InvalidInput, MoeClusterError
-from actors.router import StepReport
-from actors.trunk.model import Skeleton, skeleton
+from actors.values import StepReport
 from cluster.backend import ActorStatus, ClusterStatus, Job, JobEvent, ModelDirectory
 from cluster.config import ClusterConfig, JobConfig, OptimizerConfig
 from cluster.control.coordinator import Coordinator, ModelFacts
@@ -25,8 +24,8 @@ from cluster.errors import StartupError
 from cluster.fabric.calls import call
 from cluster.fabric.data import open_tokens
 from cluster.fabric.nodes import node_names
-from cluster.fabric.options import expert_options, router_options
-from cluster.fabric.workers import ExpertContact, ExpertWorker, RouterWorker, model_source
+from cluster.fabric.options import ROUTER, expert_options, router_options
+from cluster.fabric.workers import ExpertContact, ExpertWorker, RouterWorker
 from cluster.jobs.batches import MicroBatch
 from cluster.jobs.runner import Documents, JobStopped, run_job
 from cluster.jobs.tokenizer import check_vocabulary, load_tokenizer
@@ -38,7 +37,6 @@ BEAT_S = 0.2
 VITALS_EVERY_S = 2.0
 STEP_TIMEOUT_S = 3600.0
 """Last resort: a router that died is noticed at once, and its links have deadlines of their own."""
-ROUTER = "router-0"
 
 
 class ControlWorker:
@@ -53,19 +51,20 @@ class ControlWorker:
         self._stop_job: dict[str, threading.Event] = {}
         self._actors: dict[str, Any] = {}
         self._contacts: dict[str, tuple[str, int]] = {}
-        self._tokenizer_dir = config.model.path
+        self._links: dict[str, str] = {}
+        """Link kind of each expert actor, as the router last told."""
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
     def start(self) -> Any:
         """Starts every actor and returns the router's handle. `StartupError` or `InvalidInput` if that cannot be."""
         names = [f"expert-{i}" for i in range(self._config.experts.actors)]
-        self._spawn(names)  # processes take seconds to start: they do while the model is looked at
-        model = skeleton(model_source(self._config))
-        check_vocabulary(self._tokenizer(), _text(model).vocab_size)
+        self._spawn(names)
+        model: ModelFacts = self._loaded(ROUTER, self._actors[ROUTER].facts.remote())
+        check_vocabulary(self._tokenizer(), model.vocab_size)
         slots = [ActorSlot(name, "") for name in names]
         placement = spread(model.num_experts, self._config.experts.group_size, slots)
-        self._coordinator = Coordinator(_facts(self._config, model), placement)
+        self._coordinator = Coordinator(model, placement)
         loading = {name: self._actors[name].load.remote(placement.groups_of(name)) for name in names}
         contacts: list[ExpertContact] = [self._loaded(name, ref) for name, ref in loading.items()]
         self._experts = contacts
@@ -156,7 +155,7 @@ class ControlWorker:
         directory = _below(roots, path, "path")
         with self._lock:
             self._coordinator.require_idle("a model cannot be imported")
-        check_same_architecture(self._config, str(directory))
+        call(ROUTER, self._actors[ROUTER].check_same_architecture.remote(str(directory)), timeout_s)
         call(ROUTER, self._actors[ROUTER].replace_weights.remote(str(directory)), timeout_s)
         return self.status()
 
@@ -198,10 +197,7 @@ class ControlWorker:
             links |= answer.get("links", {})
             with self._changed:
                 self._coordinator.actor_seen(self._actor_status(name, answer, nodes), time.time())
-        if links:
-            self._links = links
-
-    _links: dict[str, str] = {}  # noqa: RUF012 - replaced as a whole
+        self._links = links or self._links
 
     def _actor_status(self, name: str, vitals: dict[str, Any], nodes: dict[str, str]) -> ActorStatus:
         node_id, pid = self._contacts[name]
@@ -275,7 +271,7 @@ class ControlWorker:
         )
 
     def _tokenizer(self) -> Any:
-        return load_tokenizer(self._config.model, self._tokenizer_dir)
+        return load_tokenizer(self._config.model)
 
 
 class _JobReporter:
@@ -314,43 +310,6 @@ class RayRouter:
 
     def export(self, directory: str) -> object:
         return call(ROUTER, self._handle.export.remote(directory), STEP_TIMEOUT_S)
-
-
-def check_same_architecture(config: ClusterConfig, directory: str) -> None:
-    """`InvalidInput` naming the first difference between the running model and the one in `directory`."""
-    from dataclasses import replace
-
-    mine = skeleton(model_source(config))
-    theirs = skeleton(replace(model_source(config), path=directory, values=None))
-    if type(mine.model) is not type(theirs.model):
-        raise InvalidInput(
-            f"is a {type(theirs.model).__name__}, the cluster runs a {type(mine.model).__name__}",
-            field="path",
-            value=directory,
-        )
-    shapes = {name: tuple(p.shape) for name, p in mine.model.named_parameters()}
-    for name, parameter in theirs.model.named_parameters():
-        if shapes.pop(name, None) != tuple(parameter.shape):
-            raise InvalidInput(f"{name} has another shape than in the running model", field="path", value=directory)
-    if shapes:
-        raise InvalidInput(f"{next(iter(shapes))} of the running model is not in it", field="path", value=directory)
-
-
-def _facts(config: ClusterConfig, model: Skeleton) -> ModelFacts:
-    text = _text(model)
-    return ModelFacts(
-        name=Path(config.model.path).name if config.model.path else str(model.config.model_type),
-        num_parameters=model.num_parameters,
-        num_experts=model.num_experts,
-        num_moe_layers=len(model.layers),
-        top_k=model.top_k,
-        max_positions=int(getattr(text, "max_position_embeddings", 1 << 20)),
-        vocab_size=int(text.vocab_size),
-    )
-
-
-def _text(model: Skeleton) -> Any:
-    return model.config.get_text_config()
 
 
 def _below(roots: Sequence[Path], path: str, field: str) -> Path:

@@ -6,12 +6,11 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from actors.errors import MoeClusterError
-from actors.transport.message import Message
 from cluster.config import ClusterConfig
 from cluster.fabric.backend import RayBackend
 from cluster.fabric.calls import call
@@ -19,6 +18,9 @@ from cluster.fabric.control import ControlWorker, RayRouter
 from cluster.fabric.nodes import connected
 from cluster.fabric.options import coordinator_options
 from cluster.fabric.workers import ExpertContact
+
+if TYPE_CHECKING:
+    from actors.transport.message import Message
 
 logger = logging.getLogger(__name__)
 

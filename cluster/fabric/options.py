@@ -12,6 +12,9 @@ EXPERT_RESOURCE = "moe_expert"
 NODE_LABEL = "moe-cluster.io/node"
 """Name of a node, where one is set; otherwise the Ray node id stands for it."""
 
+COORDINATOR, ROUTER = "coordinator", "router-0"
+"""Names of the actors of which there is one."""
+
 TRAIN, SERVE, CONTROL = "train", "serve", "control"
 """Concurrency groups of a router actor."""
 

@@ -1,4 +1,8 @@
-"""The Ray edge of the plain classes: an expert actor, a router actor. Nothing is decided here."""
+"""The Ray edge of the plain classes: an expert actor, a router actor. Nothing is decided here.
+
+torch and transformers take seconds to import, so only the actors themselves do it, all at the same time: whoever starts
+them imports this module without.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +12,21 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-import torch
 
-from actors.engine import Sampling, TokenEvent
-from actors.expert import ExpertHost
-from actors.optim import OptimizerSettings
-from actors.router import Router, StepReport
-from actors.transport.contract import Link
-from actors.transport.message import Message
-from actors.transport.socket import Address, SocketLink, SocketServer
-from actors.trunk.model import ModelSource
+from actors.values import Address, Sampling, StepReport, TokenEvent
 from cluster.config import ClusterConfig, OptimizerConfig
-from cluster.fabric.options import CONTROL, SERVE, TRAIN
+from cluster.control.coordinator import ModelFacts
+from cluster.fabric.options import CONTROL, ROUTER, SERVE, TRAIN
 from cluster.jobs.batches import MicroBatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from actors.transport.contract import Link
+    from actors.transport.message import Message
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,15 @@ class ExpertWorker:
     """Holds an `ExpertHost` and serves its links from a thread of its own; Ray calls only look after it."""
 
     def __init__(self, name: str, config: ClusterConfig, bind_host: str) -> None:
-        _quiet(config.experts.threads)
+        _import_torch(config.experts.threads)
         self._name, self._config, self._bind_host = name, config, bind_host
 
     def load(self, groups: Sequence[int]) -> ExpertContact:
         """Takes the weights of its groups and begins to serve."""
+        from actors.expert import ExpertHost
+        from actors.transport.socket import SocketServer
+        from cluster.fabric.model import model_source
+
         self._host = ExpertHost(
             self._name,
             model_source(self._config),
@@ -87,13 +94,23 @@ class RouterWorker:
     """Holds a `Router`. Training, serving and control calls run in concurrency groups of their own."""
 
     def __init__(self, config: ClusterConfig) -> None:
-        _quiet(config.router.threads)
+        _import_torch(config.router.threads)
         self._config = config
         self._sessions: set[str] = set()
 
     @ray.method(concurrency_group=CONTROL)
+    def facts(self) -> ModelFacts:
+        """What there is to know of the model before anything is loaded."""
+        from cluster.fabric.model import model_facts
+
+        return model_facts(self._config)
+
+    @ray.method(concurrency_group=CONTROL)
     def load(self, experts: Sequence[ExpertContact]) -> tuple[str, int]:
         """Takes the trunk's weights and opens links to the experts. Returns its node and process id."""
+        from actors.router import Router
+        from cluster.fabric.model import model_source
+
         self._router = Router(
             model_source(self._config),
             [self._opener(expert) for expert in experts],
@@ -106,11 +123,13 @@ class RouterWorker:
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
     def _opener(self, expert: ExpertContact) -> Any:
+        from actors.transport.socket import SocketLink
+
         def open_link() -> Link:
             return SocketLink(
                 expert.name,
                 expert.address,
-                name="router-0",
+                name=ROUTER,
                 max_bytes=self._config.links.max_message_bytes,
                 timeout_s=self._config.router.request_timeout_s,
             )
@@ -123,16 +142,18 @@ class RouterWorker:
 
     @ray.method(concurrency_group=TRAIN)
     def begin_run(self, optimizer: OptimizerConfig) -> None:
+        from actors.optim import OptimizerSettings
+
         values = asdict(optimizer)
         self._router.begin_run(OptimizerSettings(**{k: values[k] for k in OptimizerSettings().to_dict()}))
 
     @ray.method(concurrency_group=TRAIN)
     def train_step(self, microbatches: Sequence[MicroBatch], lr: float, clip_norm: float) -> StepReport:
-        return self._router.train_step([torch.tensor(m) for m in microbatches], lr=lr, clip_norm=clip_norm)
+        return self._router.train_step(_tensors(microbatches), lr=lr, clip_norm=clip_norm)
 
     @ray.method(concurrency_group=TRAIN)
     def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
-        return self._router.evaluate([torch.tensor(b) for b in batches])
+        return self._router.evaluate(_tensors(batches))
 
     @ray.method(concurrency_group=SERVE, num_returns="streaming")
     def generate(
@@ -166,27 +187,32 @@ class RouterWorker:
 
     @ray.method(concurrency_group=SERVE)
     def logits(self, ids: MicroBatch) -> Any:
-        return self._router.logits(torch.tensor(ids)).cpu()
+        return self._router.logits(*_tensors([ids])).cpu()
 
     @ray.method(concurrency_group=CONTROL)
     def export(self, directory: str) -> list[str]:
         return self._router.export(Path(directory))
+
+    @ray.method(concurrency_group=CONTROL)
+    def check_same_architecture(self, directory: str) -> None:
+        from cluster.fabric.model import check_same_architecture
+
+        check_same_architecture(self._config, directory)
 
     @ray.method(concurrency_group=TRAIN)
     def replace_weights(self, path: str) -> None:
         self._router.replace_weights(path)
 
 
-def model_source(config: ClusterConfig) -> ModelSource:
-    model = config.model
-    return ModelSource(
-        path=model.path,
-        values=None if model.path else dict(model.values),
-        seed=model.seed,
-        dtype=config.router.dtype,
-    )
+def _import_torch(threads: int) -> None:
+    import torch
+    import transformers.modeling_utils  # noqa: F401 - the slow part of it, now rather than in `load`
 
-
-def _quiet(threads: int) -> None:
     torch.set_num_threads(threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def _tensors(batches: Sequence[MicroBatch]) -> list[Tensor]:
+    import torch
+
+    return [torch.tensor(batch) for batch in batches]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from actors.errors import NonFinite
-from actors.router import StepReport
+from actors.values import StepReport
 from cluster.config import JobConfig, OptimizerConfig
 from cluster.jobs.batches import MicroBatch, StepBatches, evaluation_batches
 from cluster.jobs.packing import TokenIds

@@ -150,7 +150,8 @@ def test_nobody_listens() -> None:
 _CHILD = """
 import sys, time
 from actors.transport.message import Message
-from actors.transport.socket import SocketServer, address_to_dict
+from actors.transport.socket import SocketServer
+from dataclasses import asdict
 import json
 def handler(peer, question):
     if question.op == "hang":
@@ -158,7 +159,7 @@ def handler(peer, question):
         time.sleep(60)
     return Message("ok", {}, question.tensors)
 server = SocketServer("child", handler, max_bytes=1 << 26)
-print(json.dumps(address_to_dict(server.address)), flush=True)
+print(json.dumps(asdict(server.address)), flush=True)
 server.start()
 time.sleep(60)
 """

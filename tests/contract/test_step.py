@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 
@@ -65,6 +67,30 @@ def test_losses_equal_those_of_an_undisturbed_run(
         assert retries == 0
     elif op != "commit":
         assert retries == 1
+
+
+@pytest.mark.parametrize("kind", ["drop_question", "close"])
+def test_the_last_commit_arrives_with_whoever_needs_it(
+    source: ModelSource, kind: Literal["drop_question", "close"]
+) -> None:
+    """Nobody trains on, so only serving can bring it."""
+
+    scripted: list[Link] = []
+
+    def wrap(actor: int, link: Link) -> Link:
+        if actor == 1 and not scripted:
+            scripted.append(FaultyLink(link, [Fault("commit", 1, kind)]))
+            return scripted[0]
+        return link
+
+    with cluster(source, 2, links="socket") as whole, cluster(source, 2, links="socket", wrap=wrap) as disturbed:
+        for local in (whole, disturbed):
+            local.router.begin_run(OptimizerSettings())
+            local.router.train_step(BATCHES[0], lr=1e-2, clip_norm=1.0)
+        assert disturbed.hosts[1].version == 0, "the commit must be lost"
+        ids = BATCHES[1][0]
+        assert torch.equal(disturbed.router.logits(ids), whole.router.logits(ids))
+        assert disturbed.hosts[1].version == 1
 
 
 def test_two_faults_in_one_step(source: ModelSource, undisturbed: list[float]) -> None:

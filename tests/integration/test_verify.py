@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from actors.optim import OptimizerSettings
-from actors.router import StepReport
 from actors.trunk.model import ModelSource
+from actors.values import StepReport
 from cluster.cli import main
 from cluster.config import ModelConfig, OptimizerConfig
 from cluster.configfile import find_config, load_model

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from actors.engine import Sampling, TokenEvent, choose
+from actors.engine import choose
+from actors.values import Sampling, TokenEvent
 from cluster.jobs.tokenizer import ByteTokenizer
 from cluster.serving import TextStream
 
