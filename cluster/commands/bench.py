@@ -17,6 +17,7 @@ NAMES = {
     "dispatch": "a small message to an expert actor and back, against a Ray actor call",
     "train": "training tokens a second, against plain transformers in one process",
     "memory": "loading a quarter of the experts, against loading the whole model",
+    "planner": "placement of experts by load, against the public EPLB algorithm",
     "experts": "training one expert behind a link, against the same expert in one process",
 }
 
@@ -52,6 +53,10 @@ def _run(args: argparse.Namespace) -> Report:
         from cluster.bench.memory import bench_memory
 
         return bench_memory(rounds=args.rounds)
+    if args.name == "planner":
+        from cluster.bench.planner import bench_planner
+
+        return bench_planner(rounds=args.rounds)
     config = load_cluster(find_config(args.config), dict(args.overrides))
     if args.name == "dispatch":
         from cluster.bench.dispatch import bench_dispatch

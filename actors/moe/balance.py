@@ -1,0 +1,184 @@
+"""Rules that keep experts evenly used: losses on the gate, the bias without a loss, and measures of the load.
+
+All losses are functions of one layer's gate probabilities (gradients) and choices (no gradients), lower for a more even
+load, and unscaled; `balance_loss` applies the coefficients.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from actors.errors import InvalidInput
+from actors.moe.gating import GateContext, GateOutput
+
+
+@dataclass(frozen=True)
+class BalanceSettings:
+    """Coefficients; 0 leaves a rule out, and any combination is allowed. The articles' values are in brackets."""
+
+    entropy: float = 0.0
+    """lambda of S11 [0.01]."""
+    frequency: float = 0.0
+    """alpha of S12 [0.01]."""
+    sequence: float = 0.0
+    """alpha of S14 [0.0001]."""
+    bias_speed: float = 0.0
+    """gamma of S13 [0.001]: what a bias moves by a step."""
+    bias_share: float = 0.966
+    """Share of the training after which gamma is 0: DeepSeek-V3 stops after 14.3 of 14.8 T tokens (2412.19437, 4.2)."""
+
+    def __post_init__(self) -> None:
+        for name in ("entropy", "frequency", "sequence", "bias_speed"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise InvalidInput("must be at least 0", field=f"balance.{name}", value=value)
+        if not 0 <= self.bias_share <= 1:
+            raise InvalidInput("must be 0 to 1", field="balance.bias_share", value=self.bias_share)
+
+
+def balance_loss(settings: BalanceSettings, output: GateOutput, context: GateContext) -> Tensor:
+    """Sum of the losses times their coefficients, a scalar; 0 without tokens or coefficients."""
+    scores_TE, ids_TK = output.scores_TE, output.ids_TK
+    loss = scores_TE.new_zeros(())
+    if not scores_TE.shape[0]:
+        return loss
+    if settings.entropy:
+        loss = loss + settings.entropy * entropy_loss(scores_TE)
+    if settings.frequency:
+        loss = loss + settings.frequency * frequency_loss(scores_TE, ids_TK, scores_TE.shape[1])
+    if settings.sequence:
+        loss = loss + settings.sequence * sequence_loss(scores_TE, ids_TK, context.sequence_length)
+    return loss
+
+
+def entropy_loss(scores_TE: Tensor) -> Tensor:
+    """KL(p, uniform) = sum_i p_i log(p_i E), p the mean gate probabilities of [T, E]. At least 0, and 0 if p is even.
+
+    S11 prints sum_i p_i log q_i with the realised share q. With q free that rewards imbalance, so q = p here; that is
+    the negative entropy, and log E is added to put the optimum at 0. Gradients are those of the negative entropy.
+    """
+    mean_E = scores_TE.mean(dim=0)
+    smallest = torch.finfo(mean_E.dtype).tiny  # p log p is 0 at p = 0, and its gradient must stay finite there
+    return (mean_E * (mean_E.clamp_min(smallest) * mean_E.shape[0]).log()).sum()
+
+
+def frequency_loss(scores_TE: Tensor, ids_TK: Tensor, num_experts: int) -> Tensor:
+    """sum_i (f_i / mu - 1) (P_i / mu - 1): f_i share of the pairs that expert i got, mu = 1 / E, P_i mean probability.
+
+    S12 prints sum_i (f_i / mu - 1)^2, and f has no gradient. As in GShard (2006.16668, 2.2) one f of the square is
+    replaced by its differentiable stand-in P. Both sum to 1, so this is E * (E * sum_i f_i P_i - 1), E times the loss
+    of Switch (2101.03961, eq. 4) but for the constant; it equals the printed form where P = f, and may fall below 0.
+    """
+    frequency_E = _shares(ids_TK.reshape(1, -1), num_experts, scores_TE.dtype)[0]
+    return ((num_experts * frequency_E - 1) * (num_experts * scores_TE.mean(dim=0) - 1)).sum()
+
+
+def sequence_loss(scores_TE: Tensor, ids_TK: Tensor, sequence_length: int) -> Tensor:
+    """Mean over sequences of sum_i f_i P_i, DeepSeek-V3 (2412.19437, eq. 17 to 20); 1 for an even load.
+
+    f_i = E / (K S) * times the sequence's S tokens chose expert i, P_i = mean over them of the normalised score.
+    Choices are those made (with the bias, group limits and unused places: K S is then the number of places in use),
+    where the paper counts the K best scores.
+    """
+    num_experts = scores_TE.shape[1]
+    num_sequences = scores_TE.shape[0] // sequence_length
+    share_BE = _shares(ids_TK.reshape(num_sequences, -1), num_experts, scores_TE.dtype)
+    mean_BE = scores_TE.view(num_sequences, sequence_length, num_experts).mean(dim=1)
+    return (num_experts * share_BE * mean_BE).sum(dim=1).mean()
+
+
+def expert_load(ids_TK: Tensor, num_experts: int) -> Tensor:
+    """Pairs each expert got, int64 [E]; unused places (-1) do not count. No wait for the device."""
+    return _counts(ids_TK.reshape(1, -1), num_experts)[0]
+
+
+def _counts(ids_BN: Tensor, num_experts: int) -> Tensor:
+    place_BN = torch.where(ids_BN < 0, num_experts, ids_BN)  # unused places fall into a column that is cut off
+    counts = torch.zeros(ids_BN.shape[0], num_experts + 1, dtype=torch.int64, device=ids_BN.device)
+    return counts.scatter_add_(1, place_BN, torch.ones_like(place_BN))[:, :num_experts]
+
+
+def _shares(ids_BN: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
+    counts_BE = _counts(ids_BN, num_experts).to(dtype)
+    return counts_BE / counts_BE.sum(dim=1, keepdim=True).clamp_min(1)
+
+
+def bias_update(bias_E: Tensor, load_E: Tensor, speed: float) -> Tensor:
+    """bias + speed * sign(mean load - load), a new tensor without gradient (S13; 2408.15664, DeepSeek-V3 2.1.2).
+
+    `load_E` counts the pairs of the whole step, over all routers.
+    """
+    load_E = load_E.detach().to(bias_E.dtype)
+    return bias_E.detach() + speed * torch.sign(load_E.mean() - load_E)
+
+
+def bias_speed(settings: BalanceSettings, step: int, total_steps: int) -> float:
+    """gamma of the update after `step` committed steps: constant for `bias_share` of the training, then 0."""
+    return settings.bias_speed if step < settings.bias_share * total_steps else 0.0
+
+
+def max_vio(load_E: Tensor) -> Tensor:
+    """max / mean - 1 over the last dimension (MaxVio of 2408.15664): 0 is even, E - 1 all on one; 0 without load."""
+    load_E = _float(load_E)
+    mean = load_E.mean(dim=-1)
+    return torch.where(mean > 0, load_E.amax(dim=-1) / mean - 1, 0.0)
+
+
+def utilisation_std(load_E: Tensor) -> Tensor:
+    """Standard deviation (of the population) of load / mean over the last dimension; 0 without load."""
+    load_E = _float(load_E)
+    mean = load_E.mean(dim=-1)
+    return torch.where(mean > 0, load_E.std(dim=-1, correction=0) / mean, 0.0)
+
+
+def _float(load_E: Tensor) -> Tensor:
+    return load_E if load_E.is_floating_point() else load_E.double()
+
+
+@dataclass(frozen=True)
+class SparseLoad:
+    """Experts that got too few tokens of a batch for their products to be worth their weights (S18)."""
+
+    num_experts: int
+    num_sparse: int
+    smallest_load: int
+    minimum: int
+    batch_tokens: int
+    tokens_if_even: int
+    """Batch size, in tokens, that gives every expert the minimum if the load were even."""
+    tokens_as_routed: int | None
+    """The same at the load's present skew; None: an expert got nothing, and no batch size can be told."""
+
+    def __str__(self) -> str:
+        skewed = (
+            "an expert got none at all" if self.tokens_as_routed is None else f"{self.tokens_as_routed} as routed now"
+        )
+        return (
+            f"{self.num_sparse} of {self.num_experts} experts got fewer than {self.minimum} tokens of a batch of "
+            f"{self.batch_tokens} (the least: {self.smallest_load}); every expert reaches it with a batch of "
+            f"{self.tokens_if_even} tokens if evenly used ({skewed})"
+        )
+
+
+def sparse_warning(load_E: Tensor, tokens: int, minimum: int = 64) -> SparseLoad | None:
+    """None if each expert of a layer got `minimum` tokens of a batch of `tokens`; `load_E` counts pairs.
+
+    Waits for the device of `load_E`: call it once a step, not in a forward.
+    """
+    loads = [int(load) for load in load_E.tolist()]
+    smallest, total = min(loads), sum(loads)
+    if smallest >= minimum or not total:
+        return None
+    return SparseLoad(
+        num_experts=len(loads),
+        num_sparse=sum(load < minimum for load in loads),
+        smallest_load=smallest,
+        minimum=minimum,
+        batch_tokens=tokens,
+        tokens_if_even=math.ceil(minimum * tokens * len(loads) / total),
+        tokens_as_routed=math.ceil(minimum * tokens / smallest) if smallest else None,
+    )
