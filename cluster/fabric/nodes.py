@@ -130,7 +130,7 @@ def _isolate() -> None:
         os.environ.pop(name, None)
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # Ray gives its workers the lowest priority; here they are the service, and Ray's own processes would go before them.
+    # Ray gives its workers the lowest priority; here they are the service, and Ray's own processes would go first.
     os.environ.setdefault("RAY_worker_niceness", "0")
 
 
