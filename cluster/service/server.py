@@ -9,7 +9,7 @@ import socket
 from contextlib import suppress
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from actors.errors import InvalidInput, MoeClusterError
@@ -17,6 +17,7 @@ from cluster.backend import Backend
 from cluster.config import FrontConfig
 from cluster.errors import PortInUse
 from cluster.service.cluster import ClusterServicer
+from cluster.service.health import HealthServicer
 from cluster.service.inference import InferenceServicer
 from cluster.service.interceptors import FrontInterceptor
 from cluster.service.training import TrainingServicer
@@ -52,7 +53,7 @@ class Front:
         self._backend = backend
         self._config = config or FrontConfig()
         self._health_interval_s = health_interval_s
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # newer than the stubs
+        self._health = HealthServicer()
         self._interceptor = FrontInterceptor(max_concurrent=self._config.max_concurrent_rpcs)
         self._server: grpc.aio.Server | None = None
         self._follower: asyncio.Task[None] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
@@ -303,6 +304,24 @@ class TestHealth:
                 statuses.cancel()
                 assert len(list(chunks)) == 99
                 stopped.result(WAIT_S)
+
+    def test_a_watcher_that_leaves_does_not_silence_the_others(self):
+        with running_front(MemoryBackend()) as front, grpc.insecure_channel(front.target) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            watches = [health.Watch(health_pb2.HealthCheckRequest(), timeout=WAIT_S) for _ in range(3)]
+            for statuses in watches:
+                while next(statuses).status != health_pb2.HealthCheckResponse.SERVING:
+                    pass
+            watches[0].cancel()
+            deadline = time.monotonic() + WAIT_S
+            while front._health._watching[""] > 2 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert front._health._watching[""] == 2
+            stopped = run(front.stop(grace_s=0.2))
+            assert stopped is None
+            assert [next(statuses).status for statuses in watches[1:]] == [
+                health_pb2.HealthCheckResponse.NOT_SERVING
+            ] * 2
 
     def test_a_watch_does_not_hold_up_stopping(self):
         backend = MemoryBackend(step_s=60.0)
