@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.errors import LinkError, MoeClusterError, PeerLost, ProtocolError
+from actors.errors import LinkError, MoeClusterError, NonFinite, PeerLost, ProtocolError
+from actors.moe.balance import expert_load
 from actors.moe.dispatch import OwnerTable, Share, plan
+from actors.moe.gating import GatePast
 from actors.transport.contract import Link, Pending
 from actors.transport.message import Message
 
@@ -32,6 +34,10 @@ class Purpose:
     attempt: int = 0
     microbatch: int = 0
     min_version: int = 0
+    sequence_length: int = 1
+    """S of the tokens [B * S, D]; for gates that see a token in its sequence."""
+    pasts: Sequence[GatePast] | None = None
+    """What such gates keep of a decoding session, by layer."""
 
     @property
     def keep(self) -> bool:
@@ -70,10 +76,14 @@ class Dispatcher:
         return remote
 
     def forward(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, list[Share]]:
-        shares = plan(ids_TK.cpu(), self._owners)
-        fields = self.purpose.fields(layer)
-        if self.purpose.keep:
-            self.load_LE[layer] += torch.bincount(ids_TK.reshape(-1).cpu(), minlength=self.load_LE.shape[1])
+        purpose = self.purpose
+        if not torch.isfinite(weights_TK).all():
+            raise NonFinite(f"gate scores of layer {layer} are not finite", step=purpose.step)
+        ids_TK = ids_TK.cpu()
+        shares = plan(ids_TK, self._owners)
+        fields = purpose.fields(layer)
+        if purpose.keep:
+            self.load_LE[layer] += expert_load(ids_TK, self.load_LE.shape[1])
         weights_N = weights_TK.reshape(-1)
         pending = []
         for share in shares:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from actors.errors import InvalidInput
+from actors.moe.gating import GatePast
 from actors.values import Sampling, TokenEvent
 
 
@@ -28,7 +29,8 @@ def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
 
 
 class DecodeEngine:
-    """Streams of a trunk view. `guard` is entered for every forward and gives the version that it computes with.
+    """Streams of a trunk view. `guard` is entered for every forward, with its number of tokens and what the gates keep
+    of the session (`new_pasts`); it gives the version that the forward computes with.
 
     At most `max_sessions` streams decode in turns; more wait. A stream's tokens do not depend on the other streams.
     """
@@ -36,7 +38,8 @@ class DecodeEngine:
     def __init__(
         self,
         model: PreTrainedModel,
-        guard: Callable[[], AbstractContextManager[int]],
+        guard: Callable[[int, Sequence[GatePast] | None], AbstractContextManager[int]],
+        new_pasts: Callable[[], Sequence[GatePast] | None] = lambda: None,
         *,
         max_sessions: int,
         max_positions: int,
@@ -44,6 +47,7 @@ class DecodeEngine:
     ) -> None:
         self._model = model
         self._guard = guard
+        self._new_pasts = new_pasts
         self._slots = threading.BoundedSemaphore(max_sessions)
         self._max_positions = max_positions
         self._end_ids = frozenset(end_ids)
@@ -68,11 +72,11 @@ class DecodeEngine:
     def _decode(self, prompt: Sequence[int], sampling: Sampling, budget: int) -> Iterator[TokenEvent]:
         generator = torch.Generator().manual_seed(sampling.seed)
         device = self._model.get_input_embeddings().weight.device
-        tokens, cache = list(prompt), None
+        tokens, cache, pasts = list(prompt), None, self._new_pasts()
         for position in range(budget):
             ids = torch.tensor([tokens], device=device)
             extra = {"logits_to_keep": 1} if self._keep_last else {}
-            with self._guard() as version, torch.no_grad():
+            with self._guard(len(tokens), pasts) as version, torch.no_grad():
                 out = self._model(input_ids=ids, past_key_values=cache, use_cache=True, **extra)
             cache = out.past_key_values
             token = choose(out.logits[0, -1], sampling, generator)

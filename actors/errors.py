@@ -20,6 +20,7 @@ class InvalidInput(MoeClusterError, ValueError):
         if remedy:
             parts.append(f"; {remedy}")
         super().__init__("".join(parts))
+        self.message = message
         self.field = field
         self.remedy = remedy
 

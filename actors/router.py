@@ -19,7 +19,10 @@ from actors.dispatcher import Dispatcher, LinkOpener, Purpose
 from actors.engine import DecodeEngine
 from actors.errors import InvalidInput, LinkError, MoeClusterError, NonFinite, StepAborted
 from actors.moe.dispatch import OwnerTable
+from actors.moe.gating import GatePast
+from actors.moe.settings import BalanceSettings, GateSettings
 from actors.optim import OptimizerSettings, adamw, scale_gradients, set_lr, square_sum
+from actors.routing import Routing
 from actors.transport.contract import Pending
 from actors.trunk.checkpoint import CheckpointReader
 from actors.trunk.export import export_model
@@ -51,6 +54,7 @@ class Router:
         openers: Sequence[LinkOpener],
         owned: Sequence[Sequence[int]],
         *,
+        gate: GateSettings | None = None,
         device: str = "cpu",
         timeout_s: float = 30.0,
         max_step_retries: int = 3,
@@ -70,8 +74,11 @@ class Router:
         self._serving = Dispatcher(openers, owners, num_layers=num_layers, timeout_s=timeout_s)
         self.trunk = load_trunk(source, self._skeleton, device)
         self._view = second_view(source, self.trunk)
-        connect(self.trunk, [self._training.layer_function(i) for i in range(num_layers)])
-        connect(self._view, [self._serving.layer_function(i) for i in range(num_layers)])
+        self.routing = Routing(self.trunk, self._skeleton, gate or GateSettings(), source.seed)
+        if source.path is not None:
+            self.routing.load(Path(source.path))
+        connect(self.trunk, [self.routing.layer_function(i, self._training) for i in range(num_layers)])
+        connect(self._view, [self.routing.layer_function(i, self._serving) for i in range(num_layers)])
         self.version = self._agree_on_version()
         self._attempt = 0
         self._unconfirmed: list[Pending | None] = []
@@ -81,13 +88,14 @@ class Router:
         self._gate = VersionGate()
         self._serving_lock = threading.Lock()
         self._settings = OptimizerSettings()
-        self._optimizer = adamw(self.trunk.named_parameters(), self._settings)
+        self._optimizer = self._new_optimizer()
         text = self._skeleton.config.get_text_config()
         self.vocab_size = int(text.vocab_size)
         self.max_positions = int(getattr(text, "max_position_embeddings", 1 << 20))
         self._engine = DecodeEngine(
             self._view,
             self._version_guard,
+            self.routing.new_pasts,
             max_sessions=max_sessions,
             max_positions=self.max_positions,
             end_ids=_end_ids(self._skeleton.config),
@@ -95,16 +103,19 @@ class Router:
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def begin_run(self, settings: OptimizerSettings) -> None:
-        """A new job: optimizer settings and fresh moments, here and on every expert actor."""
+    def begin_run(self, settings: OptimizerSettings, balance: BalanceSettings | None = None) -> None:
+        """A new job: balance rules, optimizer settings and fresh moments, here and on every expert actor."""
+        self.routing.begin_run(balance or BalanceSettings())
         self._settings = settings
         self._training.reopen()
         self._confirm_commit()
         self._training.ask_all("begin_run", {"optimizer": settings.to_dict()})
-        self._optimizer = adamw(self.trunk.named_parameters(), settings)
+        self._optimizer = self._new_optimizer()
 
-    def train_step(self, microbatches: Sequence[Tensor], *, lr: float, clip_norm: float) -> StepReport:
-        """One transaction over all micro-batches, each [B, S] token ids.
+    def train_step(
+        self, microbatches: Sequence[Tensor], *, lr: float, clip_norm: float, bias_speed: float = 0.0
+    ) -> StepReport:
+        """One transaction over all micro-batches, each [B, S] token ids. `bias_speed`: gamma of S13 after this step.
 
         A fault before the commit aborts the attempt everywhere and the same batch runs again, `max_step_retries` times.
         Raises `NonFinite` (nothing was changed), or the last fault when the retries are used up.
@@ -118,13 +129,16 @@ class Router:
             try:
                 if retries:
                     self._recover()
-                loss, norm, load_LE = self._attempt_step(microbatches, lr, clip_norm)
+                loss, norm, balance = self._attempt_step(microbatches, lr, clip_norm, bias_speed)
                 num_tokens = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in microbatches)
                 seconds = time.monotonic() - started
-                return StepReport(self.version, loss, norm, num_tokens, seconds, retries, load_LE)
-            except NonFinite:
+                load_LE = self._training.load_LE.tolist()
+                return StepReport(self.version, loss, norm, num_tokens, seconds, retries, load_LE, balance)
+            except NonFinite as error:
                 self._abort()
-                raise
+                raise NonFinite(
+                    f"{error}; the step was dropped, weights are those of version {self.version}", step=self.version + 1
+                ) from error
             except (LinkError, StepAborted) as error:
                 logger.warning("step %d attempt %d aborted: %s", self.version + 1, self._attempt, error)
                 self._abort()
@@ -133,43 +147,46 @@ class Router:
         raise AssertionError("unreachable")
 
     def _attempt_step(
-        self, microbatches: Sequence[Tensor], lr: float, clip_norm: float
-    ) -> tuple[float, float, list[list[int]]]:
+        self, microbatches: Sequence[Tensor], lr: float, clip_norm: float, bias_speed: float
+    ) -> tuple[float, float, float]:
+        """-> loss, gradient norm, balance loss."""
         step = self.version + 1
         self._training.load_LE.zero_()
-        loss = self._accumulate(step, microbatches)
-        square = square_sum(self.trunk.parameters())
+        loss, balance = self._accumulate(step, microbatches)
+        square = square_sum(self._parameters())
         self._confirm_commit()
         for answer in self._training.ask_all("prepare", {"step": step, "attempt": self._attempt}):
             part = answer.fields["square_sum"]
             square += math.nan if part is None else float(part)  # type: ignore[arg-type]
         norm = math.sqrt(square)
         if not math.isfinite(norm):
-            raise NonFinite(
-                f"gradient norm is {norm}; the step was dropped, weights are those of version {step - 1}", step=step
-            )
+            raise NonFinite(f"gradient norm is {norm}", step=step)
         scale = min(1.0, clip_norm / (norm + 1e-6)) if clip_norm > 0 else 1.0
-        self._commit(step, lr, scale)
-        return loss, norm, self._training.load_LE.tolist()
+        self._commit(step, lr, scale, bias_speed)
+        return loss, norm, balance
 
-    def _accumulate(self, step: int, microbatches: Sequence[Tensor]) -> float:
-        """Forward and backward of every micro-batch. Returns the mean loss over all their tokens."""
+    def _accumulate(self, step: int, microbatches: Sequence[Tensor]) -> tuple[float, float]:
+        """Forward and backward of every micro-batch -> mean loss over all their tokens, mean balance loss over them."""
         device = self.trunk.get_input_embeddings().weight.device
         num_tokens = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in microbatches)
-        total = 0.0
+        total = total_balance = 0.0
         for number, ids_BS in enumerate(microbatches):
-            self._training.purpose = Purpose(step, self._attempt, number, min_version=step - 1)
+            self._training.purpose = Purpose(
+                step, self._attempt, number, min_version=step - 1, sequence_length=ids_BS.shape[1]
+            )
             ids_BS = ids_BS.to(device)
             loss = token_losses(self.trunk(input_ids=ids_BS, use_cache=False).logits, ids_BS) / num_tokens
             total += loss.item()
-            if not math.isfinite(total):
-                raise NonFinite(
-                    f"loss is {total}; the step was dropped, weights are those of version {step - 1}", step=step
-                )
+            if (balance := self.routing.take_loss()) is not None:
+                balance = balance / len(microbatches)
+                total_balance += balance.item()
+                loss = loss + balance
+            if not math.isfinite(total + total_balance):
+                raise NonFinite(f"loss is {total + total_balance}", step=step)
             loss.backward()
-        return total
+        return total, total_balance
 
-    def _commit(self, step: int, lr: float, scale: float) -> None:
+    def _commit(self, step: int, lr: float, scale: float, bias_speed: float) -> None:
         """Tells every actor and applies the trunk's part. Nobody waits: the queue of each link keeps the order.
 
         All are prepared, so the step counts from here on, even where the message is lost: `_confirm_commit` repeats it.
@@ -178,11 +195,11 @@ class Router:
         with self._gate.writing():
             self._commit_fields = {"step": step, "attempt": self._attempt, "lr": lr, "scale": scale}
             self._unconfirmed = self._training.start_each("commit", self._commit_fields)
-            parameters = list(self.trunk.parameters())
-            scale_gradients(parameters, scale)
+            scale_gradients(self._parameters(), scale)
             set_lr(self._optimizer, lr)
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
+            self.routing.update_bias(self._training.load_LE, bias_speed)
             self.version = step
             self._attempt = 0
 
@@ -205,7 +222,8 @@ class Router:
         return True
 
     def _abort(self) -> None:
-        self.trunk.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad(set_to_none=True)
+        self.routing.take_loss()
         self._training.tell_living("abort", {"step": self.version + 1, "attempt": self._attempt})
         self._attempt += 1
 
@@ -237,7 +255,7 @@ class Router:
     def embed(self, ids: Sequence[int]) -> tuple[list[float], int]:
         """Mean of the last hidden states [D]."""
         self._check_prompt(ids)
-        with self._version_guard() as version, torch.no_grad():
+        with self._version_guard(len(ids)) as version, torch.no_grad():
             base: nn.Module = self._view.base_model
             hidden_BSD = base(input_ids=torch.tensor([ids], device=self._device), use_cache=False).last_hidden_state
         return hidden_BSD[0].float().mean(0).tolist(), version
@@ -247,23 +265,23 @@ class Router:
         total, count = 0.0, 0
         for ids_BS in batches:
             self._check_ids(ids_BS)
-            with self._version_guard(), torch.no_grad():
+            with self._version_guard(ids_BS.shape[1]), torch.no_grad():
                 ids_BS = ids_BS.to(self._device)
                 total += token_losses(self._view(input_ids=ids_BS, use_cache=False).logits, ids_BS).item()
             count += ids_BS.shape[0] * (ids_BS.shape[1] - 1)
         return total / max(count, 1), count
 
     def _logits(self, ids_BS: Tensor) -> tuple[Tensor, int]:
-        with self._version_guard() as version, torch.no_grad():
+        with self._version_guard(ids_BS.shape[1]) as version, torch.no_grad():
             return self._view(input_ids=ids_BS.to(self._device), use_cache=False).logits, version
 
     @contextmanager
-    def _version_guard(self) -> Iterator[int]:
+    def _version_guard(self, sequence_length: int = 1, pasts: Sequence[GatePast] | None = None) -> Iterator[int]:
         """One forward at a time on the serving links, none while a commit goes out."""
         with self._serving_lock, self._gate.reading():
             self._serving.reopen()
             self._bring_commit()
-            self._serving.purpose = Purpose(min_version=self.version)
+            self._serving.purpose = Purpose(min_version=self.version, sequence_length=sequence_length, pasts=pasts)
             yield self.version
 
     def _bring_commit(self) -> None:
@@ -290,7 +308,8 @@ class Router:
 
     def vitals(self) -> dict[str, Any]:
         """Cheap, without asking anybody: version, memory in bytes, link kind of each expert actor."""
-        tensors = list(self.trunk.parameters()) + [p.grad for p in self.trunk.parameters() if p.grad is not None]
+        tensors: list[Tensor] = [*self._parameters()]
+        tensors += [p.grad for p in self._parameters() if p.grad is not None]
         moments = [state.values() for state in list(self._optimizer.state.values())]
         tensors += [t for values in moments for t in list(values) if isinstance(t, Tensor)]
         return {
@@ -307,7 +326,8 @@ class Router:
             self._bring_commit()
             self._serving.ask_all("load", {"path": path}, timeout_s=10 * self._timeout_s)
             load_weights(self.trunk, reader)
-            self._optimizer = adamw(self.trunk.named_parameters(), self._settings)
+            self.routing.load(Path(path))
+            self._optimizer = self._new_optimizer()
 
     def export(self, directory: Path) -> list[str]:
         """Writes the whole model as a Hugging Face directory. Steps wait meanwhile. Returns the file names."""
@@ -317,6 +337,7 @@ class Router:
                 self.trunk,
                 self._skeleton,
                 dispatcher,
+                self.routing.save,
                 tokenizer_from=self._source.path,
                 timeout_s=10 * self._timeout_s,
             )
@@ -324,6 +345,12 @@ class Router:
     def close(self) -> None:
         self._training.close()
         self._serving.close()
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [*self.trunk.parameters(), *(p for _, p in self.routing.named_parameters())]
+
+    def _new_optimizer(self) -> torch.optim.AdamW:
+        return adamw([*self.trunk.named_parameters(), *self.routing.named_parameters()], self._settings)
 
     @property
     def _device(self) -> torch.device:

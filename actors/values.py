@@ -46,3 +46,6 @@ class StepReport:
     seconds: float
     retries: int
     load_LE: list[list[int]] = field(repr=False)
+    """Pairs that each expert of each MoE layer got."""
+    balance_loss: float = 0.0
+    """Mean over the micro-batches, coefficients included."""

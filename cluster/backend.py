@@ -152,6 +152,52 @@ class ClusterStatus:
 
 
 @dataclass(frozen=True)
+class LoadStep:
+    """What the experts got in one committed step."""
+
+    version: int
+    """That of the weights after the step."""
+    time_s: float
+    """Unix time of the commit."""
+    tokens: int
+    """Tokens of the step's micro-batches together."""
+    load_E: tuple[int, ...]
+    """(token, expert) pairs each expert number got, summed over the MoE layers."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """How evenly the experts were used over the last committed steps; without a step, all of it is empty or 0."""
+
+    version: int
+    window_steps: int
+    """Steps summed here: those committed so far, at most the size of the window."""
+    group_size: int
+    """Experts an expert group."""
+    load_LE: tuple[tuple[int, ...], ...]
+    """(token, expert) pairs each expert of each MoE layer got."""
+    actors: Mapping[str, int]
+    """Expert actor -> pairs of the experts that it owns now, whoever owned them in the window."""
+    nodes: Mapping[str, int]
+    """Node -> the same, summed over its actors; the empty name for actors that have not reported yet."""
+    max_vio_L: tuple[float, ...]
+    """Largest load over the layer's mean, less 1: 0 is even (MaxVio of 2408.15664)."""
+    max_vio: float
+    """Of the worst layer, as are the standard deviation and the warning below."""
+    utilisation_std_L: tuple[float, ...]
+    """Standard deviation of load over the layer's mean."""
+    utilisation_std: float
+    microbatch_tokens_per_expert: float
+    """Mean pairs an expert of a layer got a micro-batch, which its products are computed on."""
+    step_tokens_per_expert: float
+    """The same a step."""
+    warning: str
+    """Not empty if experts get fewer than 64 tokens a micro-batch: names the batch size that would reach it."""
+    history: tuple[LoadStep, ...]
+    """Every step of the window, oldest first."""
+
+
+@dataclass(frozen=True)
 class ModelDirectory:
     path: str
     files: tuple[str, ...]
@@ -184,6 +230,8 @@ class Backend(Protocol):
     async def embed(self, prompt: Prompt, *, timeout_s: float) -> EmbedResult: ...
 
     async def status(self, *, timeout_s: float) -> ClusterStatus: ...
+
+    async def load_report(self, *, timeout_s: float) -> LoadReport: ...
 
     async def export_model(self, path: str, *, timeout_s: float) -> ModelDirectory:
         """Writes a Hugging Face model directory to `path` below the storage root."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from actors.moe.settings import BalanceSettings, GateSettings
+
 
 @dataclass(frozen=True)
 class RayConfig:
@@ -72,6 +74,7 @@ class ModelConfig:
     path: str | None = None
     values: dict[str, Any] = field(default_factory=dict)
     """Passed to `AutoConfig.for_model`; `model_type` is required."""
+    gate: GateSettings = field(default_factory=GateSettings)
     seed: int = 0
     tokenizer: Literal["auto", "bytes"] = "auto"
     """auto: the directory's own tokenizer, bytes for a model from scratch."""
@@ -143,3 +146,4 @@ class JobConfig:
     schedule: ScheduleConfig = ScheduleConfig()
     data: DataConfig = DataConfig()
     eval: EvalConfig = EvalConfig()
+    balance: BalanceSettings = field(default_factory=BalanceSettings)

@@ -66,6 +66,9 @@ def validate_job(config: JobConfig, source: str, *, max_positions: int = 0) -> J
     _check_data(config.data, check.below("data"))
     check.at_least("eval.every_steps", config.eval.every_steps, 0)
     check.at_least("eval.batches", config.eval.batches, 1)
+    for name in ("entropy", "frequency", "sequence", "bias_speed"):
+        check.at_least(f"balance.{name}", getattr(config.balance, name), 0)
+    check.within("balance.bias_share", config.balance.bias_share, 0, 1)
     check.that(
         config.data.heldout_every > 0 or config.eval.every_steps == 0,
         "data.heldout_every",

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from actors.errors import InvalidInput
 from cluster.config import ClusterConfig, JobConfig, ModelConfig
 from cluster.configcheck import validate_cluster, validate_job, validate_model
 from cluster.errors import ConfigError
@@ -235,7 +236,11 @@ def _convert_fields(cls: type[T], values: Mapping[Any, Any], path: str, places: 
             remedy = _did_you_mean(str(key), fields, otherwise=f"known keys{where}: {', '.join(fields)}")
             raise places.error(_join(path, str(key)), "unknown key", value, remedy)
         converted[key] = _convert(value, hints[key], _join(path, key), places)
-    return cls(**converted)
+    try:
+        return cls(**converted)
+    except InvalidInput as error:  # a value that checks itself, and knows the field but not the file
+        name = error.field.rpartition(".")[2]
+        raise places.error(_join(path, name), error.message, converted.get(name), error.remedy) from None
 
 
 def _convert(value: Any, hint: Any, path: str, places: _Places) -> Any:

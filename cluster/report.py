@@ -10,6 +10,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from cluster.backend import LoadStep
+
 Curve = Sequence[tuple[int, float]]
 """(step, loss in nats a token)"""
 
@@ -30,7 +32,7 @@ def draw_losses(path: Path, training: Curve, heldout: Curve) -> None:
 
 def draw_load(path: Path, load_LE: Sequence[Sequence[int]], group_size: int) -> None:
     """Share of each expert of each layer, 1 being the mean; lines part the expert groups."""
-    shares = [[tokens * len(layer) / max(1, sum(layer)) for tokens in layer] for layer in load_LE]
+    shares = _shares(load_LE)
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.5 * len(shares)), layout="constrained")
     image = axes.imshow(shares, aspect="auto", cmap="viridis", vmin=0)
     for group in range(group_size, len(shares[0]), group_size):
@@ -39,6 +41,27 @@ def draw_load(path: Path, load_LE: Sequence[Sequence[int]], group_size: int) -> 
     axes.set_yticks(range(len(shares)))
     figure.colorbar(image, ax=axes)
     _save(figure, path)
+
+
+def draw_load_history(path: Path, history: Sequence[LoadStep], group_size: int) -> None:
+    """Share of each expert over the steps of a window, summed over the layers; lines part the expert groups."""
+    shares = _shares([step.load_E for step in history])
+    first, last = history[0].version, history[-1].version
+    num_experts = len(shares[0])
+    figure, axes = plt.subplots(figsize=(8, min(12.0, 2.5 + 0.1 * num_experts)), layout="constrained")
+    extent = (first - 0.5, last + 0.5, num_experts - 0.5, -0.5)
+    image = axes.imshow([*zip(*shares, strict=True)], aspect="auto", cmap="viridis", vmin=0, extent=extent)
+    for group in range(group_size, num_experts, group_size):
+        axes.axhline(group - 0.5, color="white", linewidth=1)
+    axes.set(xlabel="version (committed steps)", ylabel="expert", title="Expert load over time (1 = mean of the step)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, ax=axes)
+    _save(figure, path)
+
+
+def _shares(load_XE: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Each row over its mean."""
+    return [[load * len(load_E) / max(1, sum(load_E)) for load in load_E] for load_E in load_XE]
 
 
 def _save(figure: plt.Figure, path: Path) -> None:

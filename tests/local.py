@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from actors.expert import ExpertHost
+from actors.moe.settings import GateSettings
 from actors.router import Router
 from actors.transport.contract import Link
 from actors.transport.local import LocalLink
@@ -33,6 +34,7 @@ def cluster(
     wrap: LinkWrap = lambda actor, link: link,
     timeout_s: float = 20.0,
     max_step_retries: int = 3,
+    gate: GateSettings | None = None,
 ) -> Iterator[LocalCluster]:
     """`wrap` may put a faulty link around each link as it is opened."""
     slots = [ActorSlot(f"expert-{i}", f"node-{i}") for i in range(num_actors)]
@@ -53,6 +55,7 @@ def cluster(
         source,
         [opener(i) for i in range(num_actors)],
         [host.experts for host in hosts],
+        gate=gate,
         timeout_s=timeout_s,
         max_step_retries=max_step_retries,
     )

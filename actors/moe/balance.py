@@ -12,32 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from actors.errors import InvalidInput
 from actors.moe.gating import GateContext, GateOutput
-
-
-@dataclass(frozen=True)
-class BalanceSettings:
-    """Coefficients; 0 leaves a rule out, and any combination is allowed. The articles' values are in brackets."""
-
-    entropy: float = 0.0
-    """lambda of S11 [0.01]."""
-    frequency: float = 0.0
-    """alpha of S12 [0.01]."""
-    sequence: float = 0.0
-    """alpha of S14 [0.0001]."""
-    bias_speed: float = 0.0
-    """gamma of S13 [0.001]: what a bias moves by a step."""
-    bias_share: float = 0.966
-    """Share of the training after which gamma is 0: DeepSeek-V3 stops after 14.3 of 14.8 T tokens (2412.19437, 4.2)."""
-
-    def __post_init__(self) -> None:
-        for name in ("entropy", "frequency", "sequence", "bias_speed"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise InvalidInput("must be at least 0", field=f"balance.{name}", value=value)
-        if not 0 <= self.bias_share <= 1:
-            raise InvalidInput("must be 0 to 1", field="balance.bias_share", value=self.bias_share)
+from actors.moe.settings import BalanceSettings
 
 
 def balance_loss(settings: BalanceSettings, output: GateOutput, context: GateContext) -> Tensor:
@@ -114,11 +90,6 @@ def bias_update(bias_E: Tensor, load_E: Tensor, speed: float) -> Tensor:
     """
     load_E = load_E.detach().to(bias_E.dtype)
     return bias_E.detach() + speed * torch.sign(load_E.mean() - load_E)
-
-
-def bias_speed(settings: BalanceSettings, step: int, total_steps: int) -> float:
-    """gamma of the update after `step` committed steps: constant for `bias_share` of the training, then 0."""
-    return settings.bias_speed if step < settings.bias_share * total_steps else 0.0
 
 
 def max_vio(load_E: Tensor) -> Tensor:

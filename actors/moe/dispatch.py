@@ -49,10 +49,13 @@ class Share:
 
 
 def plan(topk_ids_TK: Tensor, owners: OwnerTable) -> list[Share]:
-    """Shares of the actors that are needed; actors without a pair are left out. Every pair is in exactly one share."""
+    """Shares of the actors that are needed; actors without a pair are left out. Every pair is in exactly one share,
+    but for unused places (expert -1), which are in none."""
     num_tokens, top_k = topk_ids_TK.shape
     first_slot_A = torch.tensor((0, *owners.num_slots[:-1])).cumsum(0)
     place_E = first_slot_A[owners.actor_E] + owners.slot_E
+    # Expert -1 takes the last entry: a place behind every actor's.
+    place_E = torch.cat((place_E, torch.tensor([sum(owners.num_slots)])))
     place_N = place_E[topk_ids_TK.reshape(-1)]
     order_N = torch.argsort(place_N, stable=True)
     counts = torch.bincount(place_N, minlength=sum(owners.num_slots)).tolist()

@@ -29,6 +29,7 @@ def export_model(
     trunk: PreTrainedModel,
     skeleton: Skeleton,
     dispatcher: Dispatcher,
+    save_gates: Callable[[Path], None],
     *,
     tokenizer_from: str | None = None,
     timeout_s: float,
@@ -40,6 +41,7 @@ def export_model(
     partial.mkdir(parents=True)
     try:
         _write(partial, trunk, skeleton, dispatcher, timeout_s, progress)
+        save_gates(partial)
         if tokenizer_from is not None:
             _copy_tokenizer(Path(tokenizer_from), partial)
         _replace(partial, directory)

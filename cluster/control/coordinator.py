@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from actors.errors import InvalidInput
-from cluster.backend import ActorStatus, ClusterStatus, Job, JobEvent, JobState
+from cluster.backend import ActorStatus, ClusterStatus, Job, JobEvent, JobState, LoadReport
 from cluster.config import JobConfig
 from cluster.configcheck import validate_job
 from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
 from cluster.control.jobtable import JobRecord, JobTable
+from cluster.control.load import LoadLE, LoadWindow
 from cluster.control.members import Members
 from cluster.errors import FailedPrecondition
 from cluster.placement.placement import Placement
-
-LoadLE = Sequence[Sequence[int]]
-"""Tokens of each expert [E] of each MoE layer [L]."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class Coordinator:
         self._placement = placement
         self._jobs = JobTable(self._limits.max_queued_jobs, self._limits.max_final_jobs, self._limits.max_events)
         self._members = Members(self._limits.heartbeat_timeout_s)
-        self._loads: deque[LoadLE] = deque(maxlen=self._limits.load_window_steps)
+        self._loads = self._new_window()
         self._version = 0
         self._stopping: str | None = None
         """A job that failed here while its steps may still be running."""
@@ -115,13 +112,18 @@ class Coordinator:
             group_size=self._placement.group_size,
             nodes=tuple(sorted({actor.node for actor in self._members.all()})),
             actors=self._members.all(),
-            load_LE=self._load_LE(),
+            load_LE=self._loads.load_LE,
             jobs=self._jobs.count_by_state(),
             ready=self._is_ready(),
             message=self._message(missing),
             max_positions=self._model.max_positions,
             vocab_size=self._model.vocab_size,
         )
+
+    def load_report(self) -> LoadReport:
+        """Of the steps in the window; sums over actors and nodes follow the placement of now."""
+        node_of = {actor.id: actor.node for actor in self._members.all()}
+        return self._loads.report(self._version, self._placement, node_of)
 
     # --- Reported by the running job -----------------------------------------------------------------------------
     # A report about a job that has ended meanwhile is late, not wrong: it is ignored.
@@ -138,9 +140,11 @@ class Coordinator:
             return
         if step != record.job.step + 1:
             raise InvalidInput(f"step {record.job.step + 1} of {job_id} was never committed", field="step", value=step)
-        self._version += 1
         if load_LE is not None:
-            self._loads.append(load_LE)
+            batch = record.job.config.batch
+            tokens = batch.sequences * batch.sequence_length * batch.gradient_accumulation
+            self._loads.add(load_LE, self._version + 1, now, tokens, batch.gradient_accumulation)
+        self._version += 1
         loss = metrics.get("loss", 0.0)
         if math.isfinite(loss):
             record.commit(step, metrics, now)
@@ -201,7 +205,7 @@ class Coordinator:
         """After an import. `FailedPrecondition` while a job trains the weights that would go."""
         self.require_idle("the model cannot be replaced")
         self._model, self._version = model, version
-        self._loads.clear()
+        self._loads = self._new_window()
 
     def require_idle(self, what: str) -> None:
         """`FailedPrecondition` while a job runs or comes to its stop."""
@@ -273,7 +277,5 @@ class Coordinator:
             return f"expert groups without a ready owner: {', '.join(map(str, missing))}"
         return "" if self._members.has_ready("router") else "no router is ready"
 
-    def _load_LE(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(
-            tuple(sum(tokens) for tokens in zip(*layers, strict=True)) for layers in zip(*self._loads, strict=True)
-        )
+    def _new_window(self) -> LoadWindow:
+        return LoadWindow(self._limits.load_window_steps, self._model.num_moe_layers, self._model.num_experts)

@@ -17,6 +17,7 @@ from cluster.backend import (
     GenerateChunk,
     Job,
     JobEvent,
+    LoadReport,
     ModelDirectory,
     Prompt,
     SamplingParams,
@@ -92,6 +93,10 @@ class RayBackend:
     async def status(self, *, timeout_s: float) -> ClusterStatus:
         status: ClusterStatus = await acall(COORDINATOR, self._control.status.remote(), timeout_s)
         return status
+
+    async def load_report(self, *, timeout_s: float) -> LoadReport:
+        report: LoadReport = await acall(COORDINATOR, self._control.load_report.remote(), timeout_s)
+        return report
 
     async def export_model(self, path: str, *, timeout_s: float) -> ModelDirectory:
         result: ModelDirectory = await acall(COORDINATOR, self._control.export.remote(path, timeout_s), timeout_s)

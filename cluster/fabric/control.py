@@ -15,8 +15,9 @@ from typing import Any
 import ray
 
 from actors.errors import InvalidInput, MoeClusterError
+from actors.moe.settings import BalanceSettings
 from actors.values import StepReport
-from cluster.backend import ActorStatus, ClusterStatus, Job, JobEvent, ModelDirectory
+from cluster.backend import ActorStatus, ClusterStatus, Job, JobEvent, LoadReport, ModelDirectory
 from cluster.config import ClusterConfig, JobConfig, OptimizerConfig
 from cluster.control.coordinator import Coordinator, ModelFacts
 from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
@@ -34,6 +35,7 @@ from cluster.placement.placement import ActorSlot, spread
 logger = logging.getLogger(__name__)
 
 BEAT_S = 0.2
+NO_BALANCE = BalanceSettings()
 VITALS_EVERY_S = 2.0
 STEP_TIMEOUT_S = 3600.0
 """Last resort: a router that died is noticed at once, and its links have deadlines of their own."""
@@ -140,6 +142,10 @@ class ControlWorker:
     def status(self) -> ClusterStatus:
         with self._lock:
             return self._coordinator.status()
+
+    def load_report(self) -> LoadReport:
+        with self._lock:
+            return self._coordinator.load_report()
 
     def export(self, path: str, timeout_s: float) -> ModelDirectory:
         root = Path(self._config.storage.root).resolve()
@@ -293,11 +299,13 @@ class RayRouter:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
-    def begin_run(self, optimizer: OptimizerConfig) -> None:
-        call(ROUTER, self._handle.begin_run.remote(optimizer), STEP_TIMEOUT_S)
+    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings = NO_BALANCE) -> None:
+        call(ROUTER, self._handle.begin_run.remote(optimizer, balance), STEP_TIMEOUT_S)
 
-    def train_step(self, microbatches: Sequence[MicroBatch], *, lr: float, clip_norm: float) -> StepReport:
-        ref = self._handle.train_step.remote(list(microbatches), lr, clip_norm)
+    def train_step(
+        self, microbatches: Sequence[MicroBatch], *, lr: float, clip_norm: float, bias_speed: float = 0.0
+    ) -> StepReport:
+        ref = self._handle.train_step.remote(list(microbatches), lr, clip_norm, bias_speed)
         report: StepReport = call(ROUTER, ref, STEP_TIMEOUT_S)
         return report
 

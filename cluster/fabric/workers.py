@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from actors.moe.settings import BalanceSettings
 from actors.values import Address, Sampling, StepReport, TokenEvent
 from cluster.config import ClusterConfig, OptimizerConfig
 from cluster.control.coordinator import ModelFacts
@@ -115,6 +116,7 @@ class RouterWorker:
             model_source(self._config),
             [self._opener(expert) for expert in experts],
             [expert.experts for expert in experts],
+            gate=self._config.model.gate,
             device=self._config.router.device,
             timeout_s=self._config.router.request_timeout_s,
             max_step_retries=self._config.router.max_step_retries,
@@ -141,15 +143,17 @@ class RouterWorker:
         threading.Event().wait()
 
     @ray.method(concurrency_group=TRAIN)
-    def begin_run(self, optimizer: OptimizerConfig) -> None:
+    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings) -> None:
         from actors.optim import OptimizerSettings
 
         values = asdict(optimizer)
-        self._router.begin_run(OptimizerSettings(**{k: values[k] for k in OptimizerSettings().to_dict()}))
+        self._router.begin_run(OptimizerSettings(**{k: values[k] for k in OptimizerSettings().to_dict()}), balance)
 
     @ray.method(concurrency_group=TRAIN)
-    def train_step(self, microbatches: Sequence[MicroBatch], lr: float, clip_norm: float) -> StepReport:
-        return self._router.train_step(_tensors(microbatches), lr=lr, clip_norm=clip_norm)
+    def train_step(
+        self, microbatches: Sequence[MicroBatch], lr: float, clip_norm: float, bias_speed: float
+    ) -> StepReport:
+        return self._router.train_step(_tensors(microbatches), lr=lr, clip_norm=clip_norm, bias_speed=bias_speed)
 
     @ray.method(concurrency_group=TRAIN)
     def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:

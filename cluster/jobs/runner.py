@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from actors.errors import NonFinite
+from actors.moe.settings import BalanceSettings
 from actors.values import StepReport
 from cluster.config import JobConfig, OptimizerConfig
 from cluster.jobs.batches import MicroBatch, StepBatches, evaluation_batches
@@ -21,9 +22,11 @@ logger = logging.getLogger(__name__)
 class RouterPort(Protocol):
     """What a job needs of a router, wherever it runs."""
 
-    def begin_run(self, optimizer: OptimizerConfig) -> None: ...
+    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings) -> None: ...
 
-    def train_step(self, microbatches: Sequence[MicroBatch], *, lr: float, clip_norm: float) -> StepReport: ...
+    def train_step(
+        self, microbatches: Sequence[MicroBatch], *, lr: float, clip_norm: float, bias_speed: float
+    ) -> StepReport: ...
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
         """-> mean loss in nats a token, number of predicted tokens."""
@@ -60,7 +63,7 @@ def run_job(
     heldout: list[MicroBatch] = []
     if config.eval.every_steps and config.data.heldout_every:
         heldout = evaluation_batches(documents.heldout(), config.batch, documents.eos_id, config.eval.batches)
-    router.begin_run(config.optimizer)
+    router.begin_run(config.optimizer, config.balance)
     _evaluate(router, heldout, reporter, 0)
     shuffle_seed = config.data.seed if config.data.shuffle else None
     batches = StepBatches(documents.train(), config.batch, documents.eos_id, shuffle_seed=shuffle_seed)
@@ -70,7 +73,12 @@ def run_job(
         started = time.monotonic()
         lr = lr_at(step, config.steps, config.optimizer, config.schedule)
         try:
-            report = router.train_step(next(batches), lr=lr, clip_norm=config.optimizer.clip_norm)
+            report = router.train_step(
+                next(batches),
+                lr=lr,
+                clip_norm=config.optimizer.clip_norm,
+                bias_speed=config.balance.bias_speed_at(step, config.steps),
+            )
         except NonFinite as error:
             raise NonFinite(f"step {step}: {error}", step=step) from error
         reporter.step_committed(step, _metrics(report, lr, time.monotonic() - started), report.load_LE)
@@ -85,7 +93,7 @@ def _evaluate(router: RouterPort, heldout: list[MicroBatch], reporter: Reporter,
 
 
 def _metrics(report: StepReport, lr: float, seconds: float) -> dict[str, float]:
-    return {
+    metrics = {
         "loss": report.loss,
         "grad_norm": report.grad_norm,
         "lr": lr,
@@ -94,6 +102,7 @@ def _metrics(report: StepReport, lr: float, seconds: float) -> dict[str, float]:
         "load_max_over_mean": max_over_mean(report.load_LE),
         "retries": float(report.retries),
     }
+    return metrics | {"balance_loss": report.balance_loss} if report.balance_loss else metrics
 
 
 def max_over_mean(load_LE: Sequence[Sequence[int]]) -> float:

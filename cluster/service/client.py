@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Generator
+from contextlib import closing
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from cluster.backend import (
     GenerateChunk,
     Job,
     JobEvent,
+    LoadReport,
     ModelDirectory,
     Prompt,
     SamplingParams,
@@ -25,7 +27,7 @@ from cluster.backend import (
 )
 from cluster.config import JobConfig
 from cluster.service import errors
-from cluster.service.codec import checks, config, jobs, status, text
+from cluster.service.codec import checks, config, jobs, loads, status, text
 from protos.moecluster.v1 import (
     cluster_pb2,
     cluster_pb2_grpc,
@@ -59,8 +61,8 @@ _OPTIONS = [
 class Client:
     """Talks to the front at `target` (host:port). `timeout_s` holds for every call that is given none of its own.
 
-    Only calls that may be repeated are: `submit_job`, thanks to its request id, and `watch_job`, which resumes after
-    the last event it saw. Both give up after `max_retries` failures in a row.
+    Only calls that may be repeated are: `submit_job`, thanks to its request id, `watch_job`, which resumes after the
+    last event it saw, and `watch_load`. All give up after `max_retries` failures in a row.
     """
 
     def __init__(self, target: str, *, timeout_s: float = 30.0, max_retries: int = 5) -> None:
@@ -126,25 +128,16 @@ class Client:
     def watch_job(self, job_id: str, *, after: int = 0) -> Generator[JobEvent, None, None]:
         """Events above `after`, each once, until the job is final; survives fronts that come and go."""
         jobs.check_after_event(after)
-        failures = 0
-        while True:
+
+        def resume() -> Any:
             request = training_pb2.WatchJobRequest(job_id=job_id, after_event=after)
-            stream = self._training.WatchJob(request, timeout=WATCH_STREAM_S)
-            try:
-                for response in stream:
-                    event = jobs.event_from_message(response.event)
-                    after, failures = event.number, 0
-                    yield event
-                return
-            except grpc.RpcError as error:
-                if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                    continue
-                failures += 1
-                if error.code() not in _TRANSIENT or failures > self._max_retries:
-                    raise self._translated(error) from error
-                time.sleep(_delay_s(failures, error))
-            finally:
-                stream.cancel()
+            return self._training.WatchJob(request, timeout=WATCH_STREAM_S)
+
+        with closing(self._watched(resume, may_be_silent=True)) as responses:
+            for response in responses:
+                event = jobs.event_from_message(response.event)
+                after = event.number
+                yield event
 
     # Inference
 
@@ -170,6 +163,14 @@ class Client:
     def status(self, *, timeout_s: float | None = None) -> ClusterStatus:
         response = self._unary(self._cluster.GetStatus, cluster_pb2.GetStatusRequest(), timeout_s)
         return status.status_from_message(response.status)
+
+    def load(self, *, timeout_s: float | None = None) -> LoadReport:
+        response = self._unary(self._cluster.GetLoad, cluster_pb2.GetLoadRequest(), timeout_s)
+        return loads.report_from_message(response.report)
+
+    def watch_load(self, interval_s: float = loads.DEFAULT_INTERVAL_S) -> Generator[LoadReport, None, None]:
+        """A report at once and every `interval_s`, without end; survives fronts that come and go."""
+        return self._reports(loads.interval_to_message(interval_s))
 
     def export_model(self, path: str, *, timeout_s: float = MODEL_TIMEOUT_S) -> ModelDirectory:
         request = cluster_pb2.ExportModelRequest(path=path)
@@ -210,6 +211,35 @@ class Client:
             raise self._translated(error) from error
         finally:
             stream.cancel()
+
+    def _reports(self, request: cluster_pb2.WatchLoadRequest) -> Generator[LoadReport, None, None]:
+        streams = self._watched(lambda: self._cluster.WatchLoad(request, timeout=WATCH_STREAM_S), may_be_silent=False)
+        with closing(streams) as responses:
+            for response in responses:
+                yield loads.report_from_message(response.report)
+
+    def _watched(self, open_stream: Callable[[], Any], *, may_be_silent: bool) -> Generator[Any, None, None]:
+        """Responses of one stream after the other: the next one is opened when one breaks or its deadline passes.
+
+        A stream that brought nothing until its deadline is a failure unless it `may_be_silent`.
+        """
+        failures = 0
+        while True:
+            stream, heard = open_stream(), may_be_silent
+            try:
+                for response in stream:
+                    failures, heard = 0, True
+                    yield response
+                return
+            except grpc.RpcError as error:
+                if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and heard:
+                    continue
+                failures += 1
+                if error.code() not in _TRANSIENT or failures > self._max_retries:
+                    raise self._translated(error) from error
+                time.sleep(_delay_s(failures, error))
+            finally:
+                stream.cancel()
 
     def _repeated(self, attempt: Callable[[], Answer], deadline_s: float) -> Answer:
         for failures in range(1, self._max_retries + 2):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 from cluster.backend import Backend
 from cluster.service.call import remaining_s
-from cluster.service.codec import checks, status
+from cluster.service.codec import checks, loads, status
 from protos.moecluster.v1 import cluster_pb2 as pb
 from protos.moecluster.v1 import cluster_pb2_grpc
+
+REPORT_TIMEOUT_S = 10.0
+"""For one report of a watch, whose own deadline is far away."""
 
 
 class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
@@ -19,6 +24,18 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         return pb.GetStatusResponse(
             status=status.status_to_message(await self._backend.status(timeout_s=remaining_s()))
         )
+
+    async def GetLoad(self, request: pb.GetLoadRequest, context: Any) -> pb.GetLoadResponse:
+        return pb.GetLoadResponse(
+            report=loads.report_to_message(await self._backend.load_report(timeout_s=remaining_s()))
+        )
+
+    async def WatchLoad(self, request: pb.WatchLoadRequest, context: Any) -> AsyncIterator[pb.WatchLoadResponse]:
+        interval_s = loads.interval_from_message(request)
+        while True:  # until the caller leaves or its deadline passes: both end this coroutine from outside
+            report = await self._backend.load_report(timeout_s=min(REPORT_TIMEOUT_S, remaining_s()))
+            yield pb.WatchLoadResponse(report=loads.report_to_message(report))
+            await asyncio.sleep(interval_s)
 
     async def ExportModel(self, request: pb.ExportModelRequest, context: Any) -> pb.ExportModelResponse:
         checks.path("path", request.path)

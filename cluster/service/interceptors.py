@@ -33,10 +33,13 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID_KEY = "x-request-id"
 OWN_PREFIX = "/moecluster.v1."
-WATCH = "/moecluster.v1.TrainingService/WatchJob"
+WATCH_JOB = "/moecluster.v1.TrainingService/WatchJob"
+WATCH_LOAD = "/moecluster.v1.ClusterService/WatchLoad"
+WATCHES = (WATCH_JOB, WATCH_LOAD)
 DEFAULT_DEADLINE_S = 60.0
 DEFAULT_DEADLINES_S: Mapping[str, float] = {
-    WATCH: 3600.0,
+    WATCH_JOB: 3600.0,
+    WATCH_LOAD: 3600.0,
     "/moecluster.v1.InferenceService/Generate": 600.0,
     "/moecluster.v1.ClusterService/ExportModel": 1800.0,
     "/moecluster.v1.ClusterService/ImportModel": 1800.0,
@@ -129,7 +132,7 @@ class FrontInterceptor(grpc.aio.ServerInterceptor):
         limit = asyncio.timeout(call.remaining_s)
         try:
             async with limit:
-                if call.method == WATCH:
+                if call.method in WATCHES:
                     self._watches.add(limit)
                 try:
                     return await respond()

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import math
 import re
+from contextlib import closing
 
 import pytest
+from matplotlib.image import imread
 from rich.console import Console
 
 from cluster.backend import Job, JobEvent, JobState
-from cluster.commands import output, progress, remote
+from cluster.commands import heatmap, output, progress, remote
 from cluster.commands.options import TARGET_VARIABLE
 from cluster.config import JobConfig
+from cluster.control.load import LoadWindow
+from cluster.placement.placement import Placement
 from cluster.service.client import Client
 from tests.fakes.backend import MemoryBackend
 from tests.fakes.front import running_front
@@ -81,6 +86,134 @@ class TestStatus:
         code, _, err = command("status", "--timeout", "0.2")
         assert code == 1
         assert "moe-cluster:" in only_line(err)
+
+
+class TestHeatmap:
+    @pytest.fixture
+    def trained(self, command, job_file):
+        """Two steps are in the window of the fake."""
+        assert command("train", job_file)[0] == 0
+
+    def test_layers(self, command, trained):
+        code, out, err = command("heatmap")
+        assert (code, err) == (0, "")
+        lines = out.splitlines()
+        assert lines[0] == "expert load over 2 steps, up to version 3"
+        assert lines[1:4] == ["        experts 0 to 3", "layer 0 ░░░░▒▒▒▒▒▒▒▒▓▓▓▓", "layer 1 ····▓▓▓▓▓▓▓▓····"]
+        assert "max_vio: 1.00 at worst, in layer 1; 0.80 on average; 0 is even" in lines
+        assert "utilisation std: 1.00 at worst, in layer 1; 0.72 on average; 0 is even" in lines
+        assert "tokens an expert: 25.0 a micro-batch, 25.0 a step" in lines
+        assert "nodes: node-1 100.0%" in lines
+        assert lines[-1].startswith("warning: 2 of 2 MoE layers")
+
+    def test_time(self, command, trained):
+        lines = command("heatmap", "--over", "time")[1].splitlines()
+        assert lines[2:4] == ["version 2 ░░░░▒▒▒▒▓▓▓▓▒▒▒▒", "version 3 ░░░░▒▒▒▒▓▓▓▓▒▒▒▒"]
+
+    def test_json(self, command, trained):
+        code, out, _ = command("heatmap", "--json")
+        report = json.loads(out)
+        assert code == 0
+        assert report["load_LE"] == [[20, 40, 60, 80], [0, 100, 100, 0]]
+        assert report["actors"] == {"expert-0": 400}
+        assert report["history"][1] == {"version": 3, "time_s": 1e9 + 3, "tokens": 50, "load_E": [10, 70, 80, 40]}
+
+    @pytest.mark.parametrize("over", ["layers", "time"])
+    def test_a_picture(self, command, trained, tmp_path, over):
+        path = tmp_path / "load.png"
+        assert command("heatmap", "--over", over, "--output", str(path))[0] == 0
+        height, width = imread(path).shape[:2]
+        assert width == 960
+        assert height > 200
+
+    def test_before_the_first_step(self, command, tmp_path):
+        code, out, err = command("heatmap")
+        assert (code, err) == (0, "")
+        assert only_line(out).startswith("no load yet")
+        assert json.loads(command("heatmap", "--json")[1])["window_steps"] == 0
+        path = tmp_path / "load.png"
+        code, _, err = command("heatmap", "--output", str(path))
+        assert code == 1
+        assert "not written" in only_line(err)
+        assert not path.exists()
+
+    def test_watch(self, command, job_file, monkeypatch):
+        shown = interrupt_after(monkeypatch, reports=3)
+        assert command("train", job_file)[0] == 0
+        code, out, _ = command("heatmap", "--watch", "0.2")
+        assert code == 130
+        assert out.count("expert load over 2 steps") == 3
+        assert shown == [0.2]
+
+    def test_watch_on_a_terminal_draws_in_place_and_keeps_the_picture_up_to_date(
+        self, command, trained, monkeypatch, tmp_path
+    ):
+        interrupt_after(monkeypatch, reports=2)
+        screen = Console(file=io.StringIO(), force_terminal=True, width=40)
+        monkeypatch.setattr(heatmap, "console", lambda: screen)
+        path = tmp_path / "load.png"
+        assert command("heatmap", "--watch", "0.2", "--output", str(path))[:2] == (130, "")
+        shown = screen.file.getvalue()
+        assert "▓▓▓▓" in shown
+        first, second = shown.split("expert load over 2 steps")[1:-1]  # what follows is drawn when the watch ends
+        for drawn in (first, second):
+            assert drawn.count("\x1b[1A") == drawn.count("\n") > 5, "the cursor goes up to where the report began"
+        assert path.exists()
+
+    def test_watch_as_json_is_a_document_a_report(self, command, monkeypatch):
+        interrupt_after(monkeypatch, reports=2)
+        out = command("heatmap", "--watch", "0.2", "--json")[1]
+        first, end = json.JSONDecoder().raw_decode(out)
+        assert first == json.loads(out[end:])
+        assert first["version"] == 0
+
+    def test_bad_input(self, command, trained, tmp_path):
+        code, out, err = command("heatmap", "--watch", "0.1")
+        assert (code, out) == (2, "")
+        assert "interval_s" in only_line(err)
+        code, _, err = command("heatmap", "--output", str(tmp_path / "no-such-folder" / "load.png"))
+        assert code == 2
+        assert "--output: cannot be written" in only_line(err)
+        for argv in (("--output", "load.jpg"), ("--over", "experts"), ("--watch", "often")):
+            with pytest.raises(SystemExit) as caught:
+                command("heatmap", *argv)
+            assert caught.value.code == 2
+
+    def test_wide_models_are_folded_between_groups(self):
+        window = LoadWindow(1, 1, 64)
+        window.add([[1] * 63 + [65]], 1, 0.0, 64, 1)
+        report = window.report(1, Placement(1, ("e0",) * 8, 8), {})
+        lines = heatmap.render(report, "layers", Console(width=40)).plain.splitlines()
+        assert lines[1:5] == [
+            "        experts 0 to 31",
+            f"layer 0 {'▒' * 32}",
+            "        experts 32 to 63",
+            "layer 0 " + "▒" * 31 + "█",
+        ]
+        assert len(heatmap.render(report, "layers", Console(width=5)).plain.splitlines()[2]) == len("layer 0 ") + 1
+
+    def test_a_terminal_without_these_characters(self):
+        window = LoadWindow(1, 1, 4)
+        window.add([[0, 1, 2, 97]], 1, 0.0, 64, 1)
+        screen = Console(file=io.TextIOWrapper(io.BytesIO(), encoding="ascii"), width=20)
+        picture = heatmap.render(window.report(1, Placement(1, ("e0",), 4), {}), "layers", screen)
+        assert picture.plain.splitlines()[2] == "layer 0 ...------###"
+        assert picture.plain.isascii()
+
+
+def interrupt_after(monkeypatch, reports: int) -> list[float]:
+    """Ctrl-C after so many reports of a watch; gives the intervals that were asked for."""
+    asked: list[float] = []
+    watch = Client.watch_load
+
+    def interrupted(self, interval_s):
+        asked.append(interval_s)
+        with closing(watch(self, interval_s)) as stream:
+            yield from itertools.islice(stream, reports)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Client, "watch_load", interrupted)
+    return asked
 
 
 class TestTrain:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,14 @@ from cluster.errors import PortInUse, ResourceExhausted
 from cluster.service import interceptors
 from cluster.service.client import Client
 from cluster.service.server import MAX_METADATA_BYTES, SERVICES, Front
-from protos.moecluster.v1 import cluster_pb2, inference_pb2, inference_pb2_grpc, training_pb2, training_pb2_grpc
+from protos.moecluster.v1 import (
+    cluster_pb2,
+    cluster_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    training_pb2,
+    training_pb2_grpc,
+)
 from tests.fakes.backend import MemoryBackend
 from tests.fakes.front import WAIT_S, run, running_front
 
@@ -34,6 +42,7 @@ METHODS = [
     for method in service.methods
 ]
 BY_NAME = pytest.mark.parametrize(("path", "method"), METHODS, ids=[path for path, _ in METHODS])
+ENDLESS = "/moecluster.v1.ClusterService/WatchLoad"
 GARBAGE = b"\x0a\xff\xff\xff"
 
 
@@ -58,7 +67,9 @@ def send_bytes(channel, path, method, data, timeout_s=WAIT_S) -> grpc.StatusCode
     """Sends `data` as it is; the status that came back."""
     try:
         if method.server_streaming:
-            list(channel.unary_stream(path)(data, timeout=timeout_s))
+            responses = channel.unary_stream(path)(data, timeout=timeout_s)
+            list(itertools.islice(responses, 1 if path == ENDLESS else None))
+            responses.cancel()
         else:
             channel.unary_unary(path)(data, timeout=timeout_s)
     except grpc.RpcError as error:
@@ -82,7 +93,7 @@ def details(error: grpc.RpcError) -> dict[str, object]:
 
 class TestBytes:
     def test_every_method_is_listed(self):
-        assert len(METHODS) == 11
+        assert len(METHODS) == 13
 
     @BY_NAME
     def test_what_is_no_message_is_the_callers_mistake(self, channel, path, method):
@@ -175,6 +186,13 @@ class TestRefusals:
         with pytest.raises(grpc.RpcError) as caught:
             training_pb2_grpc.TrainingServiceStub(channel).ListJobs(request_, timeout=WAIT_S)
         self.check(caught.value, field)
+
+    @pytest.mark.parametrize("interval_s", [0.0, 0.1, -1.0, 61.0, float("nan")])
+    def test_watch_load(self, channel, interval_s):
+        request = cluster_pb2.WatchLoadRequest(interval_s=interval_s)
+        with pytest.raises(grpc.RpcError) as caught:
+            next(cluster_pb2_grpc.ClusterServiceStub(channel).WatchLoad(request, timeout=WAIT_S))
+        self.check(caught.value, "interval_s")
 
     @staticmethod
     def check(error: grpc.RpcError, field: str) -> None:
@@ -338,6 +356,16 @@ class TestHealth:
             assert caught.value.code() is Code.UNAVAILABLE
             assert details(caught.value)["RetryInfo"].retry_delay.ToMilliseconds() > 0
             assert run(backend.get_job(job.id, timeout_s=1.0)).state is JobState.RUNNING
+
+    def test_nor_does_a_watch_of_the_load(self):
+        with running_front(MemoryBackend()) as front, grpc.insecure_channel(front.target) as channel:
+            stub = cluster_pb2_grpc.ClusterServiceStub(channel)
+            reports = stub.WatchLoad(cluster_pb2.WatchLoadRequest(interval_s=60.0), timeout=30.0)
+            next(reports)
+            run(front.stop(grace_s=30.0))
+            with pytest.raises(grpc.RpcError) as caught:
+                next(reports)
+            assert caught.value.code() is Code.UNAVAILABLE
 
     @staticmethod
     def check(health, service: str) -> int:

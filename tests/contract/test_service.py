@@ -6,6 +6,8 @@ import asyncio
 import itertools
 import math
 import threading
+import time
+from contextlib import closing
 
 import pytest
 
@@ -239,6 +241,75 @@ class TestCluster:
         with pytest.raises(CheckpointError, match="missing-model") as caught:
             client.import_model("missing-model")
         assert caught.value.remedy == "export one first"
+
+
+class TestLoad:
+    def test_before_the_first_step_it_is_empty(self, client):
+        report = client.load()
+        assert (report.version, report.window_steps, report.load_LE, report.history) == (0, 0, (), ())
+
+    def test_it_crosses_whole(self, backend, client):
+        finished(client)
+        report = client.load()
+        assert report == run(backend.load_report(timeout_s=1.0))
+        assert report.load_LE == ((20, 40, 60, 80), (0, 100, 100, 0))
+        assert [step.version for step in report.history] == [2, 3]
+        assert report.nodes == {"node-1": 400}
+
+    def test_a_watch_shows_steps_as_they_are_committed(self, client):
+        with closing(client.watch_load(0.2)) as reports:
+            assert next(reports).version == 0
+            finished(client)
+            assert next(report for report in itertools.islice(reports, 20) if report.version == 3).window_steps == 2
+
+    def test_its_reports_come_at_the_interval(self, client):
+        with closing(client.watch_load(0.3)) as reports:
+            next(reports)
+            started = time.monotonic()
+            assert len(list(itertools.islice(reports, 2))) == 2
+            assert time.monotonic() - started > 0.5
+
+    def test_leaving_ends_it_in_the_backend_too(self, backend, client):
+        reports = client.watch_load(0.2)
+        next(reports)
+        backend.delays_s["load_report"] = 60.0
+        assert not backend.cancelled.wait(0.5), "the next report is being waited for by now"
+        reports.close()
+        assert backend.cancelled.wait(5.0)
+
+    def test_it_outlasts_the_deadline_of_one_stream(self, client, monkeypatch):
+        monkeypatch.setattr("cluster.service.client.WATCH_STREAM_S", 0.3)
+        with closing(client.watch_load(0.2)) as reports:
+            assert len(list(itertools.islice(reports, 5))) == 5
+
+    def test_a_cluster_that_is_silent_is_not_waited_for_without_end(self, backend, client, monkeypatch):
+        monkeypatch.setattr("cluster.service.client.WATCH_STREAM_S", 0.2)
+        backend.delays_s["load_report"] = 60.0
+        with pytest.raises(LinkTimeout):
+            next(client.watch_load())
+
+    def test_one_report_has_a_deadline_of_its_own(self, backend, client):
+        with closing(client.watch_load()) as reports:
+            next(reports)
+        assert 0 < backend.timeouts_s["load_report"] <= 10.0
+
+    def test_it_survives_a_front_that_is_replaced(self):
+        backend = MemoryBackend()
+        with (
+            running_front(backend) as front,
+            Client(front.target) as client,
+            closing(client.watch_load(0.2)) as reports,
+        ):
+            next(reports)
+            run(front.stop(grace_s=0.0))
+            with running_front(backend, FrontConfig(port=front.port)):
+                finished(client)
+                assert next(report.version for report in reports) == 3
+
+    @pytest.mark.parametrize("interval_s", [0.1, 0.0, math.nan, 61.0])
+    def test_the_interval_is_checked_before_it_is_sent(self, client, interval_s):
+        with pytest.raises(InvalidInput, match="interval_s"):
+            client.watch_load(interval_s)
 
 
 class TestDeadlines:

@@ -21,17 +21,24 @@ from cluster.backend import (
     Job,
     JobEvent,
     JobState,
+    LoadReport,
     ModelDirectory,
     Prompt,
     SamplingParams,
     ScoreResult,
 )
 from cluster.config import JobConfig
+from cluster.control.load import LoadWindow
 from cluster.errors import AlreadyExists, FailedPrecondition, NotFound
+from cluster.placement.placement import Placement
 
 NUM_EXPERTS = 4
 NUM_LAYERS = 2
 VOCAB_SIZE = 256
+STEP_LOAD_LE = ((10, 20, 30, 40), (0, 50, 50, 0))
+"""What the experts get in every step."""
+STEP_TOKENS = 50
+STEP_TIME_S = 1e9
 
 
 class MemoryBackend:
@@ -50,6 +57,7 @@ class MemoryBackend:
         self.generation_started = threading.Event()
         self.generation_closed = threading.Event()
         self.version = 0
+        self._loads = LoadWindow(2, NUM_LAYERS, NUM_EXPERTS)
         self._jobs: dict[str, Job] = {}
         self._events: dict[str, list[JobEvent]] = {}
         self._changed = asyncio.Condition()
@@ -155,6 +163,10 @@ class MemoryBackend:
             vocab_size=VOCAB_SIZE,
         )
 
+    async def load_report(self, *, timeout_s: float) -> LoadReport:
+        await self._enter("load_report", timeout_s)
+        return self._loads.report(self.version, Placement(1, ("expert-0",), NUM_EXPERTS), {"expert-0": "node-1"})
+
     async def export_model(self, path: str, *, timeout_s: float) -> ModelDirectory:
         await self._enter("export_model", timeout_s)
         return ModelDirectory(f"/storage/{path}", ("config.json", "model.safetensors"), 4096, self.version)
@@ -188,6 +200,7 @@ class MemoryBackend:
                 await self._record(job_id, "state", state=JobState.CANCELLED)
                 return
             self.version += 1
+            self._loads.add(STEP_LOAD_LE, self.version, STEP_TIME_S + self.version, STEP_TOKENS, microbatches=1)
             await self._record(job_id, "step", step=step, metrics={"loss": 5.0 / step, "tokens_per_s": 1000.0})
         await self._record(job_id, "eval", metrics={"heldout_loss": 2.5, "heldout_tokens": 64.0})
         await self._record(job_id, "state", state=JobState.SUCCEEDED)

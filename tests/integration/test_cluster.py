@@ -98,6 +98,8 @@ def test_a_job_learns_real_text_while_text_is_generated(client: Client) -> None:
     status = client.status()
     assert {actor.version for actor in status.actors} == {status.version} or status.version >= 30
     assert sum(map(sum, status.load_LE)) > 0
+    assert client.load().load_LE == status.load_LE
+    assert set(client.load().actors) == set(status.owners.values())
 
 
 def test_greedy_and_seeded_streams_repeat(client: Client) -> None:

@@ -19,15 +19,17 @@ from cluster.backend import (
     Job,
     JobEvent,
     JobState,
+    LoadReport,
+    LoadStep,
     ModelDirectory,
     Prompt,
     SamplingParams,
     ScoreResult,
 )
 from cluster.config import BatchConfig, DataConfig, EvalConfig, JobConfig, OptimizerConfig, ScheduleConfig
-from cluster.service.codec import config, jobs, status, text
+from cluster.service.codec import config, jobs, loads, status, text
 from cluster.service.codec.checks import MAX_INT32, MAX_INT64, Range
-from protos.moecluster.v1 import inference_pb2, training_pb2
+from protos.moecluster.v1 import cluster_pb2, inference_pb2, training_pb2
 
 COUNTS = st.integers(0, MAX_INT64)
 SIZES = st.integers(0, MAX_INT32)
@@ -110,6 +112,29 @@ STATUSES = st.builds(
     max_positions=SIZES,
     vocab_size=SIZES,
 )
+FLOATS = st.floats(allow_nan=False)
+LOADS = st.builds(
+    LoadReport,
+    version=COUNTS,
+    window_steps=SIZES,
+    group_size=SIZES,
+    load_LE=st.lists(st.lists(COUNTS, max_size=3).map(tuple), max_size=3).map(tuple),
+    actors=st.dictionaries(NAMES, COUNTS, max_size=3),
+    nodes=st.dictionaries(NAMES, COUNTS, max_size=3),
+    max_vio_L=st.lists(FLOATS, max_size=3).map(tuple),
+    max_vio=FLOATS,
+    utilisation_std_L=st.lists(FLOATS, max_size=3).map(tuple),
+    utilisation_std=FLOATS,
+    microbatch_tokens_per_expert=FLOATS,
+    step_tokens_per_expert=FLOATS,
+    warning=NAMES,
+    history=st.lists(
+        st.builds(
+            LoadStep, version=COUNTS, time_s=TIMES, tokens=COUNTS, load_E=st.lists(COUNTS, max_size=3).map(tuple)
+        ),
+        max_size=3,
+    ).map(tuple),
+)
 
 
 class TestRoundTrips:
@@ -128,6 +153,10 @@ class TestRoundTrips:
     @given(STATUSES)
     def test_status(self, value):
         assert status.status_from_message(status.status_to_message(value)) == value
+
+    @given(LOADS)
+    def test_loads(self, value):
+        assert loads.report_from_message(loads.report_to_message(value)) == value
 
     @given(TOKENS.map(lambda ids: Prompt(token_ids=ids)) | st.text(min_size=1).map(lambda t: Prompt(text=t)))
     def test_prompts(self, value):
@@ -206,6 +235,22 @@ class TestPrompts:
 
     def test_unset_sampling_is_the_default(self):
         assert text.params_from_message(inference_pb2.SamplingParams()) == SamplingParams()
+
+
+class TestLoadIntervals:
+    def test_unset_is_the_default_and_zero_is_a_value(self):
+        assert loads.interval_from_message(cluster_pb2.WatchLoadRequest()) == 1.0
+        with pytest.raises(InvalidInput, match=r"interval_s.*\[0\.2, 60\.0\]"):
+            loads.interval_from_message(cluster_pb2.WatchLoadRequest(interval_s=0.0))
+
+    @pytest.mark.parametrize("interval_s", [0.2, 60.0])
+    def test_its_ends_are_part_of_the_range(self, interval_s):
+        assert loads.interval_from_message(loads.interval_to_message(interval_s)) == interval_s
+
+    @pytest.mark.parametrize("interval_s", [0.19, 60.1, -1.0, math.nan, math.inf])
+    def test_what_is_beyond_is_refused_before_it_is_sent(self, interval_s):
+        with pytest.raises(InvalidInput, match="interval_s"):
+            loads.interval_to_message(interval_s)
 
 
 class TestPages:

@@ -17,6 +17,7 @@ from cluster.backend import ActorStatus, JobEvent, JobState
 from cluster.config import BatchConfig, EvalConfig, JobConfig
 from cluster.control.coordinator import Coordinator, Limits, ModelFacts
 from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
+from cluster.control.load import LoadLE
 from cluster.errors import AlreadyExists, ConfigError, FailedPrecondition, NotFound, ResourceExhausted
 from cluster.placement.placement import ActorSlot, Placement, spread
 
@@ -56,6 +57,12 @@ def start(coordinator: Coordinator, request_id: str = "q", config: JobConfig = S
 def commit(coordinator: Coordinator, job_id: str, steps: int, now: float = 2.0) -> None:
     for step in range(1, steps + 1):
         coordinator.step_committed(job_id, step, {"loss": 1.0}, now)
+
+
+def commit_loads(coordinator: Coordinator, job_id: str, loads: Sequence[LoadLE]) -> None:
+    """Steps from 1 on, step n at 100 + n seconds."""
+    for step, load_LE in enumerate(loads, start=1):
+        coordinator.step_committed(job_id, step, {"loss": 1.0}, 100.0 + step, load_LE)
 
 
 def kinds(coordinator: Coordinator, job_id: str) -> list[tuple[str, str]]:
@@ -334,10 +341,38 @@ def test_groups_follow_the_placement(coordinator: Coordinator) -> None:
 def test_load_is_summed_over_a_window_of_steps() -> None:
     coordinator = make(Limits(load_window_steps=2))
     assert coordinator.status().load_LE == ()
+    commit_loads(coordinator, start(coordinator), [[[9] * 8] * 2, [range(8), [1] * 8], [[10] * 8, [2] * 8]])
+    assert coordinator.status().load_LE == (tuple(range(10, 18)), (3,) * 8)
+
+
+def test_the_load_report_is_of_the_steps_in_the_window() -> None:
+    coordinator = make(Limits(load_window_steps=2))
+    empty = coordinator.load_report()
+    assert (empty.version, empty.window_steps, empty.load_LE, empty.actors, empty.history) == (0, 0, (), {}, ())
+    config = JobConfig(steps=3, batch=BatchConfig(sequences=2, sequence_length=16, gradient_accumulation=4))
+    commit_loads(coordinator, start(coordinator, config=config), [[[9] * 8] * 2, [range(8), [1] * 8], [[10] * 8] * 2])
+    report = coordinator.load_report()
+    assert (report.version, report.window_steps, report.group_size) == (3, 2, 2)
+    assert report.load_LE == coordinator.status().load_LE
+    assert [(step.version, step.time_s, step.tokens) for step in report.history] == [(2, 102.0, 128), (3, 103.0, 128)]
+    assert (report.microbatch_tokens_per_expert, report.step_tokens_per_expert) == (196 / 16 / 8, 196 / 16 / 2)
+    assert "a batch of 32 (" in report.warning
+
+
+def test_load_is_summed_by_the_placement_of_now(coordinator: Coordinator) -> None:
+    commit_loads(coordinator, start(coordinator), [[range(8), [0] * 8]])
+    assert coordinator.load_report().actors == {"e0": 0 + 1 + 2 + 3, "e1": 4 + 5 + 6 + 7}
+    assert coordinator.load_report().nodes == {"n0": 6, "n1": 22}
+    coordinator.placed(Placement(2, ("e1", "e0", "e2", "e0"), 2))
+    assert coordinator.load_report().actors == {"e1": 1, "e0": 5 + 13, "e2": 9}
+    assert coordinator.load_report().nodes == {"n1": 1, "n0": 18, "": 9}, "e2 has not reported yet"
+
+
+def test_a_load_of_another_model_is_refused_and_the_step_not_counted(coordinator: Coordinator) -> None:
     job_id = start(coordinator)
-    for step, load in enumerate(([[9, 9], [9, 9]], [[1, 2], [3, 4]], [[10, 20], [30, 40]]), start=1):
-        coordinator.step_committed(job_id, step, {"loss": 1.0}, 2.0, load)
-    assert coordinator.status().load_LE == ((11, 22), (33, 44))
+    with pytest.raises(InvalidInput, match="load_LE: is not 2 rows of 8 counts"):
+        coordinator.step_committed(job_id, 1, {"loss": 1.0}, 2.0, [[1] * 4] * 2)
+    assert (coordinator.status().version, coordinator.job(job_id).step) == (0, 0)
 
 
 def test_a_model_is_replaced_only_while_no_job_runs(coordinator: Coordinator) -> None:
@@ -345,10 +380,13 @@ def test_a_model_is_replaced_only_while_no_job_runs(coordinator: Coordinator) ->
     other = dataclasses.replace(MODEL, name="other", max_positions=64)
     with pytest.raises(FailedPrecondition, match="while job-1 is running"):
         coordinator.model_replaced(other, version=7)
+    commit_loads(coordinator, job_id, [[[1] * 8] * 2])
     coordinator.job_failed(job_id, "x", 2.0)
     coordinator.model_replaced(other, version=7)
     status = coordinator.status()
     assert (status.model, status.version, status.max_positions) == ("other", 7, 64)
+    assert status.load_LE == ()
+    assert coordinator.load_report().window_steps == 0
 
 
 # --- Long runs -----------------------------------------------------------------------------------------------------

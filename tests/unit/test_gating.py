@@ -64,7 +64,7 @@ CASES: dict[str, dict[str, Any]] = {
 def make(settings: dict[str, Any], seed: int = 0, batch: int = B) -> tuple[ComposedGate, Tensor, Tensor, Tensor]:
     """-> gate with random parameters, x_TD, weight_ED, bias_E; float64."""
     torch.manual_seed(seed)
-    gate = build_gate(GateSettings(**settings), E, K, D, torch.float64)
+    gate = build_gate(GateSettings(**{"kind": "top_k", **settings}), E, K, D, torch.float64)
     for parameter in gate.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     x_TD = torch.randn(batch * S, D, dtype=torch.float64)
@@ -270,7 +270,7 @@ def test_equals_transformers(family: str, values: dict[str, Any], settings: dict
     torch.manual_seed(0)
     module, top_k = router(family, **values)
     x_TD = torch.randn(200, 32)
-    gate = build_gate(GateSettings(**settings), module.weight.shape[0], top_k, 32, torch.float32)
+    gate = build_gate(GateSettings(**{"kind": "top_k", **settings}), module.weight.shape[0], top_k, 32, torch.float32)
     out = gate(x_TD, GateContext(50), module.weight, getattr(module, "e_score_correction_bias", None))
     with torch.no_grad():
         _, weights_TK, ids_TK = module(x_TD)
@@ -370,7 +370,9 @@ def test_a_long_past_grows() -> None:
 def test_attention_starts_as_nothing() -> None:
     _, x_TD, weight_ED, bias_E = make({})
     outs = [
-        build_gate(GateSettings(attention=on), E, K, D, torch.float32)(x_TD, GateContext(S), weight_ED, bias_E)
+        build_gate(GateSettings(kind="top_k", attention=on), E, K, D, torch.float32)(
+            x_TD, GateContext(S), weight_ED, bias_E
+        )
         for on in (True, False)
     ]
     assert all(torch.equal(getattr(outs[0], f), getattr(outs[1], f)) for f in ("ids_TK", "weights_TK", "scores_TE"))
@@ -454,21 +456,23 @@ def test_scores_that_are_not_finite_are_named(kind: str, value: float) -> None:
 )
 def test_bad_settings_name_the_field(field: str, settings: dict[str, Any]) -> None:
     with pytest.raises(InvalidInput) as caught:
-        build_gate(GateSettings(**settings), E, K, D, torch.float32)
+        build_gate(GateSettings(**{"kind": "top_k", **settings}), E, K, D, torch.float32)
     assert caught.value.field == field
 
 
 @pytest.mark.parametrize("top_k", [0, E + 1])
 def test_top_k_must_fit_the_model(top_k: int) -> None:
     with pytest.raises(InvalidInput, match=r"gate\.top_k"):
-        build_gate(GateSettings(), E, top_k, D, torch.float32)
+        build_gate(GateSettings(kind="top_k"), E, top_k, D, torch.float32)
 
 
 def test_the_temperature_follows_its_schedule() -> None:
-    decaying = GateSettings(temperature_decay=0.95, temperature_floor=0.5)
+    decaying = GateSettings(kind="top_k", temperature_decay=0.95, temperature_floor=0.5)
     assert [decaying.temperature_at(s) for s in (0, 999, 1000, 2500)] == pytest.approx([1, 1, 0.95, 0.95**2])
     assert decaying.temperature_at(10**6) == 0.5
-    assert GateSettings(temperature=0.07).temperature_at(10**6) == 0.07, "no floor for what does not decay"
+    assert GateSettings(kind="top_k", temperature=0.07).temperature_at(10**6) == 0.07, (
+        "no floor for what does not decay"
+    )
 
 
 @pytest.mark.parametrize(("family", "shared"), [("deepseek_v3", 2 * 3 * 32 * 16), ("mixtral", 0)])

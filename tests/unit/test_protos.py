@@ -46,6 +46,12 @@ def test_the_message_of_a_config_mirrors_its_class(cls):
         (backend.EmbedResult, inference_pb2.EmbedResponse, {}),
         (backend.ActorStatus, cluster_pb2.ActorStatus, {}),
         (backend.ClusterStatus, cluster_pb2.ClusterStatus, {"load_LE": "load"}),
+        (backend.LoadStep, cluster_pb2.LoadStep, {"time_s": "time", "load_E": "load"}),
+        (
+            backend.LoadReport,
+            cluster_pb2.LoadReport,
+            {"load_LE": "load", "max_vio_L": "layer_max_vio", "utilisation_std_L": "layer_utilisation_std"},
+        ),
         (backend.ModelDirectory, cluster_pb2.ExportModelResponse, {}),
     ],
 )

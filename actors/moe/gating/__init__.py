@@ -9,8 +9,8 @@ Letters beside those of `actors.moe`: H width of the gate's attention, G groups 
 
 from actors.moe.gating.contract import Gate, GateContext, GateOutput, GatePast
 from actors.moe.gating.gates import ComposedGate, build_gate
-from actors.moe.gating.settings import GateSettings
 from actors.moe.gating.shared import shared_share
+from actors.moe.settings import GateSettings
 
 __all__ = [
     "ComposedGate",

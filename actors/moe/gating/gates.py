@@ -10,7 +10,7 @@ from actors.errors import NonFinite
 from actors.moe.gating.choice import Choice, smallest_set, surviving
 from actors.moe.gating.contract import Gate, GateContext, GateOutput
 from actors.moe.gating.scores import ContextAttention, GroupScores, LearnedNoise, normalised
-from actors.moe.gating.settings import GateSettings
+from actors.moe.settings import GateSettings
 
 
 class ComposedGate(Gate):

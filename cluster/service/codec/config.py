@@ -36,6 +36,11 @@ MAXIMA: Mapping[str, int] = {
     "data.heldout_every": 10**9,
     "eval.every_steps": 10**9,
     "eval.batches": 1 << 20,
+    "balance.entropy": 1000,
+    "balance.frequency": 1000,
+    "balance.sequence": 1000,
+    "balance.bias_speed": 1,
+    "balance.bias_share": 1,
 }
 """Every number of a job, and a size beyond which it can only be a mistake or an attack."""
 TEXTS: Mapping[str, int] = {"data.source": checks.MAX_PATH_CHARS, "data.text_field": 256}

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Sequence
-
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from actors.errors import InvalidInput
 from cluster.backend import Job, JobEvent, JobState
-from cluster.service.codec import checks, enums
+from cluster.service.codec import checks, enums, times
 from cluster.service.codec.checks import MAX_INT64, Range
 from cluster.service.codec.config import job_config_from_message, job_config_to_message
 from protos.moecluster.v1 import training_pb2 as pb
@@ -28,14 +25,14 @@ def job_to_message(job: Job) -> pb.Job:
         config=job_config_to_message(job.config),
         state=enums.to_number(_STATES, job.state.value),
         step=job.step,
-        create_time=_timestamp(job.created_s),
+        create_time=times.to_message(job.created_s),
         error=job.error,
         last_event=job.last_event,
     )
     if job.started_s is not None:
-        message.start_time.CopyFrom(_timestamp(job.started_s))
+        message.start_time.CopyFrom(times.to_message(job.started_s))
     if job.ended_s is not None:
-        message.end_time.CopyFrom(_timestamp(job.ended_s))
+        message.end_time.CopyFrom(times.to_message(job.ended_s))
     return message
 
 
@@ -46,9 +43,9 @@ def job_from_message(message: pb.Job) -> Job:
         config=job_config_from_message(message.config),
         state=JobState(enums.to_name(_STATES, message.state)),
         step=message.step,
-        created_s=_seconds(message.create_time),
-        started_s=_seconds(message.start_time) if message.HasField("start_time") else None,
-        ended_s=_seconds(message.end_time) if message.HasField("end_time") else None,
+        created_s=times.from_message(message.create_time),
+        started_s=times.from_message(message.start_time) if message.HasField("start_time") else None,
+        ended_s=times.from_message(message.end_time) if message.HasField("end_time") else None,
         error=message.error,
         last_event=message.last_event,
     )
@@ -57,7 +54,7 @@ def job_from_message(message: pb.Job) -> Job:
 def event_to_message(event: JobEvent) -> pb.JobEvent:
     return pb.JobEvent(
         number=event.number,
-        time=_timestamp(event.time_s),
+        time=times.to_message(event.time_s),
         kind=enums.to_number(_KINDS, event.kind),
         state=enums.to_number(_STATES, event.state.value),
         step=event.step,
@@ -69,7 +66,7 @@ def event_to_message(event: JobEvent) -> pb.JobEvent:
 def event_from_message(message: pb.JobEvent) -> JobEvent:
     return JobEvent(
         number=message.number,
-        time_s=_seconds(message.time),
+        time_s=times.from_message(message.time),
         kind=enums.to_name(_KINDS, message.kind),
         state=JobState(enums.to_name(_STATES, message.state)),
         step=message.step,
@@ -108,13 +105,3 @@ def _start(jobs: Sequence[Job], page_token: str) -> int:
 
 def _token(job_id: str) -> str:
     return base64.urlsafe_b64encode(job_id.encode()).decode()
-
-
-def _timestamp(time_s: float) -> Timestamp:
-    seconds = math.floor(time_s)
-    nanos = round((time_s - seconds) * 1e9)
-    return Timestamp(seconds=seconds + nanos // 10**9, nanos=nanos % 10**9)
-
-
-def _seconds(timestamp: Timestamp) -> float:
-    return (timestamp.seconds * 10**9 + timestamp.nanos) / 10**9  # one rounding, so that times come back equal

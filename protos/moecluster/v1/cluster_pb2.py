@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"protos/moecluster/v1/cluster.proto\x12\rmoecluster.v1\"\xeb\x01\n\x0b\x41\x63torStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12&\n\x04role\x18\x02 \x01(\x0e\x32\x18.moecluster.v1.ActorRole\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\x03\x12(\n\x05state\x18\x05 \x01(\x0e\x32\x19.moecluster.v1.ActorState\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x0f\n\x07version\x18\x07 \x01(\x03\x12\x0e\n\x06groups\x18\x08 \x03(\x05\x12\x14\n\x0cmemory_bytes\x18\t \x01(\x03\x12\x0e\n\x06tokens\x18\n \x01(\x03\x12\x0c\n\x04link\x18\x0b \x01(\t\"\x1b\n\tLayerLoad\x12\x0e\n\x06tokens\x18\x01 \x03(\x03\"\xaa\x04\n\rClusterStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\x16\n\x0enum_parameters\x18\x02 \x01(\x03\x12\x13\n\x0bnum_experts\x18\x03 \x01(\x05\x12\x16\n\x0enum_moe_layers\x18\x04 \x01(\x05\x12\r\n\x05top_k\x18\x05 \x01(\x05\x12\x0f\n\x07version\x18\x06 \x01(\x03\x12\x17\n\x0fplacement_epoch\x18\x07 \x01(\x03\x12\x38\n\x06owners\x18\x08 \x03(\x0b\x32(.moecluster.v1.ClusterStatus.OwnersEntry\x12\x12\n\ngroup_size\x18\t \x01(\x05\x12\r\n\x05nodes\x18\n \x03(\t\x12*\n\x06\x61\x63tors\x18\x0b \x03(\x0b\x32\x1a.moecluster.v1.ActorStatus\x12&\n\x04load\x18\x0c \x03(\x0b\x32\x18.moecluster.v1.LayerLoad\x12\x34\n\x04jobs\x18\r \x03(\x0b\x32&.moecluster.v1.ClusterStatus.JobsEntry\x12\r\n\x05ready\x18\x0e \x01(\x08\x12\x0f\n\x07message\x18\x0f \x01(\t\x12\x15\n\rmax_positions\x18\x10 \x01(\x05\x12\x12\n\nvocab_size\x18\x11 \x01(\x05\x1a-\n\x0bOwnersEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a+\n\tJobsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\"\x12\n\x10GetStatusRequest\"A\n\x11GetStatusResponse\x12,\n\x06status\x18\x01 \x01(\x0b\x32\x1c.moecluster.v1.ClusterStatus\"\"\n\x12\x45xportModelRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\"W\n\x13\x45xportModelResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05\x66iles\x18\x02 \x03(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x0f\n\x07version\x18\x04 \x01(\x03\"\"\n\x12ImportModelRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\"C\n\x13ImportModelResponse\x12,\n\x06status\x18\x01 \x01(\x0b\x32\x1c.moecluster.v1.ClusterStatus*U\n\tActorRole\x12\x1a\n\x16\x41\x43TOR_ROLE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x41\x43TOR_ROLE_ROUTER\x10\x01\x12\x15\n\x11\x41\x43TOR_ROLE_EXPERT\x10\x02*p\n\nActorState\x12\x1b\n\x17\x41\x43TOR_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41\x43TOR_STATE_STARTING\x10\x01\x12\x15\n\x11\x41\x43TOR_STATE_READY\x10\x02\x12\x14\n\x10\x41\x43TOR_STATE_LOST\x10\x03\x32\x8c\x02\n\x0e\x43lusterService\x12N\n\tGetStatus\x12\x1f.moecluster.v1.GetStatusRequest\x1a .moecluster.v1.GetStatusResponse\x12T\n\x0b\x45xportModel\x12!.moecluster.v1.ExportModelRequest\x1a\".moecluster.v1.ExportModelResponse\x12T\n\x0bImportModel\x12!.moecluster.v1.ImportModelRequest\x1a\".moecluster.v1.ImportModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"protos/moecluster/v1/cluster.proto\x12\rmoecluster.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xeb\x01\n\x0b\x41\x63torStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12&\n\x04role\x18\x02 \x01(\x0e\x32\x18.moecluster.v1.ActorRole\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\x03\x12(\n\x05state\x18\x05 \x01(\x0e\x32\x19.moecluster.v1.ActorState\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x0f\n\x07version\x18\x07 \x01(\x03\x12\x0e\n\x06groups\x18\x08 \x03(\x05\x12\x14\n\x0cmemory_bytes\x18\t \x01(\x03\x12\x0e\n\x06tokens\x18\n \x01(\x03\x12\x0c\n\x04link\x18\x0b \x01(\t\"\x1b\n\tLayerLoad\x12\x0e\n\x06tokens\x18\x01 \x03(\x03\"\xaa\x04\n\rClusterStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\x16\n\x0enum_parameters\x18\x02 \x01(\x03\x12\x13\n\x0bnum_experts\x18\x03 \x01(\x05\x12\x16\n\x0enum_moe_layers\x18\x04 \x01(\x05\x12\r\n\x05top_k\x18\x05 \x01(\x05\x12\x0f\n\x07version\x18\x06 \x01(\x03\x12\x17\n\x0fplacement_epoch\x18\x07 \x01(\x03\x12\x38\n\x06owners\x18\x08 \x03(\x0b\x32(.moecluster.v1.ClusterStatus.OwnersEntry\x12\x12\n\ngroup_size\x18\t \x01(\x05\x12\r\n\x05nodes\x18\n \x03(\t\x12*\n\x06\x61\x63tors\x18\x0b \x03(\x0b\x32\x1a.moecluster.v1.ActorStatus\x12&\n\x04load\x18\x0c \x03(\x0b\x32\x18.moecluster.v1.LayerLoad\x12\x34\n\x04jobs\x18\r \x03(\x0b\x32&.moecluster.v1.ClusterStatus.JobsEntry\x12\r\n\x05ready\x18\x0e \x01(\x08\x12\x0f\n\x07message\x18\x0f \x01(\t\x12\x15\n\rmax_positions\x18\x10 \x01(\x05\x12\x12\n\nvocab_size\x18\x11 \x01(\x05\x1a-\n\x0bOwnersEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a+\n\tJobsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\"\x12\n\x10GetStatusRequest\"A\n\x11GetStatusResponse\x12,\n\x06status\x18\x01 \x01(\x0b\x32\x1c.moecluster.v1.ClusterStatus\"c\n\x08LoadStep\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06tokens\x18\x03 \x01(\x03\x12\x0c\n\x04load\x18\x04 \x03(\x03\"\x99\x04\n\nLoadReport\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x14\n\x0cwindow_steps\x18\x02 \x01(\x05\x12\x12\n\ngroup_size\x18\x03 \x01(\x05\x12&\n\x04load\x18\x04 \x03(\x0b\x32\x18.moecluster.v1.LayerLoad\x12\x35\n\x06\x61\x63tors\x18\x05 \x03(\x0b\x32%.moecluster.v1.LoadReport.ActorsEntry\x12\x33\n\x05nodes\x18\x06 \x03(\x0b\x32$.moecluster.v1.LoadReport.NodesEntry\x12\x15\n\rlayer_max_vio\x18\x07 \x03(\x01\x12\x0f\n\x07max_vio\x18\x08 \x01(\x01\x12\x1d\n\x15layer_utilisation_std\x18\t \x03(\x01\x12\x17\n\x0futilisation_std\x18\n \x01(\x01\x12$\n\x1cmicrobatch_tokens_per_expert\x18\x0b \x01(\x01\x12\x1e\n\x16step_tokens_per_expert\x18\x0c \x01(\x01\x12\x0f\n\x07warning\x18\r \x01(\t\x12(\n\x07history\x18\x0e \x03(\x0b\x32\x17.moecluster.v1.LoadStep\x1a-\n\x0b\x41\x63torsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a,\n\nNodesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\x10\n\x0eGetLoadRequest\"<\n\x0fGetLoadResponse\x12)\n\x06report\x18\x01 \x01(\x0b\x32\x19.moecluster.v1.LoadReport\":\n\x10WatchLoadRequest\x12\x17\n\ninterval_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\r\n\x0b_interval_s\">\n\x11WatchLoadResponse\x12)\n\x06report\x18\x01 \x01(\x0b\x32\x19.moecluster.v1.LoadReport\"\"\n\x12\x45xportModelRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\"W\n\x13\x45xportModelResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05\x66iles\x18\x02 \x03(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x0f\n\x07version\x18\x04 \x01(\x03\"\"\n\x12ImportModelRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\"C\n\x13ImportModelResponse\x12,\n\x06status\x18\x01 \x01(\x0b\x32\x1c.moecluster.v1.ClusterStatus*U\n\tActorRole\x12\x1a\n\x16\x41\x43TOR_ROLE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x41\x43TOR_ROLE_ROUTER\x10\x01\x12\x15\n\x11\x41\x43TOR_ROLE_EXPERT\x10\x02*p\n\nActorState\x12\x1b\n\x17\x41\x43TOR_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41\x43TOR_STATE_STARTING\x10\x01\x12\x15\n\x11\x41\x43TOR_STATE_READY\x10\x02\x12\x14\n\x10\x41\x43TOR_STATE_LOST\x10\x03\x32\xa8\x03\n\x0e\x43lusterService\x12N\n\tGetStatus\x12\x1f.moecluster.v1.GetStatusRequest\x1a .moecluster.v1.GetStatusResponse\x12H\n\x07GetLoad\x12\x1d.moecluster.v1.GetLoadRequest\x1a\x1e.moecluster.v1.GetLoadResponse\x12P\n\tWatchLoad\x12\x1f.moecluster.v1.WatchLoadRequest\x1a .moecluster.v1.WatchLoadResponse0\x01\x12T\n\x0b\x45xportModel\x12!.moecluster.v1.ExportModelRequest\x1a\".moecluster.v1.ExportModelResponse\x12T\n\x0bImportModel\x12!.moecluster.v1.ImportModelRequest\x1a\".moecluster.v1.ImportModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,32 +36,52 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CLUSTERSTATUS_OWNERSENTRY']._serialized_options = b'8\001'
   _globals['_CLUSTERSTATUS_JOBSENTRY']._loaded_options = None
   _globals['_CLUSTERSTATUS_JOBSENTRY']._serialized_options = b'8\001'
-  _globals['_ACTORROLE']._serialized_start=1194
-  _globals['_ACTORROLE']._serialized_end=1279
-  _globals['_ACTORSTATE']._serialized_start=1281
-  _globals['_ACTORSTATE']._serialized_end=1393
-  _globals['_ACTORSTATUS']._serialized_start=54
-  _globals['_ACTORSTATUS']._serialized_end=289
-  _globals['_LAYERLOAD']._serialized_start=291
-  _globals['_LAYERLOAD']._serialized_end=318
-  _globals['_CLUSTERSTATUS']._serialized_start=321
-  _globals['_CLUSTERSTATUS']._serialized_end=875
-  _globals['_CLUSTERSTATUS_OWNERSENTRY']._serialized_start=785
-  _globals['_CLUSTERSTATUS_OWNERSENTRY']._serialized_end=830
-  _globals['_CLUSTERSTATUS_JOBSENTRY']._serialized_start=832
-  _globals['_CLUSTERSTATUS_JOBSENTRY']._serialized_end=875
-  _globals['_GETSTATUSREQUEST']._serialized_start=877
-  _globals['_GETSTATUSREQUEST']._serialized_end=895
-  _globals['_GETSTATUSRESPONSE']._serialized_start=897
-  _globals['_GETSTATUSRESPONSE']._serialized_end=962
-  _globals['_EXPORTMODELREQUEST']._serialized_start=964
-  _globals['_EXPORTMODELREQUEST']._serialized_end=998
-  _globals['_EXPORTMODELRESPONSE']._serialized_start=1000
-  _globals['_EXPORTMODELRESPONSE']._serialized_end=1087
-  _globals['_IMPORTMODELREQUEST']._serialized_start=1089
-  _globals['_IMPORTMODELREQUEST']._serialized_end=1123
-  _globals['_IMPORTMODELRESPONSE']._serialized_start=1125
-  _globals['_IMPORTMODELRESPONSE']._serialized_end=1192
-  _globals['_CLUSTERSERVICE']._serialized_start=1396
-  _globals['_CLUSTERSERVICE']._serialized_end=1664
+  _globals['_LOADREPORT_ACTORSENTRY']._loaded_options = None
+  _globals['_LOADREPORT_ACTORSENTRY']._serialized_options = b'8\001'
+  _globals['_LOADREPORT_NODESENTRY']._loaded_options = None
+  _globals['_LOADREPORT_NODESENTRY']._serialized_options = b'8\001'
+  _globals['_ACTORROLE']._serialized_start=2072
+  _globals['_ACTORROLE']._serialized_end=2157
+  _globals['_ACTORSTATE']._serialized_start=2159
+  _globals['_ACTORSTATE']._serialized_end=2271
+  _globals['_ACTORSTATUS']._serialized_start=87
+  _globals['_ACTORSTATUS']._serialized_end=322
+  _globals['_LAYERLOAD']._serialized_start=324
+  _globals['_LAYERLOAD']._serialized_end=351
+  _globals['_CLUSTERSTATUS']._serialized_start=354
+  _globals['_CLUSTERSTATUS']._serialized_end=908
+  _globals['_CLUSTERSTATUS_OWNERSENTRY']._serialized_start=818
+  _globals['_CLUSTERSTATUS_OWNERSENTRY']._serialized_end=863
+  _globals['_CLUSTERSTATUS_JOBSENTRY']._serialized_start=865
+  _globals['_CLUSTERSTATUS_JOBSENTRY']._serialized_end=908
+  _globals['_GETSTATUSREQUEST']._serialized_start=910
+  _globals['_GETSTATUSREQUEST']._serialized_end=928
+  _globals['_GETSTATUSRESPONSE']._serialized_start=930
+  _globals['_GETSTATUSRESPONSE']._serialized_end=995
+  _globals['_LOADSTEP']._serialized_start=997
+  _globals['_LOADSTEP']._serialized_end=1096
+  _globals['_LOADREPORT']._serialized_start=1099
+  _globals['_LOADREPORT']._serialized_end=1636
+  _globals['_LOADREPORT_ACTORSENTRY']._serialized_start=1545
+  _globals['_LOADREPORT_ACTORSENTRY']._serialized_end=1590
+  _globals['_LOADREPORT_NODESENTRY']._serialized_start=1592
+  _globals['_LOADREPORT_NODESENTRY']._serialized_end=1636
+  _globals['_GETLOADREQUEST']._serialized_start=1638
+  _globals['_GETLOADREQUEST']._serialized_end=1654
+  _globals['_GETLOADRESPONSE']._serialized_start=1656
+  _globals['_GETLOADRESPONSE']._serialized_end=1716
+  _globals['_WATCHLOADREQUEST']._serialized_start=1718
+  _globals['_WATCHLOADREQUEST']._serialized_end=1776
+  _globals['_WATCHLOADRESPONSE']._serialized_start=1778
+  _globals['_WATCHLOADRESPONSE']._serialized_end=1840
+  _globals['_EXPORTMODELREQUEST']._serialized_start=1842
+  _globals['_EXPORTMODELREQUEST']._serialized_end=1876
+  _globals['_EXPORTMODELRESPONSE']._serialized_start=1878
+  _globals['_EXPORTMODELRESPONSE']._serialized_end=1965
+  _globals['_IMPORTMODELREQUEST']._serialized_start=1967
+  _globals['_IMPORTMODELREQUEST']._serialized_end=2001
+  _globals['_IMPORTMODELRESPONSE']._serialized_start=2003
+  _globals['_IMPORTMODELRESPONSE']._serialized_end=2070
+  _globals['_CLUSTERSERVICE']._serialized_start=2274
+  _globals['_CLUSTERSERVICE']._serialized_end=2698
 # @@protoc_insertion_point(module_scope)

@@ -1,3 +1,6 @@
+import datetime
+
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -120,6 +123,86 @@ class GetStatusResponse(_message.Message):
     STATUS_FIELD_NUMBER: _ClassVar[int]
     status: ClusterStatus
     def __init__(self, status: _Optional[_Union[ClusterStatus, _Mapping]] = ...) -> None: ...
+
+class LoadStep(_message.Message):
+    __slots__ = ("version", "time", "tokens", "load")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    time: _timestamp_pb2.Timestamp
+    tokens: int
+    load: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, version: _Optional[int] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., tokens: _Optional[int] = ..., load: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class LoadReport(_message.Message):
+    __slots__ = ("version", "window_steps", "group_size", "load", "actors", "nodes", "layer_max_vio", "max_vio", "layer_utilisation_std", "utilisation_std", "microbatch_tokens_per_expert", "step_tokens_per_expert", "warning", "history")
+    class ActorsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class NodesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_STEPS_FIELD_NUMBER: _ClassVar[int]
+    GROUP_SIZE_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    ACTORS_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
+    LAYER_MAX_VIO_FIELD_NUMBER: _ClassVar[int]
+    MAX_VIO_FIELD_NUMBER: _ClassVar[int]
+    LAYER_UTILISATION_STD_FIELD_NUMBER: _ClassVar[int]
+    UTILISATION_STD_FIELD_NUMBER: _ClassVar[int]
+    MICROBATCH_TOKENS_PER_EXPERT_FIELD_NUMBER: _ClassVar[int]
+    STEP_TOKENS_PER_EXPERT_FIELD_NUMBER: _ClassVar[int]
+    WARNING_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    window_steps: int
+    group_size: int
+    load: _containers.RepeatedCompositeFieldContainer[LayerLoad]
+    actors: _containers.ScalarMap[str, int]
+    nodes: _containers.ScalarMap[str, int]
+    layer_max_vio: _containers.RepeatedScalarFieldContainer[float]
+    max_vio: float
+    layer_utilisation_std: _containers.RepeatedScalarFieldContainer[float]
+    utilisation_std: float
+    microbatch_tokens_per_expert: float
+    step_tokens_per_expert: float
+    warning: str
+    history: _containers.RepeatedCompositeFieldContainer[LoadStep]
+    def __init__(self, version: _Optional[int] = ..., window_steps: _Optional[int] = ..., group_size: _Optional[int] = ..., load: _Optional[_Iterable[_Union[LayerLoad, _Mapping]]] = ..., actors: _Optional[_Mapping[str, int]] = ..., nodes: _Optional[_Mapping[str, int]] = ..., layer_max_vio: _Optional[_Iterable[float]] = ..., max_vio: _Optional[float] = ..., layer_utilisation_std: _Optional[_Iterable[float]] = ..., utilisation_std: _Optional[float] = ..., microbatch_tokens_per_expert: _Optional[float] = ..., step_tokens_per_expert: _Optional[float] = ..., warning: _Optional[str] = ..., history: _Optional[_Iterable[_Union[LoadStep, _Mapping]]] = ...) -> None: ...
+
+class GetLoadRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetLoadResponse(_message.Message):
+    __slots__ = ("report",)
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    report: LoadReport
+    def __init__(self, report: _Optional[_Union[LoadReport, _Mapping]] = ...) -> None: ...
+
+class WatchLoadRequest(_message.Message):
+    __slots__ = ("interval_s",)
+    INTERVAL_S_FIELD_NUMBER: _ClassVar[int]
+    interval_s: float
+    def __init__(self, interval_s: _Optional[float] = ...) -> None: ...
+
+class WatchLoadResponse(_message.Message):
+    __slots__ = ("report",)
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    report: LoadReport
+    def __init__(self, report: _Optional[_Union[LoadReport, _Mapping]] = ...) -> None: ...
 
 class ExportModelRequest(_message.Message):
     __slots__ = ("path",)

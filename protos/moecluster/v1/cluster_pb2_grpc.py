@@ -40,6 +40,16 @@ class ClusterServiceStub:
                 request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.GetLoad = channel.unary_unary(
+                '/moecluster.v1.ClusterService/GetLoad',
+                request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetLoadRequest.SerializeToString,
+                response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetLoadResponse.FromString,
+                _registered_method=True)
+        self.WatchLoad = channel.unary_stream(
+                '/moecluster.v1.ClusterService/WatchLoad',
+                request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.WatchLoadRequest.SerializeToString,
+                response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.WatchLoadResponse.FromString,
+                _registered_method=True)
         self.ExportModel = channel.unary_unary(
                 '/moecluster.v1.ClusterService/ExportModel',
                 request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ExportModelRequest.SerializeToString,
@@ -58,6 +68,20 @@ class ClusterServiceServicer:
 
     def GetStatus(self, request, context):
         """Actors, nodes, placement, versions, load and jobs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLoad(self, request, context):
+        """How evenly the experts were used over the last training steps.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchLoad(self, request, context):
+        """Streams the same: a report at once, then one every interval. Ends with the caller or the deadline.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -85,6 +109,16 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetStatusRequest.FromString,
                     response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'GetLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLoad,
+                    request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetLoadRequest.FromString,
+                    response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetLoadResponse.SerializeToString,
+            ),
+            'WatchLoad': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchLoad,
+                    request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.WatchLoadRequest.FromString,
+                    response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.WatchLoadResponse.SerializeToString,
             ),
             'ExportModel': grpc.unary_unary_rpc_method_handler(
                     servicer.ExportModel,
@@ -125,6 +159,60 @@ class ClusterService:
             '/moecluster.v1.ClusterService/GetStatus',
             protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetStatusRequest.SerializeToString,
             protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ClusterService/GetLoad',
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetLoadRequest.SerializeToString,
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/moecluster.v1.ClusterService/WatchLoad',
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.WatchLoadRequest.SerializeToString,
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.WatchLoadResponse.FromString,
             options,
             channel_credentials,
             insecure,

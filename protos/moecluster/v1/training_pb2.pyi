@@ -70,20 +70,22 @@ JOB_EVENT_KIND_EVAL: JobEventKind
 JOB_EVENT_KIND_NOTE: JobEventKind
 
 class JobConfig(_message.Message):
-    __slots__ = ("steps", "batch", "optimizer", "schedule", "data", "eval")
+    __slots__ = ("steps", "batch", "optimizer", "schedule", "data", "eval", "balance")
     STEPS_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     SCHEDULE_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     EVAL_FIELD_NUMBER: _ClassVar[int]
+    BALANCE_FIELD_NUMBER: _ClassVar[int]
     steps: int
     batch: BatchConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     data: DataConfig
     eval: EvalConfig
-    def __init__(self, steps: _Optional[int] = ..., batch: _Optional[_Union[BatchConfig, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerConfig, _Mapping]] = ..., schedule: _Optional[_Union[ScheduleConfig, _Mapping]] = ..., data: _Optional[_Union[DataConfig, _Mapping]] = ..., eval: _Optional[_Union[EvalConfig, _Mapping]] = ...) -> None: ...
+    balance: BalanceSettings
+    def __init__(self, steps: _Optional[int] = ..., batch: _Optional[_Union[BatchConfig, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerConfig, _Mapping]] = ..., schedule: _Optional[_Union[ScheduleConfig, _Mapping]] = ..., data: _Optional[_Union[DataConfig, _Mapping]] = ..., eval: _Optional[_Union[EvalConfig, _Mapping]] = ..., balance: _Optional[_Union[BalanceSettings, _Mapping]] = ...) -> None: ...
 
 class BatchConfig(_message.Message):
     __slots__ = ("sequences", "sequence_length", "gradient_accumulation")
@@ -146,6 +148,20 @@ class EvalConfig(_message.Message):
     every_steps: int
     batches: int
     def __init__(self, every_steps: _Optional[int] = ..., batches: _Optional[int] = ...) -> None: ...
+
+class BalanceSettings(_message.Message):
+    __slots__ = ("entropy", "frequency", "sequence", "bias_speed", "bias_share")
+    ENTROPY_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    BIAS_SPEED_FIELD_NUMBER: _ClassVar[int]
+    BIAS_SHARE_FIELD_NUMBER: _ClassVar[int]
+    entropy: float
+    frequency: float
+    sequence: float
+    bias_speed: float
+    bias_share: float
+    def __init__(self, entropy: _Optional[float] = ..., frequency: _Optional[float] = ..., sequence: _Optional[float] = ..., bias_speed: _Optional[float] = ..., bias_share: _Optional[float] = ...) -> None: ...
 
 class Job(_message.Message):
     __slots__ = ("id", "request_id", "config", "state", "step", "create_time", "start_time", "end_time", "error", "last_event")

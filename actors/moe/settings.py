@@ -1,16 +1,18 @@
-"""A gate as a value: what a config file says about it, checked."""
+"""Gates and balance rules as values: what a config file says about them, checked. No torch here."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NoReturn
 
 from actors.errors import InvalidInput
 
 SCORES = ("softmax", "sigmoid")
+MODEL_GATE = "model"
 KINDS: Mapping[str, tuple[str, bool]] = {
+    MODEL_GATE: ("softmax", True),
     "top_k": ("softmax", True),
     "deepseek_moe": ("softmax", False),
     "deepseek": ("sigmoid", True),
@@ -20,11 +22,16 @@ KINDS: Mapping[str, tuple[str, bool]] = {
 """Kind -> its score function and whether it renormalises, unless the settings say otherwise."""
 
 
+def _positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
 @dataclass(frozen=True)
 class GateSettings:
     """A kind brings its paper's score function and renormalisation; everything else is off by default.
 
     Kinds (how experts are chosen):
+    `model`         the model's own gate, as its family computes it; no other option applies
     `top_k`         the K best of all (S5): Mixtral, Qwen3-MoE
     `deepseek_moe`  the K best of all, weights not renormalised (S7): DeepSeekMoE, arXiv 2401.06066
     `deepseek`      the K best of the best groups: DeepSeek-V3, arXiv 2412.19437 (with softmax scores DeepSeek-V2)
@@ -32,7 +39,7 @@ class GateSettings:
     `two_level`     groups by a projection of their own, then experts inside them (S6)
     """
 
-    kind: str = "top_k"
+    kind: str = MODEL_GATE
     score: str | None = None
     """`softmax` or `sigmoid`; None: the kind's own."""
     renormalise: bool | None = None
@@ -66,6 +73,8 @@ class GateSettings:
 
     def __post_init__(self) -> None:
         self._check_choice()
+        if self.kind == MODEL_GATE:
+            self._check_untouched()
         self._check_temperature()
         if not _positive(self.routed_scaling_factor):
             self._refuse("routed_scaling_factor", "must be above 0")
@@ -98,6 +107,11 @@ class GateSettings:
                 self._refuse(
                     "renormalise", "cancels p(group), which would learn nothing", "leave it out, or more groups"
                 )
+
+    def _check_untouched(self) -> None:
+        for field in fields(self):
+            if field.name != "kind" and getattr(self, field.name) != field.default:
+                self._refuse(field.name, "does not apply to the model's own gate", "name a gate.kind")
 
     def _check_temperature(self) -> None:
         for name in ("temperature", "temperature_floor"):
@@ -148,5 +162,25 @@ class GateSettings:
         raise InvalidInput(message, field=f"gate.{name}", value=getattr(self, name), remedy=remedy)
 
 
-def _positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0
+@dataclass(frozen=True)
+class BalanceSettings:
+    """Coefficients; 0 leaves a rule out, and any combination is allowed. The articles' values are in brackets."""
+
+    entropy: float = 0.0
+    """lambda of S11 [0.01]."""
+    frequency: float = 0.0
+    """alpha of S12 [0.01]."""
+    sequence: float = 0.0
+    """alpha of S14 [0.0001]."""
+    bias_speed: float = 0.0
+    """gamma of S13 [0.001]: what a bias moves by a step."""
+    bias_share: float = 0.966
+    """Share of the training after which gamma is 0: DeepSeek-V3 stops after 14.3 of 14.8 T tokens (2412.19437, 4.2)."""
+
+    @property
+    def has_loss(self) -> bool:
+        return bool(self.entropy or self.frequency or self.sequence)
+
+    def bias_speed_at(self, step: int, total_steps: int) -> float:
+        """gamma of the update after step `step` (from 1) of `total_steps`: constant for their `bias_share`, then 0."""
+        return self.bias_speed if step <= self.bias_share * total_steps else 0.0

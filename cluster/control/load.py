@@ -1,0 +1,197 @@
+"""The experts' load over the last steps, and how even it is. Pure, and numpy only: the control plane imports no torch.
+
+L MoE layers   E experts a layer   W steps the window holds   G expert groups
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.errors import InvalidInput
+from cluster.backend import LoadReport, LoadStep
+from cluster.placement.placement import Placement
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+LoadLE = Sequence[Sequence[int]]
+"""(token, expert) pairs of each expert [E] of each MoE layer [L]."""
+
+MIN_TOKENS = 64
+"""Tokens a micro-batch below which an expert's products are not worth reading its weights (S18)."""
+
+
+class LoadWindow:
+    """The newest `max_steps` committed steps, with their sum kept up to date; a step costs two passes over L x E."""
+
+    def __init__(self, max_steps: int, num_layers: int, num_experts: int) -> None:
+        self._load_WLE: Ints = np.zeros((max_steps, num_layers, num_experts), dtype=np.int64)
+        """A ring: step number n is in place n % W."""
+        self._total_LE: Ints = np.zeros((num_layers, num_experts), dtype=np.int64)
+        self._version_W: Ints = np.zeros(max_steps, dtype=np.int64)
+        self._time_s_W: Floats = np.zeros(max_steps)
+        self._tokens_W: Ints = np.zeros(max_steps, dtype=np.int64)
+        self._microbatches_W: Ints = np.zeros(max_steps, dtype=np.int64)
+        self._added = 0
+
+    def add(self, load_LE: LoadLE, version: int, time_s: float, tokens: int, microbatches: int) -> None:
+        """One committed step of `tokens` tokens in `microbatches` micro-batches; `version` is that of its weights.
+
+        `InvalidInput`, and the window stays as it was, if the load is not that of this model.
+        """
+        load = _checked(load_LE, self._total_LE.shape)
+        place = self._added % len(self._load_WLE)
+        self._total_LE += load - self._load_WLE[place]
+        self._load_WLE[place] = load
+        self._version_W[place], self._time_s_W[place] = version, time_s
+        self._tokens_W[place], self._microbatches_W[place] = tokens, microbatches
+        self._added += 1
+
+    @property
+    def load_LE(self) -> tuple[tuple[int, ...], ...]:
+        """Summed over the window; empty before the first step."""
+        return _rows(self._total_LE) if self._added else ()
+
+    def report(self, version: int, placement: Placement, node_of: Mapping[str, str]) -> LoadReport:
+        """`version` is the model's; `placement` and `node_of` (actor -> node) tell whose load is summed with whose."""
+        if not self._added:
+            return LoadReport(version, 0, placement.group_size, (), {}, {}, (), 0.0, (), 0.0, 0.0, 0.0, "", ())
+        steps, microbatches = min(self._added, len(self._load_WLE)), int(self._microbatches_W.sum())
+        max_vio_L, std_L = max_vio(self._total_LE), utilisation_std(self._total_LE)
+        actors = _of_actors(self._total_LE.sum(0), placement)
+        return LoadReport(
+            version=version,
+            window_steps=steps,
+            group_size=placement.group_size,
+            load_LE=self.load_LE,
+            actors=actors,
+            nodes=_of_nodes(actors, node_of),
+            max_vio_L=tuple(max_vio_L.tolist()),
+            max_vio=float(max_vio_L.max()),
+            utilisation_std_L=tuple(std_L.tolist()),
+            utilisation_std=float(std_L.max()),
+            microbatch_tokens_per_expert=float(self._total_LE.mean()) / microbatches,
+            step_tokens_per_expert=float(self._total_LE.mean()) / steps,
+            warning=_warning(self._total_LE / microbatches, round(self._tokens_W.sum() / microbatches)),
+            history=self._history(),
+        )
+
+    def _history(self) -> tuple[LoadStep, ...]:
+        load_WE = self._load_WLE.sum(1)
+        first = max(0, self._added - len(load_WE))
+        places = [number % len(load_WE) for number in range(first, self._added)]
+        return tuple(
+            LoadStep(
+                int(self._version_W[i]), float(self._time_s_W[i]), int(self._tokens_W[i]), tuple(load_WE[i].tolist())
+            )
+            for i in places
+        )
+
+
+def max_vio(load_LE: Ints) -> Floats:
+    """[L]: max / mean - 1 of each layer; 0 without load. The definition of `actors.moe.balance.max_vio`."""
+    return _over_mean(load_LE.max(-1) - load_LE.mean(-1), load_LE)
+
+
+def utilisation_std(load_LE: Ints) -> Floats:
+    """[L]: standard deviation (of the population) of load / mean of each layer; 0 without load."""
+    return _over_mean(load_LE.std(-1), load_LE)
+
+
+@dataclass(frozen=True)
+class SparseLayer:
+    """A layer in which experts get too few tokens of a mean micro-batch (S18)."""
+
+    layer: int
+    num_experts: int
+    num_sparse: int
+    smallest_load: float
+    minimum: int
+    batch_tokens: int
+    tokens_if_even: int
+    """Micro-batch, in tokens, that gives every expert the minimum if the load were even."""
+    tokens_as_routed: int | None
+    """The same at the load's present skew; None: an expert got nothing, and no size can be told."""
+
+    def __str__(self) -> str:
+        skewed = (
+            "an expert got none at all" if self.tokens_as_routed is None else f"{self.tokens_as_routed} as routed now"
+        )
+        return (
+            f"{self.num_sparse} of {self.num_experts} experts got fewer than {self.minimum} tokens of a batch of "
+            f"{self.batch_tokens} (the least: {self.smallest_load:.4g}); every expert reaches it with a batch of "
+            f"{self.tokens_if_even} tokens if evenly used ({skewed})"
+        )
+
+
+def sparse_layers(load_LE: Floats, tokens: int, minimum: int = MIN_TOKENS) -> list[SparseLayer]:
+    """Layers in which an expert got less than `minimum` of a batch of `tokens`; `load_LE` counts pairs.
+
+    A layer without any load is left out. The definitions of `actors.moe.balance.sparse_warning`, for means as well.
+    """
+    found = []
+    for layer in np.flatnonzero((load_LE.min(-1) < minimum) & (load_LE.sum(-1) > 0)):
+        load_E = load_LE[layer]
+        smallest = float(load_E.min())
+        found.append(
+            SparseLayer(
+                layer=int(layer),
+                num_experts=len(load_E),
+                num_sparse=int((load_E < minimum).sum()),
+                smallest_load=smallest,
+                minimum=minimum,
+                batch_tokens=tokens,
+                tokens_if_even=math.ceil(minimum * tokens * len(load_E) / load_E.sum()),
+                tokens_as_routed=math.ceil(minimum * tokens / smallest) if smallest else None,
+            )
+        )
+    return found
+
+
+def _warning(load_LE: Floats, tokens: int) -> str:
+    """Of the layer with the least load on an expert."""
+    sparse = sparse_layers(load_LE, tokens)
+    if not sparse:
+        return ""
+    worst = min(sparse, key=lambda layer: (layer.smallest_load, -layer.num_sparse))
+    layers = f"{len(sparse)} of {len(load_LE)} MoE layers give experts few tokens a micro-batch"
+    return f"{layers}; the worst, layer {worst.layer}: {worst}"
+
+
+def _over_mean(value_L: Floats, load_LE: Ints) -> Floats:
+    mean_L = load_LE.mean(-1)
+    return np.asarray(np.divide(value_L, mean_L, out=np.zeros_like(mean_L), where=mean_L > 0))
+
+
+def _of_actors(load_E: Ints, placement: Placement) -> dict[str, int]:
+    load_G = load_E.reshape(placement.num_groups, placement.group_size).sum(1)
+    sums = dict.fromkeys(placement.actors, 0)
+    for owner, load in zip(placement.owners, load_G.tolist(), strict=True):
+        sums[owner] += load
+    return sums
+
+
+def _of_nodes(actors: Mapping[str, int], node_of: Mapping[str, str]) -> dict[str, int]:
+    sums: dict[str, int] = {}
+    for actor, load in actors.items():
+        node = node_of.get(actor, "")
+        sums[node] = sums.get(node, 0) + load
+    return sums
+
+
+def _rows(load_LE: Ints) -> tuple[tuple[int, ...], ...]:
+    return tuple(map(tuple, load_LE.tolist()))
+
+
+def _checked(load_LE: LoadLE, shape: tuple[int, ...]) -> Ints:
+    try:
+        load = np.asarray(load_LE, dtype=np.int64)
+    except ValueError:  # rows of different lengths
+        load = np.zeros(0, dtype=np.int64)
+    if load.shape != shape or load.min(initial=0) < 0:
+        raise InvalidInput(f"is not {shape[0]} rows of {shape[1]} counts", field="load_LE", value=load.shape)
+    return load
