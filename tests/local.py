@@ -35,11 +35,12 @@ def cluster(
     timeout_s: float = 20.0,
     max_step_retries: int = 3,
     gate: GateSettings | None = None,
+    device: str = "cpu",
 ) -> Iterator[LocalCluster]:
     """`wrap` may put a faulty link around each link as it is opened."""
     slots = [ActorSlot(f"expert-{i}", f"node-{i}") for i in range(num_actors)]
     placement = spread(skeleton(source).num_experts, group_size, slots)
-    hosts = [ExpertHost(s.id, source, placement.groups_of(s.id), group_size=group_size) for s in slots]
+    hosts = [ExpertHost(s.id, source, placement.groups_of(s.id), group_size=group_size, device=device) for s in slots]
     servers = [_serve(host) for host in hosts] if links == "socket" else []
 
     def opener(i: int) -> Callable[[], Link]:
@@ -56,6 +57,7 @@ def cluster(
         [opener(i) for i in range(num_actors)],
         [host.experts for host in hosts],
         gate=gate,
+        device=device,
         timeout_s=timeout_s,
         max_step_retries=max_step_retries,
     )

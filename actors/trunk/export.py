@@ -92,7 +92,7 @@ def _layer_tensors(layer: int, skeleton: Skeleton, dispatcher: Dispatcher, timeo
     for answer in dispatcher.ask_all("export_layer", {"layer": layer}, timeout_s):
         fields: Any = answer.fields
         for name, tensor in zip(fields["names"], answer.tensors, strict=True):
-            stacked[name][fields["experts"]] = tensor
+            stacked[name][fields["experts"]] = tensor.cpu()
     return {f"{description.name}.{name}": tensor for name, tensor in stacked.items()}
 
 

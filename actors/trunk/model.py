@@ -41,6 +41,11 @@ def remote_experts(module: nn.Module, x_TD: Tensor, topk_ids_TK: Tensor, topk_we
 ALL_EXPERTS_FUNCTIONS.register(REMOTE_EXPERTS, remote_experts)
 
 
+def is_experts(module: nn.Module) -> bool:
+    """Whether it went through `use_experts_implementation`, which leaves these marks in every release since 5.17."""
+    return hasattr(module, "is_concatenated") and hasattr(module, "is_transposed")
+
+
 @dataclass(frozen=True)
 class ModelSource:
     """Which model: a directory with config.json and safetensors, or transformers config values to start with."""
@@ -134,7 +139,7 @@ def skeleton(source: ModelSource) -> Skeleton:
     dtype = DTYPES[source.dtype]
     model = meta_model(config, dtype)
     layers = tuple(
-        ExpertLayer(name, module) for name, module in model.named_modules() if hasattr(module, "_is_expert_parallel")
+        ExpertLayer(name, module) for name, module in model.named_modules() if is_experts(module)
     )
     if not layers:
         raise CheckpointError(
@@ -152,7 +157,7 @@ def skeleton(source: ModelSource) -> Skeleton:
 
 
 def _check_supported(layer: ExpertLayer) -> None:
-    if layer.template.has_post_expert_norm:
+    if getattr(layer.template, "has_post_expert_norm", False):
         raise CheckpointError(
             "a norm after the expert has weights shared by all experts of the layer, which cannot be split yet",
             field=layer.name,
@@ -179,7 +184,7 @@ def empty_trunk(source: ModelSource) -> PreTrainedModel:
     trunk = meta_model(config, DTYPES[source.dtype])
     trunk.set_experts_implementation(REMOTE_EXPERTS)
     for module in trunk.modules():
-        if hasattr(module, "_is_expert_parallel"):
+        if is_experts(module):
             for name in list(module._parameters):
                 del module._parameters[name]
             module._is_hf_initialized = True  # nothing left to initialise
@@ -188,7 +193,7 @@ def empty_trunk(source: ModelSource) -> PreTrainedModel:
 
 def connect(trunk: PreTrainedModel, remotes: list[RemoteExperts]) -> None:
     """Gives every MoE layer, in order, the function that computes its experts."""
-    modules = [m for m in trunk.modules() if hasattr(m, "_is_expert_parallel")]
+    modules = [m for m in trunk.modules() if is_experts(m)]
     for module, remote in zip(modules, remotes, strict=True):
         module.__dict__["remote"] = remote
 
