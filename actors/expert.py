@@ -141,7 +141,8 @@ class ExpertHost:
         (grad_y_TD,) = question.tensors
         self._check_tokens(grad_y_TD)
         grad_x_TD, grad_weight_P, part = self._stacks[layer].backward(saved, grad_y_TD.to(self._device))
-        self._deferred.append((layer, part))
+        if part is not None:
+            self._deferred.append((layer, part))
         return Message("ok", {}, (grad_x_TD, grad_weight_P))
 
     def _prepare(self, question: Message) -> Message:

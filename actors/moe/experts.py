@@ -9,7 +9,8 @@ The layout of the weights and the gating function are those of the transformers 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -45,10 +46,21 @@ class Work:
                     f"indices must be 0 to {num_tokens - 1}", field="token_P", value=(int(low), int(high))
                 )
 
+    def parts(self, max_pairs: int) -> Iterator[Work]:
+        """Consecutive parts of at most `max_pairs` pairs, an expert's pairs divided where they do not fit."""
+        ends_E = list(itertools.accumulate(self.counts_E))
+        for first in range(0, len(self.token_P), max_pairs):
+            last = min(first + max_pairs, len(self.token_P))
+            counts_E = [
+                max(0, min(end, last) - max(end - count, first))
+                for end, count in zip(ends_E, self.counts_E, strict=True)
+            ]
+            yield Work(self.token_P[first:last], counts_E, self.weight_P[first:last])
+
 
 @dataclass
-class Saved:
-    """What backward needs of a forward."""
+class Activations:
+    """What backward needs of the forward of one part."""
 
     work: Work
     rows_PD: Tensor
@@ -58,12 +70,27 @@ class Saved:
 
 
 @dataclass
+class Saved:
+    """What backward needs of a forward: its activations, or where they would be too large, the tokens to make them
+    again from, part by part."""
+
+    work: Work
+    x_TD: Tensor | None
+    activations: Activations | None
+
+
+@dataclass
 class WeightGradients:
     """Second part of a backward, still to be done."""
 
-    saved: Saved
+    saved: Activations
     grad_pre_PH: Tensor
     grad_out_PD: Tensor
+
+
+MAX_PAIRS = 1 << 15
+"""Pairs that are computed at a time: what bounds the memory of a host however uneven the load (S16). From 32k rows on a
+GPU's grouped products run at full rate."""
 
 
 class ExpertStack(nn.Module):
@@ -72,8 +99,9 @@ class ExpertStack(nn.Module):
     Parameters here have the template's names and a leading dimension of `num_experts` local experts.
     """
 
-    def __init__(self, template: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, template: nn.Module, tensors: Mapping[str, Tensor], *, max_pairs: int = MAX_PAIRS) -> None:
         super().__init__()
+        self._max_pairs = max_pairs
         object.__setattr__(self, "_template", template)  # not a submodule: only its functions are used
         self._transposed = bool(template.is_transposed)
         self._in = "gate_up_proj" if template.has_gate else "up_proj"
@@ -93,6 +121,34 @@ class ExpertStack(nn.Module):
 
     def forward(self, x_TD: Tensor, work: Work, *, keep: bool) -> tuple[Tensor, Saved | None]:
         """Weighted sum over this stack's experts, one row a token: [T, D]. `keep` saves what backward needs."""
+        wide = torch.promote_types(work.weight_P.dtype, x_TD.dtype)
+        y_TD = torch.zeros(x_TD.shape, dtype=wide, device=x_TD.device)
+        whole = len(work.token_P) <= self._max_pairs
+        activations = None
+        for part in work.parts(self._max_pairs):
+            activations, out_PD = self._compute(x_TD, part, keep=keep and whole)
+            y_TD.index_add_(0, part.token_P, out_PD * part.weight_P.unsqueeze(1))
+        saved = Saved(work, None, activations) if whole else Saved(work, x_TD, None)
+        return y_TD.to(x_TD.dtype), saved if keep else None
+
+    def backward(self, saved: Saved, grad_y_TD: Tensor) -> tuple[Tensor, Tensor, WeightGradients | None]:
+        """-> gradient of the tokens [T, D], of the gate weights [P], and the weights' part to be done later, if any."""
+        grad_x_TD = torch.zeros_like(grad_y_TD)
+        if saved.activations is not None:
+            grad_weight_P, later = self._differentiate(saved.activations, grad_y_TD, grad_x_TD)
+            return grad_x_TD, grad_weight_P, later
+        grads: list[Tensor] = []
+        for part in saved.work.parts(self._max_pairs):
+            assert saved.x_TD is not None
+            activations, _ = self._compute(saved.x_TD, part, keep=True)
+            assert activations is not None
+            grad_weight_P, later = self._differentiate(activations, grad_y_TD, grad_x_TD)
+            grads.append(grad_weight_P)
+            self.accumulate(later)  # at once: put off, the parts would be in memory together
+        return grad_x_TD, torch.cat(grads) if grads else torch.zeros_like(saved.work.weight_P), None
+
+    def _compute(self, x_TD: Tensor, work: Work, *, keep: bool) -> tuple[Activations | None, Tensor]:
+        """Outputs of each pair [P, D], not weighted; with `keep`, what their backward needs."""
         with torch.no_grad():
             rows_PD = x_TD.index_select(0, work.token_P)
             pre_PH = grouped_mm(rows_PD, self._matrices(self._in), work.counts_E)
@@ -105,13 +161,13 @@ class ExpertStack(nn.Module):
             out_PD = grouped_mm(act_PI.detach(), self._matrices(self._out), work.counts_E)
             if (bias := self._bias(self._out)) is not None:
                 add_bias(out_PD, bias, work.counts_E)
-            weighted_PD = out_PD * work.weight_P.unsqueeze(1)
-            y_TD = weighted_PD.new_zeros(x_TD.shape).index_add_(0, work.token_P, weighted_PD)
-        return y_TD.to(x_TD.dtype), Saved(work, rows_PD, pre_PH, act_PI) if keep else None
+        return Activations(work, rows_PD, pre_PH, act_PI) if keep else None, out_PD
 
     @torch.no_grad()
-    def backward(self, saved: Saved, grad_y_TD: Tensor) -> tuple[Tensor, Tensor, WeightGradients]:
-        """-> gradient of the tokens [T, D], of the gate weights [P], and the weights' part to be done later."""
+    def _differentiate(
+        self, saved: Activations, grad_y_TD: Tensor, grad_x_TD: Tensor
+    ) -> tuple[Tensor, WeightGradients]:
+        """Adds into `grad_x_TD`; -> gradient of the gate weights [P], and what is left for the expert weights."""
         work = saved.work
         grad_rows_PD = grad_y_TD.index_select(0, work.token_P)
         # With w the gate weight, y = w * (act @ W + b): grad of w is <grad_y, act @ W + b> = <grad_y @ W^T, act> + ...
@@ -124,10 +180,11 @@ class ExpertStack(nn.Module):
         scale_P1 = work.weight_P.unsqueeze(1).to(grad_rows_PD.dtype)
         (grad_pre_PH,) = torch.autograd.grad(saved.act_PI, saved.pre_PH, unweighted_PI.mul_(scale_P1))
         grad_pre_PH = grad_pre_PH.contiguous()
-        grad_tokens_PD = grouped_mm(grad_pre_PH, self._matrices(self._in).transpose(1, 2), work.counts_E)
-        grad_x_TD = torch.zeros_like(grad_y_TD).index_add_(0, work.token_P, grad_tokens_PD)
-        grad_weight_P = grad_weight_P.to(work.weight_P.dtype)
-        return grad_x_TD, grad_weight_P, WeightGradients(saved, grad_pre_PH, grad_rows_PD.mul_(scale_P1))
+        grad_x_TD.index_add_(
+            0, work.token_P, grouped_mm(grad_pre_PH, self._matrices(self._in).transpose(1, 2), work.counts_E)
+        )
+        later = WeightGradients(saved, grad_pre_PH, grad_rows_PD.mul_(scale_P1))
+        return grad_weight_P.to(work.weight_P.dtype), later
 
     @torch.no_grad()
     def accumulate(self, part: WeightGradients) -> None:

@@ -138,9 +138,7 @@ def skeleton(source: ModelSource) -> Skeleton:
     config = source.config()
     dtype = DTYPES[source.dtype]
     model = meta_model(config, dtype)
-    layers = tuple(
-        ExpertLayer(name, module) for name, module in model.named_modules() if is_experts(module)
-    )
+    layers = tuple(ExpertLayer(name, module) for name, module in model.named_modules() if is_experts(module))
     if not layers:
         raise CheckpointError(
             f"{type(model).__name__} has no mixture-of-experts layer",
