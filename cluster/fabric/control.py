@@ -23,7 +23,6 @@ from cluster.control.coordinator import Coordinator, ModelFacts
 from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
 from cluster.errors import StartupError
 from cluster.fabric.calls import call
-from cluster.fabric.data import open_tokens
 from cluster.fabric.nodes import node_names
 from cluster.fabric.options import ROUTER, expert_options, router_options
 from cluster.fabric.workers import ExpertContact, ExpertWorker, RouterWorker
@@ -269,6 +268,8 @@ class ControlWorker:
             self._changed.notify_all()
 
     def _documents(self, config: JobConfig) -> Documents:
+        from cluster.fabric.data import open_tokens  # Ray Data: a second of importing that only jobs need
+
         tokenizer = self._tokenizer()
         return Documents(
             train=lambda: open_tokens(config.data, "train", tokenizer),
