@@ -149,6 +149,8 @@ class ClusterStatus:
     max_positions: int = 0
     """Longest sequence the model takes, tokens."""
     vocab_size: int = 0
+    shared_share: float = 0.0
+    """Parameters of shared experts over all parameters."""
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def _print_status(status: ClusterStatus) -> None:
     print_line(
         f"{'ready' if status.ready else 'not ready'}{': ' + status.message if status.message else ''}\n"
         f"model {status.model}: {status.num_parameters:,} parameters, {status.num_moe_layers} MoE layers of "
-        f"{status.num_experts} experts, top-{status.top_k}\n"
+        f"{status.num_experts} experts, top-{status.top_k}, {status.shared_share:.1%} in shared experts\n"
         f"version {status.version}, placement epoch {status.placement_epoch}, groups of {status.group_size} experts, "
         f"{len(status.nodes)} nodes"
     )

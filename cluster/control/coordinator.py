@@ -47,6 +47,8 @@ class ModelFacts:
     max_positions: int
     """Longest sequence, tokens."""
     vocab_size: int
+    shared_share: float = 0.0
+    """Parameters of shared experts, which every token visits, over all (S7: below 0.15)."""
 
 
 class Coordinator:
@@ -118,6 +120,7 @@ class Coordinator:
             message=self._message(missing),
             max_positions=self._model.max_positions,
             vocab_size=self._model.vocab_size,
+            shared_share=self._model.shared_share,
         )
 
     def load_report(self) -> LoadReport:

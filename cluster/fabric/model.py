@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from actors.errors import InvalidInput
+from actors.moe.gating import shared_share
 from actors.trunk.model import ModelSource, skeleton
 from cluster.config import ClusterConfig
 from cluster.control.coordinator import ModelFacts
@@ -32,6 +33,7 @@ def model_facts(config: ClusterConfig) -> ModelFacts:
         top_k=model.top_k,
         max_positions=int(getattr(text, "max_position_embeddings", 1 << 20)),
         vocab_size=int(text.vocab_size),
+        shared_share=shared_share(model.model),
     )
 
 

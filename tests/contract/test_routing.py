@@ -15,6 +15,7 @@ from actors.optim import OptimizerSettings
 from actors.routing import GATES_FILE
 from actors.transport.contract import Link
 from actors.transport.faulty import Fault, FaultyLink
+from actors.transport.message import Message
 from actors.trunk.model import ModelSource
 from actors.values import Sampling
 from tests.families import save
@@ -182,3 +183,31 @@ def test_gate_scores_that_are_not_finite_name_layer_and_step(mixtral: ModelSourc
         with torch.no_grad():
             weight.copy_(kept)
         assert local.router.train_step(BATCHES[1], lr=1e-2, clip_norm=1.0).step == 2
+
+
+@pytest.mark.parametrize("nodes_per_token", [1, 2, 4])
+def test_a_token_visits_no_more_nodes_than_its_gate_allows(deepseek: ModelSource, nodes_per_token: int) -> None:
+    """Counted on the links: one actor a node, and a token crosses a link once for each actor that it needs."""
+    rows: dict[tuple[int, int, int], int] = {}
+
+    def wrap(actor: int, link: Link) -> Link:
+        send = link._send
+
+        def counted(question: Message) -> None:
+            if question.op == "forward" and question.fields["keep"]:
+                key = tuple(question.fields[name] for name in ("step", "microbatch", "layer"))
+                rows[key] = rows.get(key, 0) + question.tensors[0].shape[0]
+            send(question)
+
+        link._send = counted  # type: ignore[method-assign]
+        return link
+
+    gate = GateSettings(kind="node_limited", num_nodes=4, nodes_per_token=nodes_per_token)
+    with cluster(deepseek, 4, gate=gate, wrap=wrap) as local:
+        local.router.begin_run(OptimizerSettings())
+        for batch in BATCHES:
+            local.router.train_step(batch, lr=1e-2, clip_norm=1.0)
+    tokens = BATCHES[0][0].numel()
+    assert all(tokens <= count <= nodes_per_token * tokens for count in rows.values())
+    if nodes_per_token == 1:
+        assert set(rows.values()) == {tokens}

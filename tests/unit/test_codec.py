@@ -92,6 +92,7 @@ ACTORS = st.builds(
     tokens=COUNTS,
     link=NAMES,
 )
+FLOATS = st.floats(allow_nan=False)
 STATUSES = st.builds(
     ClusterStatus,
     model=NAMES,
@@ -111,8 +112,8 @@ STATUSES = st.builds(
     message=NAMES,
     max_positions=SIZES,
     vocab_size=SIZES,
+    shared_share=FLOATS,
 )
-FLOATS = st.floats(allow_nan=False)
 LOADS = st.builds(
     LoadReport,
     version=COUNTS,

@@ -29,6 +29,7 @@ def status_to_message(status: ClusterStatus) -> pb.ClusterStatus:
         message=status.message,
         max_positions=status.max_positions,
         vocab_size=status.vocab_size,
+        shared_share=status.shared_share,
     )
 
 
@@ -51,6 +52,7 @@ def status_from_message(message: pb.ClusterStatus) -> ClusterStatus:
         message=message.message,
         max_positions=message.max_positions,
         vocab_size=message.vocab_size,
+        shared_share=message.shared_share,
     )
 
 
