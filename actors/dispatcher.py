@@ -60,7 +60,8 @@ class Dispatcher:
     def __init__(self, openers: Sequence[LinkOpener], owners: OwnerTable, *, num_layers: int, timeout_s: float) -> None:
         self._openers = list(openers)
         self.links: list[Link] = [opener() for opener in self._openers]
-        self._owners = owners
+        self.owners = owners
+        """Changes only between forwards."""
         self._timeout_s = timeout_s
         self.purpose = Purpose()
         self.load_LE = torch.zeros(num_layers, len(owners.actor_E), dtype=torch.int64)
@@ -80,7 +81,7 @@ class Dispatcher:
         if not torch.isfinite(weights_TK).all():
             raise NonFinite(f"gate scores of layer {layer} are not finite", step=purpose.step)
         ids_TK = ids_TK.cpu()
-        shares = plan(ids_TK, self._owners)
+        shares = plan(ids_TK, self.owners)
         fields = purpose.fields(layer)
         if purpose.keep:
             self.load_LE[layer] += expert_load(ids_TK, self.load_LE.shape[1])

@@ -56,7 +56,7 @@ class ExpertHost:
         self.name = name
         self.groups = tuple(groups)
         self.group_size = group_size
-        self.experts = [g * group_size + i for g in self.groups for i in range(group_size)]
+        self.experts = _experts_of(self.groups, group_size)
         self.version = version
         self.tokens = 0
         self._source = source
@@ -72,6 +72,8 @@ class ExpertHost:
         self._prepared: Attempt | None = None
         self._saved: dict[tuple[int, int], Saved] = {}
         self._deferred: deque[tuple[int, WeightGradients]] = deque()
+        self._staged: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+        """(group, layer) -> what came of a group that is on its way here."""
         self._handlers: dict[str, Callable[[Message], Message]] = {
             "forward": self._forward,
             "backward": self._backward,
@@ -84,6 +86,10 @@ class ExpertHost:
             "export_layer": self._export_layer,
             "export_experts": self._export_experts,
             "import_experts": self._import_experts,
+            "export_group": self._export_group,
+            "stage_group": self._stage_group,
+            "take_group": self._take_group,
+            "drop_group": self._drop_group,
             "load": self._load_model,
         }
 
@@ -151,6 +157,11 @@ class ExpertHost:
         if self._saved:
             raise StepAborted(f"{len(self._saved)} forwards have no backward yet")
         self._finish_deferred()
+        for parameter in self._parameters():
+            # Experts without a token have a gradient too: zero. Without one the optimizer would pass them over, and
+            # neither their moments nor their weights would decay as they do in one process.
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         norm = square_sum(self._parameters())
         self._prepared = self._attempt
         return Message("ok", {"square_sum": norm if math.isfinite(norm) else None})
@@ -264,6 +275,113 @@ class ExpertHost:
             for target, part in zip((parameter, state["exp_avg"], state["exp_avg_sq"]), parts, strict=True):
                 target[expert] = part
 
+    # A group moves between two steps: `export_group` here and `stage_group` there for each layer, `take_group` there,
+    # `drop_group` here. Until the last of them the group is whole where it was.
+
+    def _export_group(self, question: Message) -> Message:
+        """One layer of a group: weights, first and second moment of each of `names`, stacked."""
+        layer, place = self._layer(question.fields), self._span(self._own_group(question.fields))
+        stack = self._stacks[layer]
+        names = sorted(stack._parameters)
+        tensors = [t[place].clone() for name in names for t in self._with_moments(stack.get_parameter(name))]
+        return Message("ok", {"names": names, "updates": self._updates()}, tuple(tensors))
+
+    def _stage_group(self, question: Message) -> Message:
+        layer, group = self._layer(question.fields), self._new_group(question.fields)
+        stack = self._stacks[layer]
+        shapes = [stack.get_parameter(n).shape[1:] for n in sorted(stack._parameters) for _ in range(3)]
+        if [t.shape for t in question.tensors] != [(self.group_size, *shape) for shape in shapes]:
+            raise InvalidInput("other tensors than a group of this model has", field="tensors")
+        self._staged[group, layer] = tuple(t.to(self._device, copy=True) for t in question.tensors)
+        return Message("ok", {})
+
+    def _take_group(self, question: Message) -> Message:
+        """The staged layers become part of the stacks. The group must come from a host of the same version."""
+        group = self._new_group(question.fields)
+        staged = [self._staged.pop((group, layer), None) for layer in range(len(self._stacks))]
+        self._staged.clear()
+        if any(part is None for part in staged):
+            raise InvalidInput("some layers did not come", field="group", value=group)
+        wanted = (question.fields.get("version"), question.fields.get("updates"))
+        if wanted != (self.version, self._updates()):
+            raise StepAborted(f"group of version and updates {wanted}, here they are {self.version, self._updates()}")
+
+        def arrange(layer: int, number: int, tensor: Tensor) -> Tensor:
+            return torch.cat((tensor, staged[layer][number]))  # type: ignore[index]
+
+        self._regroup((*self.groups, group), arrange)
+        return Message("ok", {"experts": self.experts})
+
+    def _drop_group(self, question: Message) -> Message:
+        group = self._own_group(question.fields)
+        if len(self.groups) == 1:
+            raise InvalidInput(f"{self.name} owns no other", field="group", value=group)
+        place = self._span(group)
+        kept = torch.ones(len(self.experts), dtype=torch.bool)
+        kept[place] = False
+        kept_E = kept.nonzero().squeeze(1).to(self._device)
+        self._regroup(
+            tuple(g for g in self.groups if g != group), lambda layer, number, tensor: tensor.index_select(0, kept_E)
+        )
+        return Message("ok", {"experts": self.experts})
+
+    def _regroup(self, groups: tuple[int, ...], arrange: Callable[[int, int, Tensor], Tensor]) -> None:
+        """Stacks and optimizer for other groups. `arrange(layer, number, tensor)` gives each new stacked tensor;
+        numbers go over weights, first and second moment of each parameter by name."""
+        if self._saved or self._prepared or self._deferred:
+            raise StepAborted("groups move between steps, and one is under way")
+        updates = self._updates()
+        arranged = [
+            [
+                arrange(layer, 3 * number + kind, tensor)
+                for number, name in enumerate(sorted(stack._parameters))
+                for kind, tensor in enumerate(self._with_moments(stack.get_parameter(name)))
+            ]
+            for layer, stack in enumerate(self._stacks)
+        ]
+        names = [sorted(stack._parameters) for stack in self._stacks]
+        self._stacks = [
+            ExpertStack(layer.template, dict(zip(names[i], arranged[i][::3], strict=True)))
+            for i, layer in enumerate(self._skeleton.layers)
+        ]
+        self.groups = groups
+        self.experts = _experts_of(groups, self.group_size)
+        self._optimizer = self._new_optimizer()
+        for i, stack in enumerate(self._stacks if updates else []):
+            for number, name in enumerate(names[i]):
+                parameter = stack.get_parameter(name)
+                self._optimizer.state[parameter] = {
+                    "step": torch.tensor(float(updates), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": arranged[i][3 * number + 1],
+                    "exp_avg_sq": arranged[i][3 * number + 2],
+                }
+        self._memory_bytes = self._measure()
+
+    def _with_moments(self, parameter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        state = self._optimizer.state.get(parameter, {})
+        first, second = (state.get(key) for key in ("exp_avg", "exp_avg_sq"))
+        zeros = torch.zeros_like(parameter) if first is None else first
+        return parameter.detach(), zeros, zeros if second is None else second
+
+    def _span(self, group: int) -> slice:
+        """Places of a group's experts among the local ones."""
+        first = self.groups.index(group) * self.group_size
+        return slice(first, first + self.group_size)
+
+    def _own_group(self, fields: Any) -> int:
+        if (group := fields.get("group")) not in self.groups:
+            raise InvalidInput(f"{self.name} does not own it", field="group", value=group)
+        return int(group)
+
+    def _new_group(self, fields: Any) -> int:
+        group = fields.get("group")
+        num_groups = self._skeleton.num_experts // self.group_size
+        if type(group) is not int or not 0 <= group < num_groups or group in self.groups:
+            raise InvalidInput(
+                f"need one of 0 to {num_groups - 1} that {self.name} does not own", field="group", value=group
+            )
+        return group
+
     def _load_model(self, question: Message) -> Message:
         """Replaces all weights by those of another directory of the same architecture; moments start anew."""
         source = ModelSource(path=str(question.fields["path"]), dtype=self._source.dtype)
@@ -357,6 +475,10 @@ class ExpertHost:
     def _new_optimizer(self) -> torch.optim.AdamW:
         named = [(f"{i}.{n}", p) for i, stack in enumerate(self._stacks) for n, p in stack.named_parameters()]
         return adamw(named, self._settings)
+
+
+def _experts_of(groups: Sequence[int], group_size: int) -> list[int]:
+    return [g * group_size + i for g in groups for i in range(group_size)]
 
 
 def _attempt(fields: Any) -> Attempt:

@@ -24,6 +24,7 @@ from actors.moe.settings import BalanceSettings, GateSettings
 from actors.optim import OptimizerSettings, adamw, scale_gradients, set_lr, square_sum
 from actors.routing import Routing
 from actors.transport.contract import Pending
+from actors.transport.message import Message
 from actors.trunk.checkpoint import CheckpointReader
 from actors.trunk.export import export_model
 from actors.trunk.load import load_trunk, load_weights
@@ -64,7 +65,8 @@ class Router:
         self._source = source
         self._max_retries = max_step_retries
         self._timeout_s = timeout_s
-        owners = OwnerTable.of([list(o) for o in owned])
+        self._owned = [list(o) for o in owned]
+        owners = OwnerTable.of(self._owned)
         if len(owners.actor_E) != self._skeleton.num_experts:
             raise InvalidInput(
                 f"the model has {self._skeleton.num_experts} experts a layer", field="owned", value=len(owners.actor_E)
@@ -233,6 +235,33 @@ class Router:
         self._confirm_commit()
         self._training.ask_all("abort", {"step": self.version + 1, "attempt": self._attempt - 1})
 
+    # -- placement ----------------------------------------------------------------------------------------------------
+
+    def move_group(self, group: int, source: int, target: int) -> None:
+        """One expert group from actor to actor (places in `owned`), between two steps; serving waits meanwhile.
+
+        Called by the thread that trains. On a fault the group stays where it was.
+        """
+        self._training.reopen()
+        self._confirm_commit()
+        giver, taker = self._training.links[source], self._training.links[target]
+        with self._serving_lock, self._gate.writing():
+            updates = 0
+            for layer in range(len(self._skeleton.layers)):
+                part = giver.call(Message("export_group", {"group": group, "layer": layer}), self._timeout_s)
+                updates = int(part.fields["updates"])  # type: ignore[arg-type]
+                staged = Message("stage_group", {"group": group, "layer": layer}, part.tensors)
+                taker.call(staged, self._timeout_s)
+            ticket = {"group": group, "version": self.version, "updates": updates}
+            taken = taker.call(Message("take_group", ticket), self._timeout_s)
+            try:
+                left = giver.call(Message("drop_group", {"group": group}), self._timeout_s)
+            except InvalidInput:  # it keeps the group, so nobody else may
+                taker.call(Message("drop_group", {"group": group}), self._timeout_s)
+                raise
+            self._owned[target], self._owned[source] = _experts(taken), _experts(left)
+            self._training.owners = self._serving.owners = OwnerTable.of(self._owned)
+
     # -- serving ------------------------------------------------------------------------------------------------------
 
     def generate(self, prompt: Sequence[int], sampling: Sampling, *, timeout_s: float) -> Iterator[TokenEvent]:
@@ -384,6 +413,10 @@ class Router:
 
     def _check_prompt(self, ids: Sequence[int], least: int = 1) -> None:
         self._check_ids(torch.tensor([list(ids)], dtype=torch.int64), least)
+
+
+def _experts(answer: Message) -> list[int]:
+    return [int(e) for e in answer.fields["experts"]]  # type: ignore[union-attr]
 
 
 def _end_ids(config: Any) -> list[int]:

@@ -200,6 +200,34 @@ class LoadReport:
 
 
 @dataclass(frozen=True)
+class GroupMove:
+    """An expert group goes to another actor, weights and optimizer state."""
+
+    group: int
+    source: str
+    target: str
+    """Actor ids."""
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Rebalance:
+    """What moving expert groups would bring, or has brought. Balance is average over maximum load of the actors, over
+    the window of `LoadReport`: 1 is even."""
+
+    moves: tuple[GroupMove, ...]
+    balance_before: float
+    balance_after: float
+    """Of the same load under the new placement."""
+    placement_epoch: int
+    """After the moves that were carried out."""
+    done: bool
+    """False for a dry run, and where moving would not pay."""
+    message: str = ""
+    """Why nothing is moved; empty otherwise."""
+
+
+@dataclass(frozen=True)
 class ModelDirectory:
     path: str
     files: tuple[str, ...]
@@ -234,6 +262,12 @@ class Backend(Protocol):
     async def status(self, *, timeout_s: float) -> ClusterStatus: ...
 
     async def load_report(self, *, timeout_s: float) -> LoadReport: ...
+
+    async def rebalance(self, *, dry_run: bool, timeout_s: float) -> Rebalance:
+        """Moves expert groups between actors by load, while steps and requests go on.
+
+        `FailedPrecondition` while another rebalance runs, or before there is any load.
+        """
 
     async def export_model(self, path: str, *, timeout_s: float) -> ModelDirectory:
         """Writes a Hugging Face model directory to `path` below the storage root."""

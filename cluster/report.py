@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 from cluster.backend import LoadStep
+from cluster.control.load import max_vio
+
+if TYPE_CHECKING:
+    from cluster.bench.balance import Run
 
 Curve = Sequence[tuple[int, float]]
 """(step, loss in nats a token)"""
+CURVE_STEPS = 20
 
 
 def draw_losses(path: Path, training: Curve, heldout: Curve) -> None:
@@ -57,6 +64,56 @@ def draw_load_history(path: Path, history: Sequence[LoadStep], group_size: int) 
     axes.xaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=axes)
     _save(figure, path)
+
+
+def draw_balance(path: Path, runs: Sequence[Run]) -> None:
+    """A column a task: MaxVio over the steps under each rule above, held-out loss below, means over the seeds."""
+    tasks = list(dict.fromkeys(run.task for run in runs))
+    figure, axes = plt.subplots(
+        2, len(tasks), figsize=(6.5 * len(tasks), 8), height_ratios=(3, 2), layout="constrained", squeeze=False
+    )
+    for task, (above, below) in zip(tasks, axes.T, strict=True):
+        rules: dict[str, list[Run]] = {}
+        for run in runs:
+            if run.task == task:
+                rules.setdefault(run.rule, []).append(run)
+        _draw_max_vio(above, rules)
+        _draw_heldout(below, rules)
+        above.set_title(task)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=8)
+    _save(figure, path)
+
+
+def _draw_max_vio(axes: plt.Axes, rules: Mapping[str, Sequence[Run]]) -> None:
+    for rule, runs in rules.items():
+        axes.plot(*_max_vio_curve(runs), linewidth=1.5, label=rule)
+    axes.axhline(0.2, color="gray", linewidth=1, linestyle=":", label="0.2")
+    axes.set(xlabel="step", ylabel=f"MaxVio of {CURVE_STEPS} steps, mean of the layers", yscale="log")
+    axes.grid(alpha=0.3)
+
+
+def _max_vio_curve(runs: Sequence[Run]) -> tuple[list[int], list[float]]:
+    """Steps, and MaxVio of the load summed over the `CURVE_STEPS` up to each: one batch alone is mostly noise."""
+    total_RSLE = np.stack([run.load_SLE for run in runs]).cumsum(1)
+    recent_RSLE = total_RSLE[:, CURVE_STEPS:] - total_RSLE[:, :-CURVE_STEPS]
+    curve_S = max_vio(recent_RSLE).mean((0, 2))
+    return list(range(CURVE_STEPS + 1, total_RSLE.shape[1] + 1)), curve_S.tolist()
+
+
+def _draw_heldout(axes: plt.Axes, rules: Mapping[str, Sequence[Run]]) -> None:
+    """Against the first rule, each seed with its own: the losses themselves differ more by seed than by rule."""
+    first, *_ = rules.values()
+    for number, (rule, runs) in enumerate(rules.items()):
+        percent = [100 * (run.heldout_loss / other.heldout_loss - 1) for run, other in zip(runs, first, strict=True)]
+        loss = np.mean([run.heldout_loss for run in runs])
+        axes.barh(f"{rule}\n{loss:.3f}", np.mean(percent), color=f"C{number}", alpha=0.6)
+        axes.scatter(percent, [number] * len(percent), color=f"C{number}", edgecolor="black", s=20, zorder=3)
+    for limit in (-1, 1):
+        axes.axvline(limit, color="gray", linewidth=1, linestyle=":")
+    axes.axvline(0, color="black", linewidth=1)
+    axes.invert_yaxis()
+    axes.set(xlabel=f"held-out loss against {next(iter(rules))}, % (a dot is a seed)", ylabel="rule, nats a token")
+    axes.grid(alpha=0.3, axis="x")
 
 
 def _shares(load_XE: Sequence[Sequence[int]]) -> list[list[float]]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
 from cluster.commands.options import Subparsers
-from cluster.commands.output import print_json, print_table
+from cluster.commands.output import console, print_json, print_table
 from cluster.commands.up import Guard, add_config_options
 from cluster.configfile import find_config, load_cluster
 
 if TYPE_CHECKING:
+    from cluster.bench.balance import Run
     from cluster.bench.result import Report
 
 NAMES = {
@@ -19,6 +23,7 @@ NAMES = {
     "memory": "loading a quarter of the experts, against loading the whole model",
     "planner": "placement of experts by load, against the public EPLB algorithm",
     "experts": "training one expert behind a link, against the same expert in one process",
+    "balance": "load and learning under each balance rule, against training without one; a round is a seed",
 }
 
 
@@ -28,10 +33,13 @@ def add_parsers(subparsers: Subparsers, guarded: Guard) -> None:
     for name, help_text in NAMES.items():
         parser = names.add_parser(name, help=help_text, description=help_text)
         add_config_options(parser)
-        parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: %(default)s)")
+        rounds = 1 if name == "balance" else 7  # a round of balance is many trainings: minutes
+        parser.add_argument("--rounds", type=int, default=rounds, help="interleaved rounds (default: %(default)s)")
         parser.add_argument("--json", action="store_true", help="print one JSON document")
         if name == "experts":
             parser.add_argument("--hivemind", metavar="PYTHON", help="an interpreter that has hivemind, timed too")
+        if name == "balance":
+            parser.add_argument("--output", metavar="FILE.png", type=_png, help="draw it as a picture as well")
         parser.set_defaults(run=guarded(run_bench))
 
 
@@ -57,6 +65,8 @@ def _run(args: argparse.Namespace) -> Report:
         from cluster.bench.planner import bench_planner
 
         return bench_planner(rounds=args.rounds)
+    if args.name == "balance":
+        return _balance(args)
     config = load_cluster(find_config(args.config), dict(args.overrides))
     if args.name == "dispatch":
         from cluster.bench.dispatch import bench_dispatch
@@ -69,3 +79,33 @@ def _run(args: argparse.Namespace) -> Report:
     from cluster.bench.experts import bench_experts
 
     return bench_experts(config, rounds=args.rounds, hivemind=args.hivemind)
+
+
+def _balance(args: argparse.Namespace) -> Report:
+    from cluster.bench.balance import RULES, STEPS, TASKS, bench_balance, report_of
+
+    screen = console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=screen, disable=not screen.is_terminal) as bar:
+        task = bar.add_task("balance", total=len(TASKS) * len(RULES) * args.rounds * STEPS)
+
+        def show(run: Run) -> None:
+            bar.update(task, advance=1, description=f"{run.task} {run.rule}")
+            if not screen.is_terminal and len(run.steps) == 1:
+                screen.print(f"training {run.task} {run.rule}, seed {run.seed}", highlight=False)
+
+        runs = bench_balance(rounds=args.rounds, after_step=show)
+    if args.output is not None:
+        from cluster.report import draw_balance
+
+        draw_balance(args.output, runs)
+    return report_of(runs)
+
+
+def _png(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a .png file")
+    if not path.parent.is_dir():  # said now, not after minutes of training
+        raise argparse.ArgumentTypeError(f"there is no directory {str(path.parent)!r}")
+    return path

@@ -12,13 +12,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from actors.errors import InvalidInput
-from cluster.backend import ActorStatus, ClusterStatus, Job, JobEvent, JobState, LoadReport
+from cluster.backend import (
+    ActorStatus,
+    ClusterStatus,
+    GroupMove,
+    Job,
+    JobEvent,
+    JobState,
+    LoadReport,
+    Rebalance,
+)
 from cluster.config import JobConfig
 from cluster.configcheck import validate_job
 from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
 from cluster.control.jobtable import JobRecord, JobTable
 from cluster.control.load import LoadLE, LoadWindow
 from cluster.control.members import Members
+from cluster.control.rebalancing import moved, propose
 from cluster.errors import FailedPrecondition
 from cluster.placement.placement import Placement
 
@@ -49,6 +59,8 @@ class ModelFacts:
     vocab_size: int
     shared_share: float = 0.0
     """Parameters of shared experts, which every token visits, over all (S7: below 0.15)."""
+    expert_bytes: int = 0
+    """Weights of one expert in all MoE layers."""
 
 
 class Coordinator:
@@ -195,6 +207,18 @@ class Coordinator:
         """The actor's process is dead for certain. Told to the edge once; a lost router ends the running job."""
         self._members.bury(actor_id)
         self._lose(actor_id, now, reason)
+
+    def rebalance(self) -> Rebalance:
+        """What moving expert groups by the load of the window would bring. `FailedPrecondition` without any load."""
+        nodes = {actor.id: actor.node for actor in self._members.all()}
+        # Moments travel with the weights: first and second.
+        group_bytes = 3 * self._model.expert_bytes * self._placement.group_size
+        return propose(self._placement, self._loads.load_LE, nodes, group_bytes)
+
+    def group_moved(self, move: GroupMove) -> Placement:
+        """A move that has been carried out: the next placement epoch."""
+        self.placed(moved(self._placement, move))
+        return self._placement
 
     def placed(self, placement: Placement) -> None:
         """Replaces the placement by a newer one."""

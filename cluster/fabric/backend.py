@@ -20,6 +20,7 @@ from cluster.backend import (
     LoadReport,
     ModelDirectory,
     Prompt,
+    Rebalance,
     SamplingParams,
     ScoreResult,
 )
@@ -97,6 +98,10 @@ class RayBackend:
     async def load_report(self, *, timeout_s: float) -> LoadReport:
         report: LoadReport = await acall(COORDINATOR, self._control.load_report.remote(), timeout_s)
         return report
+
+    async def rebalance(self, *, dry_run: bool, timeout_s: float) -> Rebalance:
+        result: Rebalance = await acall(COORDINATOR, self._control.rebalance.remote(dry_run, timeout_s), timeout_s)
+        return result
 
     async def export_model(self, path: str, *, timeout_s: float) -> ModelDirectory:
         result: ModelDirectory = await acall(COORDINATOR, self._control.export.remote(path, timeout_s), timeout_s)

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ import ray
 from actors.errors import InvalidInput, MoeClusterError
 from actors.moe.settings import BalanceSettings
 from actors.values import StepReport
-from cluster.backend import ActorStatus, ClusterStatus, Job, JobEvent, LoadReport, ModelDirectory
+from cluster.backend import ActorStatus, ClusterStatus, Job, JobEvent, LoadReport, ModelDirectory, Rebalance
 from cluster.config import ClusterConfig, JobConfig, OptimizerConfig
 from cluster.control.coordinator import Coordinator, ModelFacts
 from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
-from cluster.errors import StartupError
+from cluster.errors import FailedPrecondition, StartupError
 from cluster.fabric.calls import call
 from cluster.fabric.nodes import node_names
 from cluster.fabric.options import ROUTER, expert_options, router_options
@@ -48,6 +49,7 @@ class ControlWorker:
         self._bind_host = bind_host
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
+        self._moving = threading.Lock()
         self._stopping = threading.Event()
         self._stop_job: dict[str, threading.Event] = {}
         self._actors: dict[str, Any] = {}
@@ -145,6 +147,26 @@ class ControlWorker:
     def load_report(self) -> LoadReport:
         with self._lock:
             return self._coordinator.load_report()
+
+    def rebalance(self, dry_run: bool, timeout_s: float) -> Rebalance:
+        """Each move is a call of its own between two steps, so a running job waits for one group at a time."""
+        deadline = time.monotonic() + timeout_s
+        if not self._moving.acquire(blocking=False):
+            raise FailedPrecondition("another rebalance is running; wait until it has ended")
+        try:
+            with self._lock:
+                proposal = self._coordinator.rebalance()
+            if dry_run or not proposal.moves:
+                return proposal
+            for move in proposal.moves:
+                ref = self._actors[ROUTER].move_group.remote(move.group, move.source, move.target)
+                call(ROUTER, ref, max(0.1, deadline - time.monotonic()))
+                with self._changed:
+                    epoch = self._coordinator.group_moved(move).epoch
+                    self._changed.notify_all()
+            return replace(proposal, done=True, placement_epoch=epoch)
+        finally:
+            self._moving.release()
 
     def export(self, path: str, timeout_s: float) -> ModelDirectory:
         root = Path(self._config.storage.root).resolve()

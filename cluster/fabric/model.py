@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +35,9 @@ def model_facts(config: ClusterConfig) -> ModelFacts:
         max_positions=int(getattr(text, "max_position_embeddings", 1 << 20)),
         vocab_size=int(text.vocab_size),
         shared_share=shared_share(model.model),
+        expert_bytes=sum(
+            math.prod(shape) * model.dtype.itemsize for layer in model.layers for shape in layer.shapes().values()
+        ),
     )
 
 

@@ -112,6 +112,7 @@ class RouterWorker:
         from actors.router import Router
         from cluster.fabric.model import model_source
 
+        self._names = [expert.name for expert in experts]
         self._router = Router(
             model_source(self._config),
             [self._opener(expert) for expert in experts],
@@ -154,6 +155,11 @@ class RouterWorker:
         self, microbatches: Sequence[MicroBatch], lr: float, clip_norm: float, bias_speed: float
     ) -> StepReport:
         return self._router.train_step(_tensors(microbatches), lr=lr, clip_norm=clip_norm, bias_speed=bias_speed)
+
+    @ray.method(concurrency_group=TRAIN)
+    def move_group(self, group: int, source: str, target: str) -> None:
+        """Between two steps: it takes its turn with them."""
+        self._router.move_group(group, self._names.index(source), self._names.index(target))
 
     @ray.method(concurrency_group=TRAIN)
     def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:

@@ -22,12 +22,13 @@ from cluster.backend import (
     LoadReport,
     ModelDirectory,
     Prompt,
+    Rebalance,
     SamplingParams,
     ScoreResult,
 )
 from cluster.config import JobConfig
 from cluster.service import errors
-from cluster.service.codec import checks, config, jobs, loads, status, text
+from cluster.service.codec import checks, config, jobs, loads, moves, status, text
 from protos.moecluster.v1 import (
     cluster_pb2,
     cluster_pb2_grpc,
@@ -171,6 +172,12 @@ class Client:
     def watch_load(self, interval_s: float = loads.DEFAULT_INTERVAL_S) -> Generator[LoadReport, None, None]:
         """A report at once and every `interval_s`, without end; survives fronts that come and go."""
         return self._reports(loads.interval_to_message(interval_s))
+
+    def rebalance(self, *, dry_run: bool = False, timeout_s: float | None = None) -> Rebalance:
+        """As groups may travel, it is given as long as a model is unless `timeout_s` says otherwise."""
+        request = cluster_pb2.RebalanceRequest(dry_run=dry_run)
+        limit_s = MODEL_TIMEOUT_S if timeout_s is None else timeout_s
+        return moves.rebalance_from_message(self._unary(self._cluster.Rebalance, request, limit_s))
 
     def export_model(self, path: str, *, timeout_s: float = MODEL_TIMEOUT_S) -> ModelDirectory:
         request = cluster_pb2.ExportModelRequest(path=path)

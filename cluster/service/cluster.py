@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.backend import Backend
 from cluster.service.call import remaining_s
-from cluster.service.codec import checks, loads, status
+from cluster.service.codec import checks, loads, moves, status
 from protos.moecluster.v1 import cluster_pb2 as pb
 from protos.moecluster.v1 import cluster_pb2_grpc
 
@@ -36,6 +36,10 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
             report = await self._backend.load_report(timeout_s=min(REPORT_TIMEOUT_S, remaining_s()))
             yield pb.WatchLoadResponse(report=loads.report_to_message(report))
             await asyncio.sleep(interval_s)
+
+    async def Rebalance(self, request: pb.RebalanceRequest, context: Any) -> pb.RebalanceResponse:
+        result = await self._backend.rebalance(dry_run=request.dry_run, timeout_s=remaining_s())
+        return moves.rebalance_to_message(result)
 
     async def ExportModel(self, request: pb.ExportModelRequest, context: Any) -> pb.ExportModelResponse:
         checks.path("path", request.path)

@@ -41,6 +41,7 @@ DEFAULT_DEADLINES_S: Mapping[str, float] = {
     WATCH_JOB: 3600.0,
     WATCH_LOAD: 3600.0,
     "/moecluster.v1.InferenceService/Generate": 600.0,
+    "/moecluster.v1.ClusterService/Rebalance": 1800.0,
     "/moecluster.v1.ClusterService/ExportModel": 1800.0,
     "/moecluster.v1.ClusterService/ImportModel": 1800.0,
 }

@@ -14,7 +14,7 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
-from cluster.backend import Job, JobEvent, JobState
+from cluster.backend import GroupMove, Job, JobEvent, JobState, Rebalance
 from cluster.commands import heatmap, output, progress, remote
 from cluster.commands.options import TARGET_VARIABLE
 from cluster.config import JobConfig
@@ -199,6 +199,57 @@ class TestHeatmap:
         picture = heatmap.render(window.report(1, Placement(1, ("e0",), 4), {}), "layers", screen)
         assert picture.plain.splitlines()[2] == "layer 0 ...------###"
         assert picture.plain.isascii()
+
+
+class TestRebalance:
+    @pytest.fixture
+    def uneven(self, backend, command, job_file):
+        backend.placement = Placement(1, ("expert-0", "expert-1", "expert-1", "expert-0"), 1)
+        assert command("train", job_file)[0] == 0
+
+    def test_a_dry_run_shows_the_moves_and_what_they_bring(self, backend, command, uneven):
+        code, out, err = command("rebalance", "--dry-run")
+        assert (code, err) == (0, "")
+        assert re.search(r"group .*from .*to .*MB", out)
+        assert re.search(r"1 .*expert-1 .*expert-0 .*1\.5", out)
+        assert re.search(r"0 .*expert-0 .*expert-1 .*1\.5", out)
+        assert out.splitlines()[-2:] == [
+            "balance of the actors: 0.67 before, 0.91 after; average over maximum load, 1 is even",
+            "it pays: 2 moves, 3.0 MB; nothing is moved by a dry run",
+        ]
+        assert backend.placement.epoch == 1
+
+    def test_it_says_what_was_done_and_then_that_nothing_is_left_to_do(self, backend, command, uneven):
+        code, out, err = command("rebalance")
+        assert (code, err) == (0, "")
+        assert out.splitlines()[-1] == "done: 2 moves, 3.0 MB; placement epoch 2"
+        assert backend.placement.epoch == 2
+        assert command("rebalance")[1].splitlines() == [
+            "balance of the actors: 0.91; average over maximum load, 1 is even",
+            "no move makes the load more even",
+        ]
+
+    def test_json(self, command, uneven):
+        code, out, _ = command("rebalance", "--dry-run", "--json")
+        result = json.loads(out)
+        assert code == 0
+        assert result["moves"][0] == {"group": 1, "source": "expert-1", "target": "expert-0", "num_bytes": 1_500_000}
+        assert result["balance_before"] == pytest.approx(2 / 3)
+        assert (result["placement_epoch"], result["done"], result["message"]) == (1, False, "")
+
+    def test_moves_that_do_not_pay_are_shown_with_the_reason(self, backend, command, monkeypatch):
+        async def rebalance(*, dry_run, timeout_s):
+            return Rebalance((GroupMove(3, "a", "b", 2_000_000),), 0.9, 0.91, 4, False, "0.01 is not worth 2 MB")
+
+        monkeypatch.setattr(backend, "rebalance", rebalance)
+        out = command("rebalance")[1]
+        assert re.search(r"3 .*a .*b .*2\.0", out)
+        assert out.splitlines()[-1] == "0.01 is not worth 2 MB"
+
+    def test_before_the_first_step(self, command):
+        code, out, err = command("rebalance")
+        assert (code, out) == (1, "")
+        assert "no training step is committed" in only_line(err)
 
 
 def interrupt_after(monkeypatch, reports: int) -> list[float]:

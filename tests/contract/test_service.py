@@ -12,11 +12,12 @@ from contextlib import closing
 import pytest
 
 from actors.errors import CheckpointError, InvalidInput, LinkTimeout, PeerLost, RemoteError, StepAborted
-from cluster.backend import GenerateChunk, Job, JobState, Prompt, SamplingParams
+from cluster.backend import GenerateChunk, GroupMove, Job, JobState, Prompt, SamplingParams
 from cluster.config import FrontConfig, JobConfig, OptimizerConfig
 from cluster.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted, Unavailable
-from cluster.service.client import Client
-from tests.fakes.backend import MemoryBackend
+from cluster.placement.placement import Placement
+from cluster.service.client import MODEL_TIMEOUT_S, Client
+from tests.fakes.backend import GROUP_BYTES, MemoryBackend
 from tests.fakes.front import run, running_front
 
 QUICK = JobConfig(steps=3)
@@ -310,6 +311,56 @@ class TestLoad:
     def test_the_interval_is_checked_before_it_is_sent(self, client, interval_s):
         with pytest.raises(InvalidInput, match="interval_s"):
             client.watch_load(interval_s)
+
+
+class TestRebalance:
+    @pytest.fixture
+    def uneven(self, backend, client):
+        """Steps are committed in which expert-1 gets three times the load of expert-0."""
+        backend.placement = Placement(1, ("expert-0", "expert-1", "expert-1", "expert-0"), 1)
+        finished(client)
+
+    def test_the_plan_crosses_whole_and_a_dry_run_changes_nothing(self, backend, client, uneven):
+        before = client.status()
+        plan = client.rebalance(dry_run=True)
+        assert plan == run(backend.rebalance(dry_run=True, timeout_s=1.0))
+        assert plan.moves == (
+            GroupMove(1, "expert-1", "expert-0", GROUP_BYTES),
+            GroupMove(0, "expert-0", "expert-1", GROUP_BYTES),
+        )
+        assert (plan.balance_before, plan.balance_after) == (pytest.approx(100 / 150), pytest.approx(100 / 110))
+        assert (plan.placement_epoch, plan.done, plan.message) == (1, False, "")
+        assert client.status() == before
+
+    def test_it_carries_out_what_the_dry_run_promised(self, client, uneven):
+        plan = client.rebalance(dry_run=True)
+        done = client.rebalance()
+        assert (done.moves, done.balance_after) == (plan.moves, plan.balance_after)
+        assert (done.done, done.placement_epoch) == (True, 2)
+        after = client.status()
+        assert after.owners == {0: "expert-1", 1: "expert-0", 2: "expert-1", 3: "expert-0"}
+        assert after.placement_epoch == 2
+
+    def test_an_even_cluster_says_why_nothing_is_moved(self, client, uneven):
+        client.rebalance()
+        again = client.rebalance()
+        assert (again.moves, again.done, again.placement_epoch) == ((), False, 2)
+        assert again.balance_after == again.balance_before
+        assert again.message
+
+    def test_it_is_refused_before_any_load_and_while_another_runs(self, backend, client):
+        with pytest.raises(FailedPrecondition, match="no training step"):
+            client.rebalance(dry_run=True)
+        backend.failures["rebalance"] = [FailedPrecondition("another rebalance runs")]
+        with pytest.raises(FailedPrecondition, match="another rebalance runs"):
+            client.rebalance()
+
+    def test_it_is_given_as_long_as_a_model_unless_said_otherwise(self, backend, client, uneven):
+        client.rebalance(dry_run=True)
+        # gRPC rounds long deadlines up, to three digits
+        assert backend.timeouts_s["rebalance"] == pytest.approx(MODEL_TIMEOUT_S, rel=0.01)
+        client.rebalance(dry_run=True, timeout_s=7.0)
+        assert 5.0 < backend.timeouts_s["rebalance"] < 7.1
 
 
 class TestDeadlines:

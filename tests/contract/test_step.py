@@ -93,6 +93,21 @@ def test_the_last_commit_arrives_with_whoever_needs_it(
         assert disturbed.hosts[1].version == 1
 
 
+def test_experts_without_a_token_decay_as_in_one_process(source: ModelSource) -> None:
+    """The same token twice reaches no expert of some actors."""
+    tiny = [[torch.tensor([[0, 0]])] for _ in range(4)]
+    reference = Reference(str(source.path), dtype="float64")
+    reference.begin_run(OptimizerSettings(weight_decay=0.5))
+    with cluster(source, 4) as local:
+        local.router.begin_run(OptimizerSettings(weight_decay=0.5))
+        for batch in tiny:
+            reference.train_step(batch, lr=3e-2, clip_norm=1.0)
+            report = local.router.train_step(batch, lr=3e-2, clip_norm=1.0)
+        assert any(not sum(load_E[:2]) or not sum(load_E[6:]) for load_E in report.load_LE), "an actor must be left out"
+        ids = BATCHES[0][0]
+        torch.testing.assert_close(local.router.logits(ids), reference.logits(ids), rtol=1e-8, atol=1e-9)
+
+
 def test_two_faults_in_one_step(source: ModelSource, undisturbed: list[float]) -> None:
     losses, retries = losses_with(source, [Fault("forward", 5, "drop_answer"), Fault("forward", 9, "drop_question")])
     torch.testing.assert_close(losses, undisturbed, rtol=1e-9, atol=0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 
 from actors.errors import CheckpointError, InvalidInput
@@ -18,12 +18,14 @@ from cluster.backend import (
     ClusterStatus,
     EmbedResult,
     GenerateChunk,
+    GroupMove,
     Job,
     JobEvent,
     JobState,
     LoadReport,
     ModelDirectory,
     Prompt,
+    Rebalance,
     SamplingParams,
     ScoreResult,
 )
@@ -39,6 +41,7 @@ STEP_LOAD_LE = ((10, 20, 30, 40), (0, 50, 50, 0))
 """What the experts get in every step."""
 STEP_TOKENS = 50
 STEP_TIME_S = 1e9
+GROUP_BYTES = 1_500_000
 
 
 class MemoryBackend:
@@ -57,6 +60,8 @@ class MemoryBackend:
         self.generation_started = threading.Event()
         self.generation_closed = threading.Event()
         self.version = 0
+        self.placement = Placement(1, ("expert-0",), NUM_EXPERTS)
+        """Rebalancing replaces it."""
         self._loads = LoadWindow(2, NUM_LAYERS, NUM_EXPERTS)
         self._jobs: dict[str, Job] = {}
         self._events: dict[str, list[JobEvent]] = {}
@@ -141,9 +146,7 @@ class MemoryBackend:
         await self._enter("status", timeout_s)
         states = [job.state for job in self._jobs.values()]
         router = ActorStatus("router-0", "router", "node-0", 100, "ready", "cpu", self.version, memory_bytes=1 << 20)
-        expert = ActorStatus(
-            "expert-0", "expert", "node-1", 101, "ready", "cpu", self.version, (0,), 3 << 20, 640, "socket/ipc"
-        )
+        experts = (self._expert(actor, pid) for pid, actor in enumerate(self.placement.actors, start=101))
         return ClusterStatus(
             model="memory",
             num_parameters=1000,
@@ -151,11 +154,11 @@ class MemoryBackend:
             num_moe_layers=NUM_LAYERS,
             top_k=2,
             version=self.version,
-            placement_epoch=1,
-            owners={0: "expert-0"},
-            group_size=NUM_EXPERTS,
+            placement_epoch=self.placement.epoch,
+            owners=dict(enumerate(self.placement.owners)),
+            group_size=self.placement.group_size,
             nodes=("node-0", "node-1"),
-            actors=(router, expert),
+            actors=(router, *experts),
             load_LE=((1, 2, 3, 4), (0, 0, 0, 0)),
             jobs={state.value: states.count(state) for state in JobState},
             ready=self.ready,
@@ -165,7 +168,26 @@ class MemoryBackend:
 
     async def load_report(self, *, timeout_s: float) -> LoadReport:
         await self._enter("load_report", timeout_s)
-        return self._loads.report(self.version, Placement(1, ("expert-0",), NUM_EXPERTS), {"expert-0": "node-1"})
+        nodes = dict.fromkeys(self.placement.actors, "node-1")
+        return self._loads.report(self.version, self.placement, nodes)
+
+    async def rebalance(self, *, dry_run: bool, timeout_s: float) -> Rebalance:
+        await self._enter("rebalance", timeout_s)
+        if not self.version:
+            raise FailedPrecondition("no load yet: no training step is committed")
+        old, load_G = self.placement, self._load_of_groups()
+        owners, moves = _evened(old, load_G)
+        done = bool(moves) and not dry_run
+        if done:
+            self.placement = Placement(old.epoch + 1, owners, old.group_size)
+        return Rebalance(
+            moves=moves,
+            balance_before=_balance(_load_of_actors(old.actors, old.owners, load_G)),
+            balance_after=_balance(_load_of_actors(old.actors, owners, load_G)),
+            placement_epoch=self.placement.epoch,
+            done=done,
+            message="" if moves else "no move makes the load more even",
+        )
 
     async def export_model(self, path: str, *, timeout_s: float) -> ModelDirectory:
         await self._enter("export_model", timeout_s)
@@ -176,6 +198,17 @@ class MemoryBackend:
         if path.startswith("missing"):
             raise CheckpointError("no such model directory", field="path", value=path, remedy="export one first")
         return await self.status(timeout_s=timeout_s)
+
+    def _expert(self, actor: str, pid: int) -> ActorStatus:
+        groups = self.placement.groups_of(actor)
+        return ActorStatus(
+            actor, "expert", "node-1", pid, "ready", "cpu", self.version, groups, 3 << 20, 640, "socket/ipc"
+        )
+
+    def _load_of_groups(self) -> list[int]:
+        load_E = [sum(column) for column in zip(*self._loads.load_LE, strict=True)]
+        groups = map(self.placement.experts_of_group, range(self.placement.num_groups))
+        return [sum(load_E[expert] for expert in experts) for experts in groups]
 
     async def _enter(self, method: str, timeout_s: float) -> None:
         self.timeouts_s[method] = timeout_s
@@ -236,3 +269,26 @@ class MemoryBackend:
                 remedy = f"give ids below {VOCAB_SIZE}"
                 raise InvalidInput("outside of the vocabulary", field="prompt.token_ids", value=token_id, remedy=remedy)
         return token_ids
+
+
+def _evened(placement: Placement, load_G: Sequence[int]) -> tuple[tuple[str, ...], tuple[GroupMove, ...]]:
+    """Owners of the groups after moves from the busiest actor to the idlest, and the moves."""
+    owners, moves = list(placement.owners), []
+    while True:
+        load = _load_of_actors(placement.actors, owners, load_G)
+        source, target = max(load, key=load.__getitem__), min(load, key=load.__getitem__)
+        gap = load[source] - load[target]
+        helpful = [group for group, owner in enumerate(owners) if owner == source and 0 < load_G[group] < gap]
+        if not helpful:
+            return tuple(owners), tuple(moves)
+        group = min(helpful, key=lambda group: abs(gap - 2 * load_G[group]))
+        owners[group] = target
+        moves.append(GroupMove(group, source, target, GROUP_BYTES))
+
+
+def _load_of_actors(actors: Sequence[str], owners: Sequence[str], load_G: Sequence[int]) -> dict[str, int]:
+    return {actor: sum(load for owner, load in zip(owners, load_G, strict=True) if owner == actor) for actor in actors}
+
+
+def _balance(load: Mapping[str, int]) -> float:
+    return sum(load.values()) / len(load) / max(load.values())

@@ -102,6 +102,30 @@ def test_a_job_learns_real_text_while_text_is_generated(client: Client) -> None:
     assert set(client.load().actors) == set(status.owners.values())
 
 
+def test_groups_move_by_load_while_a_job_trains(client: Client) -> None:
+    job = client.submit_job(job_of(40))
+    for event in client.watch_job(job.id):
+        if event.step >= 5:
+            break
+    before = client.status()
+    dry = client.rebalance(dry_run=True)
+    assert not dry.done
+    assert client.status().placement_epoch == before.placement_epoch
+    done = client.rebalance()
+    assert done.balance_after >= done.balance_before
+    after = client.status()
+    assert after.placement_epoch == before.placement_epoch + len(done.moves)
+    owners = dict(before.owners)
+    for move in done.moves:
+        assert owners[move.group] == move.source
+        owners[move.group] = move.target
+    assert dict(after.owners) == owners
+    assert done.done == bool(done.moves)
+    finish(client, job.id)
+    assert client.get_job(job.id).state is JobState.SUCCEEDED
+    assert sum(len(c.token_ids) for c in client.generate("import ", SamplingParams(max_tokens=4))) == 4
+
+
 def test_greedy_and_seeded_streams_repeat(client: Client) -> None:
     for params in (SamplingParams(max_tokens=20), SamplingParams(max_tokens=20, temperature=1.0, seed=5)):
         texts = {"".join(c.text for c in client.generate("class A", params)) for _ in range(2)}

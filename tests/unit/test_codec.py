@@ -16,6 +16,7 @@ from cluster.backend import (
     ClusterStatus,
     EmbedResult,
     GenerateChunk,
+    GroupMove,
     Job,
     JobEvent,
     JobState,
@@ -23,11 +24,12 @@ from cluster.backend import (
     LoadStep,
     ModelDirectory,
     Prompt,
+    Rebalance,
     SamplingParams,
     ScoreResult,
 )
 from cluster.config import BatchConfig, DataConfig, EvalConfig, JobConfig, OptimizerConfig, ScheduleConfig
-from cluster.service.codec import config, jobs, loads, status, text
+from cluster.service.codec import config, jobs, loads, moves, status, text
 from cluster.service.codec.checks import MAX_INT32, MAX_INT64, Range
 from protos.moecluster.v1 import cluster_pb2, inference_pb2, training_pb2
 
@@ -137,6 +139,18 @@ LOADS = st.builds(
     ).map(tuple),
 )
 
+REBALANCES = st.builds(
+    Rebalance,
+    moves=st.lists(st.builds(GroupMove, group=SIZES, source=NAMES, target=NAMES, num_bytes=COUNTS), max_size=3).map(
+        tuple
+    ),
+    balance_before=FLOATS,
+    balance_after=FLOATS,
+    placement_epoch=COUNTS,
+    done=st.booleans(),
+    message=NAMES,
+)
+
 
 class TestRoundTrips:
     @given(CONFIGS)
@@ -158,6 +172,10 @@ class TestRoundTrips:
     @given(LOADS)
     def test_loads(self, value):
         assert loads.report_from_message(loads.report_to_message(value)) == value
+
+    @given(REBALANCES)
+    def test_rebalances(self, value):
+        assert moves.rebalance_from_message(moves.rebalance_to_message(value)) == value
 
     @given(TOKENS.map(lambda ids: Prompt(token_ids=ids)) | st.text(min_size=1).map(lambda t: Prompt(text=t)))
     def test_prompts(self, value):

@@ -52,6 +52,8 @@ def test_the_message_of_a_config_mirrors_its_class(cls):
             cluster_pb2.LoadReport,
             {"load_LE": "load", "max_vio_L": "layer_max_vio", "utilisation_std_L": "layer_utilisation_std"},
         ),
+        (backend.GroupMove, cluster_pb2.GroupMove, {}),
+        (backend.Rebalance, cluster_pb2.RebalanceResponse, {}),
         (backend.ModelDirectory, cluster_pb2.ExportModelResponse, {}),
     ],
 )

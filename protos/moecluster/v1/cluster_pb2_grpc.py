@@ -50,6 +50,11 @@ class ClusterServiceStub:
                 request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.WatchLoadRequest.SerializeToString,
                 response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.WatchLoadResponse.FromString,
                 _registered_method=True)
+        self.Rebalance = channel.unary_unary(
+                '/moecluster.v1.ClusterService/Rebalance',
+                request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.RebalanceRequest.SerializeToString,
+                response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.RebalanceResponse.FromString,
+                _registered_method=True)
         self.ExportModel = channel.unary_unary(
                 '/moecluster.v1.ClusterService/ExportModel',
                 request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ExportModelRequest.SerializeToString,
@@ -87,6 +92,14 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Rebalance(self, request, context):
+        """Moves expert groups between actors by the load of the last training steps, while steps and requests go on.
+        FAILED_PRECONDITION while another one runs, or before there is any load.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ExportModel(self, request, context):
         """Writes the model as a Hugging Face model directory.
         """
@@ -119,6 +132,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.WatchLoad,
                     request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.WatchLoadRequest.FromString,
                     response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.WatchLoadResponse.SerializeToString,
+            ),
+            'Rebalance': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rebalance,
+                    request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.RebalanceRequest.FromString,
+                    response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.RebalanceResponse.SerializeToString,
             ),
             'ExportModel': grpc.unary_unary_rpc_method_handler(
                     servicer.ExportModel,
@@ -213,6 +231,33 @@ class ClusterService:
             '/moecluster.v1.ClusterService/WatchLoad',
             protos_dot_moecluster_dot_v1_dot_cluster__pb2.WatchLoadRequest.SerializeToString,
             protos_dot_moecluster_dot_v1_dot_cluster__pb2.WatchLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rebalance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ClusterService/Rebalance',
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.RebalanceRequest.SerializeToString,
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.RebalanceResponse.FromString,
             options,
             channel_credentials,
             insecure,
