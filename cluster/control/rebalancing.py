@@ -13,6 +13,10 @@ from cluster.placement.planner import Plan, plan
 from cluster.placement.request import Device
 
 
+MOVE_COST = 0.01
+"""Of the average load of an actor: what a move must gain. Load over a window of steps varies by as much by itself."""
+
+
 def propose(
     placement: Placement, load_LE: Sequence[Sequence[int]], node_of: Mapping[str, str], group_bytes: int
 ) -> Rebalance:
@@ -23,7 +27,7 @@ def propose(
     actors = placement.actors
     devices = tuple(Device(a, node_of.get(a, ""), slots=len(placement.groups_of(a))) for a in actors)
     old = Plan(devices, (tuple((actors.index(owner),) for owner in placement.owners),))
-    new = plan([load_G], devices, previous=old)
+    new = plan([load_G], devices, previous=old, move_cost=MOVE_COST)
     steps = [step for step in moves(old, new, group_bytes) if isinstance(step, Copy)]
     return Rebalance(
         moves=tuple(GroupMove(s.unit, str(s.source), s.target, s.size_bytes) for s in steps),
