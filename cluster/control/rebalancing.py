@@ -12,7 +12,6 @@ from cluster.placement.placement import Placement
 from cluster.placement.planner import Plan, plan
 from cluster.placement.request import Device
 
-
 MOVE_COST = 0.01
 """Of the average load of an actor: what a move must gain. Load over a window of steps varies by as much by itself."""
 
