@@ -17,6 +17,7 @@ import ray
 import torch
 
 from actors.errors import InvalidInput, MoeClusterError
+from actors.moe.settings import BalanceSettings
 from cluster.backend import JobState, Prompt, SamplingParams
 from cluster.config import BatchConfig, ClusterConfig, DataConfig, EvalConfig, JobConfig, OptimizerConfig
 from cluster.configfile import find_config, load_cluster
@@ -103,7 +104,7 @@ def test_a_job_learns_real_text_while_text_is_generated(client: Client) -> None:
 
 
 def test_groups_move_by_load_while_a_job_trains(client: Client) -> None:
-    job = client.submit_job(job_of(40))
+    job = client.submit_job(job_of(40, balance=BalanceSettings(bias_speed=0.001)))
     for event in client.watch_job(job.id):
         if event.step >= 5:
             break

@@ -260,3 +260,21 @@ def test_override_inside_a_value_is_refused() -> None:
 def test_wire_spec_names_its_source() -> None:
     with pytest.raises(ConfigError, match=r"^SubmitJob: batch\.sequences: is below 1 \(got 0\)"):
         job_from_dict({"batch": {"sequences": 0}}, "SubmitJob")
+
+
+@pytest.mark.parametrize(
+    ("gate", "field"),
+    [
+        ({"temperature": 0.7}, "temperature"),
+        ({"kind": "topk"}, "kind"),
+        ({"kind": "top_k", "temperature": 0}, "temperature"),
+        ({"kind": "top_k", "num_groups": 4}, "num_groups"),
+        ({"kind": "top_k", "mass": 1.5}, "mass"),
+        ({"kind": "top_k", "experts": 4}, "experts"),
+    ],
+)
+def test_a_gate_that_cannot_be_names_file_and_path(tmp_path: Path, gate: dict[str, object], field: str) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(yaml.safe_dump({"model": {"values": {"model_type": "mixtral"}, "gate": gate}}))
+    with pytest.raises(ConfigError, match=rf"cluster\.yaml: model\.gate\.{field}"):
+        load_cluster(file, {})
