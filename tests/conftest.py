@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import cluster  # noqa: F401 - what it sets must be set before gRPC is imported
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

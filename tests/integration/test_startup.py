@@ -50,6 +50,38 @@ def test_an_embedded_cluster_runs_beside_another() -> None:
         other.shutdown()
 
 
+_FORKS = """
+import subprocess, threading
+from concurrent.futures import ThreadPoolExecutor
+import cluster
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+server = grpc.server(ThreadPoolExecutor(4))
+health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(), server)
+port = server.add_insecure_port("127.0.0.1:0")
+server.start()
+
+def ask():
+    stub = health_pb2_grpc.HealthStub(grpc.insecure_channel(f"127.0.0.1:{port}"))
+    while True:
+        stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
+
+for _ in range(3):
+    threading.Thread(target=ask, daemon=True).start()
+# As Ray starts its processes: a preexec_fn rules out vfork.
+print(sum(subprocess.run(["true"], preexec_fn=lambda: None).returncode != 0 for _ in range(300)), flush=True)
+__import__("os")._exit(0)
+"""
+
+
+def test_processes_start_while_grpc_calls_are_in_flight() -> None:
+    """With gRPC's fork handlers 4 of 300 children died before they ran; a raylet among them makes a start time out."""
+    env = {name: value for name, value in os.environ.items() if name != "GRPC_ENABLE_FORK_SUPPORT"}
+    done = subprocess.run([sys.executable, "-c", _FORKS], capture_output=True, text=True, timeout=100, env=env)
+    assert done.stdout.strip() == "0", done.stderr[-500:]
+
+
 def processes_with(mark: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
