@@ -12,8 +12,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from actors.moe.measures import max_vio
 from cluster.backend import LoadStep
-from cluster.control.load import max_vio
 
 if TYPE_CHECKING:
     from cluster.bench.balance import Run

@@ -6,9 +6,6 @@ load, and unscaled; `balance_loss` applies the coefficients.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -90,66 +87,3 @@ def bias_update(bias_E: Tensor, load_E: Tensor, speed: float) -> Tensor:
     """
     load_E = load_E.detach().to(bias_E.dtype)
     return bias_E.detach() + speed * torch.sign(load_E.mean() - load_E)
-
-
-def max_vio(load_E: Tensor) -> Tensor:
-    """max / mean - 1 over the last dimension (MaxVio of 2408.15664): 0 is even, E - 1 all on one; 0 without load."""
-    load_E = _float(load_E)
-    mean = load_E.mean(dim=-1)
-    return torch.where(mean > 0, load_E.amax(dim=-1) / mean - 1, 0.0)
-
-
-def utilisation_std(load_E: Tensor) -> Tensor:
-    """Standard deviation (of the population) of load / mean over the last dimension; 0 without load."""
-    load_E = _float(load_E)
-    mean = load_E.mean(dim=-1)
-    return torch.where(mean > 0, load_E.std(dim=-1, correction=0) / mean, 0.0)
-
-
-def _float(load_E: Tensor) -> Tensor:
-    return load_E if load_E.is_floating_point() else load_E.double()
-
-
-@dataclass(frozen=True)
-class SparseLoad:
-    """Experts that got too few tokens of a batch for their products to be worth their weights (S18)."""
-
-    num_experts: int
-    num_sparse: int
-    smallest_load: int
-    minimum: int
-    batch_tokens: int
-    tokens_if_even: int
-    """Batch size, in tokens, that gives every expert the minimum if the load were even."""
-    tokens_as_routed: int | None
-    """The same at the load's present skew; None: an expert got nothing, and no batch size can be told."""
-
-    def __str__(self) -> str:
-        skewed = (
-            "an expert got none at all" if self.tokens_as_routed is None else f"{self.tokens_as_routed} as routed now"
-        )
-        return (
-            f"{self.num_sparse} of {self.num_experts} experts got fewer than {self.minimum} tokens of a batch of "
-            f"{self.batch_tokens} (the least: {self.smallest_load}); every expert reaches it with a batch of "
-            f"{self.tokens_if_even} tokens if evenly used ({skewed})"
-        )
-
-
-def sparse_warning(load_E: Tensor, tokens: int, minimum: int = 64) -> SparseLoad | None:
-    """None if each expert of a layer got `minimum` tokens of a batch of `tokens`; `load_E` counts pairs.
-
-    Waits for the device of `load_E`: call it once a step, not in a forward.
-    """
-    loads = [int(load) for load in load_E.tolist()]
-    smallest, total = min(loads), sum(loads)
-    if smallest >= minimum or not total:
-        return None
-    return SparseLoad(
-        num_experts=len(loads),
-        num_sparse=sum(load < minimum for load in loads),
-        smallest_load=smallest,
-        minimum=minimum,
-        batch_tokens=tokens,
-        tokens_if_even=math.ceil(minimum * tokens * len(loads) / total),
-        tokens_as_routed=math.ceil(minimum * tokens / smallest) if smallest else None,
-    )

@@ -27,6 +27,7 @@ import numpy.typing as npt
 import torch
 
 from actors.expert import ExpertHost
+from actors.moe.measures import max_vio, utilisation_std
 from actors.moe.settings import BalanceSettings, GateSettings
 from actors.optim import OptimizerSettings
 from actors.router import Router
@@ -36,7 +37,6 @@ from actors.trunk.model import ModelSource
 from actors.values import StepReport
 from cluster.bench.result import Report, Row
 from cluster.config import BatchConfig, DataConfig, EvalConfig, JobConfig, OptimizerConfig, ScheduleConfig
-from cluster.control.load import max_vio, utilisation_std
 from cluster.jobs.batches import MicroBatch
 from cluster.jobs.runner import Documents, run_job
 from cluster.jobs.sources import Split, file_order, is_heldout, list_files, may_contain, read_documents

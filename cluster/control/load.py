@@ -5,14 +5,13 @@ L MoE layers   E experts a layer   W steps the window holds   G expert groups
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from actors.errors import InvalidInput
+from actors.moe.measures import max_vio, sparse_layers, utilisation_std
 from cluster.backend import LoadReport, LoadStep
 from cluster.placement.placement import Placement
 
@@ -20,9 +19,6 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 LoadLE = Sequence[Sequence[int]]
 """(token, expert) pairs of each expert [E] of each MoE layer [L]."""
-
-MIN_TOKENS = 64
-"""Tokens a micro-batch below which an expert's products are not worth reading its weights (S18)."""
 
 
 class LoadWindow:
@@ -62,7 +58,7 @@ class LoadWindow:
             return LoadReport(version, 0, placement.group_size, (), {}, {}, (), 0.0, (), 0.0, 0.0, 0.0, "", ())
         steps, microbatches = min(self._added, len(self._load_WLE)), int(self._microbatches_W.sum())
         max_vio_L, std_L = max_vio(self._total_LE), utilisation_std(self._total_LE)
-        actors = _of_actors(self._total_LE.sum(0), placement)
+        actors = _of_actors(self._total_LE, placement)
         return LoadReport(
             version=version,
             window_steps=steps,
@@ -92,66 +88,6 @@ class LoadWindow:
         )
 
 
-def max_vio(load_LE: Ints) -> Floats:
-    """[L]: max / mean - 1 of each layer; 0 without load. The definition of `actors.moe.balance.max_vio`."""
-    return _over_mean(load_LE.max(-1) - load_LE.mean(-1), load_LE)
-
-
-def utilisation_std(load_LE: Ints) -> Floats:
-    """[L]: standard deviation (of the population) of load / mean of each layer; 0 without load."""
-    return _over_mean(load_LE.std(-1), load_LE)
-
-
-@dataclass(frozen=True)
-class SparseLayer:
-    """A layer in which experts get too few tokens of a mean micro-batch (S18)."""
-
-    layer: int
-    num_experts: int
-    num_sparse: int
-    smallest_load: float
-    minimum: int
-    batch_tokens: int
-    tokens_if_even: int
-    """Micro-batch, in tokens, that gives every expert the minimum if the load were even."""
-    tokens_as_routed: int | None
-    """The same at the load's present skew; None: an expert got nothing, and no size can be told."""
-
-    def __str__(self) -> str:
-        skewed = (
-            "an expert got none at all" if self.tokens_as_routed is None else f"{self.tokens_as_routed} as routed now"
-        )
-        return (
-            f"{self.num_sparse} of {self.num_experts} experts got fewer than {self.minimum} tokens of a batch of "
-            f"{self.batch_tokens} (the least: {self.smallest_load:.4g}); every expert reaches it with a batch of "
-            f"{self.tokens_if_even} tokens if evenly used ({skewed})"
-        )
-
-
-def sparse_layers(load_LE: Floats, tokens: int, minimum: int = MIN_TOKENS) -> list[SparseLayer]:
-    """Layers in which an expert got less than `minimum` of a batch of `tokens`; `load_LE` counts pairs.
-
-    A layer without any load is left out. The definitions of `actors.moe.balance.sparse_warning`, for means as well.
-    """
-    found = []
-    for layer in np.flatnonzero((load_LE.min(-1) < minimum) & (load_LE.sum(-1) > 0)):
-        load_E = load_LE[layer]
-        smallest = float(load_E.min())
-        found.append(
-            SparseLayer(
-                layer=int(layer),
-                num_experts=len(load_E),
-                num_sparse=int((load_E < minimum).sum()),
-                smallest_load=smallest,
-                minimum=minimum,
-                batch_tokens=tokens,
-                tokens_if_even=math.ceil(minimum * tokens * len(load_E) / load_E.sum()),
-                tokens_as_routed=math.ceil(minimum * tokens / smallest) if smallest else None,
-            )
-        )
-    return found
-
-
 def _warning(load_LE: Floats, tokens: int) -> str:
     """Of the layer with the least load on an expert."""
     sparse = sparse_layers(load_LE, tokens)
@@ -162,15 +98,15 @@ def _warning(load_LE: Floats, tokens: int) -> str:
     return f"{layers}; the worst, layer {worst.layer}: {worst}"
 
 
-def _over_mean(value_L: Floats, load_LE: Ints) -> Floats:
-    mean_L = load_LE.mean(-1)
-    return np.asarray(np.divide(value_L, mean_L, out=np.zeros_like(mean_L), where=mean_L > 0))
+def group_load(load_LE: ArrayLike, placement: Placement) -> list[int]:
+    """Pairs of each expert group [G], summed over its experts and the layers."""
+    load_LGE = np.asarray(load_LE, dtype=np.int64).reshape(-1, placement.num_groups, placement.group_size)
+    return list(map(int, load_LGE.sum((0, 2))))
 
 
-def _of_actors(load_E: Ints, placement: Placement) -> dict[str, int]:
-    load_G = load_E.reshape(placement.num_groups, placement.group_size).sum(1)
+def _of_actors(load_LE: Ints, placement: Placement) -> dict[str, int]:
     sums = dict.fromkeys(placement.actors, 0)
-    for owner, load in zip(placement.owners, load_G.tolist(), strict=True):
+    for owner, load in zip(placement.owners, group_load(load_LE, placement), strict=True):
         sums[owner] += load
     return sums
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from cluster.backend import GroupMove, Rebalance
+from cluster.control.load import LoadLE, group_load
 from cluster.errors import FailedPrecondition
 from cluster.placement.moves import Copy, moves
 from cluster.placement.placement import Placement
@@ -16,11 +17,9 @@ MOVE_COST = 0.01
 """Of the average load of an actor: what a move must gain. Load over a window of steps varies by as much by itself."""
 
 
-def propose(
-    placement: Placement, load_LE: Sequence[Sequence[int]], node_of: Mapping[str, str], group_bytes: int
-) -> Rebalance:
+def propose(placement: Placement, load_LE: LoadLE, node_of: Mapping[str, str], group_bytes: int) -> Rebalance:
     """Every actor keeps its number of groups, so moves come in exchanges. `FailedPrecondition` without any load."""
-    load_G = group_load(placement, load_LE)
+    load_G = group_load(load_LE, placement)
     if not sum(load_G):
         raise FailedPrecondition("there is no load to balance yet; run training steps first")
     actors = placement.actors
@@ -36,13 +35,6 @@ def propose(
         done=False,
         message="" if steps else "no exchange of groups would make the load more even by what it costs",
     )
-
-
-def group_load(placement: Placement, load_LE: Sequence[Sequence[int]]) -> list[int]:
-    """Pairs of each expert group [G], summed over the layers."""
-    return [
-        sum(load_E[e] for load_E in load_LE for e in placement.experts_of_group(g)) for g in range(placement.num_groups)
-    ]
 
 
 def moved(placement: Placement, move: GroupMove) -> Placement:

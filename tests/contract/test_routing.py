@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from actors.errors import CheckpointError, InvalidInput, NonFinite
-from actors.moe.balance import max_vio
+from actors.moe.measures import max_vio
 from actors.moe.settings import BalanceSettings, GateSettings
 from actors.optim import OptimizerSettings
 from actors.routing import GATES_FILE

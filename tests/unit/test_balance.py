@@ -16,12 +16,10 @@ from actors.moe.balance import (
     entropy_loss,
     expert_load,
     frequency_loss,
-    max_vio,
     sequence_loss,
-    sparse_warning,
-    utilisation_std,
 )
 from actors.moe.gating import GateContext, GateOutput
+from actors.moe.measures import max_vio, sparse_layers, utilisation_std
 
 E, K, B, S = 6, 2, 3, 4
 
@@ -182,12 +180,12 @@ def test_measures(load: list[int], vio: float, std: float) -> None:
     ],
 )
 def test_too_few_tokens_an_expert(load: list[int], tokens: int, expected: tuple[int, ...] | None) -> None:
-    warning = sparse_warning(torch.tensor(load), tokens)
+    found = sparse_layers([load], tokens)
     if expected is None:
-        assert warning is None
+        assert found == []
         return
-    assert warning is not None
+    (warning,) = found
     assert (warning.num_sparse, warning.smallest_load, warning.tokens_if_even, warning.tokens_as_routed) == expected
     assert f"{expected[2]} tokens" in str(warning)
     grown = [math.ceil(n * warning.tokens_if_even / tokens) for n in [sum(load) / len(load)] * len(load)]
-    assert sparse_warning(torch.tensor(grown), warning.tokens_if_even) is None
+    assert sparse_layers([grown], warning.tokens_if_even) == []

@@ -1,21 +1,21 @@
-"""The window of loads against sums over all steps, and its measures against those of the training side."""
+"""The window of loads against sums over all steps, and its measures against plain loops."""
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.errors import InvalidInput
-from actors.moe import balance
+from actors.moe.measures import max_vio, sparse_layers, utilisation_std
 from cluster.backend import LoadReport
-from cluster.control.load import LoadLE, LoadWindow, max_vio, sparse_layers, utilisation_std
+from cluster.control.load import LoadLE, LoadWindow
 from cluster.placement.placement import Placement
 
 L, E = 2, 4
@@ -44,17 +44,18 @@ def test_the_sum_is_that_of_the_newest_steps(loads: list[list[list[int]]], max_s
 
 
 @given(LOADS)
-def test_measures_are_those_of_the_training_side(load_LE: list[list[int]]) -> None:
-    ours, theirs = np.array(load_LE), torch.tensor(load_LE)
-    assert max_vio(ours).tolist() == pytest.approx(balance.max_vio(theirs).tolist())
-    assert utilisation_std(ours).tolist() == pytest.approx(balance.utilisation_std(theirs).tolist())
+def test_measures_are_those_of_each_layer_alone(load_LE: list[list[int]]) -> None:
+    for load_E, vio, std in zip(load_LE, max_vio(load_LE).tolist(), utilisation_std(load_LE).tolist(), strict=True):
+        mean = sum(load_E) / E
+        assert vio == pytest.approx(max(load_E) / mean - 1 if mean else 0)
+        assert std == pytest.approx(statistics.pstdev(n / mean for n in load_E) if mean else 0)
 
 
 @given(LOADS, st.integers(1, 1000), st.integers(1, 130))
-def test_the_warning_is_that_of_the_training_side(load_LE: list[list[int]], tokens: int, minimum: int) -> None:
-    ours = {found.layer: str(found) for found in sparse_layers(np.array(load_LE, dtype=np.float64), tokens, minimum)}
-    warnings = [balance.sparse_warning(torch.tensor(load_E), tokens, minimum) for load_E in load_LE]
-    assert ours == {layer: str(warning) for layer, warning in enumerate(warnings) if warning is not None}
+def test_the_warning_is_that_of_each_layer_alone(load_LE: list[list[int]], tokens: int, minimum: int) -> None:
+    found = {sparse.layer: str(sparse) for sparse in sparse_layers(load_LE, tokens, minimum)}
+    assert set(found) == {layer for layer, load_E in enumerate(load_LE) if sum(load_E) and min(load_E) < minimum}
+    assert found == {layer: str(*sparse_layers([load_LE[layer]], tokens, minimum)) for layer in found}
 
 
 def test_a_report_of_known_numbers() -> None:

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.control.rebalancing import group_load, moved, propose
+from cluster.control.load import LoadLE, group_load
+from cluster.control.rebalancing import moved, propose
 from cluster.errors import FailedPrecondition
 from cluster.placement.placement import Placement
 
@@ -15,7 +16,7 @@ NODES = {"a": "node-1", "b": "node-2"}
 
 
 def test_load_of_groups_is_summed_over_layers_and_experts() -> None:
-    assert group_load(EVEN, [[1, 2, 3, 4, 5, 6, 7, 8], [10, 0, 0, 0, 0, 0, 0, 1]]) == [13, 7, 11, 16]
+    assert group_load([[1, 2, 3, 4, 5, 6, 7, 8], [10, 0, 0, 0, 0, 0, 0, 1]], EVEN) == [13, 7, 11, 16]
 
 
 def test_two_hot_groups_on_one_actor_are_parted() -> None:
@@ -33,9 +34,10 @@ def test_an_even_load_moves_nothing_and_says_so() -> None:
     assert "no exchange" in found.message
 
 
-def test_without_load_there_is_nothing_to_go_by() -> None:
+@pytest.mark.parametrize("load_LE", [[[0] * 8], ()])
+def test_without_load_there_is_nothing_to_go_by(load_LE: LoadLE) -> None:
     with pytest.raises(FailedPrecondition, match="no load"):
-        propose(EVEN, [[0] * 8], NODES, group_bytes=100)
+        propose(EVEN, load_LE, NODES, group_bytes=100)
 
 
 @given(
