@@ -211,6 +211,7 @@ class ExpertHost:
         return {
             "version": self.version,
             "groups": list(self.groups),
+            "experts": self.experts,
             "tokens": self.tokens,
             "memory_bytes": self._memory_bytes,
         }
@@ -235,10 +236,7 @@ class ExpertHost:
         names = sorted(self._stacks[layer]._parameters)
         tensors: list[Tensor] = []
         for name in names:
-            parameter = self._stacks[layer].get_parameter(name)
-            state = self._optimizer.state.get(parameter, {})
-            moments = [state.get(key, torch.zeros_like(parameter)) for key in ("exp_avg", "exp_avg_sq")]
-            tensors += [t.detach()[expert].clone() for t in (parameter, *moments)]
+            tensors += [t[expert].clone() for t in self._with_moments(self._stacks[layer].get_parameter(name))]
         return Message("ok", {"names": names, "version": self.version, "updates": self._updates()}, tuple(tensors))
 
     def _import_experts(self, question: Message) -> Message:
@@ -262,8 +260,7 @@ class ExpertHost:
                 )
         state = self._optimizer.state[parameter]
         if not state:
-            state["step"] = torch.tensor(float(updates), dtype=torch.float32)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            state |= _moments(updates, torch.zeros_like(parameter), torch.zeros_like(parameter))
         if int(state["step"]) != updates:
             raise InvalidInput(
                 f"the experts here had {int(state['step'])} updates",
@@ -310,7 +307,7 @@ class ExpertHost:
             return torch.cat((tensor, staged[layer][number]))  # type: ignore[index]
 
         self._regroup((*self.groups, group), arrange)
-        return Message("ok", {"experts": self.experts})
+        return Message("ok", {})
 
     def _drop_group(self, question: Message) -> Message:
         group = self._own_group(question.fields)
@@ -323,7 +320,7 @@ class ExpertHost:
         self._regroup(
             tuple(g for g in self.groups if g != group), lambda layer, number, tensor: tensor.index_select(0, kept_E)
         )
-        return Message("ok", {"experts": self.experts})
+        return Message("ok", {})
 
     def _regroup(self, groups: tuple[int, ...], arrange: Callable[[int, int, Tensor], Tensor]) -> None:
         """Stacks and optimizer for other groups. `arrange(layer, number, tensor)` gives each new stacked tensor;
@@ -349,12 +346,8 @@ class ExpertHost:
         self._optimizer = self._new_optimizer()
         for i, stack in enumerate(self._stacks if updates else []):
             for number, name in enumerate(names[i]):
-                parameter = stack.get_parameter(name)
-                self._optimizer.state[parameter] = {
-                    "step": torch.tensor(float(updates), dtype=torch.float32, device=parameter.device),
-                    "exp_avg": arranged[i][3 * number + 1],
-                    "exp_avg_sq": arranged[i][3 * number + 2],
-                }
+                first, second = arranged[i][3 * number + 1 : 3 * number + 3]
+                self._optimizer.state[stack.get_parameter(name)] = _moments(updates, first, second)
         self._memory_bytes = self._measure()
 
     def _with_moments(self, parameter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -479,6 +472,12 @@ class ExpertHost:
 
 def _experts_of(groups: Sequence[int], group_size: int) -> list[int]:
     return [g * group_size + i for g in groups for i in range(group_size)]
+
+
+def _moments(updates: int, first: Tensor, second: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of a parameter. The fused step wants the count on the parameter's device."""
+    count = torch.tensor(float(updates), dtype=torch.float32, device=first.device)
+    return {"step": count, "exp_avg": first, "exp_avg_sq": second}
 
 
 def _attempt(fields: Any) -> Attempt:

@@ -65,8 +65,7 @@ class Router:
         self._source = source
         self._max_retries = max_step_retries
         self._timeout_s = timeout_s
-        self._owned = [list(o) for o in owned]
-        owners = OwnerTable.of(self._owned)
+        owners = OwnerTable.of([list(o) for o in owned])
         if len(owners.actor_E) != self._skeleton.num_experts:
             raise InvalidInput(
                 f"the model has {self._skeleton.num_experts} experts a layer", field="owned", value=len(owners.actor_E)
@@ -240,7 +239,8 @@ class Router:
     def move_group(self, group: int, source: int, target: int) -> None:
         """One expert group from actor to actor (places in `owned`), between two steps; serving waits meanwhile.
 
-        Called by the thread that trains. On a fault the group stays where it was.
+        Called by the thread that trains. After a fault the group has one owner still: it stays where it was, or the
+        move is complete where only its last answer was lost.
         """
         self._training.reopen()
         self._confirm_commit()
@@ -253,14 +253,31 @@ class Router:
                 staged = Message("stage_group", {"group": group, "layer": layer}, part.tensors)
                 taker.call(staged, self._timeout_s)
             ticket = {"group": group, "version": self.version, "updates": updates}
-            taken = taker.call(Message("take_group", ticket), self._timeout_s)
             try:
-                left = giver.call(Message("drop_group", {"group": group}), self._timeout_s)
-            except InvalidInput:  # it keeps the group, so nobody else may
-                taker.call(Message("drop_group", {"group": group}), self._timeout_s)
-                raise
-            self._owned[target], self._owned[source] = _experts(taken), _experts(left)
-            self._training.owners = self._serving.owners = OwnerTable.of(self._owned)
+                taker.call(Message("take_group", ticket), self._timeout_s)
+                giver.call(Message("drop_group", {"group": group}), self._timeout_s)
+            except MoeClusterError:
+                if not self._settle_group(group, source, target):
+                    raise
+            self._training.owners = self._serving.owners = OwnerTable.of(self._ask_owned())
+
+    def _settle_group(self, group: int, source: int, target: int) -> bool:
+        """After a fault in the hand-over: what the two hosts own says how far it came. Whether the move is complete.
+
+        Where both own the group the taker gives it back."""
+        self._training.reopen()
+        answers = self._ask_status()
+        given, taken = (group in _numbers(answers[i], "groups") for i in (source, target))
+        if given and taken:
+            self._training.links[target].call(Message("drop_group", {"group": group}), self._timeout_s)
+        return taken and not given
+
+    def _ask_status(self) -> list[Message]:
+        return self._training.ask_all("status", {})
+
+    def _ask_owned(self) -> list[list[int]]:
+        """Expert numbers of each actor, in its local order."""
+        return [_numbers(answer, "experts") for answer in self._ask_status()]
 
     # -- serving ------------------------------------------------------------------------------------------------------
 
@@ -387,7 +404,7 @@ class Router:
         return device
 
     def _agree_on_version(self) -> int:
-        versions = {int(a.fields["version"]) for a in self._training.ask_all("status", {})}  # type: ignore[arg-type]
+        versions = {int(a.fields["version"]) for a in self._ask_status()}  # type: ignore[arg-type]
         if len(versions) != 1:
             raise MoeClusterError(f"expert actors are at different versions: {sorted(versions)}")
         return versions.pop()
@@ -415,8 +432,8 @@ class Router:
         self._check_ids(torch.tensor([list(ids)], dtype=torch.int64), least)
 
 
-def _experts(answer: Message) -> list[int]:
-    return [int(e) for e in answer.fields["experts"]]  # type: ignore[union-attr]
+def _numbers(answer: Message, name: str) -> list[int]:
+    return [int(n) for n in answer.fields[name]]  # type: ignore[union-attr]
 
 
 def _end_ids(config: Any) -> list[int]:

@@ -78,6 +78,33 @@ def test_a_move_that_fails_leaves_the_group_where_it_was(source: ModelSource) ->
         torch.testing.assert_close([first, *rest], expected, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize(("op", "strikes", "moved"), [("take_group", 1, False), ("drop_group", 0, True)])
+def test_a_lost_answer_leaves_the_group_with_one_owner(source: ModelSource, op: str, strikes: int, moved: bool) -> None:
+    """The host has done it, the router does not know."""
+    with cluster(source, 2) as still:
+        expected = run(still, {})
+    scripted: list[Link] = []
+
+    def wrap(actor: int, link: Link) -> Link:
+        if actor == strikes and not scripted:
+            scripted.append(FaultyLink(link, [Fault(op, 1, "drop_answer")]))
+            return scripted[0]
+        return link
+
+    with cluster(source, 2, links="socket", wrap=wrap, timeout_s=1.0) as local:
+        local.router.begin_run(OptimizerSettings())
+        first = local.router.train_step(BATCHES[0], lr=1e-2, clip_norm=1.0).loss
+        if moved:
+            local.router.move_group(0, 0, 1)
+        else:
+            with pytest.raises(LinkError):
+                local.router.move_group(0, 0, 1)
+        expected_groups = ((1,), (2, 3, 0)) if moved else ((0, 1), (2, 3))
+        assert (local.hosts[0].groups, local.hosts[1].groups) == expected_groups
+        rest = [local.router.train_step(b, lr=1e-2, clip_norm=1.0).loss for b in BATCHES[1:]]
+        torch.testing.assert_close([first, *rest], expected, rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize(
     ("move", "text"),
     [((2, 0, 1), "does not own"), ((9, 0, 1), "does not own"), ((0, 0, 0), "does not own")],
