@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -16,14 +16,40 @@ from torch import Tensor
 
 from actors.errors import LinkError, MoeClusterError, NonFinite, PeerLost, ProtocolError
 from actors.moe.balance import expert_load
-from actors.moe.dispatch import OwnerTable, Share, plan
+from actors.moe.dispatch import HolderTable, Share, plan
 from actors.moe.gating import GatePast
 from actors.transport.contract import Link, Pending
 from actors.transport.message import Message
+from actors.values import Address, Placement
 
 logger = logging.getLogger(__name__)
 
 LinkOpener = Callable[[], Link]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An expert actor, as a router reaches it."""
+
+    open: LinkOpener
+    exchange: Address | None = None
+    """Where other expert actors reach it; needed where groups have copies."""
+    near: bool = False
+    """Whether it is on the router's own node."""
+
+
+@dataclass(frozen=True)
+class Roster:
+    placement: Placement
+    peers: Mapping[str, Peer]
+    """Every actor of the placement."""
+
+    def fields(self) -> dict[str, Any]:
+        """Of the message that tells expert actors their part."""
+        placement = self.placement
+        addresses = {name: list(astuple(peer.exchange)) for name, peer in self.peers.items() if peer.exchange}
+        holders = [list(held) for held in placement.holders]
+        return {"epoch": placement.epoch, "holders": holders, "addresses": addresses}
 
 
 @dataclass
@@ -55,17 +81,78 @@ class Purpose:
 
 
 class Dispatcher:
-    """`openers[a]` opens a link to actor a of `owners`. Closed links are opened again by `reopen`."""
+    """A router has one for training, where a lost actor ends the attempt, and one for serving (`reroutes`), where the
+    work of a lost actor goes to other holders of its experts."""
 
-    def __init__(self, openers: Sequence[LinkOpener], owners: OwnerTable, *, num_layers: int, timeout_s: float) -> None:
-        self._openers = list(openers)
-        self.links: list[Link] = [opener() for opener in self._openers]
-        self.owners = owners
-        """Changes only between forwards."""
-        self._timeout_s = timeout_s
+    def __init__(self, num_layers: int, num_experts: int, *, timeout_s: float, turn: int = 0, reroutes: bool = False):
+        self.links: dict[str, Link] = {}
+        self.epoch = 0
+        self._peers: dict[str, Peer] = {}
+        self._held: dict[str, list[int]] = {}
+        self._lost: set[str] = set()
+        """Without a living link; only of a dispatcher that reroutes."""
+        self._timeout_s, self._turn, self._reroutes = timeout_s, turn, reroutes
+        self._num_experts = num_experts
+        self._names: list[str] = []
+        self._table = HolderTable.of([], num_experts)
+        self._backlog = _Backlog(num_layers)
         self.purpose = Purpose()
-        self.load_LE = torch.zeros(num_layers, len(owners.actor_E), dtype=torch.int64)
+        self.load_LE = torch.zeros(num_layers, num_experts, dtype=torch.int64)
         """Pairs routed to each expert since the caller last zeroed it; training forwards only."""
+
+    # -- actors come and go: between forwards -------------------------------------------------------------------------
+
+    def connect(self, peers: Mapping[str, Peer]) -> None:
+        """Links to exactly these actors. Those that are there already stay."""
+        for name in [n for n in self.links if n not in peers]:
+            self.links.pop(name).close()
+        self._peers = dict(peers)
+        for name, peer in peers.items():
+            if name not in self.links:
+                self.links[name] = peer.open()
+
+    def drop_closed(self, but: Mapping[str, Peer]) -> None:
+        """Forgets the actors that are gone and not among these."""
+        for name in [n for n, link in self.links.items() if link.closed and n not in but]:
+            del self.links[name], self._peers[name]
+
+    def use(self, epoch: int, held: Mapping[str, list[int]]) -> None:
+        """`held[name]`: expert numbers of each actor, in its local order."""
+        self.epoch, self._held = epoch, dict(held)
+        self._lost.clear()
+        self._build_table()
+
+    def reopen(self) -> list[str]:
+        """Opens closed links again. -> actors that are gone for good; none if this one reroutes around them."""
+        gone = []
+        for name, link in self.links.items():
+            if link.closed and name not in self._lost:
+                try:
+                    self.links[name] = self._peers[name].open()
+                except LinkError:
+                    gone.append(name)
+        for name in gone if self._reroutes else ():
+            self._lose(name)
+        return [] if self._reroutes else gone
+
+    def begin(self, purpose: Purpose) -> None:
+        """Before each pass through the layers."""
+        self.purpose = purpose
+        self._backlog.refresh(self._names)
+
+    def _build_table(self) -> None:
+        self._names = list(self.links)
+        held = [[] if n in self._lost else self._held.get(n, []) for n in self._names]
+        self._table = HolderTable.of(held, self._num_experts, [self._peers[n].near for n in self._names])
+        self._backlog.refresh(self._names)
+
+    def _lose(self, name: str) -> None:
+        logger.warning("%s is lost; its work goes to other holders of its experts", name)
+        self.links[name].close()
+        self._lost.add(name)
+        self._build_table()
+
+    # -- a layer ------------------------------------------------------------------------------------------------------
 
     def layer_function(self, layer: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """What the experts module of this layer calls instead of computing: differentiable in tokens and weights."""
@@ -81,55 +168,83 @@ class Dispatcher:
         if not torch.isfinite(weights_TK).all():
             raise NonFinite(f"gate scores of layer {layer} are not finite", step=purpose.step)
         ids_TK = ids_TK.cpu()
-        shares = plan(ids_TK, self.owners)
-        fields = purpose.fields(layer)
         if purpose.keep:
             self.load_LE[layer] += expert_load(ids_TK, self.load_LE.shape[1])
-        weights_N = weights_TK.reshape(-1)
-        pending = []
-        for share in shares:
+        shares = plan(ids_TK, self._table, self._backlog.of(self._names), self._turn)
+        y_TD = torch.zeros_like(x_TD)
+        todo = shares
+        while todo:
+            todo = self._compute(layer, todo, x_TD, ids_TK, weights_TK.reshape(-1), y_TD)
+        return y_TD, shares
+
+    def _compute(
+        self, layer: int, shares: list[Share], x_TD: Tensor, ids_TK: Tensor, weights_N: Tensor, y_TD: Tensor
+    ) -> list[Share]:
+        """Adds what the actors answer to `y_TD`. -> what lost actors left, as shares of others."""
+        fields = {**self.purpose.fields(layer), "epoch": self.epoch}
+        names = [self._names[share.actor] for share in shares]
+        pending: list[Pending | None] = []
+        for name, share in zip(names, shares, strict=True):
             rows = x_TD.index_select(0, share.tokens_T.to(x_TD.device))
             weight_P = weights_N.index_select(0, share.pair_P.to(x_TD.device))
             question = Message("forward", {**fields, "counts_E": share.counts_E}, (rows, share.token_P, weight_P))
-            pending.append(self.links[share.actor].start(question))
-        y_TD = torch.zeros_like(x_TD)
-        for share, answer in zip(shares, self._answers(pending), strict=True):
-            (part,) = _tensors(answer, 1, self.links[share.actor])
-            _expect(part, (len(share.tokens_T), x_TD.shape[1]), x_TD.dtype, self.links[share.actor])
+            pending.append(self._start(name, question))
+        answers = self._answers(pending)
+        left: list[Share] = []
+        for name, share, answer in zip(names, shares, answers, strict=True):
+            if answer is None:
+                left.append(share)
+                continue
+            (part,) = _tensors(answer, 1, name)
+            _expect(part, (len(share.tokens_T), x_TD.shape[1]), x_TD.dtype, name)
             y_TD.index_add_(0, share.tokens_T.to(x_TD.device), part.to(x_TD.device))
-        return y_TD, shares
+            self._backlog.note(name, len(share.token_P), int(answer.fields["pairs"]))  # type: ignore[arg-type]
+        return self._planned_anew(left, ids_TK) if left else []
+
+    def _planned_anew(self, left: Sequence[Share], ids_TK: Tensor) -> list[Share]:
+        ids_N = torch.full((ids_TK.numel(),), -1, dtype=ids_TK.dtype)
+        for share in left:
+            ids_N[share.pair_P] = ids_TK.reshape(-1)[share.pair_P]
+        return plan(ids_N.view_as(ids_TK), self._table, self._backlog.of(self._names), self._turn)
 
     def backward(
         self, layer: int, shares: Sequence[Share], purpose: Mapping[str, Any], grad_y_TD: Tensor, like_TK: Tensor
     ) -> tuple[Tensor, Tensor]:
         """-> gradient of the tokens [T, D] and of the gate weights [T, K]."""
         device = grad_y_TD.device
+        names = [self._names[share.actor] for share in shares]
         pending = [
-            self.links[s.actor].start(Message("backward", purpose, (grad_y_TD.index_select(0, s.tokens_T.to(device)),)))
-            for s in shares
+            self._start(name, Message("backward", purpose, (grad_y_TD.index_select(0, s.tokens_T.to(device)),)))
+            for name, s in zip(names, shares, strict=True)
         ]
         grad_x_TD = torch.zeros_like(grad_y_TD)
         grad_weights_N = torch.zeros_like(like_TK).reshape(-1)
-        for share, answer in zip(shares, self._answers(pending), strict=True):
-            link = self.links[share.actor]
-            part, grad_weight_P = _tensors(answer, 2, link)
-            _expect(part, (len(share.tokens_T), grad_y_TD.shape[1]), grad_y_TD.dtype, link)
-            _expect(grad_weight_P, share.pair_P.shape, like_TK.dtype, link)
+        for name, share, answer in zip(names, shares, self._answers(pending), strict=True):
+            assert answer is not None, "only serving loses an actor without an error"
+            part, grad_weight_P = _tensors(answer, 2, name)
+            _expect(part, (len(share.tokens_T), grad_y_TD.shape[1]), grad_y_TD.dtype, name)
+            _expect(grad_weight_P, share.pair_P.shape, like_TK.dtype, name)
             grad_x_TD.index_add_(0, share.tokens_T.to(device), part.to(device))
             grad_weights_N[share.pair_P.to(device)] = grad_weight_P.to(device)
         return grad_x_TD, grad_weights_N.view_as(like_TK)
 
-    def ask_all(self, op: str, fields: Mapping[str, Any], timeout_s: float | None = None) -> list[Message]:
-        """The same question to every actor; answers in actor order. Raises the first error, after all were asked."""
-        return self._answers([link.start(Message(op, fields)) for link in self.links], timeout_s)
+    # -- questions to all ---------------------------------------------------------------------------------------------
+
+    def ask_all(
+        self, op: str, fields: Mapping[str, Any], timeout_s: float | None = None, *, among: Sequence[str] | None = None
+    ) -> dict[str, Message]:
+        """The same question to every actor (that is not lost). Raises the first error, after all were asked."""
+        names = [n for n in (self.links if among is None else among) if n not in self._lost]
+        answers = self._answers([self._start(name, Message(op, fields)) for name in names], timeout_s)
+        return {name: answer for name, answer in zip(names, answers, strict=True) if answer is not None}
 
     def start_each(self, op: str, fields: Mapping[str, Any]) -> list[Pending | None]:
         """The same question to every actor, without waiting. None where it could not be sent."""
-        return [_try_start(link, Message(op, fields)) for link in self.links]
+        return [_try_start(link, Message(op, fields)) for link in self.links.values()]
 
     def tell_living(self, op: str, fields: Mapping[str, Any]) -> None:
         """Best effort to every open link, errors logged: used to clean up after a failure."""
-        for link in self.links:
+        for link in self.links.values():
             if not link.closed:
                 link.forget()
                 try:
@@ -137,31 +252,77 @@ class Dispatcher:
                 except MoeClusterError as error:
                     logger.info("%s was not told to %s: %s", link.peer, op, error)
 
-    def reopen(self) -> None:
-        """Opens closed links again. Raises `PeerLost` when an actor is gone for good."""
-        for number, link in enumerate(self.links):
-            if link.closed:
-                self.links[number] = self._openers[number]()
-
     def close(self) -> None:
-        for link in self.links:
+        for link in self.links.values():
             link.close()
 
-    def _answers(self, pending: Sequence[Pending], timeout_s: float | None = None) -> list[Message]:
-        """All answers, in order. One error spoils the lot, but the other answers are still awaited (and dropped)."""
+    def _start(self, name: str, question: Message) -> Pending | None:
+        """None if a dispatcher that reroutes finds the actor lost."""
+        try:
+            return self.links[name].start(question)
+        except PeerLost:
+            self.links[name].close()
+            if not self._reroutes:
+                raise
+            self._lose(name)
+            return None
+
+    def _answers(self, pending: Sequence[Pending | None], timeout_s: float | None = None) -> list[Message | None]:
+        """All answers, in order. One error spoils the lot, but the other answers are still awaited (and dropped).
+
+        None for an actor that a dispatcher that reroutes has lost.
+        """
         deadline = time.monotonic() + (timeout_s or self._timeout_s)
-        answers: list[Message] = []
+        answers: list[Message | None] = []
         failure: MoeClusterError | None = None
         for question in pending:
+            if question is None:
+                answers.append(None)
+                continue
+            answer = None
             try:
-                answers.append(question.result(max(0.001, deadline - time.monotonic())))
+                answer = question.result(max(0.001, deadline - time.monotonic()))
+            except PeerLost as error:
+                question.link.close()
+                if self._reroutes:
+                    self._lose(question.link.peer)
+                else:
+                    failure = failure or error
             except MoeClusterError as error:
-                if isinstance(error, PeerLost):
-                    question.link.close()
                 failure = failure or error
+            answers.append(answer)
         if failure is not None:
             raise failure
         return answers
+
+
+class _Backlog:
+    """What each actor has to do for others, guessed from how much it did for others during the pass before."""
+
+    def __init__(self, num_layers: int) -> None:
+        self._num_layers = num_layers
+        self._mine: dict[str, int] = {}
+        """Pairs sent since the last refresh."""
+        self._total: dict[str, int] = {}
+        """Pairs the actor has computed since it started, as it last said."""
+        self._before: dict[str, int] = {}
+        self._pairs: dict[str, float] = {}
+
+    def note(self, name: str, sent: int, total: int) -> None:
+        self._mine[name] = self._mine.get(name, 0) + sent
+        self._total[name] = total
+
+    def refresh(self, names: Sequence[str]) -> None:
+        for name in names:
+            total = self._total.get(name, 0)
+            others = total - self._before.get(name, total) - self._mine.get(name, 0)
+            self._pairs[name] = max(0, others) / self._num_layers
+        self._before = dict(self._total)
+        self._mine.clear()
+
+    def of(self, names: Sequence[str]) -> list[float]:
+        """Pairs a layer. The same until the next refresh, so that a layer that is computed twice is shared alike."""
+        return [self._pairs.get(name, 0.0) for name in names]
 
 
 def _try_start(link: Link, question: Message) -> Pending | None:
@@ -193,14 +354,12 @@ class _RoutedExperts(torch.autograd.Function):
         return grad_x_TD, grad_weights_TK, None, None, None
 
 
-def _tensors(answer: Message, count: int, link: Link) -> tuple[Tensor, ...]:
+def _tensors(answer: Message, count: int, peer: str) -> tuple[Tensor, ...]:
     if len(answer.tensors) != count:
-        raise ProtocolError(f"answer with {len(answer.tensors)} tensors, need {count}", peer=link.peer)
+        raise ProtocolError(f"answer with {len(answer.tensors)} tensors, need {count}", peer=peer)
     return answer.tensors
 
 
-def _expect(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, link: Link) -> None:
+def _expect(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, peer: str) -> None:
     if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
-        raise ProtocolError(
-            f"answer of {tuple(tensor.shape)} {tensor.dtype}, need {tuple(shape)} {dtype}", peer=link.peer
-        )
+        raise ProtocolError(f"answer of {tuple(tensor.shape)} {tensor.dtype}, need {tuple(shape)} {dtype}", peer=peer)

@@ -1,8 +1,11 @@
-"""An expert actor's inside: owns expert groups, computes for routers, keeps their gradients, applies its own optimizer.
+"""An expert actor's inside: holds expert groups, computes for routers, keeps gradients, applies its own optimizer.
 
 Everything it is asked comes as a `Message` to `handle`, one at a time, whichever link brought it. A training step is a
 transaction: forward and backward accumulate under (step, attempt); `prepare` says the gradients are complete; `commit`
 applies the optimizer and makes the version the step; `abort` drops everything of that attempt.
+
+Where groups have copies on other actors, `prepare` also sends what was accumulated here to each group's owner, and
+`reduce` lets the owners send the sums back: every copy then commits the same update.
 """
 
 from __future__ import annotations
@@ -10,37 +13,39 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from actors.errors import InvalidInput, MoeClusterError, StepAborted
-from actors.moe.experts import ExpertStack, Saved, WeightGradients, Work
-from actors.optim import OptimizerSettings, adamw, scale_gradients, set_lr, square_sum
+from actors.arrivals import Arrivals
+from actors.errors import InvalidInput, LinkError, MoeClusterError, StepAborted
+from actors.exchange import Attempt, Exchange, PeerOpener
+from actors.holdings import Holdings
+from actors.moe.experts import Saved, WeightGradients, Work
+from actors.optim import OptimizerSettings
+from actors.transport.contract import Pending
 from actors.transport.message import Message, error_answer
 from actors.trunk.checkpoint import CheckpointReader
 from actors.trunk.init import initial_experts
 from actors.trunk.model import ModelSource, Skeleton, skeleton
+from actors.values import Address, Placement
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, order=True)
-class Attempt:
-    """One try at one step. A repeated try has a higher number, which tells late messages of the earlier one apart."""
-
-    step: int
-    number: int
+def _no_peers(name: str, address: Address) -> Any:
+    raise LinkError("this host was given no way to reach others", peer=name)
 
 
 class ExpertHost:
-    """Owns `groups` (expert group numbers, in local order) of every MoE layer of the model.
+    """Holds `groups` (expert group numbers, in local order) of every MoE layer of the model.
 
-    Thread-safe: a lock makes every question and every control call exclusive.
+    Thread-safe: a lock makes every question and every control call exclusive. `exchange.handle` is to be served beside
+    `handle`, from another thread.
     """
 
     def __init__(
@@ -52,46 +57,66 @@ class ExpertHost:
         group_size: int,
         device: str = "cpu",
         version: int = 0,
+        open_peer: PeerOpener = _no_peers,
+        timeout_s: float = 30.0,
     ) -> None:
         self.name = name
-        self.groups = tuple(groups)
         self.group_size = group_size
-        self.experts = _experts_of(self.groups, group_size)
         self.version = version
         self.tokens = 0
+        self.pairs = 0
         self._source = source
         self._device = torch.device(device)
         self._skeleton: Skeleton = skeleton(source)
-        self._check_experts()
-        self._stacks = self._load(source)
+        self._check_groups(groups)
+        self.holdings = self._load(source, groups)
         self._lock = threading.Lock()
-        self._settings = OptimizerSettings()
-        self._optimizer = self._new_optimizer()
-        self._memory_bytes = self._measure()
+        self._memory_bytes = self.holdings.num_bytes()
+        self._placement = Placement(0, (), group_size)
+        """None yet: until the first `place` everything here is owned here."""
+        self._run = 0
         self._attempt = Attempt(version, 0)
         self._prepared: Attempt | None = None
+        self._touched: set[tuple[int, int]] = set()
+        """(group, layer) that got tokens in this attempt."""
         self._saved: dict[tuple[int, int], Saved] = {}
         self._deferred: deque[tuple[int, WeightGradients]] = deque()
-        self._staged: dict[tuple[int, int], tuple[Tensor, ...]] = {}
-        """(group, layer) -> what came of a group that is on its way here."""
+        self._followers: dict[tuple[int, int], dict[str, Address]] = {}
+        """(group, layer) -> actors to which it has been sent: they get every update until they are placed."""
+        self.exchange = Exchange(name, open_peer, timeout_s=timeout_s)
+        self.exchange.on_follow = self._follow
+        self.exchange.on_update = self._take_updates
+        self._arrivals = Arrivals(self.exchange, lambda: self.holdings)
+        self._timeout_s = timeout_s
         self._handlers: dict[str, Callable[[Message], Message]] = {
             "forward": self._forward,
             "backward": self._backward,
             "prepare": self._prepare,
+            "reduce": self._reduce,
             "commit": self._commit,
             "abort": self._abort,
             "begin_run": self._begin_run,
+            "place": self._place,
+            "retire": self._retire,
             "status": self._status,
             "echo": self._echo,
             "export_layer": self._export_layer,
-            "export_experts": self._export_experts,
-            "import_experts": self._import_experts,
-            "export_group": self._export_group,
-            "stage_group": self._stage_group,
-            "take_group": self._take_group,
-            "drop_group": self._drop_group,
             "load": self._load_model,
         }
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        return self.holdings.groups
+
+    @property
+    def experts(self) -> list[int]:
+        """In local order."""
+        return self.holdings.experts
+
+    def close(self) -> None:
+        """Ends its links to other actors."""
+        self.exchange.close()
+        self._arrivals.close()
 
     # -- what routers ask ---------------------------------------------------------------------------------------------
 
@@ -115,27 +140,33 @@ class ExpertHost:
         with self._lock:
             if self._deferred:
                 layer, part = self._deferred.popleft()
-                self._stacks[layer].accumulate(part)
+                self.holdings.stacks[layer].accumulate(part)
+            else:
+                self._arrivals.catch_up()
             return bool(self._deferred)
 
     def _forward(self, question: Message) -> Message:
         """Tokens of one layer -> weighted sums. `keep` (training) saves what backward needs, by micro-batch, layer."""
-        fields = question.fields
+        fields: Any = question.fields
         layer, keep = self._layer(fields), bool(fields.get("keep"))
+        self._check_epoch(fields)
         if keep:
             self._enter(fields)
-        self._check_version(int(fields.get("min_version", 0)))  # type: ignore[arg-type]
+        self._check_version(int(fields.get("min_version", 0)))
         x_TD, token_P, weight_P = question.tensors
-        stack = self._stacks[layer]
-        work = Work(token_P.to(self._device), list(fields["counts_E"]), weight_P.to(self._device))  # type: ignore[arg-type]
+        stack = self.holdings.stacks[layer]
+        work = Work(token_P.to(self._device), list(fields["counts_E"]), weight_P.to(self._device))
         self._check_tokens(x_TD)
-        work.check(x_TD.shape[0], stack.num_experts)
-        y_TD, saved = stack(x_TD.to(self._device), work, keep=keep)
+        work.check(x_TD.shape[0], len(self.experts))
+        placed = Work(work.token_P, self.holdings.by_place(work.counts_E), work.weight_P)
+        y_TD, saved = stack(x_TD.to(self._device), placed, keep=keep)
         if saved is not None:
             # A second forward of the same micro-batch (activation checkpointing) takes the place of the first.
-            self._saved[int(fields["microbatch"]), layer] = saved  # type: ignore[arg-type]
+            self._saved[int(fields["microbatch"]), layer] = saved
+            self._touch(layer, work.counts_E)
         self.tokens += x_TD.shape[0]
-        return Message("ok", {"version": self.version}, (y_TD,))
+        self.pairs += len(token_P)
+        return Message("ok", {"version": self.version, "pairs": self.pairs}, (y_TD,))
 
     def _backward(self, question: Message) -> Message:
         self._enter(question.fields)
@@ -146,43 +177,66 @@ class ExpertHost:
             raise StepAborted(f"micro-batch {microbatch} of layer {layer} has no forward here")
         (grad_y_TD,) = question.tensors
         self._check_tokens(grad_y_TD)
-        grad_x_TD, grad_weight_P, part = self._stacks[layer].backward(saved, grad_y_TD.to(self._device))
+        grad_x_TD, grad_weight_P, part = self.holdings.stacks[layer].backward(saved, grad_y_TD.to(self._device))
         if part is not None:
             self._deferred.append((layer, part))
         return Message("ok", {}, (grad_x_TD, grad_weight_P))
 
     def _prepare(self, question: Message) -> Message:
-        """Gradients are complete: answers the sum of their squares. From here on only commit or abort is right."""
+        """Gradients of this actor are complete; the answer's `square_sum` is over the groups that have no copy.
+
+        From here on only `reduce`, `commit` or `abort` is right.
+        """
         self._enter(question.fields)
         if self._saved:
             raise StepAborted(f"{len(self._saved)} forwards have no backward yet")
         self._finish_deferred()
-        for parameter in self._parameters():
-            # Experts without a token have a gradient too: zero. Without one the optimizer would pass them over, and
-            # neither their moments nor their weights would decay as they do in one process.
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        norm = square_sum(self._parameters())
+        self.exchange.settle(self._send_partial_sums())
         self._prepared = self._attempt
-        return Message("ok", {"square_sum": norm if math.isfinite(norm) else None})
+        return self._norm_of(group for group in self.groups if len(self._holders(group)) == 1)
+
+    def _reduce(self, question: Message) -> Message:
+        """All have prepared: sums the gradients of the groups owned here and sends the sums to their copies.
+
+        Always in the order of the placement, so that a repeated step gives the same bits.
+        """
+        if self._prepared != Attempt.of(question.fields):
+            raise StepAborted(f"reduce of {Attempt.of(question.fields)}, prepared is {self._prepared}")
+        owned = [g for g in self.groups if self._holders(g)[0] == self.name and len(self._holders(g)) > 1]
+        pending: list[Pending] = []
+        for group in owned:
+            copies = self._holders(group)[1:]
+            for layer in range(len(self.holdings.stacks)):
+                gradients = self.holdings.gradients(group, layer)
+                parts = self.exchange.gradients("partial", self._prepared, group, layer)
+                for sender in sorted(parts, key=copies.index):
+                    for gradient, part in zip(gradients, parts[sender], strict=True):
+                        gradient += part.to(self._device)
+                pending += [self._send("sum", copy, group, layer, gradients) for copy in copies]
+        answer = self._norm_of(owned)
+        self.exchange.settle(pending)
+        return answer
 
     def _commit(self, question: Message) -> Message:
-        fields = question.fields
-        step = int(fields["step"])  # type: ignore[arg-type]
+        fields: Any = question.fields
+        step = int(fields["step"])
         if step == self.version:
             return Message("ok", {"version": self.version})  # repeated: already done
-        if self._prepared != Attempt(step, int(fields["attempt"])):  # type: ignore[arg-type]
+        if self._prepared is None or self._prepared != Attempt.of(fields):
             raise StepAborted(f"commit of step {step}, prepared is {self._prepared}")
-        set_lr(self._optimizer, float(fields["lr"]))  # type: ignore[arg-type]
-        scale_gradients(self._parameters(), float(fields["scale"]))  # type: ignore[arg-type]
-        self._optimizer.step()
-        self._drop_gradients()
-        self._memory_bytes = self._measure()
+        self._take_sums(self._prepared)
+        lr, scale = float(fields["lr"]), float(fields["scale"])
+        self._tell_followers(step, lr, scale)
+        self.holdings.update(lr, scale)
         self.version = step
+        self._end_attempt()
+        self.holdings.free_leaving()
+        self._arrivals.catch_up()
+        self._memory_bytes = self.holdings.num_bytes()
         return Message("ok", {"version": self.version})
 
     def _abort(self, question: Message) -> Message:
-        attempt = _attempt(question.fields)
+        attempt = Attempt.of(question.fields)
         # An abort of a later step must not touch gradients that are prepared: their commit may still be on its way.
         if attempt >= self._attempt and attempt.step == self.version + 1:
             # The next try has a higher number; anything of this one that is still on its way is refused.
@@ -191,11 +245,152 @@ class ExpertHost:
         return Message("ok", {"version": self.version})
 
     def _begin_run(self, question: Message) -> Message:
-        """A new job: its optimizer settings, fresh moments."""
-        self._settings = OptimizerSettings(**question.fields["optimizer"])  # type: ignore[arg-type]
+        """A new job: its optimizer settings, fresh moments. Groups on their way here have the old ones: dropped."""
+        settings = OptimizerSettings(**question.fields["optimizer"])  # type: ignore[arg-type]
+        self._new_run(question.fields)
         self._drop_gradients()
-        self._optimizer = self._new_optimizer()
+        self.holdings.begin_run(settings)
         return Message("ok", {"version": self.version})
+
+    # -- copies -------------------------------------------------------------------------------------------------------
+
+    def _holders(self, group: int) -> tuple[str, ...]:
+        """Owner first."""
+        return self._placement.holders[group] if self._placement.epoch else (self.name,)
+
+    def _send_partial_sums(self) -> list[Pending]:
+        """What tokens that were sent here gave for groups that others own."""
+        return [
+            self._send("partial", owner, group, layer, self.holdings.gradients(group, layer))
+            for group, layer in sorted(self._touched)
+            if (owner := self._holders(group)[0]) != self.name
+        ]
+
+    def _send(self, kind: str, peer: str, group: int, layer: int, gradients: Sequence[Tensor]) -> Pending:
+        step, number = self._attempt.step, self._attempt.number
+        fields = {"step": step, "attempt": number, "group": group, "layer": layer, "sender": self.name}
+        # Copies: this side writes into its gradients before the other has used what was sent.
+        return self.exchange.start(peer, Message(kind, fields, tuple(g.clone() for g in gradients)))
+
+    def _take_sums(self, attempt: Attempt) -> None:
+        """The owners' sums take the place of what was accumulated here."""
+        for group in self.groups:
+            owner = self._holders(group)[0]
+            for layer in range(len(self.holdings.stacks)) if owner != self.name else ():
+                sums = self.exchange.gradients("sum", attempt, group, layer)[owner]
+                for gradient, total in zip(self.holdings.gradients(group, layer), sums, strict=True):
+                    gradient.copy_(total)
+
+    def _norm_of(self, groups: Any) -> Message:
+        square = self.holdings.square_sum(groups)
+        return Message("ok", {"square_sum": square if math.isfinite(square) else None})
+
+    # -- placement ----------------------------------------------------------------------------------------------------
+
+    def arrive(self, group: int, owner: str, address: Address, here: Address, timeout_s: float) -> int:
+        """Brings a group here, layer by layer, while its owner goes on with its steps, and follows its updates from
+        then on, until `place` says that this actor holds it. Returns the bytes that came.
+
+        Called from a thread of its own; `here` is where this host's exchange listens.
+        """
+        with self._lock:
+            self._check_groups([group])
+            if group in self.groups:
+                raise InvalidInput(f"{self.name} holds it already", field="group", value=group)
+        return self._arrivals.bring(self._lock, group, owner, address, here, timeout_s)
+
+    def leave_off(self, group: int) -> None:
+        """Gives up a group that is on its way here."""
+        with self._lock:
+            self._arrivals.drop(group)
+
+    def _follow(self, peer: str, question: Message) -> Message:
+        """One layer of a group for another actor, which gets every update of it from now on."""
+        fields: Any = question.fields
+        # Two hosts that ask each other must not wait for each other's locks; between prepare and commit the weights
+        # are about to change by a sum that has been sent already.
+        if not self._lock.acquire(timeout=0.05):
+            return Message("busy")
+        try:
+            if self._prepared is not None:
+                return Message("busy")
+            group, layer = int(fields["group"]), self._layer(fields)
+            if group not in self.groups or self._holders(group)[0] != self.name:
+                return error_answer(InvalidInput(f"{self.name} does not own it", field="group", value=group))
+            tensors, updates = self.holdings.read(group, layer)
+            self._followers.setdefault((group, layer), {})[fields["follower"]] = Address(*fields["address"])
+            ticket = {"version": self.version, "updates": updates, "run": self._run}
+            return Message("ok", {**ticket, "optimizer": self.holdings.settings.to_dict()}, tensors)
+        finally:
+            self._lock.release()
+
+    def _tell_followers(self, version: int, lr: float, scale: float) -> None:
+        """Not waited for: a follower that cannot be reached is struck off, and notices itself that updates fail."""
+        for (group, layer), followers in self._followers.items():
+            gradients = tuple(g.clone() for g in self.holdings.gradients(group, layer))
+            fields = {"group": group, "layer": layer, "version": version, "lr": lr, "scale": scale}
+            for name in list(followers):
+                try:
+                    self._arrivals.send(name, followers[name], Message("update", fields, gradients))
+                except MoeClusterError as error:
+                    logger.warning("%s follows group %d no longer: %s", name, group, error)
+                    del followers[name]
+
+    def _take_updates(self) -> None:
+        """In the exchange's thread. A busy host does it itself later."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._arrivals.catch_up()
+            finally:
+                self._lock.release()
+
+    def _place(self, question: Message) -> Message:
+        """The placement from now on; groups that are not held any more stay until `retire` or the next commit."""
+        fields: Any = question.fields
+        if self._saved or self._prepared or self._deferred:
+            raise StepAborted("groups change between steps, and one is under way")
+        held = tuple(tuple(names) for names in fields["holders"])
+        placement = Placement(int(fields["epoch"]), held, self.group_size)
+        wanted = placement.held_by(self.name)
+        version, run = int(fields["version"]), int(fields["run"])
+        if not self.groups and version > self.version:
+            self.version, self._run = version, run
+            self._attempt = Attempt(version, 0)
+        self._check_version(version)
+        self._await_arrivals([g for g in wanted if g in self.holdings.arriving], version, run)
+        self.holdings.hold(wanted)
+        for group in wanted:
+            self._arrivals.arrived(group)
+        self._placement = placement
+        self.exchange.connect({name: Address(*address) for name, address in fields["addresses"].items()})
+        self._strike_off_followers()
+        return Message("ok", {"experts": self.experts, "version": self.version})
+
+    def _await_arrivals(self, groups: Sequence[int], version: int, run: int) -> None:
+        deadline = time.monotonic() + self._timeout_s / 2
+        while behind := self._arrivals.behind(groups, version, run):
+            if time.monotonic() > deadline:
+                raise StepAborted(f"group {behind[0]} has not arrived at {self.name} in version {version}")
+            self.exchange.wait_for_update(0.05)
+            self._arrivals.catch_up()
+
+    def _strike_off_followers(self) -> None:
+        """Those that hold the group now take part in the steps, and those of groups owned elsewhere ask there."""
+        for (group, layer), followers in list(self._followers.items()):
+            owned = group in self.groups and self._holders(group)[0] == self.name
+            left = {n: a for n, a in followers.items() if owned and n not in self._holders(group)}
+            if left:
+                self._followers[group, layer] = left
+            else:
+                del self._followers[group, layer]
+
+    def _retire(self, question: Message) -> Message:
+        """Every router uses the new placement: what is not held any more may go."""
+        if not (self._saved or self._prepared or self._deferred):
+            self.holdings.free_leaving()
+            self.holdings.trim()
+            self._memory_bytes = self.holdings.num_bytes()
+        return Message("ok", {})
 
     # -- state in and out ---------------------------------------------------------------------------------------------
 
@@ -213,197 +408,56 @@ class ExpertHost:
             "groups": list(self.groups),
             "experts": self.experts,
             "tokens": self.tokens,
+            "run": self._run,
             "memory_bytes": self._memory_bytes,
         }
 
-    def _measure(self) -> int:
-        """Bytes of parameters, gradients and optimizer state."""
-        tensors: list[Tensor] = [*self._parameters()]
-        tensors += [p.grad for p in self._parameters() if p.grad is not None]
-        tensors += [t for state in self._optimizer.state.values() for t in state.values()]
-        return sum(t.numel() * t.element_size() for t in tensors)
-
     def _export_layer(self, question: Message) -> Message:
-        """Stacked weights of one layer's experts here, in the order of `experts`."""
-        stack = self._stacks[self._layer(question.fields)]
-        names = sorted(stack._parameters)
-        tensors = tuple(stack.get_parameter(n).detach().clone() for n in names)
-        return Message("ok", {"names": names, "experts": self.experts, "version": self.version}, tensors)
-
-    def _export_experts(self, question: Message) -> Message:
-        """One expert of one layer with its optimizer state: for each of `names` weights, first and second moment."""
-        layer, expert = self._layer(question.fields), self._local(question.fields)
-        names = sorted(self._stacks[layer]._parameters)
-        tensors: list[Tensor] = []
-        for name in names:
-            tensors += [t[expert].clone() for t in self._with_moments(self._stacks[layer].get_parameter(name))]
-        return Message("ok", {"names": names, "version": self.version, "updates": self._updates()}, tuple(tensors))
-
-    def _import_experts(self, question: Message) -> Message:
-        """Counterpart of `export_experts`. The update count must be that of the experts already here."""
-        layer, expert = self._layer(question.fields), self._local(question.fields)
-        names = sorted(self._stacks[layer]._parameters)
-        tensors = iter(question.tensors)
-        if len(question.tensors) != 3 * len(names):
-            raise InvalidInput(f"need {3 * len(names)} tensors", field="tensors", value=len(question.tensors))
-        updates = int(question.fields.get("updates", 0))  # type: ignore[arg-type]
-        for name in names:
-            parameter = self._stacks[layer].get_parameter(name)
-            self._write_expert(parameter, expert, [next(tensors) for _ in range(3)], updates)
-        return Message("ok", {"version": self.version})
-
-    def _write_expert(self, parameter: Tensor, expert: int, parts: list[Tensor], updates: int) -> None:
-        for part in parts:
-            if part.shape != parameter.shape[1:] or part.dtype != parameter.dtype:
-                raise InvalidInput(
-                    f"need {tuple(parameter.shape[1:])} of {parameter.dtype}", field="tensors", value=tuple(part.shape)
-                )
-        state = self._optimizer.state[parameter]
-        if not state:
-            state |= _moments(updates, torch.zeros_like(parameter), torch.zeros_like(parameter))
-        if int(state["step"]) != updates:
-            raise InvalidInput(
-                f"the experts here had {int(state['step'])} updates",
-                field="updates",
-                value=updates,
-                remedy="import an expert of the same version",
-            )
-        with torch.no_grad():
-            for target, part in zip((parameter, state["exp_avg"], state["exp_avg_sq"]), parts, strict=True):
-                target[expert] = part
-
-    # A group moves between two steps: `export_group` here and `stage_group` there for each layer, `take_group` there,
-    # `drop_group` here. Until the last of them the group is whole where it was.
-
-    def _export_group(self, question: Message) -> Message:
-        """One layer of a group: weights, first and second moment of each of `names`, stacked."""
-        layer, place = self._layer(question.fields), self._span(self._own_group(question.fields))
-        stack = self._stacks[layer]
-        names = sorted(stack._parameters)
-        tensors = [t[place].clone() for name in names for t in self._with_moments(stack.get_parameter(name))]
-        return Message("ok", {"names": names, "updates": self._updates()}, tuple(tensors))
-
-    def _stage_group(self, question: Message) -> Message:
-        layer, group = self._layer(question.fields), self._new_group(question.fields)
-        stack = self._stacks[layer]
-        shapes = [stack.get_parameter(n).shape[1:] for n in sorted(stack._parameters) for _ in range(3)]
-        if [t.shape for t in question.tensors] != [(self.group_size, *shape) for shape in shapes]:
-            raise InvalidInput("other tensors than a group of this model has", field="tensors")
-        self._staged[group, layer] = tuple(t.to(self._device, copy=True) for t in question.tensors)
-        return Message("ok", {})
-
-    def _take_group(self, question: Message) -> Message:
-        """The staged layers become part of the stacks. The group must come from a host of the same version."""
-        group = self._new_group(question.fields)
-        staged = [self._staged.pop((group, layer), None) for layer in range(len(self._stacks))]
-        self._staged.clear()
-        if any(part is None for part in staged):
-            raise InvalidInput("some layers did not come", field="group", value=group)
-        wanted = (question.fields.get("version"), question.fields.get("updates"))
-        if wanted != (self.version, self._updates()):
-            raise StepAborted(f"group of version and updates {wanted}, here they are {self.version, self._updates()}")
-
-        def arrange(layer: int, number: int, tensor: Tensor) -> Tensor:
-            return torch.cat((tensor, staged[layer][number]))  # type: ignore[index]
-
-        self._regroup((*self.groups, group), arrange)
-        return Message("ok", {})
-
-    def _drop_group(self, question: Message) -> Message:
-        group = self._own_group(question.fields)
-        if len(self.groups) == 1:
-            raise InvalidInput(f"{self.name} owns no other", field="group", value=group)
-        place = self._span(group)
-        kept = torch.ones(len(self.experts), dtype=torch.bool)
-        kept[place] = False
-        kept_E = kept.nonzero().squeeze(1).to(self._device)
-        self._regroup(
-            tuple(g for g in self.groups if g != group), lambda layer, number, tensor: tensor.index_select(0, kept_E)
-        )
-        return Message("ok", {})
-
-    def _regroup(self, groups: tuple[int, ...], arrange: Callable[[int, int, Tensor], Tensor]) -> None:
-        """Stacks and optimizer for other groups. `arrange(layer, number, tensor)` gives each new stacked tensor;
-        numbers go over weights, first and second moment of each parameter by name."""
-        if self._saved or self._prepared or self._deferred:
-            raise StepAborted("groups move between steps, and one is under way")
-        updates = self._updates()
-        arranged = [
-            [
-                arrange(layer, 3 * number + kind, tensor)
-                for number, name in enumerate(sorted(stack._parameters))
-                for kind, tensor in enumerate(self._with_moments(stack.get_parameter(name)))
-            ]
-            for layer, stack in enumerate(self._stacks)
-        ]
-        names = [sorted(stack._parameters) for stack in self._stacks]
-        self._stacks = [
-            ExpertStack(layer.template, dict(zip(names[i], arranged[i][::3], strict=True)))
-            for i, layer in enumerate(self._skeleton.layers)
-        ]
-        self.groups = groups
-        self.experts = _experts_of(groups, self.group_size)
-        self._optimizer = self._new_optimizer()
-        for i, stack in enumerate(self._stacks if updates else []):
-            for number, name in enumerate(names[i]):
-                first, second = arranged[i][3 * number + 1 : 3 * number + 3]
-                self._optimizer.state[stack.get_parameter(name)] = _moments(updates, first, second)
-        self._memory_bytes = self._measure()
-
-    def _with_moments(self, parameter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        state = self._optimizer.state.get(parameter, {})
-        first, second = (state.get(key) for key in ("exp_avg", "exp_avg_sq"))
-        zeros = torch.zeros_like(parameter) if first is None else first
-        return parameter.detach(), zeros, zeros if second is None else second
-
-    def _span(self, group: int) -> slice:
-        """Places of a group's experts among the local ones."""
-        first = self.groups.index(group) * self.group_size
-        return slice(first, first + self.group_size)
-
-    def _own_group(self, fields: Any) -> int:
-        if (group := fields.get("group")) not in self.groups:
-            raise InvalidInput(f"{self.name} does not own it", field="group", value=group)
-        return int(group)
-
-    def _new_group(self, fields: Any) -> int:
-        group = fields.get("group")
-        num_groups = self._skeleton.num_experts // self.group_size
-        if type(group) is not int or not 0 <= group < num_groups or group in self.groups:
-            raise InvalidInput(
-                f"need one of 0 to {num_groups - 1} that {self.name} does not own", field="group", value=group
-            )
-        return group
+        """Stacked weights of one layer's experts that are owned here; `experts` are their numbers, in that order."""
+        layer = self._layer(question.fields)
+        owned = [group for group in self.groups if self._holders(group)[0] == self.name]
+        parts = [self.holdings.read(group, layer)[0][::3] for group in owned]
+        tensors = tuple(torch.cat(kind) for kind in zip(*parts, strict=True))
+        names = list(self.holdings.stacks[layer].names) if owned else []
+        fields = {"names": names, "experts": self.holdings.experts_of(owned), "version": self.version}
+        return Message("ok", fields, tensors)
 
     def _load_model(self, question: Message) -> Message:
         """Replaces all weights by those of another directory of the same architecture; moments start anew."""
         source = ModelSource(path=str(question.fields["path"]), dtype=self._source.dtype)
-        stacks = self._load(source)
-        for mine, loaded in zip(self._stacks, stacks, strict=True):
-            for name, parameter in loaded.named_parameters():
-                if mine.get_parameter(name).shape != parameter.shape:
-                    raise InvalidInput("another architecture", field=name, value=tuple(parameter.shape))
-        self._stacks = stacks
+        holdings = self._load(source, self.groups)
+        for mine, loaded in zip(self.holdings.stacks, holdings.stacks, strict=True):
+            for name in loaded.names:
+                if mine.weight(name).shape[1:] != loaded.weight(name).shape[1:]:
+                    raise InvalidInput("another architecture", field=name, value=tuple(loaded.weight(name).shape))
+        self._new_run(question.fields)
         self._drop_gradients()
-        self._optimizer = self._new_optimizer()
+        holdings.begin_run(self.holdings.settings)
+        self.holdings = holdings
         return Message("ok", {"version": self.version})
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _load(self, source: ModelSource) -> list[ExpertStack]:
-        stacks = []
-        reader = CheckpointReader(source.path, self._skeleton) if source.path else None
-        for number, layer in enumerate(self._skeleton.layers):
-            if reader is not None:
-                tensors = reader.expert_tensors(layer.name, self.experts)
-            else:
-                tensors = initial_experts(self._skeleton, number, self.groups, self.group_size, source.seed)
-            stacks.append(ExpertStack(layer.template, {n: t.to(self._device) for n, t in tensors.items()}))
-        return stacks
+    def _load(self, source: ModelSource, groups: Sequence[int]) -> Holdings:
+        reader = CheckpointReader(source.path, self._skeleton) if source.path and groups else None
+
+        def load(layer: int, groups: Sequence[int]) -> Mapping[str, Tensor]:
+            if reader is None:
+                return initial_experts(self._skeleton, layer, groups, self.group_size, source.seed)
+            experts = [g * self.group_size + i for g in groups for i in range(self.group_size)]
+            return reader.expert_tensors(self._skeleton.layers[layer].name, experts)
+
+        return Holdings(self._skeleton, self.group_size, self._device, groups, load)
+
+    def _new_run(self, fields: Mapping[str, Any]) -> None:
+        self._run = int(fields.get("run", self._run + 1))
+        self._followers.clear()
+        for group in self.holdings.arriving:
+            self._arrivals.drop(group)
 
     def _enter(self, fields: Any) -> None:
         """Admits a message of the current attempt; a new step may start only after the commit of the last."""
-        attempt = _attempt(fields)
+        attempt = Attempt.of(fields)
         if attempt < self._attempt or attempt.step <= self.version:
             raise StepAborted(
                 f"message of {attempt} came after it ended; now at {self._attempt}, version {self.version}"
@@ -414,71 +468,56 @@ class ExpertHost:
             self._drop_gradients()
             self._attempt = attempt
 
+    def _check_epoch(self, fields: Mapping[str, Any]) -> None:
+        """A message that was routed by another placement counts experts that are not these."""
+        if (epoch := fields.get("epoch", self._placement.epoch)) != self._placement.epoch:
+            raise StepAborted(f"message of placement epoch {epoch}, here it is {self._placement.epoch}")
+
     def _check_version(self, wanted: int) -> None:
         if wanted > self.version:
             raise StepAborted(f"version {wanted} is asked for, {self.version} is here")
 
-    def _check_experts(self) -> None:
-        if not self.experts or max(self.experts) >= self._skeleton.num_experts:
-            raise InvalidInput(
-                f"the model has {self._skeleton.num_experts} experts a layer",
-                field="groups",
-                value=self.groups,
-                remedy=f"with groups of {self.group_size} the last group is "
-                f"{self._skeleton.num_experts // self.group_size - 1}",
-            )
+    def _check_groups(self, groups: Sequence[int]) -> None:
+        num_groups = self._skeleton.num_experts // self.group_size
+        for group in groups:
+            if not 0 <= group < num_groups:
+                raise InvalidInput(
+                    f"the model has {self._skeleton.num_experts} experts a layer",
+                    field="groups",
+                    value=group,
+                    remedy=f"with groups of {self.group_size} the last group is {num_groups - 1}",
+                )
 
     def _layer(self, fields: Any) -> int:
-        layer = fields.get("layer")
-        if type(layer) is not int or not 0 <= layer < len(self._stacks):
-            raise InvalidInput(f"must be 0 to {len(self._stacks) - 1}", field="layer", value=layer)
+        layer, num_layers = fields.get("layer"), len(self.holdings.stacks)
+        if type(layer) is not int or not 0 <= layer < num_layers:
+            raise InvalidInput(f"must be 0 to {num_layers - 1}", field="layer", value=layer)
         return layer
 
-    def _local(self, fields: Any) -> int:
-        if (expert := fields.get("expert")) not in self.experts:
-            raise InvalidInput(f"{self.name} does not own it", field="expert", value=expert)
-        return self.experts.index(expert)
-
     def _check_tokens(self, x_TD: Tensor) -> None:
-        width = self._stacks[0].width
+        width = self.holdings.stacks[0].width
         if x_TD.ndim != 2 or x_TD.shape[1] != width or x_TD.dtype != self._skeleton.dtype:
             raise InvalidInput(
                 f"need [T, {width}] of {self._skeleton.dtype}", field="x_TD", value=(tuple(x_TD.shape), x_TD.dtype)
             )
 
+    def _touch(self, layer: int, counts_E: Sequence[int]) -> None:
+        if self._placement.has_copies:
+            size = self.group_size
+            self._touched |= {(g, layer) for i, g in enumerate(self.groups) if any(counts_E[i * size : (i + 1) * size])}
+
     def _finish_deferred(self) -> None:
         while self._deferred:
             layer, part = self._deferred.popleft()
-            self._stacks[layer].accumulate(part)
+            self.holdings.stacks[layer].accumulate(part)
 
     def _drop_gradients(self) -> None:
+        self.holdings.drop_gradients()
+        self._end_attempt()
+
+    def _end_attempt(self) -> None:
         self._saved.clear()
         self._deferred.clear()
+        self._touched.clear()
         self._prepared = None
-        for parameter in self._parameters():
-            if parameter.grad is not None:
-                parameter.grad.zero_()
-
-    def _parameters(self) -> list[torch.nn.Parameter]:
-        return [p for stack in self._stacks for p in stack.parameters()]
-
-    def _updates(self) -> int:
-        return next((int(s["step"]) for s in self._optimizer.state.values() if "step" in s), 0)
-
-    def _new_optimizer(self) -> torch.optim.AdamW:
-        named = [(f"{i}.{n}", p) for i, stack in enumerate(self._stacks) for n, p in stack.named_parameters()]
-        return adamw(named, self._settings)
-
-
-def _experts_of(groups: Sequence[int], group_size: int) -> list[int]:
-    return [g * group_size + i for g in groups for i in range(group_size)]
-
-
-def _moments(updates: int, first: Tensor, second: Tensor) -> dict[str, Tensor]:
-    """AdamW's state of a parameter. The fused step wants the count on the parameter's device."""
-    count = torch.tensor(float(updates), dtype=torch.float32, device=first.device)
-    return {"step": count, "exp_avg": first, "exp_avg_sq": second}
-
-
-def _attempt(fields: Any) -> Attempt:
-    return Attempt(int(fields["step"]), int(fields["attempt"]))
+        self.exchange.forget_gradients(self._attempt)

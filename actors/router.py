@@ -6,8 +6,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actors.dispatcher import Dispatcher, LinkOpener, Purpose
+from actors.dispatcher import Dispatcher, Purpose, Roster
 from actors.engine import DecodeEngine
-from actors.errors import InvalidInput, LinkError, MoeClusterError, NonFinite, StepAborted
-from actors.moe.dispatch import OwnerTable
+from actors.errors import InvalidInput, LinkError, MoeClusterError, NonFinite, PeerLost, StepAborted
 from actors.moe.gating import GatePast
 from actors.moe.settings import BalanceSettings, GateSettings
 from actors.optim import OptimizerSettings, adamw, scale_gradients, set_lr, square_sum
@@ -44,35 +43,35 @@ def token_losses(logits_BSV: Tensor, ids_BS: Tensor) -> Tensor:
 
 
 class Router:
-    """`openers[a]` opens a link to the actor that owns `owned[a]` (expert numbers in that actor's local order).
+    """`train_step` and `adopt` are called by one thread; serving calls by any number of others.
 
-    `train_step` is called by one thread; serving calls by any number of others.
+    `find_roster` is asked when expert actors are gone, with their names: it gives the roster to go on with, or raises.
     """
 
     def __init__(
         self,
         source: ModelSource,
-        openers: Sequence[LinkOpener],
-        owned: Sequence[Sequence[int]],
+        roster: Roster,
         *,
         gate: GateSettings | None = None,
         device: str = "cpu",
         timeout_s: float = 30.0,
         max_step_retries: int = 3,
         max_sessions: int = 16,
+        find_roster: Callable[[Sequence[str]], Roster] | None = None,
     ) -> None:
         self._skeleton = skeleton(source)
         self._source = source
         self._max_retries = max_step_retries
         self._timeout_s = timeout_s
-        owners = OwnerTable.of([list(o) for o in owned])
-        if len(owners.actor_E) != self._skeleton.num_experts:
+        self._find_roster = find_roster
+        num_layers, num_experts = len(self._skeleton.layers), self._skeleton.num_experts
+        if roster.placement.num_experts != num_experts:
             raise InvalidInput(
-                f"the model has {self._skeleton.num_experts} experts a layer", field="owned", value=len(owners.actor_E)
+                f"the model has {num_experts} experts a layer", field="placement", value=roster.placement.num_experts
             )
-        num_layers = len(self._skeleton.layers)
-        self._training = Dispatcher(openers, owners, num_layers=num_layers, timeout_s=timeout_s)
-        self._serving = Dispatcher(openers, owners, num_layers=num_layers, timeout_s=timeout_s)
+        self._training = Dispatcher(num_layers, num_experts, timeout_s=timeout_s)
+        self._serving = Dispatcher(num_layers, num_experts, timeout_s=timeout_s, reroutes=True)
         self.trunk = load_trunk(source, self._skeleton, device)
         self._view = second_view(source, self.trunk)
         self.routing = Routing(self.trunk, self._skeleton, gate or GateSettings(), source.seed)
@@ -80,16 +79,18 @@ class Router:
             self.routing.load(Path(source.path))
         connect(self.trunk, [self.routing.layer_function(i, self._training) for i in range(num_layers)])
         connect(self._view, [self.routing.layer_function(i, self._serving) for i in range(num_layers)])
-        self.version = self._agree_on_version()
         self._attempt = 0
         self._unconfirmed: list[Pending | None] = []
         self._commit_fields: dict[str, Any] = {}
-        self._served_version = self.version
+        self._served_version = 0
         """The newest version that every expert actor has confirmed over the serving links."""
         self._gate = VersionGate()
         self._serving_lock = threading.Lock()
         self._settings = OptimizerSettings()
         self._optimizer = self._new_optimizer()
+        self._training.connect(roster.peers)
+        self.version, self._run = self._agree()
+        self._switch(roster)
         text = self._skeleton.config.get_text_config()
         self.vocab_size = int(text.vocab_size)
         self.max_positions = int(getattr(text, "max_position_embeddings", 1 << 20))
@@ -108,9 +109,9 @@ class Router:
         """A new job: balance rules, optimizer settings and fresh moments, here and on every expert actor."""
         self.routing.begin_run(balance or BalanceSettings())
         self._settings = settings
-        self._training.reopen()
-        self._confirm_commit()
-        self._training.ask_all("begin_run", {"optimizer": settings.to_dict()})
+        self._reach_all()
+        self._run += 1
+        self._training.ask_all("begin_run", {"optimizer": settings.to_dict(), "run": self._run})
         self._optimizer = self._new_optimizer()
 
     def train_step(
@@ -156,9 +157,10 @@ class Router:
         loss, balance = self._accumulate(step, microbatches)
         square = square_sum(self._parameters())
         self._confirm_commit()
-        for answer in self._training.ask_all("prepare", {"step": step, "attempt": self._attempt}):
-            part = answer.fields["square_sum"]
-            square += math.nan if part is None else float(part)  # type: ignore[arg-type]
+        for phase in ("prepare", "reduce") if self._roster.placement.has_copies else ("prepare",):
+            for answer in self._training.ask_all(phase, {"step": step, "attempt": self._attempt}).values():
+                part = answer.fields["square_sum"]
+                square += math.nan if part is None else float(part)  # type: ignore[arg-type]
         norm = math.sqrt(square)
         if not math.isfinite(norm):
             raise NonFinite(f"gradient norm is {norm}", step=step)
@@ -172,8 +174,8 @@ class Router:
         num_tokens = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in microbatches)
         total = total_balance = 0.0
         for number, ids_BS in enumerate(microbatches):
-            self._training.purpose = Purpose(
-                step, self._attempt, number, min_version=step - 1, sequence_length=ids_BS.shape[1]
+            self._training.begin(
+                Purpose(step, self._attempt, number, min_version=step - 1, sequence_length=ids_BS.shape[1])
             )
             ids_BS = ids_BS.to(device)
             loss = token_losses(self.trunk(input_ids=ids_BS, use_cache=False).logits, ids_BS) / num_tokens
@@ -208,7 +210,7 @@ class Router:
         """Reads the answers to the last commit. If one is missing all are asked again: who has done it just says so."""
         answered = all(self._is_confirmed(pending) for pending in self._unconfirmed)
         if not answered:
-            self._training.reopen()
+            self._reopen()
             self._training.ask_all("commit", self._commit_fields)
         self._unconfirmed = []
 
@@ -229,55 +231,69 @@ class Router:
         self._attempt += 1
 
     def _recover(self) -> None:
-        """Before another attempt: links open, the last commit done everywhere, leftovers of the failed one dropped."""
-        self._training.reopen()
-        self._confirm_commit()
+        """Before another attempt: every actor there, the last commit done, leftovers of the failed attempt dropped."""
+        self._reach_all()
         self._training.ask_all("abort", {"step": self.version + 1, "attempt": self._attempt - 1})
 
     # -- placement ----------------------------------------------------------------------------------------------------
 
-    def move_group(self, group: int, source: int, target: int) -> None:
-        """One expert group from actor to actor (places in `owned`), between two steps; serving waits meanwhile.
+    def adopt(self, roster: Roster) -> float:
+        """Another placement, with what links it needs, between two steps. An older one than that in use is ignored.
 
-        Called by the thread that trains. After a fault the group has one owner still: it stays where it was, or the
-        move is complete where only its last answer was lost.
+        -> seconds that steps and requests waited. After an error the placement before is in use again.
         """
-        self._training.reopen()
+        if roster.placement.epoch <= self._roster.placement.epoch:
+            return 0.0
+        self._training.drop_closed(but=roster.peers)
         self._confirm_commit()
-        giver, taker = self._training.links[source], self._training.links[target]
+        # What arrives needs the last update of who leaves, so nobody leaves before the switch.
+        leaving = {n: p for n, p in self._roster.peers.items() if n in self._training.links and n not in roster.peers}
+        self._training.connect({**roster.peers, **leaving})
+        started = time.monotonic()
+        try:
+            self._reopen()
+            self._switch(roster)
+        except MoeClusterError:
+            with suppress(MoeClusterError):  # whoever needs it next tries again
+                self._settle()
+            raise
+        waited = time.monotonic() - started
+        self._training.connect(roster.peers)
+        self._training.tell_living("retire", {})
+        return waited
+
+    def _switch(self, roster: Roster) -> None:
+        """Serving waits meanwhile."""
+        self._settled = False
         with self._serving_lock, self._gate.writing():
-            updates = 0
-            for layer in range(len(self._skeleton.layers)):
-                part = giver.call(Message("export_group", {"group": group, "layer": layer}), self._timeout_s)
-                updates = int(part.fields["updates"])  # type: ignore[arg-type]
-                staged = Message("stage_group", {"group": group, "layer": layer}, part.tensors)
-                taker.call(staged, self._timeout_s)
-            ticket = {"group": group, "version": self.version, "updates": updates}
-            try:
-                taker.call(Message("take_group", ticket), self._timeout_s)
-                giver.call(Message("drop_group", {"group": group}), self._timeout_s)
-            except MoeClusterError:
-                if not self._settle_group(group, source, target):
-                    raise
-            self._training.owners = self._serving.owners = OwnerTable.of(self._ask_owned())
+            fields = {**roster.fields(), "version": self.version, "run": self._run}
+            answers = self._training.ask_all("place", fields, among=list(roster.peers))
+            held = {name: _numbers(answer, "experts") for name, answer in answers.items()}
+            self._serving.connect(roster.peers)
+            for dispatcher in (self._training, self._serving):
+                dispatcher.use(roster.placement.epoch, held)
+            self._served_version = self.version
+            self._roster = roster
+            self._settled = True
 
-    def _settle_group(self, group: int, source: int, target: int) -> bool:
-        """After a fault in the hand-over: what the two hosts own says how far it came. Whether the move is complete.
+    def _settle(self) -> None:
+        """After a switch that failed: some actors may have a newer placement than the one in use."""
+        if not self._settled:
+            self._reopen()
+            self._switch(self._roster)
 
-        Where both own the group the taker gives it back."""
-        self._training.reopen()
-        answers = self._ask_status()
-        given, taken = (group in _numbers(answers[i], "groups") for i in (source, target))
-        if given and taken:
-            self._training.links[target].call(Message("drop_group", {"group": group}), self._timeout_s)
-        return taken and not given
+    def _reopen(self) -> None:
+        if gone := self._training.reopen():
+            raise PeerLost("the actor is gone", peer=gone[0])
 
-    def _ask_status(self) -> list[Message]:
-        return self._training.ask_all("status", {})
-
-    def _ask_owned(self) -> list[list[int]]:
-        """Expert numbers of each actor, in its local order."""
-        return [_numbers(answer, "experts") for answer in self._ask_status()]
+    def _reach_all(self) -> None:
+        """Every actor has an open link and the last commit. Those that are gone are left out by a new roster."""
+        while gone := self._training.reopen():
+            if self._find_roster is None:
+                raise PeerLost("the actor is gone", peer=gone[0])
+            self.adopt(self._find_roster(gone))
+        self._confirm_commit()
+        self._settle()
 
     # -- serving ------------------------------------------------------------------------------------------------------
 
@@ -327,7 +343,7 @@ class Router:
         with self._serving_lock, self._gate.reading():
             self._serving.reopen()
             self._bring_commit()
-            self._serving.purpose = Purpose(min_version=self.version, sequence_length=sequence_length, pasts=pasts)
+            self._serving.begin(Purpose(min_version=self.version, sequence_length=sequence_length, pasts=pasts))
             yield self.version
 
     def _bring_commit(self) -> None:
@@ -349,8 +365,7 @@ class Router:
         """What each expert actor says of itself, in actor order, with the kind of its link."""
         with self.quiet() as dispatcher:
             answers = dispatcher.ask_all("status", {})
-            links = [link.kind for link in dispatcher.links]
-        return [{**answer.fields, "link": kind} for answer, kind in zip(answers, links, strict=True)]
+            return [{**answer.fields, "link": dispatcher.links[name].kind} for name, answer in answers.items()]
 
     def vitals(self) -> dict[str, Any]:
         """Cheap, without asking anybody: version, memory in bytes, link kind of each expert actor."""
@@ -361,7 +376,7 @@ class Router:
         return {
             "version": self.version,
             "memory_bytes": sum(t.numel() * t.element_size() for t in tensors),
-            "links": {link.peer: link.kind for link in self._training.links},
+            "links": {name: link.kind for name, link in list(self._training.links.items())},
         }
 
     def replace_weights(self, path: str) -> None:
@@ -370,7 +385,8 @@ class Router:
         with self._serving_lock, self._gate.writing():
             self._serving.reopen()
             self._bring_commit()
-            self._serving.ask_all("load", {"path": path}, timeout_s=10 * self._timeout_s)
+            self._run += 1
+            self._serving.ask_all("load", {"path": path, "run": self._run}, timeout_s=10 * self._timeout_s)
             load_weights(self.trunk, reader)
             self.routing.load(Path(path))
             self._optimizer = self._new_optimizer()
@@ -403,11 +419,14 @@ class Router:
         device: torch.device = self.trunk.get_input_embeddings().weight.device
         return device
 
-    def _agree_on_version(self) -> int:
-        versions = {int(a.fields["version"]) for a in self._ask_status()}  # type: ignore[arg-type]
-        if len(versions) != 1:
-            raise MoeClusterError(f"expert actors are at different versions: {sorted(versions)}")
-        return versions.pop()
+    def _agree(self) -> tuple[int, int]:
+        """Version and run of the expert actors."""
+        found = {
+            (int(a.fields["version"]), int(a.fields["run"])) for a in self._training.ask_all("status", {}).values()
+        }  # type: ignore[arg-type]
+        if len(found) != 1:
+            raise MoeClusterError(f"expert actors are at different (version, run): {sorted(found)}")
+        return found.pop()
 
     def _check_ids(self, ids_BS: Tensor, least: int = 2) -> None:
         if ids_BS.ndim != 2 or ids_BS.shape[0] == 0 or ids_BS.shape[1] < least:

@@ -2,7 +2,64 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which expert actors hold which expert group."""
+
+    epoch: int
+    """Counts placements; a message that names another epoch was routed by another placement."""
+    holders: tuple[tuple[str, ...], ...]
+    """Actors that hold each group: its owner first, then those with a copy. Empty: the group is lost."""
+    group_size: int
+    """Experts of every MoE layer in a group: group g holds experts [g * group_size, (g + 1) * group_size)."""
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.holders)
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.holders) * self.group_size
+
+    @property
+    def actors(self) -> tuple[str, ...]:
+        """Every holder once, owners in the order of their first group, then those that hold copies only."""
+        owners = [held[0] for held in self.holders if held]
+        return tuple(dict.fromkeys([*owners, *(actor for held in self.holders for actor in held)]))
+
+    @property
+    def has_copies(self) -> bool:
+        return any(len(held) > 1 for held in self.holders)
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """Groups that nobody holds."""
+        return tuple(group for group, held in enumerate(self.holders) if not held)
+
+    def owner(self, group: int) -> str:
+        """Sums the gradients of all copies. Empty for a lost group."""
+        return self.holders[group][0] if self.holders[group] else ""
+
+    def owned_by(self, actor: str) -> tuple[int, ...]:
+        return tuple(group for group in range(self.num_groups) if self.owner(group) == actor)
+
+    def held_by(self, actor: str) -> tuple[int, ...]:
+        """Groups it owns or has a copy of."""
+        return tuple(group for group, held in enumerate(self.holders) if actor in held)
+
+    def experts_of_group(self, group: int) -> range:
+        if not 0 <= group < len(self.holders):
+            raise IndexError(f"no expert group {group} of {len(self.holders)}")
+        return range(group * self.group_size, (group + 1) * self.group_size)
+
+    def without(self, actors: Collection[str]) -> Placement:
+        """The next epoch after these actors died: the first copy that is left becomes the owner."""
+        holders = tuple(tuple(actor for actor in held if actor not in actors) for held in self.holders)
+        return replace(self, epoch=self.epoch + 1, holders=holders)
 
 
 @dataclass(frozen=True)

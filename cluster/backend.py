@@ -117,7 +117,7 @@ class ActorStatus:
     device: str
     version: int
     groups: tuple[int, ...] = ()
-    """Expert groups it owns (expert actors)."""
+    """Expert groups it owns or has a copy of (expert actors)."""
     memory_bytes: int = 0
     """Bytes of parameters, gradients and optimizer state it holds."""
     tokens: int = 0
@@ -136,7 +136,7 @@ class ClusterStatus:
     version: int
     placement_epoch: int
     owners: Mapping[int, str]
-    """Expert group -> actor id."""
+    """Expert group -> id of the actor that owns it; a group that nobody holds any more is left out."""
     group_size: int
     nodes: tuple[str, ...]
     actors: tuple[ActorStatus, ...]
@@ -151,6 +151,8 @@ class ClusterStatus:
     vocab_size: int = 0
     shared_share: float = 0.0
     """Parameters of shared experts over all parameters."""
+    copies: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    """Expert group -> ids of the actors that hold it beside its owner; groups without a copy are left out."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,8 @@ class LoadReport:
     load_LE: tuple[tuple[int, ...], ...]
     """(token, expert) pairs each expert of each MoE layer got."""
     actors: Mapping[str, int]
-    """Expert actor -> pairs of the experts that it owns now, whoever owned them in the window."""
+    """Expert actor -> pairs of the experts that it holds now, whoever held them in the window; those of a group with
+    copies are split evenly over its holders."""
     nodes: Mapping[str, int]
     """Node -> the same, summed over its actors; the empty name for actors that have not reported yet."""
     max_vio_L: tuple[float, ...]
@@ -201,19 +204,21 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class GroupMove:
-    """An expert group goes to another actor, weights and optimizer state."""
+    """An actor gets an expert group from another, weights and optimizer state."""
 
     group: int
     source: str
     target: str
     """Actor ids."""
     num_bytes: int
+    kind: str = "move"
+    """`move`: the source gives the group up; `copy`: it keeps it, and the target holds it too."""
 
 
 @dataclass(frozen=True)
 class Rebalance:
     """What moving expert groups would bring, or has brought. Balance is average over maximum load of the actors, over
-    the window of `LoadReport`: 1 is even."""
+    the window of `LoadReport`: 1 is even. A group's load is split evenly over its holders."""
 
     moves: tuple[GroupMove, ...]
     balance_before: float
@@ -225,6 +230,10 @@ class Rebalance:
     """False for a dry run, and where moving would not pay."""
     message: str = ""
     """Why nothing is moved; empty otherwise."""
+    unmet: tuple[str, ...] = ()
+    """What was asked of the placement and cannot be had, as sentences."""
+    stall_s: float = 0.0
+    """Longest time that a step waited for a change of placement; 0 for a dry run."""
 
 
 @dataclass(frozen=True)
@@ -264,9 +273,9 @@ class Backend(Protocol):
     async def load_report(self, *, timeout_s: float) -> LoadReport: ...
 
     async def rebalance(self, *, dry_run: bool, timeout_s: float) -> Rebalance:
-        """Moves expert groups between actors by load, while steps and requests go on.
+        """Moves and copies expert groups by load, and restores missing copies, while steps and requests go on.
 
-        `FailedPrecondition` while another rebalance runs, or before there is any load.
+        `FailedPrecondition` while another rebalance runs, or where there is no load to go by and nothing is missing.
         """
 
     async def export_model(self, path: str, *, timeout_s: float) -> ModelDirectory:

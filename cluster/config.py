@@ -29,6 +29,12 @@ class ExpertsConfig:
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = 1
     """Intra-op threads of one expert actor (CPU only)."""
+    redundancy: int = 1
+    """Actors that hold each expert group, on different nodes: 2 survives the death of any one node. Each step sends the
+    group's gradients to its copies."""
+    max_groups: int = 0
+    """Most groups one actor may hold, copies included; 0: as many as the placement needs, ceil(groups * redundancy /
+    actors) + 1 where the nodes are alike."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cluster.config import ClusterConfig, DataConfig, FrontConfig, JobConfig, ModelConfig, OptimizerConfig, RayConfig
+from cluster.config import (
+    ClusterConfig,
+    DataConfig,
+    ExpertsConfig,
+    FrontConfig,
+    JobConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RayConfig,
+)
 from cluster.errors import ConfigError
 
 _PATH, _STDLIB = "path:", "builtin:python-stdlib"
@@ -19,9 +28,7 @@ def validate_cluster(config: ClusterConfig, source: str) -> ClusterConfig:
     _check_model(config.model, check.below("model"))
     _check_ray(config.ray, check.below("ray"))
 
-    check.at_least("experts.actors", config.experts.actors, 1)
-    check.at_least("experts.group_size", config.experts.group_size, 1)
-    check.at_least("experts.threads", config.experts.threads, 1)
+    _check_experts(config.experts, config.ray, check.below("experts"))
 
     check.at_least("router.threads", config.router.threads, 1)
     check.above("router.request_timeout_s", config.router.request_timeout_s, 0)
@@ -115,6 +122,28 @@ def _check_ray(config: RayConfig, check: _Check) -> None:
     else:
         remedy = "give one, e.g. auto or 10.0.0.1:6379, or set ray.mode to embedded"
         check.that(bool(config.address), "address", "is needed to join an existing cluster", config.address, remedy)
+
+
+def _check_experts(config: ExpertsConfig, ray: RayConfig, check: _Check) -> None:
+    check.at_least("actors", config.actors, 1)
+    check.at_least("group_size", config.group_size, 1)
+    check.at_least("threads", config.threads, 1)
+    check.at_least("redundancy", config.redundancy, 1)
+    check.at_least("max_groups", config.max_groups, 0)
+    check.that(
+        config.redundancy <= config.actors,
+        "redundancy",
+        f"is more than the {config.actors} expert actors",
+        config.redundancy,
+        f"use at most {config.actors}, or set experts.actors to {config.redundancy} or more",
+    )
+    check.that(
+        ray.mode != "embedded" or config.redundancy <= ray.nodes,
+        "redundancy",
+        f"copies of a group go to different nodes, and ray.nodes is {ray.nodes}",
+        config.redundancy,
+        f"use at most {ray.nodes}, or set ray.nodes to {config.redundancy} or more",
+    )
 
 
 def _check_front(config: FrontConfig, check: _Check) -> None:

@@ -29,6 +29,10 @@ class Unavailable(MoeClusterError):
     """The service cannot answer now; trying again later is right."""
 
 
+class StorageFull(MoeClusterError):
+    """No room for a checkpoint. Earlier ones are untouched; trying again when there is room is right."""
+
+
 class PortInUse(MoeClusterError):
     """The address to listen on is taken by another process."""
 

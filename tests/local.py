@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from actors.dispatcher import Peer, Roster
+from actors.errors import PeerLost
 from actors.expert import ExpertHost
 from actors.moe.settings import GateSettings
 from actors.router import Router
@@ -13,15 +15,130 @@ from actors.transport.contract import Link
 from actors.transport.local import LocalLink
 from actors.transport.socket import SocketLink, SocketServer
 from actors.trunk.model import ModelSource, skeleton
+from actors.values import Address, Placement
 from cluster.placement.placement import ActorSlot, spread
 
 LinkWrap = Callable[[int, Link], Link]
+MAX_BYTES = 1 << 28
+
+
+class Member:
+    """One expert host with its servers."""
+
+    def __init__(self, number: int, source: ModelSource, groups: Sequence[int], cluster: LocalCluster) -> None:
+        self.name, self.number = f"expert-{number}", number
+        self._cluster = cluster
+        self.host = ExpertHost(
+            self.name,
+            source,
+            groups,
+            group_size=cluster.group_size,
+            device=cluster.device,
+            open_peer=cluster.open_exchange,
+            timeout_s=cluster.timeout_s,
+        )
+        self.servers: list[SocketServer] = []
+        self.dead = False
+        if cluster.links == "socket":
+            self.servers = [
+                SocketServer(self.name, self.host.handle, max_bytes=MAX_BYTES, idle=self.host.idle),
+                SocketServer(self.name, self.host.exchange.handle, max_bytes=MAX_BYTES),
+            ]
+            for server in self.servers:
+                server.start()
+
+    @property
+    def exchange_address(self) -> Address:
+        return self.servers[1].address if self.servers else Address("", self.name, "")
+
+    def open(self) -> Link:
+        if self.dead:
+            raise PeerLost("killed by the test", peer=self.name)
+        if not self.servers:
+            return self._cluster.wrap(self.number, _Mortal(self, self.host.handle))
+        link = SocketLink(
+            self.name, self.servers[0].address, name="router", max_bytes=MAX_BYTES, timeout_s=self._cluster.timeout_s
+        )
+        return self._cluster.wrap(self.number, link)
+
+    def open_exchange(self) -> Link:
+        if self.dead:
+            raise PeerLost("killed by the test", peer=self.name)
+        if not self.servers:
+            return _Mortal(self, self.host.exchange.handle)
+        return SocketLink(
+            self.name, self.servers[1].address, name="peer", max_bytes=MAX_BYTES, timeout_s=self._cluster.timeout_s
+        )
+
+    def kill(self) -> None:
+        """As a process that dies: nothing of it answers any more."""
+        self.dead = True
+        for server in self.servers:
+            server.stop()
+
+
+class _Mortal(LocalLink):
+    def __init__(self, member: Member, handler: Callable[..., object]) -> None:
+        super().__init__(member.name, handler)  # type: ignore[arg-type]
+        self._member = member
+
+    def _send(self, question: object) -> None:
+        if self._member.dead:
+            self.close()
+            raise PeerLost("killed by the test", peer=self.peer)
+        super()._send(question)  # type: ignore[arg-type]
 
 
 @dataclass
 class LocalCluster:
-    router: Router
-    hosts: list[ExpertHost]
+    source: ModelSource
+    group_size: int
+    links: str
+    wrap: LinkWrap
+    timeout_s: float
+    device: str
+    members: dict[str, Member] = field(default_factory=dict)
+    router: Router = field(init=False)
+    placement: Placement = field(init=False)
+
+    @property
+    def hosts(self) -> list[ExpertHost]:
+        return [member.host for member in self.members.values()]
+
+    def add(self, groups: Sequence[int] = ()) -> str:
+        """Another expert actor, which holds these groups as they were at the start."""
+        number = len(self.members)
+        member = Member(number, self.source, groups, self)
+        self.members[member.name] = member
+        return member.name
+
+    def open_exchange(self, name: str, address: Address) -> Link:
+        return self.members[name].open_exchange()
+
+    def roster(self, placement: Placement) -> Roster:
+        peers = {n: Peer(self.members[n].open, self.members[n].exchange_address) for n in placement.actors}
+        return Roster(placement, peers)
+
+    def without(self, gone: Sequence[str]) -> Roster:
+        """What a coordinator answers when actors are gone."""
+        self.placement = self.placement.without(gone)
+        return self.roster(self.placement)
+
+    def adopt(self, *holders: str) -> float:
+        """`holders[g]`: actor numbers that hold group g, as digits, its owner first. What is missing there arrives."""
+        held = tuple(tuple(f"expert-{n}" for n in numbers) for numbers in holders)
+        for group, names in enumerate(held):
+            for name in names:
+                if group not in self.members[name].host.groups:
+                    self.arrive(group, self.placement.owner(group), name)
+        placement = Placement(self.placement.epoch + 1, held, self.group_size)
+        waited = self.router.adopt(self.roster(placement))
+        self.placement = placement
+        return waited
+
+    def arrive(self, group: int, source: str, target: str) -> int:
+        giver, taker = self.members[source], self.members[target]
+        return taker.host.arrive(group, source, giver.exchange_address, taker.exchange_address, self.timeout_s)
 
 
 @contextmanager
@@ -36,40 +153,30 @@ def cluster(
     max_step_retries: int = 3,
     gate: GateSettings | None = None,
     device: str = "cpu",
+    redundancy: int = 1,
+    heals: bool = False,
 ) -> Iterator[LocalCluster]:
-    """`wrap` may put a faulty link around each link as it is opened."""
+    """`wrap` may put a faulty link around each link as it is opened. With `heals` copies take over from the dead."""
     slots = [ActorSlot(f"expert-{i}", f"node-{i}") for i in range(num_actors)]
-    placement = spread(skeleton(source).num_experts, group_size, slots)
-    hosts = [ExpertHost(s.id, source, placement.groups_of(s.id), group_size=group_size, device=device) for s in slots]
-    servers = [_serve(host) for host in hosts] if links == "socket" else []
-
-    def opener(i: int) -> Callable[[], Link]:
-        def open_link() -> Link:
-            if links == "local":
-                return wrap(i, LocalLink(hosts[i].name, hosts[i].handle))
-            link = SocketLink(hosts[i].name, servers[i].address, name="router", max_bytes=1 << 28, timeout_s=timeout_s)
-            return wrap(i, link)
-
-        return open_link
-
-    router = Router(
+    placement = spread(skeleton(source).num_experts, group_size, slots, redundancy)
+    local = LocalCluster(source, group_size, links, wrap, timeout_s, device)
+    local.placement = placement
+    for slot in slots:
+        local.add(placement.held_by(slot.id))
+    local.router = Router(
         source,
-        [opener(i) for i in range(num_actors)],
-        [host.experts for host in hosts],
+        local.roster(placement),
         gate=gate,
         device=device,
         timeout_s=timeout_s,
         max_step_retries=max_step_retries,
+        find_roster=local.without if heals else None,
     )
     try:
-        yield LocalCluster(router, hosts)
+        yield local
     finally:
-        router.close()
-        for server in servers:
-            server.stop()
-
-
-def _serve(host: ExpertHost) -> SocketServer:
-    server = SocketServer(host.name, host.handle, max_bytes=1 << 28, idle=host.idle)
-    server.start()
-    return server
+        local.router.close()
+        for member in local.members.values():
+            member.host.close()
+            if not member.dead:
+                member.kill()

@@ -10,7 +10,7 @@ The layout of the weights and the gating function are those of the transformers 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -108,10 +108,39 @@ class ExpertStack(nn.Module):
         self._out = "down_proj"
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor))
+        self.names = tuple(sorted(tensors))
 
     @property
     def num_experts(self) -> int:
         return int(self._parameter(self._in).shape[0])
+
+    def weight(self, name: str) -> Tensor:
+        return self._parameter(name).detach()
+
+    def gradient(self, name: str) -> Tensor:
+        return _grad(self._parameter(name))
+
+    def zero_gradients(self) -> None:
+        for name in self.names:
+            if (grad := self._parameter(name).grad) is not None:
+                grad.zero_()
+
+    def resize(self, num_experts: int) -> None:
+        """Room for more experts behind those that are here; also in the middle of a step."""
+        self._rebuild(lambda old: torch.cat((old, old.new_zeros(num_experts - len(old), *old.shape[1:]))))
+
+    def keep(self, experts: Sequence[int]) -> None:
+        """Gives up all but these; between two steps, since what is saved counts by the old numbers."""
+        kept_E = torch.tensor(experts, device=self._parameter(self._in).device)
+        self._rebuild(lambda old: old.index_select(0, kept_E))
+
+    @torch.no_grad()
+    def _rebuild(self, change: Callable[[Tensor], Tensor]) -> None:
+        for name in self.names:
+            old = self._parameter(name)
+            new = nn.Parameter(change(old))
+            new.grad = None if old.grad is None else change(old.grad)
+            self.register_parameter(name, new)
 
     @property
     def width(self) -> int:
@@ -150,17 +179,18 @@ class ExpertStack(nn.Module):
     def _compute(self, x_TD: Tensor, work: Work, *, keep: bool) -> tuple[Activations | None, Tensor]:
         """Outputs of each pair [P, D], not weighted; with `keep`, what their backward needs."""
         with torch.no_grad():
+            counts_E = self._padded(work.counts_E)
             rows_PD = x_TD.index_select(0, work.token_P)
-            pre_PH = grouped_mm(rows_PD, self._matrices(self._in), work.counts_E)
+            pre_PH = grouped_mm(rows_PD, self._matrices(self._in), counts_E)
             if (bias := self._bias(self._in)) is not None:
-                add_bias(pre_PH, bias, work.counts_E)
+                add_bias(pre_PH, bias, counts_E)
         with torch.set_grad_enabled(keep):
             pre_PH.requires_grad_(keep)
             act_PI = self._activate(pre_PH)
         with torch.no_grad():
-            out_PD = grouped_mm(act_PI.detach(), self._matrices(self._out), work.counts_E)
+            out_PD = grouped_mm(act_PI.detach(), self._matrices(self._out), counts_E)
             if (bias := self._bias(self._out)) is not None:
-                add_bias(out_PD, bias, work.counts_E)
+                add_bias(out_PD, bias, counts_E)
         return Activations(work, rows_PD, pre_PH, act_PI) if keep else None, out_PD
 
     @torch.no_grad()
@@ -169,19 +199,20 @@ class ExpertStack(nn.Module):
     ) -> tuple[Tensor, WeightGradients]:
         """Adds into `grad_x_TD`; -> gradient of the gate weights [P], and what is left for the expert weights."""
         work = saved.work
+        counts_E = self._padded(work.counts_E)
         grad_rows_PD = grad_y_TD.index_select(0, work.token_P)
         # With w the gate weight, y = w * (act @ W + b): grad of w is <grad_y, act @ W + b> = <grad_y @ W^T, act> + ...
-        unweighted_PI = grouped_mm(grad_rows_PD, self._matrices(self._out).transpose(1, 2), work.counts_E)
+        unweighted_PI = grouped_mm(grad_rows_PD, self._matrices(self._out).transpose(1, 2), counts_E)
         wide = torch.promote_types(work.weight_P.dtype, grad_y_TD.dtype)
         grad_weight_P = (unweighted_PI * saved.act_PI.detach()).sum(1, dtype=wide)
         if (bias := self._bias(self._out)) is not None:
-            bias_PD = add_bias(torch.zeros_like(grad_rows_PD), bias, work.counts_E)
+            bias_PD = add_bias(torch.zeros_like(grad_rows_PD), bias, counts_E)
             grad_weight_P += (grad_rows_PD * bias_PD).sum(1, dtype=wide)
         scale_P1 = work.weight_P.unsqueeze(1).to(grad_rows_PD.dtype)
         (grad_pre_PH,) = torch.autograd.grad(saved.act_PI, saved.pre_PH, unweighted_PI.mul_(scale_P1))
         grad_pre_PH = grad_pre_PH.contiguous()
         grad_x_TD.index_add_(
-            0, work.token_P, grouped_mm(grad_pre_PH, self._matrices(self._in).transpose(1, 2), work.counts_E)
+            0, work.token_P, grouped_mm(grad_pre_PH, self._matrices(self._in).transpose(1, 2), counts_E)
         )
         later = WeightGradients(saved, grad_pre_PH, grad_rows_PD.mul_(scale_P1))
         return grad_weight_P.to(work.weight_P.dtype), later
@@ -189,7 +220,7 @@ class ExpertStack(nn.Module):
     @torch.no_grad()
     def accumulate(self, part: WeightGradients) -> None:
         """Adds the weights' gradients of one micro-batch into `.grad`."""
-        saved, counts_E = part.saved, part.saved.work.counts_E
+        saved, counts_E = part.saved, self._padded(part.saved.work.counts_E)
         act_PI = saved.act_PI.detach()
         self._accumulate_matrix(self._in, saved.rows_PD, part.grad_pre_PH, counts_E)
         self._accumulate_matrix(self._out, act_PI, part.grad_out_PD, counts_E)
@@ -206,6 +237,11 @@ class ExpertStack(nn.Module):
         """[E, in, out], whichever way the family stores them."""
         weight = self._parameter(name)
         return weight if self._transposed else weight.transpose(1, 2)
+
+    def _padded(self, counts_E: Sequence[int]) -> Sequence[int]:
+        """Room may have been made since these were counted."""
+        missing = self.num_experts - len(counts_E)
+        return [*counts_E, *[0] * missing] if missing else counts_E
 
     def _parameter(self, name: str) -> nn.Parameter:
         """As `get_parameter`, without its parsing of the name: this is called several times a message."""

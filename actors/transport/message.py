@@ -37,8 +37,6 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-Field = str | int | float | bool | None | list[Any] | dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Message:
@@ -48,7 +46,7 @@ class Message:
     """
 
     op: str
-    fields: Mapping[str, Field] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
     tensors: tuple[Tensor, ...] = ()
     id: int = 0
     """Set by the link; an answer carries the id of its question."""

@@ -89,10 +89,14 @@ def _layer_tensors(layer: int, skeleton: Skeleton, dispatcher: Dispatcher, timeo
         name: torch.empty(skeleton.num_experts, *shape, dtype=skeleton.dtype)
         for name, shape in description.shapes().items()
     }
-    for answer in dispatcher.ask_all("export_layer", {"layer": layer}, timeout_s):
+    missing = set(range(skeleton.num_experts))
+    for answer in dispatcher.ask_all("export_layer", {"layer": layer}, timeout_s).values():
         fields: Any = answer.fields
+        missing -= set(fields["experts"])
         for name, tensor in zip(fields["names"], answer.tensors, strict=True):
             stacked[name][fields["experts"]] = tensor.cpu()
+    if missing:
+        raise MoeClusterError(f"experts {sorted(missing)} have no owner at the moment; try again")
     return {f"{description.name}.{name}": tensor for name, tensor in stacked.items()}
 
 

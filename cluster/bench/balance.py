@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from actors.dispatcher import Peer, Roster
 from actors.expert import ExpertHost
 from actors.moe.measures import max_vio, utilisation_std
 from actors.moe.settings import BalanceSettings, GateSettings
@@ -34,7 +35,7 @@ from actors.router import Router
 from actors.transport.contract import Link
 from actors.transport.local import LocalLink
 from actors.trunk.model import ModelSource
-from actors.values import StepReport
+from actors.values import Placement, StepReport
 from cluster.bench.result import Report, Row
 from cluster.config import BatchConfig, DataConfig, EvalConfig, JobConfig, OptimizerConfig, ScheduleConfig
 from cluster.jobs.batches import MicroBatch
@@ -190,8 +191,8 @@ def _local_router(seed: int) -> Iterator[_LocalRouter]:
     """A router and its expert hosts in this process."""
     source = ModelSource(values=MODEL, seed=seed)
     hosts = [ExpertHost(f"expert-{i}", source, [i], group_size=GROUP_SIZE) for i in range(NUM_HOSTS)]
-    openers = [_opener(host) for host in hosts]
-    router = Router(source, openers, [host.experts for host in hosts], gate=GATE)
+    placement = Placement(1, tuple((host.name,) for host in hosts), GROUP_SIZE)
+    router = Router(source, Roster(placement, {host.name: Peer(_opener(host)) for host in hosts}), gate=GATE)
     try:
         yield _LocalRouter(router)
     finally:

@@ -28,10 +28,11 @@ def bench_dispatch(config: ClusterConfig, *, rounds: int) -> Report:
         model = skeleton(model_source(config))
         width, top_k = int(model.config.get_text_config().hidden_size), model.top_k
         pairs = max(1, top_k // config.experts.actors)
-        question = _question(len(contact.experts), width, pairs, model.dtype)
         link = SocketLink(
             contact.name, contact.address, name="bench", max_bytes=config.links.max_message_bytes, timeout_s=TIMEOUT_S
         )
+        num_experts = len(link.call(Message("status"), TIMEOUT_S).fields["experts"])
+        question = _question(num_experts, width, pairs, model.dtype)
 
         def over_link(question: Message) -> Message:
             return link.call(question, TIMEOUT_S)

@@ -24,6 +24,7 @@ NAMES = {
     "planner": "placement of experts by load, against the public EPLB algorithm",
     "experts": "training one expert behind a link, against the same expert in one process",
     "balance": "load and learning under each balance rule, against training without one; a round is a seed",
+    "checkpoint": "kill -9 while a checkpoint is saved, against torch.save; a round is a kill",
 }
 
 
@@ -33,7 +34,7 @@ def add_parsers(subparsers: Subparsers, guarded: Guard) -> None:
     for name, help_text in NAMES.items():
         parser = names.add_parser(name, help=help_text, description=help_text)
         add_config_options(parser)
-        rounds = 1 if name == "balance" else 7  # a round of balance is many trainings: minutes
+        rounds = {"balance": 1, "checkpoint": 200}.get(name, 7)  # a round of balance is many trainings: minutes
         parser.add_argument("--rounds", type=int, default=rounds, help="interleaved rounds (default: %(default)s)")
         parser.add_argument("--json", action="store_true", help="print one JSON document")
         if name == "experts":
@@ -65,6 +66,10 @@ def _run(args: argparse.Namespace) -> Report:
         from cluster.bench.planner import bench_planner
 
         return bench_planner(rounds=args.rounds)
+    if args.name == "checkpoint":
+        from cluster.bench.checkpoint import bench_checkpoint
+
+        return bench_checkpoint(rounds=args.rounds)
     if args.name == "balance":
         return _balance(args)
     config = load_cluster(find_config(args.config), dict(args.overrides))

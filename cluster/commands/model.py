@@ -67,15 +67,14 @@ def _print_status(status: ClusterStatus) -> None:
         f"{len(status.nodes)} nodes"
     )
     columns = ("actor", "role", "state", "node", "pid", "device", "version", "groups", "memory", "tokens", "link")
-    print_table(columns, map(_row, status.actors))
+    print_table(columns, [_row(actor, status) for actor in status.actors])
     if any(map(sum, status.load_LE)):
         print_table(("MoE layer", "tokens", "busiest expert", "busiest over mean"), _load_rows(status.load_LE))
     jobs = ", ".join(f"{number} {state}" for state, number in status.jobs.items() if number)
     print_line(f"jobs: {jobs or 'none'}")
 
 
-def _row(actor: ActorStatus) -> tuple[object, ...]:
-    groups = ", ".join(map(str, actor.groups))
+def _row(actor: ActorStatus, status: ClusterStatus) -> tuple[object, ...]:
     where = actor.node, actor.pid, actor.device
     return (
         actor.id,
@@ -83,11 +82,18 @@ def _row(actor: ActorStatus) -> tuple[object, ...]:
         actor.state,
         *where,
         actor.version,
-        groups,
+        _groups(actor, status),
         size(actor.memory_bytes),
         actor.tokens,
         actor.link,
     )
+
+
+def _groups(actor: ActorStatus, status: ClusterStatus) -> str:
+    """Those it owns, then those it has a copy of: `0, 1; copies 4, 6`."""
+    copies = [group for group in actor.groups if actor.id in status.copies.get(group, ())]
+    owned = ", ".join(str(group) for group in actor.groups if group not in copies)
+    return "; ".join(part for part in (owned, f"copies {', '.join(map(str, copies))}" if copies else "") if part)
 
 
 def _load_rows(load_LE: tuple[tuple[int, ...], ...]) -> list[tuple[object, ...]]:

@@ -12,25 +12,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from actors.errors import InvalidInput
-from cluster.backend import (
-    ActorStatus,
-    ClusterStatus,
-    GroupMove,
-    Job,
-    JobEvent,
-    JobState,
-    LoadReport,
-    Rebalance,
-)
+from actors.values import Placement
+from cluster.backend import ActorStatus, ClusterStatus, Job, JobEvent, JobState, LoadReport
 from cluster.config import JobConfig
 from cluster.configcheck import validate_job
 from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
 from cluster.control.jobtable import JobRecord, JobTable
 from cluster.control.load import LoadLE, LoadWindow
 from cluster.control.members import Members
-from cluster.control.rebalancing import moved, propose
+from cluster.control.rebalancing import Proposal, named, propose
 from cluster.errors import FailedPrecondition
-from cluster.placement.placement import Placement
+from cluster.placement.placement import ActorSlot
 
 
 @dataclass(frozen=True)
@@ -64,10 +56,20 @@ class ModelFacts:
 
 
 class Coordinator:
-    def __init__(self, model: ModelFacts, placement: Placement, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        model: ModelFacts,
+        placement: Placement,
+        limits: Limits | None = None,
+        *,
+        redundancy: int = 1,
+        max_groups: int = 0,
+    ) -> None:
+        """`redundancy` and `max_groups` as in `ExpertsConfig`."""
         self._limits = limits or Limits()
         self._model = model
         self._placement = placement
+        self._redundancy, self._max_groups = redundancy, max_groups
         self._jobs = JobTable(self._limits.max_queued_jobs, self._limits.max_final_jobs, self._limits.max_events)
         self._members = Members(self._limits.heartbeat_timeout_s)
         self._loads = self._new_window()
@@ -113,7 +115,7 @@ class Coordinator:
         return record.events_after(after, max_events), record.job
 
     def status(self) -> ClusterStatus:
-        missing = self._groups_without_owner()
+        holders = dict(enumerate(self._placement.holders))
         return ClusterStatus(
             model=self._model.name,
             num_parameters=self._model.num_parameters,
@@ -122,17 +124,18 @@ class Coordinator:
             top_k=self._model.top_k,
             version=self._version,
             placement_epoch=self._placement.epoch,
-            owners=dict(enumerate(self._placement.owners)),
+            owners={group: held[0] for group, held in holders.items() if held},
             group_size=self._placement.group_size,
             nodes=tuple(sorted({actor.node for actor in self._members.all()})),
             actors=self._members.all(),
             load_LE=self._loads.load_LE,
             jobs=self._jobs.count_by_state(),
             ready=self._is_ready(),
-            message=self._message(missing),
+            message=self._message(),
             max_positions=self._model.max_positions,
             vocab_size=self._model.vocab_size,
             shared_share=self._model.shared_share,
+            copies={group: held[1:] for group, held in holders.items() if held[1:]},
         )
 
     def load_report(self) -> LoadReport:
@@ -201,24 +204,44 @@ class Coordinator:
 
     def actor_seen(self, status: ActorStatus, now: float) -> None:
         """A heartbeat, with what the actor says of itself. Its groups are those of the placement, not its own."""
-        self._members.seen(dataclasses.replace(status, groups=self._placement.groups_of(status.id)), now)
+        self._members.seen(dataclasses.replace(status, groups=self._placement.held_by(status.id)), now)
 
     def actor_lost(self, actor_id: str, now: float, reason: str) -> None:
-        """The actor's process is dead for certain. Told to the edge once; a lost router ends the running job."""
-        self._members.bury(actor_id)
-        self._lose(actor_id, now, reason)
+        """The actor's process is dead for certain. Told to the edge once.
 
-    def rebalance(self) -> Rebalance:
-        """What moving expert groups by the load of the window would bring. `FailedPrecondition` without any load."""
-        nodes = {actor.id: actor.node for actor in self._members.all()}
+        It leaves the placement at once, and the first copies of its groups own them. The running job goes on, unless
+        this was the router, or the last holder of a group.
+        """
+        self._members.bury(actor_id)
+        self._lose(actor_id, now, reason, is_dead=True)
+
+    @property
+    def placement(self) -> Placement:
+        return self._placement
+
+    def actors(self) -> tuple[ActorSlot, ...]:
+        """Expert actors that answer, in the order in which they were first seen; they may hold groups."""
+        ready = (actor for actor in self._members.all() if self._members.is_ready(actor.id))
+        return tuple(ActorSlot(actor.id, actor.node) for actor in ready if actor.role == "expert")
+
+    def rebalance(self, actors: Sequence[ActorSlot]) -> Proposal:
+        """How the groups should lie on these actors, by the load of the window, and the way there; see `propose`.
+
+        `FailedPrecondition` too while an actor that holds groups does not answer.
+        """
+        silent = [actor for actor in self._placement.actors if not self._members.is_ready(actor)]
+        if silent:
+            raise FailedPrecondition(f"expert groups are on {', '.join(silent)}, which does not answer; try again")
         # Moments travel with the weights: first and second.
         group_bytes = 3 * self._model.expert_bytes * self._placement.group_size
-        return propose(self._placement, self._loads.load_LE, nodes, group_bytes)
-
-    def group_moved(self, move: GroupMove) -> Placement:
-        """A move that has been carried out: the next placement epoch."""
-        self.placed(moved(self._placement, move))
-        return self._placement
+        return propose(
+            self._placement,
+            self._loads.load_LE,
+            actors,
+            group_bytes,
+            redundancy=self._redundancy,
+            max_groups=self._max_groups,
+        )
 
     def placed(self, placement: Placement) -> None:
         """Replaces the placement by a newer one."""
@@ -226,7 +249,7 @@ class Coordinator:
             raise InvalidInput("is not newer", field="placement.epoch", value=placement.epoch)
         self._placement = placement
         for actor in self._members.all():
-            self._members.regroup(actor.id, placement.groups_of(actor.id))
+            self._members.regroup(actor.id, placement.held_by(actor.id))
 
     def model_replaced(self, model: ModelFacts, version: int) -> None:
         """After an import. `FailedPrecondition` while a job trains the weights that would go."""
@@ -246,24 +269,38 @@ class Coordinator:
     def step(self, now: float) -> list[Decision]:
         """What to do now, in order. Each decision is given out once."""
         for actor_id in self._members.silent(now):
-            self._lose(actor_id, now, f"silent for more than {self._limits.heartbeat_timeout_s:g} s")
+            self._lose(actor_id, now, f"silent for more than {self._limits.heartbeat_timeout_s:g} s", is_dead=False)
         self._jobs.forget_old(keep=self._stopping)
         self._start_next(now)
         decisions, self._decisions = self._decisions, []
         return decisions
 
-    def _lose(self, actor_id: str, now: float, reason: str) -> None:
+    def _lose(self, actor_id: str, now: float, reason: str, *, is_dead: bool) -> None:
+        groups = self._placement.held_by(actor_id)
+        must_switch = is_dead and bool(groups)
         actor = self._members.lose(actor_id)
-        if actor is None:
+        if actor is None and not must_switch:
             return
+        if must_switch:
+            self.placed(self._placement.without({actor_id}))
+        role = actor.role if actor else "expert"
         record = self._jobs.active()
         job_id = record.job.id if record else None
-        self._decisions.append(ActorLost(actor_id, actor.role, actor.groups, job_id, reason))
-        if record is None:
-            return
-        record.record("note", now, message=f"{actor.role} {actor_id} lost: {reason}")
-        if actor.role == "router":
-            self._fail(record, f"router {actor_id} was lost after step {record.job.step}: {reason}", now)
+        placement = self._placement if must_switch else None
+        self._decisions.append(ActorLost(actor_id, role, groups, job_id, reason, placement))
+        if record:
+            self._tell_job(record, f"{role} {actor_id}", groups if must_switch else (), reason, now)
+            if role == "router":
+                self._fail(record, f"router {actor_id} was lost after step {record.job.step}: {reason}", now)
+
+    def _tell_job(self, record: JobRecord, who: str, groups: Sequence[int], reason: str, now: float) -> None:
+        """`groups`: those that the actor, now dead, held."""
+        gone = [group for group in groups if group in self._placement.missing]
+        taken_over = f"; copies took over {named(groups)}" if groups and not gone else ""
+        record.record("note", now, message=f"{who} lost: {reason}{taken_over}")
+        if gone:
+            error = f"{who} was lost after step {record.job.step}: {reason}; no actor holds {named(gone)} any more"
+            self._fail(record, error, now)
 
     def _start_next(self, now: float) -> None:
         record = self._jobs.next_queued()
@@ -293,16 +330,24 @@ class Coordinator:
     # --- Views ---------------------------------------------------------------------------------------------------
 
     def _is_ready(self) -> bool:
-        return self._members.has_ready("router") and not self._groups_without_owner()
+        return self._members.has_ready("router") and not self._groups_below(1)
 
-    def _groups_without_owner(self) -> list[int]:
-        owners = enumerate(self._placement.owners)
-        return [group for group, owner in owners if not self._members.is_ready(owner)]
+    def _groups_below(self, num_holders: int) -> list[int]:
+        """Groups with fewer ready holders than that."""
+        ready_G = [sum(map(self._members.is_ready, held)) for held in self._placement.holders]
+        return [group for group, num_ready in enumerate(ready_G) if num_ready < num_holders]
 
-    def _message(self, missing: Sequence[int]) -> str:
-        if missing:
-            return f"expert groups without a ready owner: {', '.join(map(str, missing))}"
-        return "" if self._members.has_ready("router") else "no router is ready"
+    def _message(self) -> str:
+        if missing := self._placement.missing:
+            return f"no actor holds {named(missing)} any more"
+        if silent := self._groups_below(1):
+            return f"expert groups without a ready holder: {', '.join(map(str, silent))}"
+        if not self._members.has_ready("router"):
+            return "no router is ready"
+        if scarce := self._groups_below(self._redundancy):
+            have = "has" if len(scarce) == 1 else "have"
+            return f"degraded: {named(scarce)} {have} fewer than {self._redundancy} holders"
+        return ""
 
     def _new_window(self) -> LoadWindow:
         return LoadWindow(self._limits.load_window_steps, self._model.num_moe_layers, self._model.num_experts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from actors.values import Placement
 from cluster.config import JobConfig
 
 
@@ -26,15 +27,18 @@ class StopJob:
 
 @dataclass(frozen=True)
 class ActorLost:
-    """An actor died or fell silent. Told once a loss; the running job's router should drop its link."""
+    """An actor died or fell silent. Told once a loss; a silent one that turns out to be dead is told again."""
 
     actor_id: str
     role: str
     groups: tuple[int, ...]
-    """Expert groups that have no living owner now."""
+    """Expert groups that it held."""
     job_id: str | None
     """The running job, if any."""
     reason: str
+    placement: Placement | None = None
+    """What to switch to, without the dead actor. None for one that held no group, and for one that is only silent: it
+    may come back with its groups."""
 
 
 Decision = StartJob | StopJob | ActorLost

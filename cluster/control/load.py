@@ -12,8 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from actors.errors import InvalidInput
 from actors.moe.measures import max_vio, sparse_layers, utilisation_std
+from actors.values import Placement
 from cluster.backend import LoadReport, LoadStep
-from cluster.placement.placement import Placement
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -105,9 +105,11 @@ def group_load(load_LE: ArrayLike, placement: Placement) -> list[int]:
 
 
 def _of_actors(load_LE: Ints, placement: Placement) -> dict[str, int]:
+    """A group's load is split evenly over its holders; what does not divide counts for the first ones."""
     sums = dict.fromkeys(placement.actors, 0)
-    for owner, load in zip(placement.owners, group_load(load_LE, placement), strict=True):
-        sums[owner] += load
+    for held, load in zip(placement.holders, group_load(load_LE, placement), strict=True):
+        for place, actor in enumerate(held):
+            sums[actor] += (load + len(held) - 1 - place) // len(held)
     return sums
 
 

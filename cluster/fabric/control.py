@@ -17,12 +17,13 @@ import ray
 
 from actors.errors import InvalidInput, MoeClusterError
 from actors.moe.settings import BalanceSettings
-from actors.values import StepReport
+from actors.values import Placement, StepReport
 from cluster.backend import ActorStatus, ClusterStatus, Job, JobEvent, LoadReport, ModelDirectory, Rebalance
 from cluster.config import ClusterConfig, JobConfig, OptimizerConfig
 from cluster.control.coordinator import Coordinator, ModelFacts
 from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
-from cluster.errors import FailedPrecondition, StartupError
+from cluster.control.rebalancing import Stage, named
+from cluster.errors import FailedPrecondition, StartupError, Unavailable
 from cluster.fabric.calls import call
 from cluster.fabric.nodes import node_names
 from cluster.fabric.options import ROUTER, expert_options, router_options
@@ -44,16 +45,14 @@ STEP_TIMEOUT_S = 3600.0
 class ControlWorker:
     """Created once a cluster; `start` brings up the actors, `stop` ends them."""
 
-    def __init__(self, config: ClusterConfig, bind_host: str) -> None:
+    def __init__(self, config: ClusterConfig) -> None:
         self._config = config
-        self._bind_host = bind_host
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._moving = threading.Lock()
         self._stopping = threading.Event()
         self._stop_job: dict[str, threading.Event] = {}
         self._actors: dict[str, Any] = {}
-        self._contacts: dict[str, tuple[str, int]] = {}
         self._links: dict[str, str] = {}
         """Link kind of each expert actor, as the router last told."""
 
@@ -65,14 +64,16 @@ class ControlWorker:
         self._spawn(names)
         model: ModelFacts = self._loaded(ROUTER, self._actors[ROUTER].facts.remote())
         check_vocabulary(self._tokenizer(), model.vocab_size)
-        slots = [ActorSlot(name, "") for name in names]
-        placement = spread(model.num_experts, self._config.experts.group_size, slots)
-        self._coordinator = Coordinator(model, placement)
-        loading = {name: self._actors[name].load.remote(placement.groups_of(name)) for name in names}
-        contacts: list[ExpertContact] = [self._loaded(name, ref) for name, ref in loading.items()]
-        self._experts = contacts
-        self._contacts = {contact.name: (contact.node_id, contact.pid) for contact in contacts}
-        self._contacts[ROUTER] = self._loaded(ROUTER, self._actors[ROUTER].load.remote(contacts))
+        experts = self._config.experts
+        where = {name: self._actors[name].node_id.remote() for name in names}
+        slots = [ActorSlot(name, self._loaded(name, ref)) for name, ref in where.items()]
+        placement = spread(model.num_experts, experts.group_size, slots, experts.redundancy)
+        self._coordinator = Coordinator(model, placement, redundancy=experts.redundancy, max_groups=experts.max_groups)
+        loading = {name: self._actors[name].load.remote(placement.held_by(name)) for name in names}
+        self._experts: dict[str, ExpertContact] = {n: self._loaded(n, ref) for n, ref in loading.items()}
+        me = ray.get_runtime_context().current_actor
+        loading_router = self._actors[ROUTER].load.remote(placement, self._contacts(placement), me)
+        self._router_at: tuple[str, int] = self._loaded(ROUTER, loading_router)
         threading.Thread(target=self._loop, name="coordinator", daemon=True).start()
         with self._changed:
             if not self._changed.wait_for(lambda: self._coordinator.status().ready, self._config.ray.start_timeout_s):
@@ -84,7 +85,7 @@ class ControlWorker:
         router = ray.remote(**router_options(self._config))(RouterWorker)
         self._actors[ROUTER] = router.remote(self._config)
         for name in experts:
-            self._actors[name] = expert.remote(name, self._config, self._bind_host)
+            self._actors[name] = expert.remote(name, self._config)
 
     def _loaded(self, name: str, ref: Any) -> Any:
         try:
@@ -106,7 +107,7 @@ class ControlWorker:
 
     def experts(self) -> list[tuple[ExpertContact, Any]]:
         """Data-plane contact and Ray handle of each expert actor."""
-        return [(contact, self._actors[contact.name]) for contact in self._experts]
+        return [(contact, self._actors[name]) for name, contact in self._experts.items()]
 
     # -- asked by the front -------------------------------------------------------------------------------------------
 
@@ -149,24 +150,80 @@ class ControlWorker:
             return self._coordinator.load_report()
 
     def rebalance(self, dry_run: bool, timeout_s: float) -> Rebalance:
-        """Each move is a call of its own between two steps, so a running job waits for one group at a time."""
+        """`FailedPrecondition` while another change of placement is under way."""
         deadline = time.monotonic() + timeout_s
         if not self._moving.acquire(blocking=False):
             raise FailedPrecondition("another rebalance is running; wait until it has ended")
         try:
             with self._lock:
-                proposal = self._coordinator.rebalance()
-            if dry_run or not proposal.moves:
-                return proposal
-            for move in proposal.moves:
-                ref = self._actors[ROUTER].move_group.remote(move.group, move.source, move.target)
-                call(ROUTER, ref, max(0.1, deadline - time.monotonic()))
-                with self._changed:
-                    epoch = self._coordinator.group_moved(move).epoch
-                    self._changed.notify_all()
-            return replace(proposal, done=True, placement_epoch=epoch)
+                proposal = self._coordinator.rebalance(self._coordinator.actors())
+                epoch = self._coordinator.status().placement_epoch
+            if dry_run or not proposal.stages:
+                return proposal.report(epoch, done=False)
+            waited = [self._carry_out_stage(stage, deadline) for stage in proposal.stages]
+            return proposal.report(proposal.target.epoch, done=True, stall_s=max(waited))
         finally:
             self._moving.release()
+
+    def _carry_out_stage(self, stage: Stage, deadline: float) -> float:
+        """Copies in the background, then one switch. -> seconds that steps waited for it."""
+        with self._lock:
+            before = self._coordinator.placement
+        arriving = {
+            (move.group, move.target): self._actors[move.target].arrive.remote(
+                move.group, self._experts[before.owner(move.group)], _remaining(deadline)
+            )
+            for move in stage.copies
+        }
+        try:
+            for (_, target), ref in arriving.items():
+                call(target, ref, _remaining(deadline))
+            with self._changed:
+                self._coordinator.placed(stage.placement)
+                self._changed.notify_all()
+            return self._adopt(stage.placement, _remaining(deadline))
+        except MoeClusterError:
+            self._take_back(stage, before)
+            for group, target in arriving:
+                self._actors[target].leave_off.remote([group])
+            raise
+
+    def _adopt(self, placement: Placement, timeout_s: float) -> float:
+        ref = self._actors[ROUTER].adopt.remote(placement, self._contacts(placement))
+        waited: float = call(ROUTER, ref, timeout_s)
+        return waited
+
+    def _take_back(self, stage: Stage, before: Placement) -> None:
+        """The placement before a switch that failed, as a newer one. Whatever died meanwhile has been taken out."""
+        with self._changed:
+            placement = self._coordinator.placement
+            if placement == stage.placement:
+                placement = replace(before, epoch=placement.epoch + 1)
+                self._coordinator.placed(placement)
+        self._actors[ROUTER].adopt.remote(placement, self._contacts(placement))
+
+    def _contacts(self, placement: Placement) -> list[ExpertContact]:
+        return [self._experts[name] for name in placement.actors]
+
+    def without(self, gone: Sequence[str]) -> tuple[Placement, list[ExpertContact]]:
+        """Asked by a router whose links to these actors broke: the placement to go on with.
+
+        `Unavailable` if nobody else holds some of their groups.
+        """
+        for name in gone:
+            self._bury(name, "its links broke")
+        with self._lock:
+            placement = self._coordinator.placement
+        if placement.missing:
+            raise Unavailable(f"no actor holds {named(placement.missing)} any more")
+        return placement, self._contacts(placement)
+
+    def _bury(self, name: str, reason: str) -> None:
+        """Dead for certain: a process that only lost its links must not come back with old weights."""
+        ray.kill(self._actors[name])
+        with self._changed:
+            self._coordinator.actor_lost(name, time.time(), reason)
+            self._changed.notify_all()
 
     def export(self, path: str, timeout_s: float) -> ModelDirectory:
         root = Path(self._config.storage.root).resolve()
@@ -227,8 +284,9 @@ class ControlWorker:
         self._links = links or self._links
 
     def _actor_status(self, name: str, vitals: dict[str, Any], nodes: dict[str, str]) -> ActorStatus:
-        node_id, pid = self._contacts[name]
-        role = "router" if name == ROUTER else "expert"
+        expert = self._experts.get(name)
+        node_id, pid = (expert.node_id, expert.pid) if expert else self._router_at
+        role = "expert" if expert else "router"
         return ActorStatus(
             id=name,
             role=role,
@@ -260,8 +318,11 @@ class ControlWorker:
             case StopJob(job_id, _):
                 if job_id in self._stop_job:
                     self._stop_job[job_id].set()
+            case ActorLost(placement=Placement() as placement) if not placement.missing:
+                # In the middle of a step the router notices by itself; between steps it need not fall over it.
+                self._actors[ROUTER].adopt.remote(placement, self._contacts(placement))
             case ActorLost():
-                pass  # the router's own links tell it at once; recovery of its groups is not part of this edge
+                pass
 
     # -- jobs ---------------------------------------------------------------------------------------------------------
 
@@ -301,6 +362,10 @@ class ControlWorker:
 
     def _tokenizer(self) -> Any:
         return load_tokenizer(self._config.model)
+
+
+def _remaining(deadline: float) -> float:
+    return max(0.1, deadline - time.monotonic())
 
 
 class _JobReporter:

@@ -45,8 +45,7 @@ class RunningCluster:
 def launched(config: ClusterConfig) -> Iterator[RunningCluster]:
     """A ready cluster; on leaving, also by an error or Ctrl-C, every process it started has ended."""
     with connected(config):
-        bind_host = "127.0.0.1" if config.ray.mode == "embedded" else ray.util.get_node_ip_address()
-        control: Any = ray.remote(**coordinator_options())(ControlWorker).remote(config, bind_host)
+        control: Any = ray.remote(**coordinator_options())(ControlWorker).remote(config)
         try:
             router = call("coordinator", control.start.remote(), 3 * config.ray.start_timeout_s)
             yield RunningCluster(RayBackend(control, router, config.model), RayRouter(router), control)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,42 +17,50 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from actors.moe.settings import BalanceSettings
-from actors.values import Address, Sampling, StepReport, TokenEvent
+from actors.values import Address, Placement, Sampling, StepReport, TokenEvent
 from cluster.config import ClusterConfig, OptimizerConfig
 from cluster.control.coordinator import ModelFacts
-from cluster.fabric.options import CONTROL, ROUTER, SERVE, TRAIN
+from cluster.fabric.calls import call
+from cluster.fabric.options import CONTROL, COORDINATOR, ROUTER, SERVE, TRAIN
 from cluster.jobs.batches import MicroBatch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from actors.dispatcher import Roster
     from actors.transport.contract import Link
     from actors.transport.message import Message
+    from actors.transport.socket import SocketServer
 
 
 @dataclass(frozen=True)
 class ExpertContact:
-    """How to reach an expert actor on the data plane, and what it owns."""
+    """How to reach an expert actor on the data plane."""
 
     name: str
     node_id: str
     pid: int
     address: Address
-    groups: tuple[int, ...]
-    experts: tuple[int, ...]
+    """Where routers reach it."""
+    exchange: Address
+    """Where other expert actors reach it."""
 
 
 class ExpertWorker:
-    """Holds an `ExpertHost` and serves its links from a thread of its own; Ray calls only look after it."""
+    """Holds an `ExpertHost` and serves its links from threads of their own; Ray calls only look after it."""
 
-    def __init__(self, name: str, config: ClusterConfig, bind_host: str) -> None:
+    def __init__(self, name: str, config: ClusterConfig) -> None:
         _import_torch(config.experts.threads)
-        self._name, self._config, self._bind_host = name, config, bind_host
+        self._name, self._config = name, config
+        self._bind_host = "127.0.0.1" if config.ray.mode == "embedded" else ray.util.get_node_ip_address()
+
+    def node_id(self) -> str:
+        node: str = ray.get_runtime_context().get_node_id()
+        return node
 
     def load(self, groups: Sequence[int]) -> ExpertContact:
-        """Takes the weights of its groups and begins to serve."""
+        """Takes the weights of its groups and begins to serve. Without groups it is there for those that arrive."""
         from actors.expert import ExpertHost
-        from actors.transport.socket import SocketServer
         from cluster.fabric.model import model_source
 
         self._host = ExpertHost(
@@ -61,23 +69,33 @@ class ExpertWorker:
             groups,
             group_size=self._config.experts.group_size,
             device=self._config.experts.device,
+            open_peer=self._open_peer,
+            timeout_s=self._config.router.request_timeout_s,
         )
-        self._server = SocketServer(
-            self._name,
-            self._host.handle,
-            host=self._bind_host,
-            max_bytes=self._config.links.max_message_bytes,
-            idle=self._host.idle,
+        self._server = self._serve(self._host.handle, self._host.idle)
+        self._exchange = self._serve(self._host.exchange.handle)
+        return ExpertContact(self._name, self.node_id(), os.getpid(), self._server.address, self._exchange.address)
+
+    def _serve(self, handler: Any, idle: Callable[[], bool] = lambda: False) -> SocketServer:
+        from actors.transport.socket import SocketServer
+
+        server = SocketServer(
+            self._name, handler, host=self._bind_host, max_bytes=self._config.links.max_message_bytes, idle=idle
         )
-        self._server.start()
-        return ExpertContact(
-            self._name,
-            ray.get_runtime_context().get_node_id(),
-            os.getpid(),
-            self._server.address,
-            self._host.groups,
-            tuple(self._host.experts),
-        )
+        server.start()
+        return server
+
+    def _open_peer(self, name: str, address: Address) -> Link:
+        return _open_link(name, address, self._name, self._config)
+
+    def arrive(self, group: int, owner: ExpertContact, timeout_s: float) -> int:
+        """Brings a group here from its owner, which goes on meanwhile. -> bytes that came."""
+        return self._host.arrive(group, owner.name, owner.exchange, self._exchange.address, timeout_s)
+
+    def leave_off(self, groups: Sequence[int]) -> None:
+        """Gives up groups that are on their way here."""
+        for group in groups:
+            self._host.leave_off(group)
 
     def handle(self, question: Message) -> Message:
         """The data plane's question as a Ray call: what the links are measured against."""
@@ -107,37 +125,48 @@ class RouterWorker:
         return model_facts(self._config)
 
     @ray.method(concurrency_group=CONTROL)
-    def load(self, experts: Sequence[ExpertContact]) -> tuple[str, int]:
-        """Takes the trunk's weights and opens links to the experts. Returns its node and process id."""
+    def load(self, placement: Placement, experts: Sequence[ExpertContact], control: Any) -> tuple[str, int]:
+        """Takes the trunk's weights and opens links to the experts. Returns its node and process id.
+
+        `control`: the coordinator, which is asked for another placement when expert actors are gone.
+        """
         from actors.router import Router
         from cluster.fabric.model import model_source
 
-        self._names = [expert.name for expert in experts]
+        self._control = control
+        self._node_id = ray.get_runtime_context().get_node_id()
         self._router = Router(
             model_source(self._config),
-            [self._opener(expert) for expert in experts],
-            [expert.experts for expert in experts],
+            self._roster(placement, experts),
             gate=self._config.model.gate,
             device=self._config.router.device,
             timeout_s=self._config.router.request_timeout_s,
             max_step_retries=self._config.router.max_step_retries,
             max_sessions=self._config.router.max_sessions,
+            find_roster=self._find_roster,
         )
-        return ray.get_runtime_context().get_node_id(), os.getpid()
+        return self._node_id, os.getpid()
 
-    def _opener(self, expert: ExpertContact) -> Any:
-        from actors.transport.socket import SocketLink
+    def _roster(self, placement: Placement, experts: Sequence[ExpertContact]) -> Roster:
+        from actors.dispatcher import Peer, Roster
 
-        def open_link() -> Link:
-            return SocketLink(
-                expert.name,
-                expert.address,
-                name=ROUTER,
-                max_bytes=self._config.links.max_message_bytes,
-                timeout_s=self._config.router.request_timeout_s,
+        def peer(expert: ExpertContact) -> Peer:
+            return Peer(
+                lambda: _open_link(expert.name, expert.address, ROUTER, self._config),
+                expert.exchange,
+                near=expert.node_id == self._node_id,
             )
 
-        return open_link
+        return Roster(placement, {expert.name: peer(expert) for expert in experts})
+
+    def _find_roster(self, gone: Sequence[str]) -> Roster:
+        ref = self._control.without.remote(list(gone))
+        return self._roster(*call(COORDINATOR, ref, self._config.router.request_timeout_s))
+
+    @ray.method(concurrency_group=TRAIN)
+    def adopt(self, placement: Placement, experts: Sequence[ExpertContact]) -> float:
+        """Another placement, between two steps: it takes its turn with them. -> seconds that they waited for it."""
+        return self._router.adopt(self._roster(placement, experts))
 
     @ray.method(concurrency_group=CONTROL)
     def wait_until_death(self) -> None:
@@ -155,11 +184,6 @@ class RouterWorker:
         self, microbatches: Sequence[MicroBatch], lr: float, clip_norm: float, bias_speed: float
     ) -> StepReport:
         return self._router.train_step(_tensors(microbatches), lr=lr, clip_norm=clip_norm, bias_speed=bias_speed)
-
-    @ray.method(concurrency_group=TRAIN)
-    def move_group(self, group: int, source: str, target: str) -> None:
-        """Between two steps: it takes its turn with them."""
-        self._router.move_group(group, self._names.index(source), self._names.index(target))
 
     @ray.method(concurrency_group=TRAIN)
     def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
@@ -220,6 +244,18 @@ def _import_torch(threads: int) -> None:
 
     torch.set_num_threads(threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def _open_link(peer: str, address: Address, name: str, config: ClusterConfig) -> Link:
+    from actors.transport.socket import SocketLink
+
+    return SocketLink(
+        peer,
+        address,
+        name=name,
+        max_bytes=config.links.max_message_bytes,
+        timeout_s=config.router.request_timeout_s,
+    )
 
 
 def _tensors(batches: Sequence[MicroBatch]) -> list[Tensor]:

@@ -27,6 +27,8 @@ class Problem:
     home_bound: bool
     """Copies stay in their unit's home nodes, and each of these keeps one."""
     redundancy: int = 1
+    hot_copies: bool = True
+    """Free slots are for further copies of hot units."""
     homes_LUN: Bools | None = None
     """Nodes that each get a copy of the unit to begin with; None: one copy, anywhere."""
 
@@ -136,25 +138,27 @@ def pack(problem: Problem) -> Layout:
     slots_N = problem.per_node(problem.slots_D)
     if problem.home_bound and homes_LUN is not None:
         spare_LN = slots_N - homes_LUN.sum(1)
-        extra_LUT = _hot_copies(problem.load_LU, base_LU, homes_LUN, spare_LN, homes_LUN * (width_N - 1))
+        extra_LUT = _hot_copies(problem, base_LU, homes_LUN, spare_LN, homes_LUN * (width_N - 1))
         copies_LUT = homes_LUN + extra_LUT
     else:
         spare_L1 = slots_N.sum() - base_LU.sum(1, keepdims=True)
         room_LU1 = (width_N.sum() - base_LU)[..., None]
-        extra_LU1 = _hot_copies(problem.load_LU, base_LU, room_LU1 >= 0, spare_L1, room_LU1)
+        extra_LU1 = _hot_copies(problem, base_LU, room_LU1 >= 0, spare_L1, room_LU1)
         homes = np.zeros((*base_LU.shape, problem.num_nodes), dtype=np.int64) if homes_LUN is None else homes_LUN
         copies_LUT = np.concatenate([homes, extra_LU1 + (homes_LUN is None)], axis=-1)
     return Layout(problem, _place(problem, *_items(problem.load_LU, copies_LUT)))
 
 
-def _hot_copies(load_LU: Floats, base_LU: Ints, home_LUT: Bools, spare_LT: Ints, room_LUT: Ints) -> Ints:
+def _hot_copies(problem: Problem, base_LU: Ints, home_LUT: Bools, spare_LT: Ints, room_LUT: Ints) -> Ints:
     """Spare slots to the unit with the most load a copy, one after the other. -> further copies [L, U, T].
 
     `spare_LT`: slots left; `room_LUT`: devices of the place that do not hold the unit yet.
     """
     spare_LT, room_LUT = spare_LT.copy(), room_LUT.copy()
     extra_LUT = np.zeros_like(room_LUT)
-    count_LU = base_LU.copy()
+    if not problem.hot_copies:
+        return extra_LUT
+    load_LU, count_LU = problem.load_LU, base_LU.copy()
     layers = np.arange(len(load_LU))
 
     def shut(rows: Ints, share_RU: Floats) -> Floats:

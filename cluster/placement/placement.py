@@ -1,11 +1,13 @@
-"""Who owns which expert group: the value, and the pure function that makes the first one."""
+"""Who owns which expert group, and who has copies of it, in the beginning."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from actors.errors import InvalidInput
+from actors.values import Placement
 
 
 @dataclass(frozen=True)
@@ -16,58 +18,102 @@ class ActorSlot:
     node: str
 
 
-@dataclass(frozen=True)
-class Placement:
-    epoch: int
-    """Counts placements; a message that names another epoch was routed by another placement."""
-    owners: tuple[str, ...]
-    """Actor id of each expert group."""
-    group_size: int
-    """Experts of every MoE layer in a group: group g holds experts [g * group_size, (g + 1) * group_size)."""
-
-    @property
-    def num_groups(self) -> int:
-        return len(self.owners)
-
-    @property
-    def num_experts(self) -> int:
-        return len(self.owners) * self.group_size
-
-    @property
-    def actors(self) -> tuple[str, ...]:
-        """Every owner once, in the order of their first group."""
-        return tuple(dict.fromkeys(self.owners))
-
-    def groups_of(self, actor: str) -> tuple[int, ...]:
-        return tuple(group for group, owner in enumerate(self.owners) if owner == actor)
-
-    def experts_of_group(self, group: int) -> range:
-        if not 0 <= group < len(self.owners):
-            raise IndexError(f"no expert group {group} of {len(self.owners)}")
-        return range(group * self.group_size, (group + 1) * self.group_size)
-
-    def experts_of(self, actor: str) -> tuple[int, ...]:
-        return tuple(expert for group in self.groups_of(actor) for expert in self.experts_of_group(group))
-
-    def owner_of_expert(self, expert: int) -> str:
-        if not 0 <= expert < self.num_experts:
-            raise IndexError(f"no expert {expert} of {self.num_experts}")
-        return self.owners[expert // self.group_size]
+Holders = list[list[ActorSlot]]
+"""Of each group, its owner first."""
 
 
-def spread(num_experts: int, group_size: int, actors: Sequence[ActorSlot], epoch: int = 1) -> Placement:
+def spread(
+    num_experts: int, group_size: int, actors: Sequence[ActorSlot], redundancy: int = 1, epoch: int = 1
+) -> Placement:
     """Groups in order over the actors, as evenly as possible: no actor owns two more than another.
 
     The actors of a node follow one another, so that a node's experts are contiguous, as node-limited gates want them.
-    `InvalidInput` if the experts do not divide into groups, or an actor would own none.
+    Every group is on `redundancy` nodes. The copies of a node's groups go to all other nodes in turn, so that these
+    share its work when it dies, and actors hold as even a number of groups as the nodes allow.
+
+    `InvalidInput` if the experts do not divide into groups, an actor would own none, or there are too few nodes.
     """
     num_groups = _num_groups(num_experts, group_size)
     _check_actors(actors, num_groups)
     nodes = list(dict.fromkeys(actor.node for actor in actors))
+    _check_redundancy(redundancy, len(nodes))
     ordered = sorted(actors, key=lambda actor: nodes.index(actor.node))
     share, rest = divmod(num_groups, len(ordered))
-    owners = [actor.id for i, actor in enumerate(ordered) for _ in range(share + (i < rest))]
-    return Placement(epoch, tuple(owners), group_size)
+    owners = [actor for i, actor in enumerate(ordered) for _ in range(share + (i < rest))]
+    holders = _with_copies(owners, ordered, redundancy)
+    return Placement(epoch, tuple(tuple(actor.id for actor in held) for held in holders), group_size)
+
+
+def _with_copies(owners: Sequence[ActorSlot], actors: Sequence[ActorSlot], redundancy: int) -> Holders:
+    nodes = list(dict.fromkeys(actor.node for actor in actors))
+    num_held = Counter(owner.id for owner in owners)
+    num_owned: Counter[str] = Counter()
+    holders = [[owner] for owner in owners]
+    for held in holders:
+        home = held[0].node
+        others = nodes[nodes.index(home) + 1 :] + nodes[: nodes.index(home)]
+        for turn in range(num_owned[home], num_owned[home] + redundancy - 1):
+            node = others[turn % len(others)]
+            idlest = min((actor for actor in actors if actor.node == node), key=lambda actor: num_held[actor.id])
+            held.append(idlest)
+            num_held[idlest.id] += 1
+        num_owned[home] += 1
+    while _handed_on(holders, actors):
+        pass
+    return holders
+
+
+def _handed_on(holders: Holders, actors: Sequence[ActorSlot]) -> bool:
+    """One copy less on an actor that holds at least two groups more than another, to whom a chain of copies leads."""
+    num_held = Counter(actor for held in holders for actor in held)
+    least = min(num_held[actor] for actor in actors)
+    for source in sorted(actors, key=lambda actor: -num_held[actor]):
+        if num_held[source] < least + 2:
+            break
+        came_by: dict[ActorSlot, tuple[int, ActorSlot]] = {}
+        reached = [source]
+        for actor in reached:
+            if num_held[actor] <= num_held[source] - 2:
+                _pass_along(holders, came_by, source, actor)
+                return True
+            for group, other in _takers(holders, actors, actor):
+                if other != source and other not in came_by:
+                    came_by[other] = group, actor
+                    reached.append(other)
+    return False
+
+
+def _takers(holders: Holders, actors: Sequence[ActorSlot], actor: ActorSlot) -> list[tuple[int, ActorSlot]]:
+    """Groups of which the actor has a copy, and who could have it instead: nobody on a node that has another one."""
+    takers = []
+    for group, held in enumerate(holders):
+        if actor in held[1:]:
+            taken = {other.node for other in held if other != actor}
+            takers += [(group, other) for other in actors if other != actor and other.node not in taken]
+    return takers
+
+
+def _pass_along(
+    holders: Holders, came_by: dict[ActorSlot, tuple[int, ActorSlot]], source: ActorSlot, target: ActorSlot
+) -> None:
+    # The chain is a shortest one, so its steps do not get in each other's way: of two that put copies of one group on
+    # one node, the first could have gone where the second went.
+    while target != source:
+        group, giver = came_by[target]
+        holders[group][holders[group].index(giver)] = target
+        target = giver
+
+
+def _check_redundancy(redundancy: int, num_nodes: int) -> None:
+    if redundancy < 1:
+        raise InvalidInput("is below 1", field="experts.redundancy", value=redundancy, remedy="use 1 or more")
+    if redundancy > num_nodes:
+        raise InvalidInput(
+            f"the copies of a group go to different nodes, and the expert actors are on {num_nodes}",
+            field="experts.redundancy",
+            value=redundancy,
+            remedy=f"use at most {num_nodes}, or put the actors on {redundancy} nodes or more",
+        )
 
 
 def _num_groups(num_experts: int, group_size: int) -> int:

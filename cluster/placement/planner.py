@@ -85,6 +85,7 @@ def plan(
     group_U: Sequence[int] | None = None,
     redundancy: int = 1,
     node_limited: bool = True,
+    hot_copies: bool = True,
     previous: Plan | None = None,
     move_cost: float = MOVE_COST,
 ) -> Plan:
@@ -92,7 +93,8 @@ def plan(
 
     With `node_limited` a group (`group_U`: unit -> group number; left out, every unit is its own) has `redundancy`
     home nodes: each holds the whole group, and hot units get further copies inside them only. Without it units are
-    free, and `redundancy` copies are on different nodes. No device holds two copies of a unit.
+    free, and `redundancy` copies are on different nodes. No device holds two copies of a unit. Without `hot_copies` no
+    unit gets more copies than that.
 
     With `previous` it is improved rather than made anew: of all layouts on the way to the best balance, the one with
     the least `maximum / average + move_cost * copies moved` is taken, layer by layer; a plan from scratch takes part.
@@ -105,7 +107,7 @@ def plan(
     # A unit that is its own group is inside a node wherever it is.
     bound = node_limited and group_U is not None
     names, group = np.unique(np.arange(load.shape[1]) if not bound else np.asarray(group_U), return_inverse=True)
-    problem = _problem(load, devices, bound, redundancy)
+    problem = _problem(load, devices, bound, redundancy, hot_copies)
     if previous is not None and previous.hold_LUD.shape[:2] != load.shape:
         previous = None
     if previous is not None:
@@ -116,7 +118,9 @@ def plan(
     return Plan(tuple(devices), holders, unmet(layout.hold_LUD, problem, names[group], devices))
 
 
-def _problem(load_LU: Floats, devices: Sequence[Device], home_bound: bool, redundancy: int) -> Problem:
+def _problem(
+    load_LU: Floats, devices: Sequence[Device], home_bound: bool, redundancy: int, hot_copies: bool
+) -> Problem:
     nodes = list(dict.fromkeys(device.node for device in devices))
     return Problem(
         load_LU,
@@ -126,6 +130,7 @@ def _problem(load_LU: Floats, devices: Sequence[Device], home_bound: bool, redun
         num_nodes=len(nodes),
         home_bound=home_bound,
         redundancy=redundancy,
+        hot_copies=hot_copies,
     )
 
 

@@ -63,7 +63,8 @@ def improve(layout: Layout, trail: Trail | None = None) -> None:
     if layout.load_LD.shape[1] == 1:
         return
     trail = trail or Trail(layout, layout.hold_LUD, move_cost=0.0)
-    kicks_L = np.full(len(layout.load_LD), KICKS)
+    changes = (_swap_any, _copy_hot, _drop_copy) if layout.problem.hot_copies else (_swap_any, _drop_copy)
+    kicks_L = np.full(len(layout.load_LD), KICKS if layout.problem.hot_copies else 0)
     rows = np.arange(len(layout.load_LD))
     for _ in range(MAX_STEPS):
         rows = rows[~_is_level(layout, rows, TOLERANCE)]
@@ -71,7 +72,7 @@ def improve(layout: Layout, trail: Trail | None = None) -> None:
             break
         improved = _swap(layout, rows, FEW_PARTNERS)
         stuck = ~improved
-        for change in (_swap_any, _copy_hot, _drop_copy):
+        for change in changes:
             if stuck.any():
                 improved[stuck] = change(layout, rows[stuck])
                 stuck = ~improved

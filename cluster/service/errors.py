@@ -61,6 +61,7 @@ TABLE: Mapping[type[MoeClusterError], Rule] = {
     cluster_errors.AlreadyExists: Rule(Code.ALREADY_EXISTS),
     cluster_errors.FailedPrecondition: Rule(Code.FAILED_PRECONDITION),
     cluster_errors.ResourceExhausted: Rule(Code.RESOURCE_EXHAUSTED, retry_after_s=1.0),
+    cluster_errors.StorageFull: Rule(Code.RESOURCE_EXHAUSTED, retry_after_s=1.0),
     cluster_errors.Unavailable: Rule(Code.UNAVAILABLE, retry_after_s=1.0),
     cluster_errors.PortInUse: Rule(Code.FAILED_PRECONDITION),
     cluster_errors.StartupError: Rule(Code.FAILED_PRECONDITION),

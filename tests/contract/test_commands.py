@@ -14,12 +14,12 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
+from actors.values import Placement
 from cluster.backend import GroupMove, Job, JobEvent, JobState, Rebalance
 from cluster.commands import heatmap, output, progress, remote
 from cluster.commands.options import TARGET_VARIABLE
 from cluster.config import JobConfig
 from cluster.control.load import LoadWindow
-from cluster.placement.placement import Placement
 from cluster.service.client import Client
 from tests.fakes.backend import MemoryBackend
 from tests.fakes.front import running_front
@@ -74,6 +74,15 @@ class TestStatus:
         assert status["owners"] == {"0": "expert-0"}
         assert status["load_LE"] == [[1, 2, 3, 4], [0, 0, 0, 0]]
         assert [actor["id"] for actor in status["actors"]] == ["router-0", "expert-0"]
+
+    def test_copies_are_told_from_what_an_actor_owns(self, backend, command):
+        backend.placement = Placement(1, (("expert-0",), ("expert-1", "expert-0"), ("expert-2", "expert-0")), 1)
+        out = command("status")[1]
+        assert re.search(r"expert-0 .* 0; copies 1, 2 ", out)
+        assert re.search(r"expert-1 .* 1 ", out)
+        assert json.loads(command("status", "--json")[1])["copies"] == {"1": ["expert-0"], "2": ["expert-0"]}
+        backend.placement = Placement(2, (("expert-1", "expert-0"),), 4)
+        assert re.search(r"expert-0 .* copies 0 ", command("status")[1])
 
     def test_no_front(self, command):
         code, out, err = command("status", "--target", NOBODY)
@@ -182,7 +191,7 @@ class TestHeatmap:
     def test_wide_models_are_folded_between_groups(self):
         window = LoadWindow(1, 1, 64)
         window.add([[1] * 63 + [65]], 1, 0.0, 64, 1)
-        report = window.report(1, Placement(1, ("e0",) * 8, 8), {})
+        report = window.report(1, Placement(1, (("e0",),) * 8, 8), {})
         lines = heatmap.render(report, "layers", Console(width=40)).plain.splitlines()
         assert lines[1:5] == [
             "        experts 0 to 31",
@@ -196,7 +205,7 @@ class TestHeatmap:
         window = LoadWindow(1, 1, 4)
         window.add([[0, 1, 2, 97]], 1, 0.0, 64, 1)
         screen = Console(file=io.TextIOWrapper(io.BytesIO(), encoding="ascii"), width=20)
-        picture = heatmap.render(window.report(1, Placement(1, ("e0",), 4), {}), "layers", screen)
+        picture = heatmap.render(window.report(1, Placement(1, (("e0",),), 4), {}), "layers", screen)
         assert picture.plain.splitlines()[2] == "layer 0 ...------###"
         assert picture.plain.isascii()
 
@@ -204,25 +213,25 @@ class TestHeatmap:
 class TestRebalance:
     @pytest.fixture
     def uneven(self, backend, command, job_file):
-        backend.placement = Placement(1, ("expert-0", "expert-1", "expert-1", "expert-0"), 1)
+        backend.placement = Placement(1, (("expert-0",), ("expert-1",), ("expert-1",), ("expert-0",)), 1)
         assert command("train", job_file)[0] == 0
 
     def test_a_dry_run_shows_the_moves_and_what_they_bring(self, backend, command, uneven):
         code, out, err = command("rebalance", "--dry-run")
         assert (code, err) == (0, "")
-        assert re.search(r"group .*from .*to .*MB", out)
-        assert re.search(r"1 .*expert-1 .*expert-0 .*1\.5", out)
-        assert re.search(r"0 .*expert-0 .*expert-1 .*1\.5", out)
+        assert re.search(r"group .*kind .*from .*to .*MB", out)
+        assert re.search(r"1 .*move .*expert-1 .*expert-0 .*1\.5", out)
+        assert re.search(r"0 .*move .*expert-0 .*expert-1 .*1\.5", out)
         assert out.splitlines()[-2:] == [
             "balance of the actors: 0.67 before, 0.91 after; average over maximum load, 1 is even",
-            "it pays: 2 moves, 3.0 MB; nothing is moved by a dry run",
+            "to do: 2 moves, 3.0 MB; nothing is moved by a dry run",
         ]
         assert backend.placement.epoch == 1
 
     def test_it_says_what_was_done_and_then_that_nothing_is_left_to_do(self, backend, command, uneven):
         code, out, err = command("rebalance")
         assert (code, err) == (0, "")
-        assert out.splitlines()[-1] == "done: 2 moves, 3.0 MB; placement epoch 2"
+        assert out.splitlines()[-1] == "done: 2 moves, 3.0 MB; steps waited 12.5 ms at most; placement epoch 2"
         assert backend.placement.epoch == 2
         assert command("rebalance")[1].splitlines() == [
             "balance of the actors: 0.91; average over maximum load, 1 is even",
@@ -233,7 +242,14 @@ class TestRebalance:
         code, out, _ = command("rebalance", "--dry-run", "--json")
         result = json.loads(out)
         assert code == 0
-        assert result["moves"][0] == {"group": 1, "source": "expert-1", "target": "expert-0", "num_bytes": 1_500_000}
+        assert result["moves"][0] == {
+            "group": 1,
+            "source": "expert-1",
+            "target": "expert-0",
+            "num_bytes": 1_500_000,
+            "kind": "move",
+        }
+        assert (result["unmet"], result["stall_s"]) == ([], 0.0)
         assert result["balance_before"] == pytest.approx(2 / 3)
         assert (result["placement_epoch"], result["done"], result["message"]) == (1, False, "")
 
@@ -245,6 +261,24 @@ class TestRebalance:
         out = command("rebalance")[1]
         assert re.search(r"3 .*a .*b .*2\.0", out)
         assert out.splitlines()[-1] == "0.01 is not worth 2 MB"
+
+    def test_copies_and_what_cannot_be_had(self, backend, command, monkeypatch):
+        async def rebalance(*, dry_run, timeout_s):
+            moves = GroupMove(3, "a", "b", 2_000_000, "copy"), GroupMove(1, "a", "c", 2_000_000, "move")
+            unmet = ("redundancy 3 of group 1: the expert actors are on 2 nodes",)
+            return Rebalance((*moves, *moves[:1]), 0.5, 0.75, 4, not dry_run, "", unmet, stall_s=0.002)
+
+        monkeypatch.setattr(backend, "rebalance", rebalance)
+        out = command("rebalance", "--dry-run")[1]
+        assert re.search(r"3 .*copy .*a .*b .*2\.0", out)
+        assert re.search(r"1 .*move .*a .*c .*2\.0", out)
+        assert out.splitlines()[-3:] == [
+            "unmet: redundancy 3 of group 1: the expert actors are on 2 nodes",
+            "balance of the actors: 0.50 before, 0.75 after; average over maximum load, 1 is even",
+            "to do: 1 move, 2 copies, 6.0 MB; nothing is moved by a dry run",
+        ]
+        done = command("rebalance")[1].splitlines()[-1]
+        assert done == "done: 1 move, 2 copies, 6.0 MB; steps waited 2.0 ms at most; placement epoch 4"
 
     def test_before_the_first_step(self, command):
         code, out, err = command("rebalance")

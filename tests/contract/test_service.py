@@ -12,12 +12,12 @@ from contextlib import closing
 import pytest
 
 from actors.errors import CheckpointError, InvalidInput, LinkTimeout, PeerLost, RemoteError, StepAborted
+from actors.values import Placement
 from cluster.backend import GenerateChunk, GroupMove, Job, JobState, Prompt, SamplingParams
 from cluster.config import FrontConfig, JobConfig, OptimizerConfig
 from cluster.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted, Unavailable
-from cluster.placement.placement import Placement
 from cluster.service.client import MODEL_TIMEOUT_S, Client
-from tests.fakes.backend import GROUP_BYTES, MemoryBackend
+from tests.fakes.backend import GROUP_BYTES, STALL_S, MemoryBackend
 from tests.fakes.front import run, running_front
 
 QUICK = JobConfig(steps=3)
@@ -232,7 +232,10 @@ class TestInference:
 
 class TestCluster:
     def test_status_crosses_whole(self, backend, client):
-        assert client.status() == run(backend.status(timeout_s=1.0))
+        backend.placement = Placement(1, (("expert-0", "expert-1"), ("expert-1",)), 2)
+        status = client.status()
+        assert status == run(backend.status(timeout_s=1.0))
+        assert (status.owners, status.copies) == ({0: "expert-0", 1: "expert-1"}, {0: ("expert-1",)})
 
     def test_export_and_import(self, client):
         assert client.export_model("out").path == "/storage/out"
@@ -317,7 +320,7 @@ class TestRebalance:
     @pytest.fixture
     def uneven(self, backend, client):
         """Steps are committed in which expert-1 gets three times the load of expert-0."""
-        backend.placement = Placement(1, ("expert-0", "expert-1", "expert-1", "expert-0"), 1)
+        backend.placement = Placement(1, (("expert-0",), ("expert-1",), ("expert-1",), ("expert-0",)), 1)
         finished(client)
 
     def test_the_plan_crosses_whole_and_a_dry_run_changes_nothing(self, backend, client, uneven):
@@ -325,18 +328,18 @@ class TestRebalance:
         plan = client.rebalance(dry_run=True)
         assert plan == run(backend.rebalance(dry_run=True, timeout_s=1.0))
         assert plan.moves == (
-            GroupMove(1, "expert-1", "expert-0", GROUP_BYTES),
-            GroupMove(0, "expert-0", "expert-1", GROUP_BYTES),
+            GroupMove(1, "expert-1", "expert-0", GROUP_BYTES, "move"),
+            GroupMove(0, "expert-0", "expert-1", GROUP_BYTES, "move"),
         )
         assert (plan.balance_before, plan.balance_after) == (pytest.approx(100 / 150), pytest.approx(100 / 110))
-        assert (plan.placement_epoch, plan.done, plan.message) == (1, False, "")
+        assert (plan.placement_epoch, plan.done, plan.message, plan.stall_s) == (1, False, "", 0.0)
         assert client.status() == before
 
     def test_it_carries_out_what_the_dry_run_promised(self, client, uneven):
         plan = client.rebalance(dry_run=True)
         done = client.rebalance()
         assert (done.moves, done.balance_after) == (plan.moves, plan.balance_after)
-        assert (done.done, done.placement_epoch) == (True, 2)
+        assert (done.done, done.placement_epoch, done.stall_s) == (True, 2, STALL_S)
         after = client.status()
         assert after.owners == {0: "expert-1", 1: "expert-0", 2: "expert-1", 3: "expert-0"}
         assert after.placement_epoch == 2
@@ -347,6 +350,10 @@ class TestRebalance:
         assert (again.moves, again.done, again.placement_epoch) == ((), False, 2)
         assert again.balance_after == again.balance_before
         assert again.message
+
+    def test_what_cannot_be_had_is_said(self, backend, client, uneven):
+        backend.unmet = ("redundancy 2 of group 1: the expert actors are on 1 node", "another")
+        assert client.rebalance(dry_run=True).unmet == backend.unmet
 
     def test_it_is_refused_before_any_load_and_while_another_runs(self, backend, client):
         with pytest.raises(FailedPrecondition, match="no training step"):

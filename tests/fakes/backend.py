@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 
 from actors.errors import CheckpointError, InvalidInput
+from actors.values import Placement
 from cluster.backend import (
     ActorStatus,
     ClusterStatus,
@@ -32,7 +33,6 @@ from cluster.backend import (
 from cluster.config import JobConfig
 from cluster.control.load import LoadWindow
 from cluster.errors import AlreadyExists, FailedPrecondition, NotFound
-from cluster.placement.placement import Placement
 
 NUM_EXPERTS = 4
 NUM_LAYERS = 2
@@ -42,6 +42,7 @@ STEP_LOAD_LE = ((10, 20, 30, 40), (0, 50, 50, 0))
 STEP_TOKENS = 50
 STEP_TIME_S = 1e9
 GROUP_BYTES = 1_500_000
+STALL_S = 0.0125
 
 
 class MemoryBackend:
@@ -60,8 +61,10 @@ class MemoryBackend:
         self.generation_started = threading.Event()
         self.generation_closed = threading.Event()
         self.version = 0
-        self.placement = Placement(1, ("expert-0",), NUM_EXPERTS)
-        """Rebalancing replaces it."""
+        self.placement = Placement(1, (("expert-0",),), NUM_EXPERTS)
+        """Rebalancing replaces it, and moves groups without copies only."""
+        self.unmet: tuple[str, ...] = ()
+        """What every rebalance says it could not have."""
         self._loads = LoadWindow(2, NUM_LAYERS, NUM_EXPERTS)
         self._jobs: dict[str, Job] = {}
         self._events: dict[str, list[JobEvent]] = {}
@@ -155,7 +158,7 @@ class MemoryBackend:
             top_k=2,
             version=self.version,
             placement_epoch=self.placement.epoch,
-            owners=dict(enumerate(self.placement.owners)),
+            owners=dict(enumerate(_owners(self.placement))),
             group_size=self.placement.group_size,
             nodes=("node-0", "node-1"),
             actors=(router, *experts),
@@ -164,6 +167,7 @@ class MemoryBackend:
             ready=self.ready,
             max_positions=512,
             vocab_size=VOCAB_SIZE,
+            copies={group: held[1:] for group, held in enumerate(self.placement.holders) if held[1:]},
         )
 
     async def load_report(self, *, timeout_s: float) -> LoadReport:
@@ -179,14 +183,16 @@ class MemoryBackend:
         owners, moves = _evened(old, load_G)
         done = bool(moves) and not dry_run
         if done:
-            self.placement = Placement(old.epoch + 1, owners, old.group_size)
+            self.placement = Placement(old.epoch + 1, tuple((owner,) for owner in owners), old.group_size)
         return Rebalance(
             moves=moves,
-            balance_before=_balance(_load_of_actors(old.actors, old.owners, load_G)),
+            balance_before=_balance(_load_of_actors(old.actors, _owners(old), load_G)),
             balance_after=_balance(_load_of_actors(old.actors, owners, load_G)),
             placement_epoch=self.placement.epoch,
             done=done,
             message="" if moves else "no move makes the load more even",
+            unmet=self.unmet,
+            stall_s=STALL_S if done else 0.0,
         )
 
     async def export_model(self, path: str, *, timeout_s: float) -> ModelDirectory:
@@ -200,7 +206,7 @@ class MemoryBackend:
         return await self.status(timeout_s=timeout_s)
 
     def _expert(self, actor: str, pid: int) -> ActorStatus:
-        groups = self.placement.groups_of(actor)
+        groups = self.placement.held_by(actor)
         return ActorStatus(
             actor, "expert", "node-1", pid, "ready", "cpu", self.version, groups, 3 << 20, 640, "socket/ipc"
         )
@@ -273,7 +279,7 @@ class MemoryBackend:
 
 def _evened(placement: Placement, load_G: Sequence[int]) -> tuple[tuple[str, ...], tuple[GroupMove, ...]]:
     """Owners of the groups after moves from the busiest actor to the idlest, and the moves."""
-    owners, moves = list(placement.owners), []
+    owners, moves = _owners(placement), []
     while True:
         load = _load_of_actors(placement.actors, owners, load_G)
         source, target = max(load, key=load.__getitem__), min(load, key=load.__getitem__)
@@ -283,7 +289,11 @@ def _evened(placement: Placement, load_G: Sequence[int]) -> tuple[tuple[str, ...
             return tuple(owners), tuple(moves)
         group = min(helpful, key=lambda group: abs(gap - 2 * load_G[group]))
         owners[group] = target
-        moves.append(GroupMove(group, source, target, GROUP_BYTES))
+        moves.append(GroupMove(group, source, target, GROUP_BYTES, "move"))
+
+
+def _owners(placement: Placement) -> list[str]:
+    return [placement.owner(group) for group in range(placement.num_groups)]
 
 
 def _load_of_actors(actors: Sequence[str], owners: Sequence[str], load_G: Sequence[int]) -> dict[str, int]:

@@ -14,13 +14,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from actors.dispatcher import Peer, Roster
 from actors.expert import ExpertHost
 from actors.moe.settings import GateSettings
 from actors.optim import OptimizerSettings
 from actors.router import Router
 from actors.transport.socket import SocketLink, SocketServer
 from actors.trunk.model import ModelSource
-from actors.values import Address, Sampling
+from actors.values import Address, Placement, Sampling
 from tests.families import FAMILIES, save
 from tests.local import cluster
 
@@ -39,21 +40,21 @@ def losses(source: ModelSource, device: str, gate: GateSettings | None = None) -
         return [local.router.train_step(b, lr=1e-3, clip_norm=1.0).loss for b in BATCHES]
 
 
-def serve(source: ModelSource, groups: tuple[int, ...], addresses: Queue[Address]) -> None:
-    host = ExpertHost("expert", source, groups, group_size=2, device="cuda")
-    server = SocketServer("expert", host.handle, max_bytes=1 << 28, idle=host.idle)
+def serve(source: ModelSource, name: str, groups: tuple[int, ...], addresses: Queue[Address]) -> None:
+    host = ExpertHost(name, source, groups, group_size=2, device="cuda")
+    server = SocketServer(name, host.handle, max_bytes=1 << 28, idle=host.idle)
     server.start()
     addresses.put(server.address)
     time.sleep(300)
 
 
 @contextmanager
-def host_process(source: ModelSource, groups: tuple[int, ...]) -> Iterator[Address]:
+def host_process(source: ModelSource, name: str, groups: tuple[int, ...]) -> Iterator[Address]:
     """A process of its own, as an actor has: autograd has one thread a device and process, and a router that waits for
     its experts in backward holds it."""
     context = multiprocessing.get_context("spawn")
     addresses = context.Queue()
-    process = context.Process(target=serve, args=(source, groups, addresses), daemon=True)
+    process = context.Process(target=serve, args=(source, name, groups, addresses), daemon=True)
     process.start()
     try:
         yield addresses.get(timeout=120)
@@ -71,9 +72,14 @@ def test_losses_equal_those_on_the_cpu(tmp_path: Path, family: str) -> None:
 def test_losses_over_sockets_equal_those_on_the_cpu(tmp_path: Path) -> None:
     source = ModelSource(path=str(save("deepseek_v3", tmp_path / "m", torch.float32)))
     with ExitStack() as stack:
-        addresses = [stack.enter_context(host_process(source, groups)) for groups in ((0, 1), (2, 3))]
-        openers = [partial(SocketLink, "expert", a, name="router", max_bytes=1 << 28, timeout_s=60) for a in addresses]
-        router = Router(source, openers, [range(4), range(4, 8)], device="cuda", timeout_s=60)
+        parts = {"a": (0, 1), "b": (2, 3)}
+        addresses = [stack.enter_context(host_process(source, name, groups)) for name, groups in parts.items()]
+        peers = {
+            name: Peer(partial(SocketLink, name, address, name="router", max_bytes=1 << 28, timeout_s=60))
+            for name, address in zip("ab", addresses, strict=True)
+        }
+        placement = Placement(1, (("a",), ("a",), ("b",), ("b",)), 2)
+        router = Router(source, Roster(placement, peers), device="cuda", timeout_s=60)
         router.begin_run(OptimizerSettings())
         got = [router.train_step(b, lr=1e-3, clip_norm=1.0).loss for b in BATCHES]
         router.close()

@@ -115,6 +115,7 @@ STATUSES = st.builds(
     max_positions=SIZES,
     vocab_size=SIZES,
     shared_share=FLOATS,
+    copies=st.dictionaries(SIZES, st.lists(NAMES, max_size=3).map(tuple), max_size=4),
 )
 LOADS = st.builds(
     LoadReport,
@@ -141,14 +142,24 @@ LOADS = st.builds(
 
 REBALANCES = st.builds(
     Rebalance,
-    moves=st.lists(st.builds(GroupMove, group=SIZES, source=NAMES, target=NAMES, num_bytes=COUNTS), max_size=3).map(
-        tuple
-    ),
+    moves=st.lists(
+        st.builds(
+            GroupMove,
+            group=SIZES,
+            source=NAMES,
+            target=NAMES,
+            num_bytes=COUNTS,
+            kind=st.sampled_from(["move", "copy"]),
+        ),
+        max_size=3,
+    ).map(tuple),
     balance_before=FLOATS,
     balance_after=FLOATS,
     placement_epoch=COUNTS,
     done=st.booleans(),
     message=NAMES,
+    unmet=st.lists(NAMES, max_size=3).map(tuple),
+    stall_s=FLOATS,
 )
 
 

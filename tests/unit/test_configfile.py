@@ -109,6 +109,11 @@ def test_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:
     assert load_job(write(tmp_path, "optimizer: {lr: 3e-3, weight_decay: 0}")).optimizer.lr == 0.003
 
 
+def test_an_existing_cluster_may_have_any_number_of_nodes(tmp_path: Path) -> None:
+    file = write(tmp_path, MODEL + "ray: {mode: existing, address: auto}\nexperts: {actors: 4, redundancy: 3}")
+    assert load_cluster(file).experts.redundancy == 3
+
+
 def test_empty_file_gives_the_defaults(tmp_path: Path) -> None:
     assert load_job(write(tmp_path, "# nothing\n")) == JobConfig()
 
@@ -179,6 +184,20 @@ CLUSTER_FAULTS = {
     "no nodes": (MODEL + "ray: {nodes: 0}", "ray.nodes", "0", "1 or more"),
     "no actors": (MODEL + "experts: {actors: 0}", "experts.actors", "0", "1 or more"),
     "empty groups": (MODEL + "experts: {group_size: 0}", "experts.group_size", "0", "1 or more"),
+    "no copy at all": (MODEL + "experts: {redundancy: 0}", "experts.redundancy", "0", "1 or more"),
+    "more copies than actors": (
+        MODEL + "ray: {nodes: 3}\nexperts: {actors: 2, redundancy: 3}",
+        "experts.redundancy",
+        "3",
+        "at most 2, or set experts.actors to 3 or more",
+    ),
+    "more copies than nodes": (
+        MODEL + "experts: {actors: 4, redundancy: 3}",
+        "experts.redundancy",
+        "ray.nodes is 2",
+        "at most 2, or set ray.nodes to 3 or more",
+    ),
+    "room below none": (MODEL + "experts: {max_groups: -1}", "experts.max_groups", "-1", "0 or more"),
     "port": (MODEL + "front: {port: 65536}", "front.port", "65536", "from 0 to 65535"),
     "timeout": (MODEL + "router: {request_timeout_s: 0}", "router.request_timeout_s", "0.0", "above 0"),
     "text for a list": (MODEL + "storage: {import_roots: /a}", "storage.import_roots", "'/a'", "a list"),

@@ -13,16 +13,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
 
 from actors.errors import InvalidInput
+from actors.values import Placement
 from cluster.backend import ActorStatus, JobEvent, JobState
 from cluster.config import BatchConfig, EvalConfig, JobConfig
 from cluster.control.coordinator import Coordinator, Limits, ModelFacts
 from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
 from cluster.control.load import LoadLE
 from cluster.errors import AlreadyExists, ConfigError, FailedPrecondition, NotFound, ResourceExhausted
-from cluster.placement.placement import ActorSlot, Placement, spread
+from cluster.placement.placement import ActorSlot, spread
 
 MODEL = ModelFacts("tiny", 1000, num_experts=8, num_moe_layers=2, top_k=2, max_positions=256, vocab_size=260)
-PLACEMENT = spread(8, 2, [ActorSlot("e0", "n0"), ActorSlot("e1", "n1")])
+SLOTS = (ActorSlot("e0", "n0"), ActorSlot("e1", "n1"))
+PLACEMENT = spread(8, 2, SLOTS)
+DOUBLE = spread(8, 2, SLOTS, redundancy=2)
 ACTORS = ("r0", "e0", "e1")
 SHORT = JobConfig(steps=3)
 
@@ -39,6 +42,13 @@ def beat(coordinator: Coordinator, now: float, actors: Sequence[str] = ACTORS) -
 
 def make(limits: Limits | None = None) -> Coordinator:
     coordinator = Coordinator(MODEL, PLACEMENT, limits)
+    beat(coordinator, 0.0)
+    return coordinator
+
+
+def make_double() -> Coordinator:
+    """Both actors hold every group."""
+    coordinator = Coordinator(MODEL, DOUBLE, redundancy=2)
     beat(coordinator, 0.0)
     return coordinator
 
@@ -265,11 +275,11 @@ def test_old_jobs_are_forgotten() -> None:
 # --- Membership ----------------------------------------------------------------------------------------------------
 
 
-def test_jobs_wait_until_every_group_has_a_ready_owner() -> None:
+def test_jobs_wait_until_every_group_has_a_ready_holder() -> None:
     coordinator = Coordinator(MODEL, PLACEMENT)
     coordinator.submit(SHORT, "q", 0.0)
     assert coordinator.step(0.0) == []
-    assert coordinator.status().message == "expert groups without a ready owner: 0, 1, 2, 3"
+    assert coordinator.status().message == "expert groups without a ready holder: 0, 1, 2, 3"
     beat(coordinator, 1.0, ["e0", "e1"])
     assert (coordinator.step(1.0), coordinator.status().message) == ([], "no router is ready")
     coordinator.actor_seen(report("r0", state="starting"), 1.0)
@@ -287,7 +297,7 @@ def test_a_silent_actor_is_lost_and_the_running_job_told(coordinator: Coordinato
     assert decisions == [ActorLost("e1", "expert", (2, 3), job_id, "silent for more than 10 s")]
     status = coordinator.status()
     assert {actor.id: actor.state for actor in status.actors} == {"r0": "ready", "e0": "ready", "e1": "lost"}
-    assert (status.ready, status.message) == (False, "expert groups without a ready owner: 2, 3")
+    assert (status.ready, status.message) == (False, "expert groups without a ready holder: 2, 3")
     assert kinds(coordinator, job_id)[-1] == ("note", "running")
     assert coordinator.step(11.0) == [], "told once"
 
@@ -301,12 +311,17 @@ def test_a_silent_actor_comes_back_with_its_next_report(coordinator: Coordinator
 
 def test_a_dead_process_does_not_come_back_but_its_successor_does(coordinator: Coordinator) -> None:
     coordinator.actor_lost("e1", 1.0, "exit code -9")
-    assert coordinator.step(1.0) == [ActorLost("e1", "expert", (2, 3), None, "exit code -9")]
+    after = PLACEMENT.without({"e1"})
+    assert coordinator.step(1.0) == [ActorLost("e1", "expert", (2, 3), None, "exit code -9", after)]
     coordinator.actor_lost("e1", 1.1, "exit code -9")
     coordinator.actor_seen(report("e1"), 1.2)
     assert coordinator.step(1.3) == []
-    assert not coordinator.status().ready
+    assert [actor.state for actor in coordinator.status().actors] == ["ready", "ready", "lost"]
     coordinator.actor_seen(report("e1", pid=2), 2.0)
+    status = coordinator.status()
+    assert [(actor.state, actor.groups) for actor in status.actors[1:]] == [("ready", (0, 1)), ("ready", ())]
+    assert (status.ready, status.message) == (False, "no actor holds groups 2, 3 any more")
+    coordinator.placed(Placement(3, PLACEMENT.holders, 2))
     assert coordinator.status().ready
 
 
@@ -322,6 +337,95 @@ def test_a_lost_router_ends_the_running_job(coordinator: Coordinator) -> None:
     assert coordinator.job(job_id).error == error
 
 
+def test_copies_take_over_from_a_dead_actor_and_the_job_goes_on() -> None:
+    coordinator = make_double()
+    job_id = start(coordinator)
+    commit(coordinator, job_id, 1)
+    coordinator.actor_lost("e0", 3.0, "exit code -9")
+    after = Placement(2, (("e1",),) * 4, 2)
+    assert coordinator.step(3.0) == [ActorLost("e0", "expert", (0, 1, 2, 3), job_id, "exit code -9", after)]
+    events, job = coordinator.job_events(job_id, 0, 100)
+    assert job.state is JobState.RUNNING
+    assert events[-1].message == "expert e0 lost: exit code -9; copies took over groups 0, 1, 2, 3"
+    status = coordinator.status()
+    assert (status.ready, status.placement_epoch, status.copies) == (True, 2, {})
+    assert status.owners == dict.fromkeys(range(4), "e1")
+    assert status.message == "degraded: groups 0, 1, 2, 3 have fewer than 2 holders"
+    commit(coordinator, job_id, 3)
+    coordinator.job_finished(job_id, 4.0)
+    assert coordinator.job(job_id).state is JobState.SUCCEEDED
+    assert start(coordinator, "next", now=5.0), "and another one starts"
+
+
+def test_a_group_that_dies_with_its_last_holder_fails_the_job_by_name(coordinator: Coordinator) -> None:
+    job_id = start(coordinator)
+    commit(coordinator, job_id, 1)
+    coordinator.submit(SHORT, "next", 2.0)
+    coordinator.actor_lost("e1", 3.0, "exit code -9")
+    error = "expert e1 was lost after step 1: exit code -9; no actor holds groups 2, 3 any more"
+    after = Placement(2, (("e0",), ("e0",), (), ()), 2)
+    assert coordinator.step(3.0) == [
+        ActorLost("e1", "expert", (2, 3), job_id, "exit code -9", after),
+        StopJob(job_id, error),
+    ]
+    assert (coordinator.job(job_id).state, coordinator.job(job_id).error) == (JobState.FAILED, error)
+    status = coordinator.status()
+    assert (status.ready, status.message) == (False, "no actor holds groups 2, 3 any more")
+    assert status.owners == {0: "e0", 1: "e0"}
+    coordinator.job_stopped(job_id, 4.0)
+    assert coordinator.step(4.0) == [], "the next job waits"
+
+
+def test_the_second_death_is_the_one_that_loses_groups() -> None:
+    coordinator = make_double()
+    job_id = start(coordinator)
+    coordinator.actor_lost("e1", 3.0, "killed")
+    assert coordinator.job(job_id).state is JobState.RUNNING
+    coordinator.actor_lost("e0", 4.0, "killed")
+    assert coordinator.job(job_id).error.endswith("no actor holds groups 0, 1, 2, 3 any more")
+
+
+def test_an_actor_without_groups_may_die(coordinator: Coordinator) -> None:
+    job_id = start(coordinator)
+    coordinator.actor_seen(report("e2"), 2.0)
+    coordinator.actor_lost("e2", 3.0, "killed")
+    coordinator.actor_lost("e3", 3.0, "killed before it reported")
+    assert coordinator.step(3.0) == [ActorLost("e2", "expert", (), job_id, "killed", None)]
+    assert coordinator.job(job_id).state is JobState.RUNNING
+    assert (coordinator.status().placement_epoch, coordinator.status().ready) == (1, True)
+
+
+def test_an_actor_may_die_before_it_was_seen() -> None:
+    coordinator = Coordinator(MODEL, DOUBLE, redundancy=2)
+    coordinator.actor_lost("e1", 1.0, "killed")
+    assert coordinator.step(1.0) == [
+        ActorLost("e1", "expert", (0, 1, 2, 3), None, "killed", Placement(2, (("e0",),) * 4, 2))
+    ]
+
+
+def test_silence_leaves_the_placement_as_it_is_until_death_is_certain() -> None:
+    coordinator = make_double()
+    job_id = start(coordinator)
+    beat(coordinator, 5.0, ["r0", "e0"])
+    (silent,) = coordinator.step(10.1)
+    assert silent == ActorLost("e1", "expert", (0, 1, 2, 3), job_id, "silent for more than 10 s", None)
+    status = coordinator.status()
+    assert (status.placement_epoch, status.ready, status.owners[2]) == (1, True, "e1")
+    assert status.message == "degraded: groups 0, 1, 2, 3 have fewer than 2 holders"
+    with pytest.raises(FailedPrecondition, match="on e1, which does not answer"):
+        coordinator.rebalance(coordinator.actors())
+    coordinator.actor_lost("e1", 11.0, "killed")
+    (dead,) = coordinator.step(11.0)
+    assert dead == ActorLost("e1", "expert", (0, 1, 2, 3), job_id, "killed", Placement(2, (("e0",),) * 4, 2))
+    assert coordinator.job(job_id).state is JobState.RUNNING
+
+
+def test_one_group_with_too_few_holders_is_named() -> None:
+    coordinator = make_double()
+    coordinator.placed(Placement(2, (*DOUBLE.holders[:1], ("e0",), *DOUBLE.holders[2:]), 2))
+    assert coordinator.status().message == "degraded: group 1 has fewer than 2 holders"
+
+
 def test_starting_actors_may_be_silent() -> None:
     coordinator = Coordinator(MODEL, PLACEMENT)
     coordinator.actor_seen(report("e0", state="starting"), 0.0)
@@ -330,12 +434,50 @@ def test_starting_actors_may_be_silent() -> None:
 
 def test_groups_follow_the_placement(coordinator: Coordinator) -> None:
     assert [actor.groups for actor in coordinator.status().actors] == [(), (0, 1), (2, 3)]
-    coordinator.placed(Placement(2, ("e1", "e1", "e1", "e0"), 2))
+    coordinator.placed(Placement(2, (("e1",), ("e1", "e0"), ("e1",), ("e0",)), 2))
     status = coordinator.status()
-    assert [actor.groups for actor in status.actors] == [(), (3,), (0, 1, 2)]
+    assert [actor.groups for actor in status.actors] == [(), (1, 3), (0, 1, 2)]
     assert (status.placement_epoch, status.owners) == (2, {0: "e1", 1: "e1", 2: "e1", 3: "e0"})
+    assert status.copies == {1: ("e0",)}
     with pytest.raises(InvalidInput, match="not newer"):
-        coordinator.placed(Placement(2, ("e0",) * 4, 2))
+        coordinator.placed(Placement(2, (("e0",),) * 4, 2))
+
+
+# --- Rebalancing ---------------------------------------------------------------------------------------------------
+
+
+def test_living_expert_actors_may_hold_groups(coordinator: Coordinator) -> None:
+    coordinator.actor_seen(report("e2"), 1.0)
+    coordinator.actor_seen(report("e3", state="starting"), 1.0)
+    assert coordinator.actors() == (*SLOTS, ActorSlot("e2", "n2"))
+    coordinator.actor_lost("e2", 2.0, "killed")
+    assert coordinator.actors() == SLOTS
+
+
+def test_missing_copies_are_proposed_when_an_actor_came() -> None:
+    coordinator = make_double()
+    coordinator.actor_lost("e1", 1.0, "killed")
+    coordinator.actor_seen(report("e2"), 2.0)
+    proposal = coordinator.rebalance(coordinator.actors())
+    (stage,) = proposal.stages
+    assert {(move.group, move.kind, move.target) for move in stage.copies} == {(g, "copy", "e2") for g in range(4)}
+    coordinator.placed(stage.placement)
+    status = coordinator.status()
+    assert (status.message, status.placement_epoch) == ("", 3)
+    assert status.copies == dict.fromkeys(range(4), ("e2",))
+
+
+def test_the_load_of_the_window_is_evened_out_within_the_room_there_is() -> None:
+    coordinator = Coordinator(dataclasses.replace(MODEL, expert_bytes=10), PLACEMENT, max_groups=2)
+    beat(coordinator, 0.0)
+    with pytest.raises(FailedPrecondition, match="no load to balance yet"):
+        coordinator.rebalance(SLOTS)
+    commit_loads(coordinator, start(coordinator), [[[20, 20, 20, 20, 5, 5, 5, 5], [0] * 8]])
+    proposal = coordinator.rebalance(SLOTS)
+    assert (proposal.balance_before, proposal.balance_after) == (pytest.approx(100 / 160), 1)
+    assert [(move.kind, move.num_bytes) for move in proposal.moves] == [("move", 3 * 10 * 2)] * 2
+    with pytest.raises(InvalidInput, match=r"max_groups: the actors that stay have no room"):
+        coordinator.rebalance(SLOTS[1:])
 
 
 def test_load_is_summed_over_a_window_of_steps() -> None:
@@ -363,7 +505,7 @@ def test_load_is_summed_by_the_placement_of_now(coordinator: Coordinator) -> Non
     commit_loads(coordinator, start(coordinator), [[range(8), [0] * 8]])
     assert coordinator.load_report().actors == {"e0": 0 + 1 + 2 + 3, "e1": 4 + 5 + 6 + 7}
     assert coordinator.load_report().nodes == {"n0": 6, "n1": 22}
-    coordinator.placed(Placement(2, ("e1", "e0", "e2", "e0"), 2))
+    coordinator.placed(Placement(2, (("e1",), ("e0",), ("e2",), ("e0",)), 2))
     assert coordinator.load_report().actors == {"e1": 1, "e0": 5 + 13, "e2": 9}
     assert coordinator.load_report().nodes == {"n1": 1, "n0": 18, "": 9}, "e2 has not reported yet"
 
@@ -413,10 +555,13 @@ class CoordinatorMachine(RuleBasedStateMachine):
     jobs = Bundle("jobs")
     LIMITS = Limits(max_queued_jobs=3, max_final_jobs=50, max_events=12, heartbeat_timeout_s=10.0)
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(redundancy=st.sampled_from([1, 2]))
+    def begin(self, redundancy: int) -> None:
         self.now = 0.0
-        self.coordinator = make(self.LIMITS)
+        placement = PLACEMENT if redundancy == 1 else DOUBLE
+        self.holders = placement.holders
+        self.coordinator = Coordinator(MODEL, placement, self.LIMITS, redundancy=redundancy)
+        beat(self.coordinator, 0.0)
         self.started: list[str] = []
         self.running: str | None = None
         """The job whose steps the edge runs: from StartJob to the report that they ended."""
@@ -476,9 +621,16 @@ class CoordinatorMachine(RuleBasedStateMachine):
 
     @rule(actor=st.sampled_from(ACTORS))
     def lose(self, actor: str) -> None:
+        before = self.coordinator.status().placement_epoch
         self.coordinator.actor_lost(actor, self.now, "killed")
         self.carry_out(self.coordinator.step(self.now))
+        status = self.coordinator.status()
+        assert (status.placement_epoch > before) == (actor != "r0"), "both expert actors hold groups"
+        assert actor not in {*status.owners.values(), *(name for held in status.copies.values() for name in held)}
+        assert len(status.owners) == 4 or not status.ready
         self.coordinator.actor_seen(report(actor, pid=int(self.now * 1000) + 2), self.now)
+        # It comes back with its groups, from wherever they are.
+        self.coordinator.placed(Placement(status.placement_epoch + 1, self.holders, 2))
 
     @invariant()
     def states_are_sound(self) -> None:

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from actors.errors import InvalidInput
 from actors.moe.measures import max_vio, sparse_layers, utilisation_std
+from actors.values import Placement
 from cluster.backend import LoadReport
 from cluster.control.load import LoadLE, LoadWindow
-from cluster.placement.placement import Placement
 
 L, E = 2, 4
-PLACEMENT = Placement(1, ("b", "a"), 2)
+PLACEMENT = Placement(1, (("b",), ("a",)), 2)
 COUNTS = st.integers(0, 200)
 LOADS = st.lists(st.lists(COUNTS, min_size=E, max_size=E), min_size=L, max_size=L)
 
@@ -91,6 +91,16 @@ def test_steps_without_any_pair() -> None:
     report = reported([[[0] * E] * L])
     assert (report.max_vio, report.utilisation_std, report.warning) == (0.0, 0.0, "")
     assert (report.window_steps, report.load_LE) == (1, ((0,) * E,) * L)
+
+
+def test_a_groups_load_is_split_over_its_holders_to_the_last_pair() -> None:
+    window = LoadWindow(1, 1, 4)
+    window.add([[5, 6, 20, 0]], 1, 1.0, 31, 1)
+    report = window.report(1, Placement(1, (("b", "a", "c"), ("a",)), 2), {"a": "n0", "b": "n1", "c": "n1"})
+    assert report.actors == {"b": 4, "a": 4 + 20, "c": 3}
+    assert report.nodes == {"n1": 7, "n0": 24}
+    lost = window.report(1, Placement(2, (("a",), ()), 2), {"a": "n0"})
+    assert lost.actors == {"a": 11}
 
 
 def test_no_step_yet() -> None:

@@ -73,7 +73,12 @@ def requests(draw: st.DrawFn) -> tuple[np.ndarray, list[Device], dict[str, Any]]
     loads = st.lists(st.sampled_from([0.0, 1.0, 2.0, 5.0, 20.0]), min_size=num_units, max_size=num_units)
     load_LU = np.array([draw(loads) for _ in range(draw(st.integers(1, 2)))])
     group_U = draw(st.none() | st.lists(st.integers(0, 3), min_size=num_units, max_size=num_units))
-    options = {"group_U": group_U, "redundancy": draw(st.integers(1, 3)), "node_limited": draw(st.booleans())}
+    options = {
+        "group_U": group_U,
+        "redundancy": draw(st.integers(1, 3)),
+        "node_limited": draw(st.booleans()),
+        "hot_copies": draw(st.booleans()),
+    }
     return load_LU, made, options
 
 
@@ -84,6 +89,8 @@ def test_every_plan_is_sound_and_says_what_it_lacks(first: Any, second: Any) -> 
     old = plan(load_LU, made, **options)
     check(old)
     check_unmet(old, options)
+    if not options["hot_copies"]:
+        assert all(len(held) <= options["redundancy"] for layer in old.holders for held in layer)
     assert plan(load_LU, made, **options) == old, "deterministic"
     # The devices of another cluster, some of them with the same names: a change of any kind.
     spare = max(0, load_LU.shape[1] - sum(device.slots for device in second[1]))

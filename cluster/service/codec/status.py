@@ -30,6 +30,7 @@ def status_to_message(status: ClusterStatus) -> pb.ClusterStatus:
         max_positions=status.max_positions,
         vocab_size=status.vocab_size,
         shared_share=status.shared_share,
+        copies={group: pb.GroupCopies(actors=actors) for group, actors in status.copies.items()},
     )
 
 
@@ -53,6 +54,7 @@ def status_from_message(message: pb.ClusterStatus) -> ClusterStatus:
         max_positions=message.max_positions,
         vocab_size=message.vocab_size,
         shared_share=message.shared_share,
+        copies={group: tuple(copies.actors) for group, copies in message.copies.items()},
     )
 
 

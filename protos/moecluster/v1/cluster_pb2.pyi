@@ -22,6 +22,12 @@ class ActorState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ACTOR_STATE_STARTING: _ClassVar[ActorState]
     ACTOR_STATE_READY: _ClassVar[ActorState]
     ACTOR_STATE_LOST: _ClassVar[ActorState]
+
+class MoveKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MOVE_KIND_UNSPECIFIED: _ClassVar[MoveKind]
+    MOVE_KIND_MOVE: _ClassVar[MoveKind]
+    MOVE_KIND_COPY: _ClassVar[MoveKind]
 ACTOR_ROLE_UNSPECIFIED: ActorRole
 ACTOR_ROLE_ROUTER: ActorRole
 ACTOR_ROLE_EXPERT: ActorRole
@@ -29,6 +35,9 @@ ACTOR_STATE_UNSPECIFIED: ActorState
 ACTOR_STATE_STARTING: ActorState
 ACTOR_STATE_READY: ActorState
 ACTOR_STATE_LOST: ActorState
+MOVE_KIND_UNSPECIFIED: MoveKind
+MOVE_KIND_MOVE: MoveKind
+MOVE_KIND_COPY: MoveKind
 
 class ActorStatus(_message.Message):
     __slots__ = ("id", "role", "node", "pid", "state", "device", "version", "groups", "memory_bytes", "tokens", "link")
@@ -62,8 +71,14 @@ class LayerLoad(_message.Message):
     tokens: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class GroupCopies(_message.Message):
+    __slots__ = ("actors",)
+    ACTORS_FIELD_NUMBER: _ClassVar[int]
+    actors: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, actors: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class ClusterStatus(_message.Message):
-    __slots__ = ("model", "num_parameters", "num_experts", "num_moe_layers", "top_k", "version", "placement_epoch", "owners", "group_size", "nodes", "actors", "load", "jobs", "ready", "message", "max_positions", "vocab_size", "shared_share")
+    __slots__ = ("model", "num_parameters", "num_experts", "num_moe_layers", "top_k", "version", "placement_epoch", "owners", "group_size", "nodes", "actors", "load", "jobs", "ready", "message", "max_positions", "vocab_size", "shared_share", "copies")
     class OwnersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +93,13 @@ class ClusterStatus(_message.Message):
         key: str
         value: int
         def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class CopiesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: GroupCopies
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[_Union[GroupCopies, _Mapping]] = ...) -> None: ...
     MODEL_FIELD_NUMBER: _ClassVar[int]
     NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     NUM_EXPERTS_FIELD_NUMBER: _ClassVar[int]
@@ -96,6 +118,7 @@ class ClusterStatus(_message.Message):
     MAX_POSITIONS_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     SHARED_SHARE_FIELD_NUMBER: _ClassVar[int]
+    COPIES_FIELD_NUMBER: _ClassVar[int]
     model: str
     num_parameters: int
     num_experts: int
@@ -114,7 +137,8 @@ class ClusterStatus(_message.Message):
     max_positions: int
     vocab_size: int
     shared_share: float
-    def __init__(self, model: _Optional[str] = ..., num_parameters: _Optional[int] = ..., num_experts: _Optional[int] = ..., num_moe_layers: _Optional[int] = ..., top_k: _Optional[int] = ..., version: _Optional[int] = ..., placement_epoch: _Optional[int] = ..., owners: _Optional[_Mapping[int, str]] = ..., group_size: _Optional[int] = ..., nodes: _Optional[_Iterable[str]] = ..., actors: _Optional[_Iterable[_Union[ActorStatus, _Mapping]]] = ..., load: _Optional[_Iterable[_Union[LayerLoad, _Mapping]]] = ..., jobs: _Optional[_Mapping[str, int]] = ..., ready: _Optional[bool] = ..., message: _Optional[str] = ..., max_positions: _Optional[int] = ..., vocab_size: _Optional[int] = ..., shared_share: _Optional[float] = ...) -> None: ...
+    copies: _containers.MessageMap[int, GroupCopies]
+    def __init__(self, model: _Optional[str] = ..., num_parameters: _Optional[int] = ..., num_experts: _Optional[int] = ..., num_moe_layers: _Optional[int] = ..., top_k: _Optional[int] = ..., version: _Optional[int] = ..., placement_epoch: _Optional[int] = ..., owners: _Optional[_Mapping[int, str]] = ..., group_size: _Optional[int] = ..., nodes: _Optional[_Iterable[str]] = ..., actors: _Optional[_Iterable[_Union[ActorStatus, _Mapping]]] = ..., load: _Optional[_Iterable[_Union[LayerLoad, _Mapping]]] = ..., jobs: _Optional[_Mapping[str, int]] = ..., ready: _Optional[bool] = ..., message: _Optional[str] = ..., max_positions: _Optional[int] = ..., vocab_size: _Optional[int] = ..., shared_share: _Optional[float] = ..., copies: _Optional[_Mapping[int, GroupCopies]] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()
@@ -207,16 +231,18 @@ class WatchLoadResponse(_message.Message):
     def __init__(self, report: _Optional[_Union[LoadReport, _Mapping]] = ...) -> None: ...
 
 class GroupMove(_message.Message):
-    __slots__ = ("group", "source", "target", "num_bytes")
+    __slots__ = ("group", "source", "target", "num_bytes", "kind")
     GROUP_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
     group: int
     source: str
     target: str
     num_bytes: int
-    def __init__(self, group: _Optional[int] = ..., source: _Optional[str] = ..., target: _Optional[str] = ..., num_bytes: _Optional[int] = ...) -> None: ...
+    kind: MoveKind
+    def __init__(self, group: _Optional[int] = ..., source: _Optional[str] = ..., target: _Optional[str] = ..., num_bytes: _Optional[int] = ..., kind: _Optional[_Union[MoveKind, str]] = ...) -> None: ...
 
 class RebalanceRequest(_message.Message):
     __slots__ = ("dry_run",)
@@ -225,20 +251,24 @@ class RebalanceRequest(_message.Message):
     def __init__(self, dry_run: _Optional[bool] = ...) -> None: ...
 
 class RebalanceResponse(_message.Message):
-    __slots__ = ("moves", "balance_before", "balance_after", "placement_epoch", "done", "message")
+    __slots__ = ("moves", "balance_before", "balance_after", "placement_epoch", "done", "message", "unmet", "stall_s")
     MOVES_FIELD_NUMBER: _ClassVar[int]
     BALANCE_BEFORE_FIELD_NUMBER: _ClassVar[int]
     BALANCE_AFTER_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    UNMET_FIELD_NUMBER: _ClassVar[int]
+    STALL_S_FIELD_NUMBER: _ClassVar[int]
     moves: _containers.RepeatedCompositeFieldContainer[GroupMove]
     balance_before: float
     balance_after: float
     placement_epoch: int
     done: bool
     message: str
-    def __init__(self, moves: _Optional[_Iterable[_Union[GroupMove, _Mapping]]] = ..., balance_before: _Optional[float] = ..., balance_after: _Optional[float] = ..., placement_epoch: _Optional[int] = ..., done: _Optional[bool] = ..., message: _Optional[str] = ...) -> None: ...
+    unmet: _containers.RepeatedScalarFieldContainer[str]
+    stall_s: float
+    def __init__(self, moves: _Optional[_Iterable[_Union[GroupMove, _Mapping]]] = ..., balance_before: _Optional[float] = ..., balance_after: _Optional[float] = ..., placement_epoch: _Optional[int] = ..., done: _Optional[bool] = ..., message: _Optional[str] = ..., unmet: _Optional[_Iterable[str]] = ..., stall_s: _Optional[float] = ...) -> None: ...
 
 class ExportModelRequest(_message.Message):
     __slots__ = ("path",)

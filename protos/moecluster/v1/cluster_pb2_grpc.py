@@ -93,8 +93,8 @@ class ClusterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Rebalance(self, request, context):
-        """Moves expert groups between actors by the load of the last training steps, while steps and requests go on.
-        FAILED_PRECONDITION while another one runs, or before there is any load.
+        """Moves and copies expert groups by the load of the last training steps, and restores missing copies, while steps
+        and requests go on. FAILED_PRECONDITION while another one runs, or where there is no load and nothing is missing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

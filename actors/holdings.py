@@ -1,0 +1,267 @@
+"""What an expert actor holds: expert groups of every MoE layer, their gradients, their optimizers.
+
+    layer 0   [ group 4 | group 9 | (free) ]      one stack of weights a layer, for grouped products
+    layer 1   [ group 4 | group 9 | (free) ]
+
+The stacks are made of places, one group each. A group's parameters are views of its place, and its optimizer is its
+own: groups come and go without touching the others, and copies of a group on several actors, stepped with the same
+gradients, stay equal bit for bit. Not thread-safe: the host's lock is around every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from actors.errors import InvalidInput
+from actors.moe.experts import ExpertStack
+from actors.optim import OptimizerSettings, adamw, scale_gradients, set_lr, square_sum
+from actors.trunk.model import Skeleton
+
+LoadLayer = Callable[[int, Sequence[int]], Mapping[str, Tensor]]
+"""(layer, groups) -> stacked parameters of these groups' experts, in that order."""
+
+
+@dataclass
+class _Group:
+    parameters: list[dict[str, nn.Parameter]]
+    """By layer."""
+    optimizer: torch.optim.AdamW
+    state: Literal["held", "arriving", "leaving"] = "held"
+    """Only what is held is computed with. What leaves is kept until nobody can ask for it any more."""
+
+
+class Holdings:
+    def __init__(
+        self, skeleton: Skeleton, group_size: int, device: torch.device, groups: Sequence[int], load: LoadLayer
+    ) -> None:
+        self._skeleton, self._group_size, self._device = skeleton, group_size, device
+        self.settings = OptimizerSettings()
+        self._places: list[int | None] = list(groups)
+        """Group at each place of the stacks."""
+        self.stacks = [
+            ExpertStack(layer.template, {n: t.to(device) for n, t in load(i, groups).items()})
+            if groups
+            else ExpertStack(layer.template, self._blank(i))
+            for i, layer in enumerate(skeleton.layers)
+        ]
+        self._groups = {group: self._new_group(group) for group in groups}
+
+    # -- what is here -------------------------------------------------------------------------------------------------
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """That are computed with, in the order of their places."""
+        return self._in_state("held")
+
+    @property
+    def arriving(self) -> tuple[int, ...]:
+        return self._in_state("arriving")
+
+    @property
+    def experts(self) -> list[int]:
+        """Numbers of the experts of `groups`, in that order: the local order of every message."""
+        return self.experts_of(self.groups)
+
+    def experts_of(self, groups: Iterable[int]) -> list[int]:
+        return [g * self._group_size + i for g in groups for i in range(self._group_size)]
+
+    def by_place(self, counts_E: Sequence[int]) -> list[int]:
+        """Counts of `experts` -> counts of every expert place of the stacks."""
+        size = self._group_size
+        counts, rest = [0] * (size * len(self._places)), iter(counts_E)
+        for place, group in enumerate(self._places):
+            if group is not None and self._groups[group].state == "held":
+                counts[place * size : (place + 1) * size] = [next(rest) for _ in range(size)]
+        return counts
+
+    def num_bytes(self) -> int:
+        """Of parameters, gradients and optimizer state."""
+        tensors = [t for stack in self.stacks for p in stack.parameters() for t in (p, p.grad) if t is not None]
+        for group in self._groups.values():
+            tensors += [t for state in group.optimizer.state.values() for t in state.values()]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    # -- gradients and updates ----------------------------------------------------------------------------------------
+
+    def gradients(self, group: int, layer: int) -> list[Tensor]:
+        """Of the group's parameters by name, as views: what is written there is what the update uses.
+
+        Experts without a token have a gradient too: zero. Without one the optimizer would pass them over, and neither
+        their moments nor their weights would decay as they do in one process.
+        """
+        span, stack = self._span(group), self.stacks[layer]
+        parameters = self._groups[group].parameters[layer]
+        for name in stack.names:
+            parameters[name].grad = stack.gradient(name)[span]
+        return [grad for name in stack.names if (grad := parameters[name].grad) is not None]
+
+    def square_sum(self, groups: Iterable[int]) -> float:
+        """Of all gradients of these groups, for the global norm."""
+        total = 0.0
+        for group in groups:
+            for layer in range(len(self.stacks)):
+                self.gradients(group, layer)
+            total += square_sum(self._parameters(group))
+        return total
+
+    def update(self, lr: float, scale: float) -> None:
+        """One optimizer step of every held group with its gradients times `scale`; then they are zero."""
+        for group in self.groups:
+            for layer in range(len(self.stacks)):
+                self.gradients(group, layer)
+            self._step(group, lr, scale)
+        self.drop_gradients()
+
+    def update_layer(self, group: int, layer: int, gradients: Sequence[Tensor], lr: float, scale: float) -> None:
+        """One optimizer step of one layer of an arriving group, with the gradients its owner stepped with."""
+        parameters = self._groups[group].parameters
+        for parameter in self._parameters(group):
+            parameter.grad = None
+        for name, gradient in zip(self.stacks[layer].names, gradients, strict=True):
+            parameters[layer][name].grad = gradient.to(self._device, copy=True)
+        self._step(group, lr, scale)
+        for name in self.stacks[layer].names:
+            parameters[layer][name].grad = None
+
+    def _step(self, group: int, lr: float, scale: float) -> None:
+        optimizer = self._groups[group].optimizer
+        scale_gradients(self._parameters(group), scale)
+        set_lr(optimizer, lr)
+        optimizer.step()
+
+    def drop_gradients(self) -> None:
+        for stack in self.stacks:
+            stack.zero_gradients()
+
+    def begin_run(self, settings: OptimizerSettings) -> None:
+        """Fresh moments. `InvalidInput` while a group is on its way, since its moments are those of the run before."""
+        if self.arriving:
+            raise InvalidInput("a group is on its way here", field="group", value=self.arriving)
+        self.free_leaving()
+        self.settings = settings
+        self.drop_gradients()
+        for group in self._groups.values():
+            group.optimizer = self._new_optimizer(group.parameters)
+
+    # -- groups come and go -------------------------------------------------------------------------------------------
+
+    def read(self, group: int, layer: int) -> tuple[tuple[Tensor, ...], int]:
+        """Copies of weight, first and second moment of each parameter by name; number of updates so far."""
+        tensors: list[Tensor] = []
+        updates = 0
+        held = self._groups[group]
+        for name in self.stacks[layer].names:
+            parameter = held.parameters[layer][name]
+            state = held.optimizer.state.get(parameter)
+            zeros = torch.zeros_like(parameter)
+            moments = (state["exp_avg"], state["exp_avg_sq"]) if state else (zeros, zeros)
+            tensors += [t.detach().clone() for t in (parameter, *moments)]
+            updates = int(state["step"]) if state else 0
+        return tuple(tensors), updates
+
+    def reserve(self, group: int, settings: OptimizerSettings) -> None:
+        """A place for a group that is about to arrive."""
+        self.settings = settings
+        if group in self._in_state("leaving"):
+            self.free(group)
+        if None not in self._places:
+            self._places.append(None)
+            for stack in self.stacks:
+                stack.resize(len(self._places) * self._group_size)
+            self._rebind()
+        self._places[self._places.index(None)] = group
+        self._groups[group] = self._new_group(group)
+        self._groups[group].state = "arriving"
+
+    def write(self, group: int, layer: int, tensors: Sequence[Tensor], updates: int) -> None:
+        """Counterpart of `read`."""
+        held, names = self._groups[group], self.stacks[layer].names
+        wanted = [held.parameters[layer][name].shape for name in names for _ in range(3)]
+        if [t.shape for t in tensors] != wanted:
+            raise InvalidInput("other tensors than a group of this model has", field="tensors")
+        with torch.no_grad():
+            for number, name in enumerate(names):
+                weight, first, second = tensors[3 * number : 3 * number + 3]
+                parameter = held.parameters[layer][name]
+                parameter.copy_(weight)
+                if updates:
+                    held.optimizer.state[parameter] = {
+                        # The fused step wants the count on the parameter's device.
+                        "step": torch.tensor(float(updates), dtype=torch.float32, device=self._device),
+                        "exp_avg": first.to(self._device, copy=True),
+                        "exp_avg_sq": second.to(self._device, copy=True),
+                    }
+
+    def hold(self, groups: Collection[int]) -> None:
+        """From now on exactly these are computed with. `InvalidInput` if one is not here."""
+        if unknown := set(groups) - set(self._groups):
+            raise InvalidInput("is not here", field="group", value=min(unknown))
+        for number, group in self._groups.items():
+            if number in groups:
+                group.state = "held"
+            elif group.state == "held":
+                group.state = "leaving"
+
+    def free_leaving(self) -> None:
+        for group in self._in_state("leaving"):
+            self.free(group)
+
+    def free(self, group: int) -> None:
+        """Its place may be taken by another."""
+        span = self._span(group)
+        for parameter in (p for stack in self.stacks for p in stack.parameters()):
+            if parameter.grad is not None:
+                parameter.grad[span] = 0
+        self._places[self._places.index(group)] = None
+        del self._groups[group]
+
+    def trim(self) -> None:
+        """Gives back the memory of free places, but for one: groups often leave in exchange for others."""
+        free = [place for place, group in enumerate(self._places) if group is None]
+        if len(free) < 2 or len(free) == len(self._places):
+            return
+        kept = [place for place in range(len(self._places)) if place not in free[1:]]
+        self._places = [self._places[place] for place in kept]
+        size = self._group_size
+        for stack in self.stacks:
+            stack.keep([place * size + i for place in kept for i in range(size)])
+        self._rebind()
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _in_state(self, state: str) -> tuple[int, ...]:
+        return tuple(g for g in self._places if g is not None and self._groups[g].state == state)
+
+    def _blank(self, layer: int) -> dict[str, Tensor]:
+        """Parameters of no expert."""
+        shapes = self._skeleton.layers[layer].shapes()
+        return {n: torch.zeros(0, *s, dtype=self._skeleton.dtype, device=self._device) for n, s in shapes.items()}
+
+    def _span(self, group: int) -> slice:
+        first = self._places.index(group) * self._group_size
+        return slice(first, first + self._group_size)
+
+    def _new_group(self, group: int) -> _Group:
+        span = self._span(group)
+        parameters = [{name: nn.Parameter(stack.weight(name)[span]) for name in stack.names} for stack in self.stacks]
+        return _Group(parameters, self._new_optimizer(parameters))
+
+    def _new_optimizer(self, parameters: list[dict[str, nn.Parameter]]) -> torch.optim.AdamW:
+        return adamw([(f"{i}.{n}", p) for i, layer in enumerate(parameters) for n, p in layer.items()], self.settings)
+
+    def _rebind(self) -> None:
+        """The stacks lie elsewhere now; parameters stay the same objects, as the optimizers know them."""
+        for number, group in self._groups.items():
+            span = self._span(number)
+            for stack, parameters in zip(self.stacks, group.parameters, strict=True):
+                for name in stack.names:
+                    parameters[name].data = stack.weight(name)[span]
+                    parameters[name].grad = None
+
+    def _parameters(self, group: int) -> list[nn.Parameter]:
+        return [p for layer in self._groups[group].parameters for p in layer.values()]

@@ -1,0 +1,257 @@
+"""Copies of expert groups: they stay equal bit for bit, come and go in the middle of a run, take over from the dead;
+nobody can tell from the numbers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from actors.errors import InvalidInput, LinkError, MoeClusterError, StepAborted
+from actors.optim import OptimizerSettings
+from actors.transport.contract import Link
+from actors.transport.faulty import Fault, FaultyLink
+from actors.transport.message import Message
+from actors.trunk.model import ModelSource
+from actors.values import Placement
+from tests.families import save
+from tests.local import LocalCluster, cluster
+
+BATCHES = [
+    [torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(10 * t + m)) for m in range(2)]
+    for t in range(5)
+]
+IDS = BATCHES[0][0]
+
+
+@pytest.fixture(scope="module", params=["deepseek_v3", "gpt_oss"])
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    directory = save(request.param, tmp_path_factory.mktemp("model") / "m", torch.float64)
+    return ModelSource(path=str(directory), dtype="float64")
+
+
+@pytest.fixture(scope="module")
+def unmoved(source: ModelSource) -> tuple[list[float], torch.Tensor]:
+    with cluster(source, 2) as still:
+        return run(still), still.router.logits(IDS)
+
+
+def run(local: LocalCluster, between: dict[int, Callable[[], object]] | None = None) -> list[float]:
+    """Losses of the steps; `between[t]` is called before step t."""
+    local.router.begin_run(OptimizerSettings())
+    losses = []
+    for number, batch in enumerate(BATCHES):
+        if between and number in between:
+            between[number]()
+        losses.append(local.router.train_step(batch, lr=1e-2, clip_norm=1.0).loss)
+        copies_agree(local)
+    return losses
+
+
+def copies_agree(local: LocalCluster) -> None:
+    """Bit for bit: weights, moments and counts of every group at all of its holders."""
+    local.router.status()  # waits for the commit
+    for group, holders in enumerate(local.placement.holders):
+        first, *others = [local.members[n].host.holdings for n in holders if not local.members[n].dead]
+        for layer in range(len(first.stacks)):
+            tensors, updates = first.read(group, layer)
+            for other in others:
+                copy, copy_updates = other.read(group, layer)
+                assert copy_updates == updates
+                assert all(torch.equal(a, b) for a, b in zip(tensors, copy, strict=True)), f"group {group}"
+
+
+def same(local: LocalCluster, losses: list[float], expected: tuple[list[float], torch.Tensor]) -> None:
+    torch.testing.assert_close(losses, expected[0], rtol=1e-9, atol=0)
+    torch.testing.assert_close(local.router.logits(IDS), expected[1], rtol=1e-9, atol=1e-10)
+
+
+# Four groups on actors 0 and 1, which own two each; "02": owned by actor 0, with a copy on actor 2.
+PLACEMENTS: dict[str, dict[int, tuple[str, ...]]] = {
+    "a group moves before the first step": {0: ("1", "0", "1", "1")},
+    "there and back": {1: ("0", "1", "1", "1"), 3: ("0", "0", "1", "1")},
+    "an exchange": {2: ("1", "0", "1", "0")},
+    "at each step": {t: (str(t % 2), "0", "1", "1") for t in range(5)},
+    "a copy": {1: ("01", "0", "1", "1")},
+    "all have copies": {1: ("01", "01", "10", "10")},
+    "copies come, own, and go": {1: ("01", "0", "1", "1"), 2: ("10", "0", "1", "1"), 3: ("1", "0", "1", "1")},
+    "another actor joins": {1: ("0", "2", "1", "2")},
+    "another actor joins with copies only": {2: ("02", "02", "12", "1")},
+    "one joins, one leaves": {1: ("0", "0", "2", "2")},
+    "two join, both old ones leave": {1: ("02", "02", "13", "13"), 3: ("2", "2", "3", "3")},
+}
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+@pytest.mark.parametrize("links", ["local", "socket"])
+def test_losses_and_logits_are_those_of_an_unmoved_run(
+    source: ModelSource, unmoved: tuple[list[float], torch.Tensor], name: str, links: str
+) -> None:
+    placements = PLACEMENTS[name]
+    with cluster(source, 2, links=links) as local:
+        for _ in range(2, 1 + max(int(n) for held in placements.values() for digits in held for n in digits)):
+            local.add()
+        losses = run(local, {t: lambda held=held: local.adopt(*held) for t, held in placements.items()})  # type: ignore[misc]
+        same(local, losses, unmoved)
+        for member in local.members.values():
+            in_use = local.placement.held_by(member.name)
+            assert set(member.host.groups) == set(in_use) or member.name not in local.placement.actors
+
+
+def test_redundancy_from_the_start(source: ModelSource, unmoved: tuple[list[float], torch.Tensor]) -> None:
+    with cluster(source, 3, links="socket", redundancy=2) as local:
+        assert all(len(held) == 2 for held in local.placement.holders)
+        same(local, run(local), unmoved)
+
+
+def test_a_group_arrives_while_steps_go_on(source: ModelSource, unmoved: tuple[list[float], torch.Tensor]) -> None:
+    """The new actor gets layers of several versions and makes the updates in between itself."""
+    with cluster(source, 2, links="socket") as local:
+        name = local.add()
+        sent: list[int] = []
+        threads = [threading.Thread(target=lambda g=g: sent.append(local.arrive(g, "expert-0", name))) for g in (0, 1)]  # type: ignore[misc]
+
+        def switch() -> None:
+            for thread in threads:
+                thread.join(20)
+            assert len(sent) == 2
+            local.adopt("2", "02", "1", "1")
+
+        losses = run(local, {1: threads[0].start, 2: threads[1].start, 4: switch})
+        same(local, losses, unmoved)
+        assert local.members[name].host.groups == (0, 1)
+
+
+@pytest.mark.parametrize("links", ["local", "socket"])
+@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize("when", ["between steps", "forward", "backward", "prepare", "reduce", "commit"])
+def test_copies_take_over_from_the_dead(
+    source: ModelSource, unmoved: tuple[list[float], torch.Tensor], links: str, victim: int, when: str
+) -> None:
+    victims: list[Callable[[], None]] = []
+
+    def wrap(actor: int, link: Link) -> Link:
+        return _Deadly(link, when, victims) if actor == victim else link
+
+    with cluster(source, 3, links=links, redundancy=2, heals=True, wrap=wrap) as local:
+        victims.append(local.members[f"expert-{victim}"].kill)
+        between = {2: victims[0]} if when == "between steps" else {}
+        losses = run(local, between)  # type: ignore[arg-type]
+        assert local.members[f"expert-{victim}"].dead
+        assert f"expert-{victim}" not in local.placement.actors
+        same(local, losses, unmoved)
+
+
+class _Deadly(FaultyLink):
+    """The peer dies of the third message of a kind."""
+
+    def __init__(self, inner: Link, op: str, victims: list[Callable[[], None]]) -> None:
+        super().__init__(inner, [Fault(op, 3, "close")])
+        self._victims = victims
+
+    def close(self) -> None:
+        if self.struck:
+            self._victims[0]()
+        super().close()
+
+
+def test_serving_goes_on_at_another_copy(source: ModelSource, unmoved: tuple[list[float], torch.Tensor]) -> None:
+    with cluster(source, 3, links="socket", redundancy=2) as local:
+        run(local)
+        local.members["expert-1"].kill()
+        torch.testing.assert_close(local.router.logits(IDS), unmoved[1], rtol=1e-9, atol=1e-10)
+        local.members["expert-2"].kill()
+        with pytest.raises(StepAborted, match="no expert actor holds"):
+            local.router.logits(IDS)
+
+
+def test_without_a_copy_the_death_of_an_actor_is_an_error(source: ModelSource) -> None:
+    with cluster(source, 2, links="socket") as local:
+        local.router.begin_run(OptimizerSettings())
+        local.members["expert-1"].kill()
+        with pytest.raises(LinkError, match="expert-1"):
+            local.router.train_step(BATCHES[0], lr=1e-2, clip_norm=1.0)
+
+
+@pytest.mark.parametrize("kind", ["drop_question", "drop_answer", "close"])
+@pytest.mark.parametrize("op", ["place", "retire"])
+def test_a_switch_that_fails_can_be_made_again(
+    source: ModelSource, unmoved: tuple[list[float], torch.Tensor], op: str, kind: str
+) -> None:
+    scripted: list[Link] = []
+
+    def wrap(actor: int, link: Link) -> Link:
+        if actor == 1 and not scripted:
+            # The first `place` is that of the start.
+            scripted.append(FaultyLink(link, [Fault(op, 2 if op == "place" else 1, kind)]))  # type: ignore[arg-type]
+            return scripted[0]
+        return link
+
+    with cluster(source, 2, links="socket", wrap=wrap, timeout_s=1.0) as local:
+
+        def switch() -> None:
+            if op == "place":
+                with pytest.raises(LinkError):
+                    local.adopt("1", "0", "1", "1")
+            local.adopt("1", "0", "1", "1")
+
+        same(local, run(local, {2: switch}), unmoved)
+        assert [set(h.groups) for h in local.hosts] == [{1}, {0, 2, 3}]
+
+
+def test_a_new_job_gives_up_what_is_on_its_way(source: ModelSource) -> None:
+    with cluster(source, 2) as local:
+        run(local)
+        local.arrive(0, "expert-0", "expert-1")
+        local.router.begin_run(OptimizerSettings())
+        held = tuple((f"expert-{n}",) for n in (1, 0, 1, 1))
+        with pytest.raises(InvalidInput, match="is not here"):
+            local.router.adopt(local.roster(Placement(2, held, 2)))
+        assert local.router.train_step(BATCHES[0], lr=1e-2, clip_norm=1.0).step == len(BATCHES) + 1
+        assert local.hosts[1].holdings.arriving == ()
+
+
+def test_a_group_that_left_and_missed_a_step_is_not_taken_back(source: ModelSource) -> None:
+    with cluster(source, 2) as local:
+        run(local, {1: lambda: local.adopt("1", "0", "1", "1")})
+        held = tuple((f"expert-{n}",) for n in (0, 0, 1, 1))
+        with pytest.raises(InvalidInput, match="is not here"):
+            local.router.adopt(local.roster(Placement(9, held, 2)))
+        assert local.router.logits(IDS).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("group", "source_actor", "target", "text"),
+    [
+        (2, "expert-0", "expert-1", "holds it already"),
+        (9, "expert-0", "expert-1", "the last group is 3"),
+        (0, "expert-1", "expert-1", "holds|own"),
+        (1, "expert-1", "expert-2", "does not own"),
+    ],
+)
+def test_arrivals_that_cannot_be_are_refused(
+    source: ModelSource, group: int, source_actor: str, target: str, text: str
+) -> None:
+    with cluster(source, 2, links="socket") as local:
+        local.add()
+        with pytest.raises(MoeClusterError, match=text):
+            local.arrive(group, source_actor, target)
+        assert local.router.logits(IDS).isfinite().all()
+
+
+def test_a_message_of_another_placement_is_refused(source: ModelSource) -> None:
+    with cluster(source, 2) as local:
+        answer = local.hosts[0].handle("test", Message("forward", {"layer": 0, "epoch": 7, "counts_E": [0] * 4}))
+        assert (answer.op, answer.fields["kind"]) == ("error", "step_aborted")
+
+
+def test_memory_of_groups_that_left_is_given_back(source: ModelSource) -> None:
+    with cluster(source, 1) as local:
+        before = local.hosts[0].status()["memory_bytes"]
+        local.add()
+        local.adopt("0", "1", "1", "1")
+        # One place stays free for the next group that comes.
+        assert local.hosts[0].status()["memory_bytes"] <= before / 2
+        assert local.hosts[0].groups == (0,)
