@@ -91,6 +91,12 @@ class Exchange:
         """A link of the caller's own."""
         return self._open_peer(peer, address)
 
+    def cut(self, peers: Iterable[str]) -> None:
+        """Every wait for these ends now. From any thread."""
+        for peer in peers:
+            if (link := self._links.get(peer)) is not None:
+                link.cut()
+
     def start(self, peer: str, question: Message) -> Pending:
         """`StepAborted` naming the peer if it cannot be reached."""
         try:

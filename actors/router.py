@@ -227,6 +227,8 @@ class Router:
     def _abort(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
         self.routing.take_loss()
+        if self._unconfirmed:
+            self._unconfirmed = [None]  # the answers are forgotten with all others that are open: it is asked again
         self._training.tell_living("abort", {"step": self.version + 1, "attempt": self._attempt})
         self._attempt += 1
 
@@ -261,6 +263,13 @@ class Router:
         self._training.connect(roster.peers)
         self._training.tell_living("retire", {})
         return waited
+
+    def cut(self, names: Sequence[str]) -> None:
+        """Every wait for these actors ends now, as if their connections had ended. From any thread."""
+        for dispatcher in (self._training, self._serving):
+            for name in names:
+                if (link := dispatcher.links.get(name)) is not None:
+                    link.cut()
 
     def _switch(self, roster: Roster) -> None:
         """Serving waits meanwhile."""

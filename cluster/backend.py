@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from cluster.config import JobConfig
+from cluster.control.ledger import Entry, Kind, Summary
 
 
 class JobState(enum.Enum):
@@ -236,6 +237,53 @@ class Rebalance:
     """Longest time that a step waited for a change of placement; 0 for a dry run."""
 
 
+class OperationState(enum.Enum):
+    RUNNING = "running"
+    CANCELLING = "cancelling"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        return self in (OperationState.SUCCEEDED, OperationState.FAILED, OperationState.CANCELLED)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A change of the cluster that goes on after the call that asked for it has returned."""
+
+    id: str
+    request_id: str
+    kind: str
+    """`scale_experts`."""
+    state: OperationState
+    target: int
+    """Expert actors there should be at the end."""
+    progress: float
+    """In [0, 1]; never falls."""
+    message: str
+    """What is being done, or was done last."""
+    created_s: float
+    """Unix time, as is the end."""
+    ended_s: float | None = None
+    error: str = ""
+    prepare_s: float = 0.0
+    """From the request until all was prepared in the background, while steps and requests went on; 0 before the end."""
+    stall_s: float = 0.0
+    """Longest time that a step waited for a switch; 0 before the end."""
+
+
+@dataclass(frozen=True)
+class LedgerReport:
+    """What disturbances cost."""
+
+    entries: tuple[Entry, ...]
+    """Oldest first."""
+    summary: Mapping[Kind, Summary]
+    """The same entries summed up, by kind; kinds without an entry are left out."""
+
+
 @dataclass(frozen=True)
 class ModelDirectory:
     path: str
@@ -277,6 +325,24 @@ class Backend(Protocol):
 
         `FailedPrecondition` while another rebalance runs, or where there is no load to go by and nothing is missing.
         """
+
+    async def scale(self, actors: int, *, request_id: str, timeout_s: float) -> Operation:
+        """Starts to bring the expert actors to this number, and returns: the operation goes on by itself.
+
+        Idempotent: the same request id and number give the operation that exists. `AlreadyExists` if numbers differ,
+        `FailedPrecondition` while another operation runs.
+        """
+
+    async def operation(self, operation_id: str, *, timeout_s: float) -> Operation: ...
+
+    async def operations(self, *, timeout_s: float) -> Sequence[Operation]:
+        """Newest first."""
+
+    async def cancel_operation(self, operation_id: str, *, timeout_s: float) -> Operation:
+        """`FailedPrecondition` when the operation is final already."""
+
+    async def ledger(self, after: int, *, timeout_s: float) -> Sequence[Entry]:
+        """What disturbances cost: entries with a number above `after`, of those that are kept, oldest first."""
 
     async def export_model(self, path: str, *, timeout_s: float) -> ModelDirectory:
         """Writes a Hugging Face model directory to `path` below the storage root."""

@@ -24,6 +24,10 @@ class RayConfig:
 @dataclass(frozen=True)
 class ExpertsConfig:
     actors: int = 2
+    """At the start."""
+    min_actors: int = 1
+    max_actors: int = 8
+    """Bounds for scaling."""
     group_size: int = 8
     """Experts an expert group; the group is what an actor owns and what moves. 8 to 16 for real models."""
     device: Literal["cpu", "cuda"] = "cpu"

@@ -18,6 +18,9 @@ Handler = Callable[[str, Message], Message]
 """(name of the asking peer, question) -> answer. Raises nothing: errors are answers too."""
 
 
+CUT_NOTICED_S = 0.05
+
+
 @dataclass
 class Traffic:
     """What crossed a link since it was opened: messages and payload bytes, each way."""
@@ -48,13 +51,14 @@ class Link(abc.ABC):
         self.peer = peer
         self.traffic = Traffic()
         self.closed = False
+        self._cut = False
         self._next_id = 1
         self._waiting: set[int] = set()
         self._early: dict[int, Message] = {}
 
     def start(self, question: Message) -> Pending:
         """Sends without waiting for the answer."""
-        if self.closed:
+        if self.closed or self._cut:
             raise PeerLost("the link is closed", peer=self.peer)
         question = replace(question, id=self._next_id)
         self._next_id += 1
@@ -87,6 +91,13 @@ class Link(abc.ABC):
         """Nobody waits for the open questions any more: their answers will be dropped."""
         self._waiting.clear()
         self._early.clear()
+
+    def cut(self) -> None:
+        """From any thread: a wait on this link ends with `PeerLost` within `CUT_NOTICED_S`, and so do all later ones.
+
+        For a peer that is known to be dead or out of reach while its connection stays open.
+        """
+        self._cut = True
 
     def close(self) -> None:
         self.closed = True

@@ -67,6 +67,10 @@ class FaultyLink(Link):
             if time.monotonic() > deadline:
                 raise LinkTimeout("no answer before the deadline", peer=self.peer)
 
+    def cut(self) -> None:
+        super().cut()
+        self._inner.cut()
+
     def close(self) -> None:
         super().close()
         self._inner.close()

@@ -23,7 +23,7 @@ import zmq
 import zmq.utils.monitor
 
 from actors.errors import InvalidInput, LinkTimeout, MoeClusterError, PeerLost, ProtocolError
-from actors.transport.contract import Handler, Link
+from actors.transport.contract import CUT_NOTICED_S, Handler, Link
 from actors.transport.message import Message, decode, encode, error_answer
 from actors.values import Address
 
@@ -97,9 +97,9 @@ class SocketLink(Link):
 
     def _receive(self, deadline: float) -> Message:
         while True:
-            if self.closed:
+            if self.closed or self._cut:
                 raise PeerLost("the link is closed", peer=self.peer)
-            wait_ms = max(0, int((deadline - time.monotonic()) * 1e3 + 0.999))
+            wait_ms = max(0, int(min(deadline - time.monotonic(), CUT_NOTICED_S) * 1e3 + 0.999))
             ready = dict(self._poller.poll(wait_ms))
             if self._socket in ready:
                 frames = _received(self._socket)

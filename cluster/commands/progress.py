@@ -1,4 +1,4 @@
-"""How a watched job looks: a live bar on a terminal, one line an event elsewhere."""
+"""How a watched job or operation looks: a live bar on a terminal, one line an event or a change elsewhere."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-from cluster.backend import Job, JobEvent
+from cluster.backend import Job, JobEvent, Operation, OperationState
 from cluster.commands.output import console
 
 Show = Callable[[JobEvent], None]
+ShowOperation = Callable[[Operation], None]
 
 
 @contextmanager
@@ -32,6 +41,29 @@ def open_progress(job: Job, *, stderr: bool) -> Iterator[Show]:
                 bar.console.print(escape(_line(job, event)), highlight=False)
 
         yield show
+
+
+@contextmanager
+def open_operation(operation: Operation, *, stderr: bool) -> Iterator[ShowOperation]:
+    """As `open_progress`, for what an operation is after each change."""
+    screen = console(stderr=stderr)
+    if not screen.is_terminal:
+        yield lambda changed: screen.print(_operation_line(changed), markup=False, highlight=False, soft_wrap=True)
+        return
+    text = TextColumn("{task.description}"), TextColumn("{task.fields[message]}", markup=False)
+    with Progress(text[0], BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), text[1], console=screen) as bar:
+        task = bar.add_task(operation.id, total=1.0, message="")
+        yield lambda changed: bar.update(task, completed=changed.progress, message=_doing(changed))
+
+
+def _operation_line(operation: Operation) -> str:
+    return f"{operation.id}  {operation.progress:4.0%}  {_doing(operation)}".rstrip()
+
+
+def _doing(operation: Operation) -> str:
+    """Its state, unless it simply runs, and the message."""
+    state = "" if operation.state is OperationState.RUNNING else operation.state.value
+    return "  ".join(part for part in (state, operation.message) if part)
 
 
 def _bar(screen: Console) -> Progress:

@@ -17,9 +17,12 @@ from cluster.backend import ActorStatus, ClusterStatus, Job, JobEvent, JobState,
 from cluster.config import JobConfig
 from cluster.configcheck import validate_job
 from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
+from cluster.control.disturbances import Disturbances
 from cluster.control.jobtable import JobRecord, JobTable
+from cluster.control.ledger import Kind, Ledger
 from cluster.control.load import LoadLE, LoadWindow
 from cluster.control.members import Members
+from cluster.control.operations import OperationTable
 from cluster.control.rebalancing import Proposal, named, propose
 from cluster.errors import FailedPrecondition
 from cluster.placement.placement import ActorSlot
@@ -71,6 +74,9 @@ class Coordinator:
         self._placement = placement
         self._redundancy, self._max_groups = redundancy, max_groups
         self._jobs = JobTable(self._limits.max_queued_jobs, self._limits.max_final_jobs, self._limits.max_events)
+        self.operations = OperationTable()
+        self.ledger = Ledger()
+        self._disturbances = Disturbances(self.ledger)
         self._members = Members(self._limits.heartbeat_timeout_s)
         self._loads = self._new_window()
         self._version = 0
@@ -163,6 +169,7 @@ class Coordinator:
             tokens = batch.sequences * batch.sequence_length * batch.gradient_accumulation
             self._loads.add(load_LE, self._version + 1, now, tokens, batch.gradient_accumulation)
         self._version += 1
+        self._disturbances.stepped(now, int(metrics.get("retries", 0)), int(metrics.get("tokens", 0)))
         loss = metrics.get("loss", 0.0)
         if math.isfinite(loss):
             record.commit(step, metrics, now)
@@ -206,14 +213,24 @@ class Coordinator:
         """A heartbeat, with what the actor says of itself. Its groups are those of the placement, not its own."""
         self._members.seen(dataclasses.replace(status, groups=self._placement.held_by(status.id)), now)
 
-    def actor_lost(self, actor_id: str, now: float, reason: str) -> None:
-        """The actor's process is dead for certain. Told to the edge once.
+    def actor_lost(self, actor_id: str, now: float, reason: str, *, silent_s: float = 0.0) -> None:
+        """The actor's process is dead for certain, or is made so: it was frozen, silent for so long.
 
         It leaves the placement at once, and the first copies of its groups own them. The running job goes on, unless
         this was the router, or the last holder of a group.
         """
+        is_news = not self._members.is_buried(actor_id)
         self._members.bury(actor_id)
         self._lose(actor_id, now, reason, is_dead=True)
+        if is_news:
+            kind: Kind = "frozen" if silent_s else "actor_death"
+            self._disturbances.lost(kind, actor_id, now, now - silent_s, reason)
+
+    def actor_left(self, actor_id: str) -> None:
+        """It holds no group any more and is ended on purpose. `FailedPrecondition` if it does hold one."""
+        if groups := self._placement.held_by(actor_id):
+            raise FailedPrecondition(f"{actor_id} still holds {named(groups)}")
+        self._members.leave(actor_id)
 
     @property
     def placement(self) -> Placement:
@@ -270,6 +287,10 @@ class Coordinator:
         """What to do now, in order. Each decision is given out once."""
         for actor_id in self._members.silent(now):
             self._lose(actor_id, now, f"silent for more than {self._limits.heartbeat_timeout_s:g} s", is_dead=False)
+        if self._jobs.active() is None:
+            self._disturbances.idle()
+        if self._is_ready() and not self._groups_below(self._redundancy):
+            self._disturbances.whole(now)
         self._jobs.forget_old(keep=self._stopping)
         self._start_next(now)
         decisions, self._decisions = self._decisions, []

@@ -38,6 +38,16 @@ class Members:
         if actor_id in self._actors:
             self._dead.add((actor_id, self._actors[actor_id].pid))
 
+    def is_buried(self, actor_id: str) -> bool:
+        actor = self._actors.get(actor_id)
+        return actor is not None and (actor_id, actor.pid) in self._dead
+
+    def leave(self, actor_id: str) -> None:
+        """It was ended on purpose: forgotten, and what it still has to say counts for nothing."""
+        self.bury(actor_id)
+        self._actors.pop(actor_id, None)
+        self._last_seen_s.pop(actor_id, None)
+
     def silent(self, now: float) -> list[str]:
         """Ids of ready actors from whom nothing came for longer than the timeout.
 

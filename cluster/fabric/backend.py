@@ -19,12 +19,14 @@ from cluster.backend import (
     JobEvent,
     LoadReport,
     ModelDirectory,
+    Operation,
     Prompt,
     Rebalance,
     SamplingParams,
     ScoreResult,
 )
 from cluster.config import JobConfig, ModelConfig
+from cluster.control.ledger import Entry
 from cluster.fabric.calls import acall, translated
 from cluster.fabric.options import COORDINATOR, ROUTER
 from cluster.jobs.tokenizer import Tokenizer, load_tokenizer
@@ -102,6 +104,27 @@ class RayBackend:
     async def rebalance(self, *, dry_run: bool, timeout_s: float) -> Rebalance:
         result: Rebalance = await acall(COORDINATOR, self._control.rebalance.remote(dry_run, timeout_s), timeout_s)
         return result
+
+    async def scale(self, actors: int, *, request_id: str, timeout_s: float) -> Operation:
+        operation: Operation = await acall(COORDINATOR, self._control.scale.remote(actors, request_id), timeout_s)
+        return operation
+
+    async def operation(self, operation_id: str, *, timeout_s: float) -> Operation:
+        operation: Operation = await acall(COORDINATOR, self._control.operation.remote(operation_id), timeout_s)
+        return operation
+
+    async def operations(self, *, timeout_s: float) -> Sequence[Operation]:
+        operations: Sequence[Operation] = await acall(COORDINATOR, self._control.operations.remote(), timeout_s)
+        return operations
+
+    async def cancel_operation(self, operation_id: str, *, timeout_s: float) -> Operation:
+        ref = self._control.cancel_operation.remote(operation_id)
+        operation: Operation = await acall(COORDINATOR, ref, timeout_s)
+        return operation
+
+    async def ledger(self, after: int, *, timeout_s: float) -> Sequence[Entry]:
+        entries: Sequence[Entry] = await acall(COORDINATOR, self._control.ledger.remote(after), timeout_s)
+        return entries
 
     async def export_model(self, path: str, *, timeout_s: float) -> ModelDirectory:
         result: ModelDirectory = await acall(COORDINATOR, self._control.export.remote(path, timeout_s), timeout_s)

@@ -14,7 +14,8 @@ from actors.errors import MoeClusterError
 from cluster.config import ClusterConfig
 from cluster.fabric.backend import RayBackend
 from cluster.fabric.calls import call
-from cluster.fabric.control import ControlWorker, RayRouter
+from cluster.fabric.control import ControlWorker
+from cluster.fabric.jobs import RayRouter
 from cluster.fabric.nodes import connected
 from cluster.fabric.options import coordinator_options
 from cluster.fabric.workers import ExpertContact

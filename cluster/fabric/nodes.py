@@ -89,7 +89,7 @@ def _start_head() -> Cluster:
 
 
 def _start_nodes(cluster: Cluster, config: ClusterConfig) -> None:
-    slots = math.ceil(config.experts.actors / config.ray.nodes)
+    slots = math.ceil(config.experts.max_actors / config.ray.nodes)
     for number in range(1, config.ray.nodes + 1):
         cluster.add_node(
             wait=False,

@@ -97,6 +97,10 @@ class ExpertWorker:
         for group in groups:
             self._host.leave_off(group)
 
+    def cut(self, names: Sequence[str]) -> None:
+        """Nothing is waited for from these actors any longer."""
+        self._host.exchange.cut(names)
+
     def handle(self, question: Message) -> Message:
         """The data plane's question as a Ray call: what the links are measured against."""
         return self._host.handle("ray", question)
@@ -162,6 +166,11 @@ class RouterWorker:
     def _find_roster(self, gone: Sequence[str]) -> Roster:
         ref = self._control.without.remote(list(gone))
         return self._roster(*call(COORDINATOR, ref, self._config.router.request_timeout_s))
+
+    @ray.method(concurrency_group=CONTROL)
+    def cut(self, names: Sequence[str]) -> None:
+        """Nothing is waited for from these expert actors any longer."""
+        self._router.cut(names)
 
     @ray.method(concurrency_group=TRAIN)
     def adopt(self, placement: Placement, experts: Sequence[ExpertContact]) -> float:

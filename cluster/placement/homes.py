@@ -90,7 +90,7 @@ def new_homes(problem: Problem, group_U: Ints, way: Way) -> Bools:
     homes.slots_N = slots_N
     homes.spill()
     _complete(homes)
-    if problem.home_bound:
+    if problem.home_bound and problem.hot_copies:
         _relieve(homes)
     return homes.of_units()
 
@@ -112,8 +112,8 @@ def kept_homes(problem: Problem, group_U: Ints, kept_LUD: Bools) -> Bools:
     # A group lives where at least half of it is; the rest of it comes back there.
     count_LGN = np.einsum("lun,ug->lgn", on_LUN, homes.member_UG, dtype=np.int64)
     homes.homes_LGN[:] = 2 * count_LGN >= homes.size_G[:, None]
-    if not problem.home_bound:
-        # Free units have copies in more nodes than they need; those are no homes.
+    if not (problem.home_bound and problem.hot_copies):
+        # Copies beyond those that are needed make no home of a node.
         homes.homes_LGN &= np.cumsum(homes.homes_LGN, axis=-1) <= homes.wanted
     for layer in np.flatnonzero((homes.room_LN < 0).any(-1)):
         _shrink(homes, int(layer), count_LGN[layer])

@@ -14,8 +14,13 @@ def repair(problem: Problem, kept_LUD: Bools) -> Layout:
     """An earlier plan's copies that may stay, and what a device or node less has left missing."""
     hold_LUD = kept_LUD.copy()
     node_DN = problem.node_D[:, None] == np.arange(problem.num_nodes)
-    if problem.home_bound and problem.homes_LUN is not None:
+    if problem.homes_LUN is not None and (problem.home_bound or not problem.hot_copies):
         hold_LUD &= problem.homes_LUN[:, :, problem.node_D]
+    if not problem.hot_copies:
+        # One in each home, or one at all: the earlier plan may have had hot copies, or a device was in another node.
+        places = node_DN.T if problem.homes_LUN is not None else np.ones((1, len(problem.node_D)), dtype=np.bool_)
+        for place_D in places:
+            hold_LUD[:, :, place_D] &= hold_LUD[:, :, place_D].cumsum(-1) <= 1
     over_L = (hold_LUD.sum(1) > problem.slots_D).any(-1)
     on_LUN = hold_LUD @ node_DN.astype(np.int64)
     if problem.homes_LUN is None:

@@ -19,8 +19,10 @@ from cluster.backend import (
     GenerateChunk,
     Job,
     JobEvent,
+    LedgerReport,
     LoadReport,
     ModelDirectory,
+    Operation,
     Prompt,
     Rebalance,
     SamplingParams,
@@ -28,7 +30,7 @@ from cluster.backend import (
 )
 from cluster.config import JobConfig
 from cluster.service import errors
-from cluster.service.codec import checks, config, jobs, loads, moves, status, text
+from cluster.service.codec import checks, config, jobs, ledger, loads, moves, operations, status, text
 from protos.moecluster.v1 import (
     cluster_pb2,
     cluster_pb2_grpc,
@@ -62,8 +64,9 @@ _OPTIONS = [
 class Client:
     """Talks to the front at `target` (host:port). `timeout_s` holds for every call that is given none of its own.
 
-    Only calls that may be repeated are: `submit_job`, thanks to its request id, `watch_job`, which resumes after the
-    last event it saw, and `watch_load`. All give up after `max_retries` failures in a row.
+    Only calls that may be repeated are: `submit_job` and `scale`, thanks to their request ids, `watch_job`, which
+    resumes after the last event it saw, `watch_load` and `watch_operation`. All give up after `max_retries` failures in
+    a row.
     """
 
     def __init__(self, target: str, *, timeout_s: float = 30.0, max_retries: int = 5) -> None:
@@ -178,6 +181,54 @@ class Client:
         request = cluster_pb2.RebalanceRequest(dry_run=dry_run)
         limit_s = MODEL_TIMEOUT_S if timeout_s is None else timeout_s
         return moves.rebalance_from_message(self._unary(self._cluster.Rebalance, request, limit_s))
+
+    def scale(self, actors: int, *, request_id: str | None = None, timeout_s: float | None = None) -> Operation:
+        """Starts it: see `watch_operation`. The same `request_id` (default: a fresh one) and number of expert actors
+        give the same operation."""
+        request_id = request_id if request_id is not None else str(uuid.uuid4())
+        operations.check_scale(actors, request_id)
+        request = cluster_pb2.ScaleExpertsRequest(actors=actors, request_id=request_id)
+        deadline_s = time.monotonic() + self._or_default(timeout_s)
+
+        def scale() -> Operation:
+            left_s = max(0.0, deadline_s - time.monotonic())
+            return operations.operation_from_message(self._cluster.ScaleExperts(request, timeout=left_s).operation)
+
+        return self._repeated(scale, deadline_s)
+
+    def operation(self, operation_id: str, *, timeout_s: float | None = None) -> Operation:
+        request = cluster_pb2.GetOperationRequest(operation_id=operation_id)
+        return operations.operation_from_message(self._unary(self._cluster.GetOperation, request, timeout_s).operation)
+
+    def operations(self, *, timeout_s: float | None = None) -> list[Operation]:
+        """Newest first."""
+        response = self._unary(self._cluster.ListOperations, cluster_pb2.ListOperationsRequest(), timeout_s)
+        return list(map(operations.operation_from_message, response.operations))
+
+    def cancel_operation(self, operation_id: str, *, timeout_s: float | None = None) -> Operation:
+        request = cluster_pb2.CancelOperationRequest(operation_id=operation_id)
+        response = self._unary(self._cluster.CancelOperation, request, timeout_s)
+        return operations.operation_from_message(response.operation)
+
+    def watch_operation(self, operation_id: str) -> Generator[Operation, None, None]:
+        """As it is now, and whenever it changed, until it is final; survives fronts that come and go."""
+        request = cluster_pb2.WatchOperationRequest(operation_id=operation_id)
+        last: Operation | None = None
+        streams = self._watched(
+            lambda: self._cluster.WatchOperation(request, timeout=WATCH_STREAM_S), may_be_silent=False
+        )
+        with closing(streams) as responses:
+            for response in responses:
+                operation = operations.operation_from_message(response.operation)
+                if operation != last:  # each stream begins with the operation as it is
+                    yield operation
+                last = operation
+
+    def ledger(self, after: int = 0, *, timeout_s: float | None = None) -> LedgerReport:
+        """Entries with a number above `after`; one that was given out before may have changed since."""
+        ledger.check_after_entry(after)
+        request = cluster_pb2.GetLedgerRequest(after_entry=after)
+        return ledger.report_from_message(self._unary(self._cluster.GetLedger, request, timeout_s))
 
     def export_model(self, path: str, *, timeout_s: float = MODEL_TIMEOUT_S) -> ModelDirectory:
         request = cluster_pb2.ExportModelRequest(path=path)

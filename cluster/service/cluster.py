@@ -6,14 +6,17 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from cluster.backend import Backend
+from cluster.backend import Backend, LedgerReport, Operation
+from cluster.control.ledger import summed_up
 from cluster.service.call import remaining_s
-from cluster.service.codec import checks, loads, moves, status
+from cluster.service.codec import checks, ledger, loads, moves, operations, status
 from protos.moecluster.v1 import cluster_pb2 as pb
 from protos.moecluster.v1 import cluster_pb2_grpc
 
 REPORT_TIMEOUT_S = 10.0
 """For one report of a watch, whose own deadline is far away."""
+LOOK_S = 0.2
+"""Between two looks of a watch at an operation."""
 
 
 class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
@@ -40,6 +43,44 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
     async def Rebalance(self, request: pb.RebalanceRequest, context: Any) -> pb.RebalanceResponse:
         result = await self._backend.rebalance(dry_run=request.dry_run, timeout_s=remaining_s())
         return moves.rebalance_to_message(result)
+
+    async def ScaleExperts(self, request: pb.ScaleExpertsRequest, context: Any) -> pb.ScaleExpertsResponse:
+        operations.check_scale(request.actors, request.request_id)
+        operation = await self._backend.scale(request.actors, request_id=request.request_id, timeout_s=remaining_s())
+        return pb.ScaleExpertsResponse(operation=operations.operation_to_message(operation))
+
+    async def GetOperation(self, request: pb.GetOperationRequest, context: Any) -> pb.GetOperationResponse:
+        checks.identifier("operation_id", request.operation_id)
+        operation = await self._backend.operation(request.operation_id, timeout_s=remaining_s())
+        return pb.GetOperationResponse(operation=operations.operation_to_message(operation))
+
+    async def ListOperations(self, request: pb.ListOperationsRequest, context: Any) -> pb.ListOperationsResponse:
+        found = await self._backend.operations(timeout_s=remaining_s())
+        return pb.ListOperationsResponse(operations=map(operations.operation_to_message, found))
+
+    async def WatchOperation(
+        self, request: pb.WatchOperationRequest, context: Any
+    ) -> AsyncIterator[pb.WatchOperationResponse]:
+        checks.identifier("operation_id", request.operation_id)
+        shown: Operation | None = None
+        while shown is None or not shown.state.is_final:
+            if shown is not None:
+                await asyncio.sleep(LOOK_S)
+            timeout_s = min(REPORT_TIMEOUT_S, remaining_s())
+            operation = await self._backend.operation(request.operation_id, timeout_s=timeout_s)
+            if operation != shown:
+                yield pb.WatchOperationResponse(operation=operations.operation_to_message(operation))
+            shown = operation
+
+    async def CancelOperation(self, request: pb.CancelOperationRequest, context: Any) -> pb.CancelOperationResponse:
+        checks.identifier("operation_id", request.operation_id)
+        operation = await self._backend.cancel_operation(request.operation_id, timeout_s=remaining_s())
+        return pb.CancelOperationResponse(operation=operations.operation_to_message(operation))
+
+    async def GetLedger(self, request: pb.GetLedgerRequest, context: Any) -> pb.GetLedgerResponse:
+        ledger.check_after_entry(request.after_entry)
+        entries = await self._backend.ledger(request.after_entry, timeout_s=remaining_s())
+        return ledger.report_to_message(LedgerReport(tuple(entries), summed_up(entries)))
 
     async def ExportModel(self, request: pb.ExportModelRequest, context: Any) -> pb.ExportModelResponse:
         checks.path("path", request.path)

@@ -35,11 +35,11 @@ REQUEST_ID_KEY = "x-request-id"
 OWN_PREFIX = "/moecluster.v1."
 WATCH_JOB = "/moecluster.v1.TrainingService/WatchJob"
 WATCH_LOAD = "/moecluster.v1.ClusterService/WatchLoad"
-WATCHES = (WATCH_JOB, WATCH_LOAD)
+WATCH_OPERATION = "/moecluster.v1.ClusterService/WatchOperation"
+WATCHES = (WATCH_JOB, WATCH_LOAD, WATCH_OPERATION)
 DEFAULT_DEADLINE_S = 60.0
 DEFAULT_DEADLINES_S: Mapping[str, float] = {
-    WATCH_JOB: 3600.0,
-    WATCH_LOAD: 3600.0,
+    **dict.fromkeys(WATCHES, 3600.0),
     "/moecluster.v1.InferenceService/Generate": 600.0,
     "/moecluster.v1.ClusterService/Rebalance": 1800.0,
     "/moecluster.v1.ClusterService/ExportModel": 1800.0,

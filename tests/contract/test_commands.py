@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import itertools
 import json
@@ -15,11 +16,12 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from actors.values import Placement
-from cluster.backend import GroupMove, Job, JobEvent, JobState, Rebalance
+from cluster.backend import GroupMove, Job, JobEvent, JobState, Operation, OperationState, Rebalance
 from cluster.commands import heatmap, output, progress, remote
 from cluster.commands.options import TARGET_VARIABLE
 from cluster.config import JobConfig
 from cluster.control.load import LoadWindow
+from cluster.errors import Unavailable
 from cluster.service.client import Client
 from tests.fakes.backend import MemoryBackend
 from tests.fakes.front import running_front
@@ -286,6 +288,157 @@ class TestRebalance:
         assert "no training step is committed" in only_line(err)
 
 
+class TestScale:
+    @pytest.fixture(autouse=True)
+    def quick_looks(self, monkeypatch):
+        monkeypatch.setattr("cluster.service.cluster.LOOK_S", 0.01)
+
+    def test_it_shows_how_far_it_is_and_tells_preparation_from_stall(self, backend, command):
+        code, out, err = command("scale", "--experts", "2")
+        assert (code, err) == (0, "")
+        lines = out.splitlines()
+        assert "operation-1   50%  prepared 50% of the groups" in lines
+        assert lines[-2] == "operation-1  100%  succeeded  prepared 100% of the groups"
+        assert lines[-1] == ("done: 2 expert actors; prepared in 1.5 s in the background; steps waited 12.5 ms at most")
+        assert backend.placement.actors == ("expert-0", "expert-1")
+
+    def test_json_keeps_stdout_for_the_document(self, command):
+        code, out, err = command("scale", "--experts", "1", "--json")
+        operation = json.loads(out)["operation"]
+        assert code == 0
+        assert (operation["state"], operation["target"], operation["progress"]) == ("succeeded", 1, 1.0)
+        assert (operation["prepare_s"], operation["stall_s"]) == (1.5, 0.0125)
+        assert "operation-1   25%" in err
+
+    def test_detach_and_watch_by_the_same_request(self, command):
+        scale = "scale", "--experts", "2", "--request-id", "r1"
+        code, out, _ = command(*scale, "--detach")
+        assert code == 0
+        assert only_line(out) == (
+            "operation-1 is running; see it: moe-cluster operations, "
+            "end it: moe-cluster operations --cancel operation-1"
+        )
+        assert json.loads(command(*scale, "--detach", "--json")[1])["operation"]["state"] == "running"
+        code, out, _ = command(*scale)
+        assert code == 0
+        assert out.splitlines()[-1].startswith("done: 2 expert actors")
+
+    def test_ctrl_c_detaches_and_says_how_to_cancel(self, backend, command, monkeypatch):
+        backend.is_stuck = True
+
+        def interrupted(self, operation_id):
+            with closing(watch(self, operation_id)) as changes:
+                yield next(changes)
+            raise KeyboardInterrupt
+
+        watch = Client.watch_operation
+        monkeypatch.setattr(Client, "watch_operation", interrupted)
+        code, _, err = command("scale", "--experts", "2")
+        assert code == 130
+        assert "detached, operation-1 goes on" in only_line(err)
+        assert "end it: moe-cluster operations --cancel operation-1" in err
+        code, out, _ = command("operations", "--cancel", "operation-1")
+        assert (code, only_line(out)) == (0, "operation-1 is cancelling at 0%")
+
+    def test_a_front_that_goes_away_does_not_end_it(self, command, monkeypatch):
+        def lost(self, operation_id):
+            raise Unavailable("gone")
+            yield
+
+        monkeypatch.setattr(Client, "watch_operation", lost)
+        code, _, err = command("scale", "--experts", "2")
+        assert code == 1
+        assert "operation-1 may go on: see it: moe-cluster operations" in only_line(err)
+
+    @pytest.mark.parametrize("json_option", [(), ("--json",)])
+    def test_one_that_fails_or_is_cancelled_is_a_failure_for_scripts(self, backend, command, json_option):
+        code, out, err = command("scale", "--experts", "5", *json_option)
+        assert code == 1
+        assert err.splitlines()[-1].endswith("operation-1 failed at 0%: 4 expert groups are too few for 5 actors")
+        if json_option:
+            assert json.loads(out)["operation"]["error"] == "4 expert groups are too few for 5 actors"
+        scale = "scale", "--experts", "2", "--request-id", "r1"
+        command(*scale, "--detach")
+        command("operations", "--cancel", "operation-2")
+        code, out, err = command(*scale, *json_option)
+        assert code == 1
+        assert err.splitlines()[-1].endswith("operation-2 cancelled at 0%")
+
+    def test_another_one_runs(self, backend, command):
+        backend.is_stuck = True
+        command("scale", "--experts", "2", "--detach")
+        code, out, err = command("scale", "--experts", "3")
+        assert (code, out) == (1, "")
+        assert "operation-1" in only_line(err)
+
+    def test_bad_input(self, command):
+        code, _, err = command("scale", "--experts", "0")
+        assert code == 2
+        assert "actors" in only_line(err)
+        for argv in ((), ("--experts", "two")):
+            with pytest.raises(SystemExit) as caught:
+                command("scale", *argv)
+            assert caught.value.code == 2
+
+
+class TestOperations:
+    def test_list(self, backend, command, monkeypatch):
+        monkeypatch.setattr("cluster.service.cluster.LOOK_S", 0.01)
+        assert "no operations yet" in only_line(command("operations")[1])
+        command("scale", "--experts", "2")
+        command("scale", "--experts", "5")
+        command("scale", "--experts", "1", "--detach")
+        code, out, err = command("operations")
+        assert (code, err) == (0, "")
+        assert re.search(r"operation-1 .*2 expert actors .*succeeded .*100% .*1\.5 .*12\.5 .*prepared 100%", out)
+        assert re.search(r"operation-2 .*5 expert actors .*failed .*0% .*too few", out)
+        assert re.search(r"operation-3 .*1 expert actor .*running .*0%", out)
+        listed = json.loads(command("operations", "--json")[1])["operations"]
+        assert [operation["id"] for operation in listed] == ["operation-3", "operation-2", "operation-1"]
+
+    def test_cancel(self, command):
+        command("scale", "--experts", "2", "--detach")
+        code, out, _ = command("operations", "--cancel", "operation-1", "--json")
+        assert code == 0
+        assert json.loads(out)["operation"]["state"] == "cancelling"
+        code, _, err = command("operations", "--cancel", "operation-7")
+        assert code == 1
+        assert "operation-7" in only_line(err)
+
+
+class TestLedger:
+    def test_before_anything_happened(self, command):
+        code, out, err = command("ledger")
+        assert (code, err) == (0, "")
+        assert "nothing has disturbed" in only_line(out)
+        assert json.loads(command("ledger", "--json")[1]) == {"entries": [], "summary": {}}
+
+    @pytest.fixture
+    def disturbed(self, backend):
+        backend.costs.open("actor_death", "expert-0", 1e9, detected_s=1e9 + 0.125)
+        backend.costs.add(1, stall_s=0.5, steps_replayed=2, tokens_recomputed=4096, updates_lost=3)
+        backend.costs.add(1, requests_delayed=7, requests_failed=1)
+        backend.costs.close(1, 1e9 + 2.0)
+        backend.costs.open("scale_up", "4 experts", 1e9 + 10)
+
+    def test_what_each_one_cost_and_the_sum_by_kind(self, command, disturbed):
+        code, out, err = command("ledger")
+        assert (code, err) == (0, "")
+        first, second = out.split("by kind")
+        cells = r"125\.0 .*2,000\.0 .*500\.0 .*2 .*4,096 .*3 .*7 / 1 "
+        assert re.search(rf"actor_death .*expert-0 .*2001-09-\d\d .*{cells}", first)
+        assert re.search(r"scale_up .*4 experts .*goes on .*0\.0 ", first)
+        assert re.search(r"actor_death .*1 .*0 .*2,000\.0 .*2,000\.0", second)
+        assert re.search(r"scale_up .*1 .*1 ", second)
+
+    def test_json(self, command, disturbed):
+        report = json.loads(command("ledger", "--json")[1])
+        assert [entry["number"] for entry in report["entries"]] == [1, 2]
+        assert report["entries"][0]["tokens_recomputed"] == 4096
+        assert report["entries"][1]["recovered_s"] is None
+        assert report["summary"]["actor_death"] == {"n": 1, "num_open": 0, "median_s": 2.0, "maximum_s": 2.0}
+
+
 def interrupt_after(monkeypatch, reports: int) -> list[float]:
     """Ctrl-C after so many reports of a watch; gives the intervals that were asked for."""
     asked: list[float] = []
@@ -444,6 +597,7 @@ class TestModel:
 
 class TestLooks:
     JOB = Job("job-1", "r", JobConfig(steps=4), JobState.RUNNING, step=0, created_s=0.0)
+    OPERATION = Operation("operation-1", "r", "scale_experts", OperationState.RUNNING, 4, 0.0, "", created_s=0.0)
 
     def test_the_bar_of_a_terminal(self, monkeypatch):
         screen = Console(file=io.StringIO(), force_terminal=True, width=160)
@@ -455,6 +609,24 @@ class TestLooks:
         assert "3/4" in shown
         assert "loss 1.2500  retries 1" in shown
         assert "step 3/4  [router] lost expert-1" in shown
+
+    def test_the_bar_of_an_operation(self, monkeypatch):
+        screen = Console(file=io.StringIO(), force_terminal=True, width=160)
+        monkeypatch.setattr(progress, "console", lambda *, stderr: screen)
+        with progress.open_operation(self.OPERATION, stderr=False) as show:
+            show(dataclasses.replace(self.OPERATION, progress=0.5, message="[group 3] travels"))
+            show(dataclasses.replace(self.OPERATION, state=OperationState.CANCELLING, progress=0.5))
+        shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.file.getvalue())
+        assert "operation-1" in shown
+        assert "50%" in shown
+        assert "cancelling" in shown
+
+    def test_the_message_of_an_operation_is_no_markup(self, monkeypatch):
+        screen = Console(file=io.StringIO(), force_terminal=True, width=160)
+        monkeypatch.setattr(progress, "console", lambda *, stderr: screen)
+        with progress.open_operation(self.OPERATION, stderr=False) as show:
+            show(dataclasses.replace(self.OPERATION, progress=0.5, message="[group 3] travels"))
+        assert "[group 3] travels" in screen.file.getvalue()
 
     def test_json_has_no_nan(self, capsys):
         output.print_json({"loss": math.nan, "state": JobState.FAILED, "at": (1, math.inf)})

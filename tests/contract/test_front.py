@@ -93,7 +93,7 @@ def details(error: grpc.RpcError) -> dict[str, object]:
 
 class TestBytes:
     def test_every_method_is_listed(self):
-        assert len(METHODS) == 14
+        assert len(METHODS) == 20
 
     @BY_NAME
     def test_what_is_no_message_is_the_callers_mistake(self, channel, path, method):
@@ -193,6 +193,30 @@ class TestRefusals:
         with pytest.raises(grpc.RpcError) as caught:
             next(cluster_pb2_grpc.ClusterServiceStub(channel).WatchLoad(request, timeout=WAIT_S))
         self.check(caught.value, "interval_s")
+
+    @pytest.mark.parametrize(
+        ("request_", "field"),
+        [
+            (cluster_pb2.ScaleExpertsRequest(request_id="a"), "actors"),
+            (cluster_pb2.ScaleExpertsRequest(request_id="a", actors=-1), "actors"),
+            (cluster_pb2.ScaleExpertsRequest(actors=1), "request_id"),
+            (cluster_pb2.ScaleExpertsRequest(actors=1, request_id="a b"), "request_id"),
+            (cluster_pb2.GetOperationRequest(), "operation_id"),
+            (cluster_pb2.CancelOperationRequest(operation_id="a\n"), "operation_id"),
+            (cluster_pb2.GetLedgerRequest(after_entry=-1), "after_entry"),
+        ],
+    )
+    def test_operations_and_ledger(self, channel, request_, field):
+        stub = cluster_pb2_grpc.ClusterServiceStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            getattr(stub, type(request_).__name__.removesuffix("Request"))(request_, timeout=WAIT_S)
+        self.check(caught.value, field)
+
+    def test_watch_operation(self, channel):
+        request = cluster_pb2.WatchOperationRequest(operation_id="")
+        with pytest.raises(grpc.RpcError) as caught:
+            next(cluster_pb2_grpc.ClusterServiceStub(channel).WatchOperation(request, timeout=WAIT_S))
+        self.check(caught.value, "operation_id")
 
     @staticmethod
     def check(error: grpc.RpcError, field: str) -> None:
@@ -356,6 +380,21 @@ class TestHealth:
             assert caught.value.code() is Code.UNAVAILABLE
             assert details(caught.value)["RetryInfo"].retry_delay.ToMilliseconds() > 0
             assert run(backend.get_job(job.id, timeout_s=1.0)).state is JobState.RUNNING
+
+    def test_nor_does_a_watch_of_an_operation(self):
+        backend = MemoryBackend()
+        backend.is_stuck = True
+        with running_front(backend) as front, grpc.insecure_channel(front.target) as channel:
+            with Client(front.target) as client:
+                operation = client.scale(2)
+            stub = cluster_pb2_grpc.ClusterServiceStub(channel)
+            changes = stub.WatchOperation(cluster_pb2.WatchOperationRequest(operation_id=operation.id), timeout=30.0)
+            assert next(changes).operation.state == cluster_pb2.OPERATION_STATE_RUNNING
+            run(front.stop(grace_s=30.0))
+            with pytest.raises(grpc.RpcError) as caught:
+                next(changes)
+            assert caught.value.code() is Code.UNAVAILABLE
+            assert not run(backend.operation(operation.id, timeout_s=1.0)).state.is_final
 
     def test_nor_does_a_watch_of_the_load(self):
         with running_front(MemoryBackend()) as front, grpc.insecure_channel(front.target) as channel:

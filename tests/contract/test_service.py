@@ -13,11 +13,12 @@ import pytest
 
 from actors.errors import CheckpointError, InvalidInput, LinkTimeout, PeerLost, RemoteError, StepAborted
 from actors.values import Placement
-from cluster.backend import GenerateChunk, GroupMove, Job, JobState, Prompt, SamplingParams
+from cluster.backend import GenerateChunk, GroupMove, Job, JobState, OperationState, Prompt, SamplingParams
 from cluster.config import FrontConfig, JobConfig, OptimizerConfig
+from cluster.control.ledger import Summary
 from cluster.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted, Unavailable
 from cluster.service.client import MODEL_TIMEOUT_S, Client
-from tests.fakes.backend import GROUP_BYTES, STALL_S, MemoryBackend
+from tests.fakes.backend import GROUP_BYTES, PREPARE_S, STALL_S, MemoryBackend
 from tests.fakes.front import run, running_front
 
 QUICK = JobConfig(steps=3)
@@ -368,6 +369,178 @@ class TestRebalance:
         assert backend.timeouts_s["rebalance"] == pytest.approx(MODEL_TIMEOUT_S, rel=0.01)
         client.rebalance(dry_run=True, timeout_s=7.0)
         assert 5.0 < backend.timeouts_s["rebalance"] < 7.1
+
+
+@pytest.fixture
+def quick_looks(monkeypatch):
+    """Watches of operations look at them more often than is good for a cluster."""
+    monkeypatch.setattr("cluster.service.cluster.LOOK_S", 0.01)
+
+
+@pytest.mark.usefixtures("quick_looks")
+class TestScale:
+    def test_it_starts_at_once_and_is_watched_to_its_end(self, client):
+        started = client.scale(2, request_id="first")
+        assert (started.state, started.kind, started.target) == (OperationState.RUNNING, "scale_experts", 2)
+        assert (started.request_id, started.ended_s, started.progress) == ("first", None, 0.0)
+        changes = list(client.watch_operation(started.id))
+        assert [change.progress for change in changes] == [0.25, 0.5, 0.75, 1.0, 1.0]
+        assert changes[1].message == "prepared 50% of the groups"
+        done = changes[-1]
+        assert (done.state, done.prepare_s, done.stall_s) == (OperationState.SUCCEEDED, PREPARE_S, STALL_S)
+        assert done.created_s <= done.ended_s
+        assert done == client.operation(started.id)
+        assert client.status().owners == {0: "expert-0", 1: "expert-1", 2: "expert-0", 3: "expert-1"}
+
+    def test_it_is_idempotent_by_request_id(self, client):
+        first = client.scale(2, request_id="same")
+        assert client.scale(2, request_id="same").id == first.id
+        assert [operation.id for operation in client.operations()] == [first.id]
+        with pytest.raises(AlreadyExists, match="same"):
+            client.scale(3, request_id="same")
+
+    def test_a_lost_answer_does_not_start_a_second_one(self):
+        class LosesFirstAnswer(MemoryBackend):
+            async def scale(self, actors, *, request_id, timeout_s):
+                operation = await super().scale(actors, request_id=request_id, timeout_s=timeout_s)
+                if self.failures.setdefault("answered", [Unavailable("the coordinator restarts")]):
+                    raise self.failures["answered"].pop()
+                return operation
+
+        with running_front(LosesFirstAnswer()) as front, Client(front.target) as client:
+            operation = client.scale(2)
+            assert [found.id for found in client.operations()] == [operation.id]
+
+    def test_one_at_a_time_and_the_refusal_names_the_other(self, backend, client):
+        backend.is_stuck = True
+        running = client.scale(2)
+        with pytest.raises(FailedPrecondition, match=running.id):
+            client.scale(3)
+
+    def test_operations_are_listed_newest_first_and_cross_whole(self, backend, client):
+        assert client.operations() == []
+        for actors in (2, 3):
+            list(client.watch_operation(client.scale(actors).id))
+        found = client.operations()
+        assert [operation.target for operation in found] == [3, 2]
+        assert found == run(backend.operations(timeout_s=1.0))
+
+    def test_cancel_ends_it(self, backend, client):
+        backend.is_stuck = True
+        operation = client.scale(2)
+        with closing(client.watch_operation(operation.id)) as changes:
+            assert next(changes).state is OperationState.RUNNING
+            assert client.cancel_operation(operation.id).state is OperationState.CANCELLING
+            assert client.cancel_operation(operation.id).state is OperationState.CANCELLING
+            assert next(changes).state is OperationState.CANCELLING
+            backend.is_stuck = False
+            assert [change.state for change in changes] == [OperationState.CANCELLED]
+        with pytest.raises(FailedPrecondition, match="is cancelled"):
+            client.cancel_operation(operation.id)
+
+    def test_a_failure_is_an_end_with_its_reason(self, client):
+        operation = client.scale(5)
+        failed = list(client.watch_operation(operation.id))[-1]
+        assert (failed.state, failed.error) == (OperationState.FAILED, "4 expert groups are too few for 5 actors")
+
+    def test_unknown_operations(self, client):
+        for call in (client.operation, client.cancel_operation, lambda unknown: list(client.watch_operation(unknown))):
+            with pytest.raises(NotFound, match="operation-99"):
+                call("operation-99")
+
+    @pytest.mark.parametrize(("actors", "request_id"), [(0, "r"), (2**31, "r"), (2, ""), (2, "x" * 129)])
+    def test_it_is_checked_before_it_is_sent(self, backend, client, actors, request_id):
+        with pytest.raises(InvalidInput, match="actors" if request_id == "r" else "request_id"):
+            client.scale(actors, request_id=request_id)
+        assert "scale" not in backend.timeouts_s
+
+    def test_a_refusal_of_the_cluster_keeps_the_field_to_blame(self, backend, client):
+        backend.failures["scale"] = [InvalidInput("is above 8", field="actors", value=9, remedy="use 8 or fewer")]
+        with pytest.raises(InvalidInput, match="above 8") as caught:
+            client.scale(9)
+        assert (caught.value.field, caught.value.remedy) == ("actors", "use 8 or fewer")
+
+    def test_what_is_left_of_the_deadline_is_passed_on(self, backend, client):
+        client.scale(2, timeout_s=7.0)
+        assert 5.0 < backend.timeouts_s["scale"] < 7.1
+
+
+@pytest.mark.usefixtures("quick_looks")
+class TestWatchOperation:
+    def test_what_has_ended_is_shown_once(self, client):
+        operation = client.scale(2)
+        list(client.watch_operation(operation.id))
+        assert list(client.watch_operation(operation.id)) == [client.operation(operation.id)]
+
+    def test_it_is_silent_while_nothing_changes_and_outlasts_the_deadline_of_one_stream(
+        self, backend, client, monkeypatch
+    ):
+        monkeypatch.setattr("cluster.service.client.WATCH_STREAM_S", 0.5)
+        backend.is_stuck = True
+        timer = threading.Timer(1.2, setattr, (backend, "is_stuck", False))
+        timer.start()
+        changes = list(client.watch_operation(client.scale(2).id))
+        timer.join()
+        assert [change.progress for change in changes] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+
+    def test_one_look_has_a_deadline_of_its_own(self, backend, client):
+        list(client.watch_operation(client.scale(2).id))
+        assert 0 < backend.timeouts_s["operation"] <= 10.0
+
+    def test_leaving_ends_it_in_the_backend_too(self, backend, client):
+        backend.is_stuck = True
+        changes = client.watch_operation(client.scale(2).id)
+        next(changes)
+        backend.delays_s["operation"] = 60.0
+        assert not backend.cancelled.wait(0.3), "the next look is being waited for by now"
+        changes.close()
+        assert backend.cancelled.wait(5.0)
+
+    def test_it_survives_a_front_that_is_replaced(self):
+        backend = MemoryBackend()
+        backend.is_stuck = True
+        with running_front(backend) as front, Client(front.target) as client:
+            changes = client.watch_operation(client.scale(2).id)
+            assert next(changes).progress == 0.0
+            run(front.stop(grace_s=0.0))
+            with running_front(backend, FrontConfig(port=front.port)):
+                backend.is_stuck = False
+                assert [change.progress for change in changes] == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+class TestLedger:
+    @pytest.fixture
+    def disturbed(self, backend):
+        backend.costs.close(backend.costs.open("actor_death", "expert-0", 100.0, detected_s=100.5), 103.0)
+        backend.costs.close(backend.costs.open("actor_death", "expert-1", 110.0, detected_s=110.1), 111.0)
+        backend.costs.open("node_death", "node-1", 120.0, detected_s=121.0, message="no answer")
+        backend.costs.add(3, stall_s=0.25, steps_replayed=2, tokens_recomputed=4096, requests_delayed=1)
+
+    def test_before_anything_happened_it_is_empty(self, client):
+        report = client.ledger()
+        assert (report.entries, report.summary) == ((), {})
+
+    def test_entries_cross_whole_and_are_summed_up_by_kind(self, backend, client, disturbed):
+        report = client.ledger()
+        assert report.entries == run(backend.ledger(0, timeout_s=1.0))
+        assert report.entries[2].recovered_s is None
+        assert report.summary == {"actor_death": Summary(2, 0, 2.0, 3.0), "node_death": Summary(1, 1, None, None)}
+
+    def test_it_begins_after_the_given_entry(self, client, disturbed):
+        report = client.ledger(after=2)
+        assert [entry.number for entry in report.entries] == [3]
+        assert report.summary == {"node_death": Summary(1, 1, None, None)}
+        assert client.ledger(after=3).entries == ()
+
+    def test_a_change_of_size_is_in_it(self, client, quick_looks):
+        list(client.watch_operation(client.scale(2).id))
+        (entry,) = client.ledger().entries
+        assert (entry.kind, entry.subject, entry.stall_s) == ("scale_up", "2 experts", STALL_S)
+        assert entry.detection_s is None
+
+    def test_the_number_is_checked_before_it_is_sent(self, client):
+        with pytest.raises(InvalidInput, match="after_entry"):
+            client.ledger(after=-1)
 
 
 class TestDeadlines:

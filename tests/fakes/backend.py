@@ -25,13 +25,16 @@ from cluster.backend import (
     JobState,
     LoadReport,
     ModelDirectory,
+    Operation,
     Prompt,
     Rebalance,
     SamplingParams,
     ScoreResult,
 )
 from cluster.config import JobConfig
+from cluster.control.ledger import Entry, Ledger
 from cluster.control.load import LoadWindow
+from cluster.control.operations import OperationTable
 from cluster.errors import AlreadyExists, FailedPrecondition, NotFound
 
 NUM_EXPERTS = 4
@@ -43,6 +46,9 @@ STEP_TOKENS = 50
 STEP_TIME_S = 1e9
 GROUP_BYTES = 1_500_000
 STALL_S = 0.0125
+PREPARE_S = 1.5
+PROGRESS = 0.25
+"""What an operation gets done from one look at it to the next."""
 
 
 class MemoryBackend:
@@ -65,6 +71,10 @@ class MemoryBackend:
         """Rebalancing replaces it, and moves groups without copies only."""
         self.unmet: tuple[str, ...] = ()
         """What every rebalance says it could not have."""
+        self.is_stuck = False
+        """Operations get nothing done."""
+        self.costs = Ledger()
+        self._operations = OperationTable()
         self._loads = LoadWindow(2, NUM_LAYERS, NUM_EXPERTS)
         self._jobs: dict[str, Job] = {}
         self._events: dict[str, list[JobEvent]] = {}
@@ -195,6 +205,30 @@ class MemoryBackend:
             stall_s=STALL_S if done else 0.0,
         )
 
+    async def scale(self, actors: int, *, request_id: str, timeout_s: float) -> Operation:
+        await self._enter("scale", timeout_s)
+        return self._operations.start("scale_experts", actors, request_id, time.time())
+
+    async def operation(self, operation_id: str, *, timeout_s: float) -> Operation:
+        """Each look at it finds it further on."""
+        await self._enter("operation", timeout_s)
+        operation = self._operations.get(operation_id)
+        if not operation.state.is_final and not self.is_stuck:
+            self._go_on(operation)
+        return self._operations.get(operation_id)
+
+    async def operations(self, *, timeout_s: float) -> Sequence[Operation]:
+        await self._enter("operations", timeout_s)
+        return self._operations.all()
+
+    async def cancel_operation(self, operation_id: str, *, timeout_s: float) -> Operation:
+        await self._enter("cancel_operation", timeout_s)
+        return self._operations.cancel(operation_id, time.time())
+
+    async def ledger(self, after: int, *, timeout_s: float) -> Sequence[Entry]:
+        await self._enter("ledger", timeout_s)
+        return self.costs.entries(after)
+
     async def export_model(self, path: str, *, timeout_s: float) -> ModelDirectory:
         await self._enter("export_model", timeout_s)
         return ModelDirectory(f"/storage/{path}", ("config.json", "model.safetensors"), 4096, self.version)
@@ -204,6 +238,28 @@ class MemoryBackend:
         if path.startswith("missing"):
             raise CheckpointError("no such model directory", field="path", value=path, remedy="export one first")
         return await self.status(timeout_s=timeout_s)
+
+    def _go_on(self, operation: Operation) -> None:
+        now = time.time()
+        if self._operations.is_cancelling(operation.id):
+            self._operations.cancelled(operation.id, now)
+        elif operation.target > NUM_EXPERTS:
+            error = f"{NUM_EXPERTS} expert groups are too few for {operation.target} actors"
+            self._operations.failed(operation.id, error, now)
+        elif operation.progress < 1.0:
+            done = operation.progress + PROGRESS
+            self._operations.progress(operation.id, done, f"prepared {done:.0%} of the groups")
+        else:
+            self._scaled(operation, now)
+
+    def _scaled(self, operation: Operation, now: float) -> None:
+        kind = "scale_up" if operation.target > len(self.placement.actors) else "scale_down"
+        holders = tuple((f"expert-{expert % operation.target}",) for expert in range(NUM_EXPERTS))
+        self.placement = Placement(self.placement.epoch + 1, holders, group_size=1)
+        self._operations.succeeded(operation.id, now, PREPARE_S, STALL_S)
+        entry = self.costs.open(kind, f"{operation.target} experts", operation.created_s)
+        self.costs.add(entry, stall_s=STALL_S)
+        self.costs.close(entry, now)
 
     def _expert(self, actor: str, pid: int) -> ActorStatus:
         groups = self.placement.held_by(actor)

@@ -291,6 +291,6 @@ def test_a_dead_expert_actor_fails_the_job_by_name_and_the_front_lives_on(client
         time.sleep(0.1)
     status = client.status()
     assert not status.ready
-    assert "without a ready owner" in status.message
+    assert "no actor holds" in status.message
     with pytest.raises(MoeClusterError):
         client.score("abc")

@@ -20,16 +20,20 @@ from cluster.backend import (
     Job,
     JobEvent,
     JobState,
+    LedgerReport,
     LoadReport,
     LoadStep,
     ModelDirectory,
+    Operation,
+    OperationState,
     Prompt,
     Rebalance,
     SamplingParams,
     ScoreResult,
 )
 from cluster.config import BatchConfig, DataConfig, EvalConfig, JobConfig, OptimizerConfig, ScheduleConfig
-from cluster.service.codec import config, jobs, loads, moves, status, text
+from cluster.control.ledger import KINDS, Entry, Summary
+from cluster.service.codec import config, jobs, ledger, loads, moves, operations, status, text
 from cluster.service.codec.checks import MAX_INT32, MAX_INT64, Range
 from protos.moecluster.v1 import cluster_pb2, inference_pb2, training_pb2
 
@@ -162,6 +166,47 @@ REBALANCES = st.builds(
     stall_s=FLOATS,
 )
 
+OPERATIONS = st.builds(
+    Operation,
+    id=NAMES,
+    request_id=NAMES,
+    kind=st.just("scale_experts"),
+    state=st.sampled_from(OperationState),
+    target=SIZES,
+    created_s=TIMES,
+    progress=st.floats(0, 1),
+    message=NAMES,
+    ended_s=st.none() | TIMES,
+    error=NAMES,
+    prepare_s=FLOATS,
+    stall_s=FLOATS,
+)
+ENTRIES = st.builds(
+    Entry,
+    number=COUNTS,
+    kind=st.sampled_from(KINDS),
+    subject=NAMES,
+    started_s=TIMES,
+    detected_s=st.none() | TIMES,
+    recovered_s=st.none() | TIMES,
+    stall_s=FLOATS,
+    steps_replayed=COUNTS,
+    tokens_recomputed=COUNTS,
+    updates_lost=COUNTS,
+    requests_delayed=COUNTS,
+    requests_failed=COUNTS,
+    message=NAMES,
+)
+LEDGERS = st.builds(
+    LedgerReport,
+    entries=st.lists(ENTRIES, max_size=3).map(tuple),
+    summary=st.dictionaries(
+        st.sampled_from(KINDS),
+        st.builds(Summary, n=COUNTS, num_open=COUNTS, median_s=st.none() | FLOATS, maximum_s=st.none() | FLOATS),
+        max_size=3,
+    ),
+)
+
 
 class TestRoundTrips:
     @given(CONFIGS)
@@ -187,6 +232,14 @@ class TestRoundTrips:
     @given(REBALANCES)
     def test_rebalances(self, value):
         assert moves.rebalance_from_message(moves.rebalance_to_message(value)) == value
+
+    @given(OPERATIONS)
+    def test_operations(self, value):
+        assert operations.operation_from_message(operations.operation_to_message(value)) == value
+
+    @given(LEDGERS)
+    def test_ledgers(self, value):
+        assert ledger.report_from_message(ledger.report_to_message(value)) == value
 
     @given(TOKENS.map(lambda ids: Prompt(token_ids=ids)) | st.text(min_size=1).map(lambda t: Prompt(text=t)))
     def test_prompts(self, value):
@@ -281,6 +334,25 @@ class TestLoadIntervals:
     def test_what_is_beyond_is_refused_before_it_is_sent(self, interval_s):
         with pytest.raises(InvalidInput, match="interval_s"):
             loads.interval_to_message(interval_s)
+
+
+class TestScale:
+    @pytest.mark.parametrize("actors", [1, MAX_INT32])
+    def test_its_ends_are_part_of_the_range(self, actors):
+        operations.check_scale(actors, "r")
+
+    @pytest.mark.parametrize(("actors", "request_id"), [(0, "r"), (-1, "r"), (MAX_INT32 + 1, "r"), (1, ""), (1, "a b")])
+    def test_what_is_wrong_is_named(self, actors, request_id):
+        with pytest.raises(InvalidInput) as caught:
+            operations.check_scale(actors, request_id)
+        assert caught.value.field == ("actors" if request_id == "r" else "request_id")
+
+    def test_the_ledger_begins_after_a_number_that_there_can_be(self):
+        for after_entry in (0, MAX_INT64):
+            ledger.check_after_entry(after_entry)
+        for after_entry in (-1, MAX_INT64 + 1):
+            with pytest.raises(InvalidInput, match="after_entry"):
+                ledger.check_after_entry(after_entry)
 
 
 class TestPages:

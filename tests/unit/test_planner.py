@@ -89,8 +89,7 @@ def test_every_plan_is_sound_and_says_what_it_lacks(first: Any, second: Any) -> 
     old = plan(load_LU, made, **options)
     check(old)
     check_unmet(old, options)
-    if not options["hot_copies"]:
-        assert all(len(held) <= options["redundancy"] for layer in old.holders for held in layer)
+    check_copies(old, options)
     assert plan(load_LU, made, **options) == old, "deterministic"
     # The devices of another cluster, some of them with the same names: a change of any kind.
     spare = max(0, load_LU.shape[1] - sum(device.slots for device in second[1]))
@@ -98,6 +97,12 @@ def test_every_plan_is_sound_and_says_what_it_lacks(first: Any, second: Any) -> 
     new = plan(load_LU * 2 + 1, others, **options, previous=old)
     check(new)
     check_unmet(new, options)
+    check_copies(new, options)
+
+
+def check_copies(made: Plan, options: dict[str, Any]) -> None:
+    if not options["hot_copies"]:
+        assert all(len(held) <= options["redundancy"] for layer in made.holders for held in layer)
 
 
 def check_unmet(made: Plan, options: dict[str, Any]) -> None:
@@ -113,6 +118,23 @@ def check_unmet(made: Plan, options: dict[str, Any]) -> None:
             set.intersection(*(nodes_of(made, layer, u) for u in members)) for layer in range(len(made.holders))
         )
         assert whole != any(sentence.startswith(f"group {group} spans") for sentence in made.unmet)
+
+
+def test_without_hot_copies_a_hot_group_gets_no_further_home() -> None:
+    here = [Device("e0", "n1", 4), Device("e1", "n0", 0), Device("e2", "n0", 0), Device("e3", "n0", 1)]
+    made = plan([[0, 0, 0, 1]], here, group_U=[0, 0, 0, 1], hot_copies=False)
+    assert made.holders == (((0,),) * 4,)
+
+
+@pytest.mark.parametrize("node_limited", [True, False])
+@pytest.mark.parametrize("redundancy", [1, 2])
+def test_without_hot_copies_those_of_an_earlier_plan_are_given_up(node_limited: bool, redundancy: int) -> None:
+    load_LU, here = zipf(3, 16, 1.2), devices(2, 2, slots=12)
+    options: dict[str, Any] = {"group_U": groups(16, 4), "node_limited": node_limited, "redundancy": redundancy}
+    before = plan(load_LU, here, **options)
+    after = plan(load_LU, here, **options, hot_copies=False, previous=before)
+    assert after.num_copies == 3 * 16 * redundancy < before.num_copies
+    assert after.unmet == ()
 
 
 def test_groups_stay_in_their_node_and_hot_units_get_the_spare_slots() -> None:

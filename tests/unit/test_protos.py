@@ -9,6 +9,7 @@ import pytest
 
 from cluster import backend
 from cluster.config import JobConfig
+from cluster.control import ledger
 from cluster.service.codec import enums
 from protos.moecluster.v1 import cluster_pb2, inference_pb2, training_pb2
 
@@ -54,6 +55,13 @@ def test_the_message_of_a_config_mirrors_its_class(cls):
         ),
         (backend.GroupMove, cluster_pb2.GroupMove, {}),
         (backend.Rebalance, cluster_pb2.RebalanceResponse, {}),
+        (backend.Operation, cluster_pb2.Operation, {"created_s": "create_time", "ended_s": "end_time"}),
+        (backend.LedgerReport, cluster_pb2.GetLedgerResponse, {}),
+        (
+            ledger.Entry,
+            cluster_pb2.LedgerEntry,
+            {"started_s": "start_time", "detected_s": "detect_time", "recovered_s": "recover_time"},
+        ),
         (backend.ModelDirectory, cluster_pb2.ExportModelResponse, {}),
     ],
 )
@@ -62,12 +70,22 @@ def test_no_value_of_the_backend_is_left_out(cls, message, renamed):
     assert names == {field.name for field in message.DESCRIPTOR.fields}
 
 
-def test_every_job_state_has_a_number():
-    state = training_pb2.JobState.DESCRIPTOR
-    assert {enums.to_name(state, value.number) for value in state.values} == {
-        "",
-        *(known.value for known in backend.JobState),
-    }
+def test_the_summary_of_a_kind_is_a_message_with_the_kind():
+    names = {field.name for field in dataclasses.fields(ledger.Summary)}
+    assert {"kind", *names} == {field.name for field in cluster_pb2.LedgerSummary.DESCRIPTOR.fields}
+
+
+@pytest.mark.parametrize(
+    ("enum", "known"),
+    [
+        (training_pb2.JobState.DESCRIPTOR, [state.value for state in backend.JobState]),
+        (cluster_pb2.OperationState.DESCRIPTOR, [state.value for state in backend.OperationState]),
+        (cluster_pb2.LedgerKind.DESCRIPTOR, ledger.KINDS),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_every_state_and_kind_has_a_number(enum, known):
+    assert {enums.to_name(enum, value.number) for value in enum.values} == {"", *known}
 
 
 @pytest.mark.parametrize("enum", ENUMS, ids=lambda enum: enum.name)

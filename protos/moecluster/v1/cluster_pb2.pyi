@@ -28,6 +28,34 @@ class MoveKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MOVE_KIND_UNSPECIFIED: _ClassVar[MoveKind]
     MOVE_KIND_MOVE: _ClassVar[MoveKind]
     MOVE_KIND_COPY: _ClassVar[MoveKind]
+
+class OperationKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    OPERATION_KIND_UNSPECIFIED: _ClassVar[OperationKind]
+    OPERATION_KIND_SCALE_EXPERTS: _ClassVar[OperationKind]
+
+class OperationState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    OPERATION_STATE_UNSPECIFIED: _ClassVar[OperationState]
+    OPERATION_STATE_RUNNING: _ClassVar[OperationState]
+    OPERATION_STATE_CANCELLING: _ClassVar[OperationState]
+    OPERATION_STATE_SUCCEEDED: _ClassVar[OperationState]
+    OPERATION_STATE_FAILED: _ClassVar[OperationState]
+    OPERATION_STATE_CANCELLED: _ClassVar[OperationState]
+
+class LedgerKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LEDGER_KIND_UNSPECIFIED: _ClassVar[LedgerKind]
+    LEDGER_KIND_ACTOR_DEATH: _ClassVar[LedgerKind]
+    LEDGER_KIND_NODE_DEATH: _ClassVar[LedgerKind]
+    LEDGER_KIND_FROZEN: _ClassVar[LedgerKind]
+    LEDGER_KIND_ROUTER_DEATH: _ClassVar[LedgerKind]
+    LEDGER_KIND_COORDINATOR_RESTART: _ClassVar[LedgerKind]
+    LEDGER_KIND_SCALE_UP: _ClassVar[LedgerKind]
+    LEDGER_KIND_SCALE_DOWN: _ClassVar[LedgerKind]
+    LEDGER_KIND_REBALANCE: _ClassVar[LedgerKind]
+    LEDGER_KIND_DRAIN: _ClassVar[LedgerKind]
+    LEDGER_KIND_STORAGE_FULL: _ClassVar[LedgerKind]
 ACTOR_ROLE_UNSPECIFIED: ActorRole
 ACTOR_ROLE_ROUTER: ActorRole
 ACTOR_ROLE_EXPERT: ActorRole
@@ -38,6 +66,25 @@ ACTOR_STATE_LOST: ActorState
 MOVE_KIND_UNSPECIFIED: MoveKind
 MOVE_KIND_MOVE: MoveKind
 MOVE_KIND_COPY: MoveKind
+OPERATION_KIND_UNSPECIFIED: OperationKind
+OPERATION_KIND_SCALE_EXPERTS: OperationKind
+OPERATION_STATE_UNSPECIFIED: OperationState
+OPERATION_STATE_RUNNING: OperationState
+OPERATION_STATE_CANCELLING: OperationState
+OPERATION_STATE_SUCCEEDED: OperationState
+OPERATION_STATE_FAILED: OperationState
+OPERATION_STATE_CANCELLED: OperationState
+LEDGER_KIND_UNSPECIFIED: LedgerKind
+LEDGER_KIND_ACTOR_DEATH: LedgerKind
+LEDGER_KIND_NODE_DEATH: LedgerKind
+LEDGER_KIND_FROZEN: LedgerKind
+LEDGER_KIND_ROUTER_DEATH: LedgerKind
+LEDGER_KIND_COORDINATOR_RESTART: LedgerKind
+LEDGER_KIND_SCALE_UP: LedgerKind
+LEDGER_KIND_SCALE_DOWN: LedgerKind
+LEDGER_KIND_REBALANCE: LedgerKind
+LEDGER_KIND_DRAIN: LedgerKind
+LEDGER_KIND_STORAGE_FULL: LedgerKind
 
 class ActorStatus(_message.Message):
     __slots__ = ("id", "role", "node", "pid", "state", "device", "version", "groups", "memory_bytes", "tokens", "link")
@@ -269,6 +316,152 @@ class RebalanceResponse(_message.Message):
     unmet: _containers.RepeatedScalarFieldContainer[str]
     stall_s: float
     def __init__(self, moves: _Optional[_Iterable[_Union[GroupMove, _Mapping]]] = ..., balance_before: _Optional[float] = ..., balance_after: _Optional[float] = ..., placement_epoch: _Optional[int] = ..., done: _Optional[bool] = ..., message: _Optional[str] = ..., unmet: _Optional[_Iterable[str]] = ..., stall_s: _Optional[float] = ...) -> None: ...
+
+class Operation(_message.Message):
+    __slots__ = ("id", "request_id", "kind", "state", "target", "progress", "message", "create_time", "end_time", "error", "prepare_s", "stall_s")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    END_TIME_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    PREPARE_S_FIELD_NUMBER: _ClassVar[int]
+    STALL_S_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    request_id: str
+    kind: OperationKind
+    state: OperationState
+    target: int
+    progress: float
+    message: str
+    create_time: _timestamp_pb2.Timestamp
+    end_time: _timestamp_pb2.Timestamp
+    error: str
+    prepare_s: float
+    stall_s: float
+    def __init__(self, id: _Optional[str] = ..., request_id: _Optional[str] = ..., kind: _Optional[_Union[OperationKind, str]] = ..., state: _Optional[_Union[OperationState, str]] = ..., target: _Optional[int] = ..., progress: _Optional[float] = ..., message: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., error: _Optional[str] = ..., prepare_s: _Optional[float] = ..., stall_s: _Optional[float] = ...) -> None: ...
+
+class ScaleExpertsRequest(_message.Message):
+    __slots__ = ("actors", "request_id")
+    ACTORS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    actors: int
+    request_id: str
+    def __init__(self, actors: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class ScaleExpertsResponse(_message.Message):
+    __slots__ = ("operation",)
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    operation: Operation
+    def __init__(self, operation: _Optional[_Union[Operation, _Mapping]] = ...) -> None: ...
+
+class GetOperationRequest(_message.Message):
+    __slots__ = ("operation_id",)
+    OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
+    operation_id: str
+    def __init__(self, operation_id: _Optional[str] = ...) -> None: ...
+
+class GetOperationResponse(_message.Message):
+    __slots__ = ("operation",)
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    operation: Operation
+    def __init__(self, operation: _Optional[_Union[Operation, _Mapping]] = ...) -> None: ...
+
+class ListOperationsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListOperationsResponse(_message.Message):
+    __slots__ = ("operations",)
+    OPERATIONS_FIELD_NUMBER: _ClassVar[int]
+    operations: _containers.RepeatedCompositeFieldContainer[Operation]
+    def __init__(self, operations: _Optional[_Iterable[_Union[Operation, _Mapping]]] = ...) -> None: ...
+
+class WatchOperationRequest(_message.Message):
+    __slots__ = ("operation_id",)
+    OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
+    operation_id: str
+    def __init__(self, operation_id: _Optional[str] = ...) -> None: ...
+
+class WatchOperationResponse(_message.Message):
+    __slots__ = ("operation",)
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    operation: Operation
+    def __init__(self, operation: _Optional[_Union[Operation, _Mapping]] = ...) -> None: ...
+
+class CancelOperationRequest(_message.Message):
+    __slots__ = ("operation_id",)
+    OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
+    operation_id: str
+    def __init__(self, operation_id: _Optional[str] = ...) -> None: ...
+
+class CancelOperationResponse(_message.Message):
+    __slots__ = ("operation",)
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    operation: Operation
+    def __init__(self, operation: _Optional[_Union[Operation, _Mapping]] = ...) -> None: ...
+
+class LedgerEntry(_message.Message):
+    __slots__ = ("number", "kind", "subject", "start_time", "detect_time", "recover_time", "stall_s", "steps_replayed", "tokens_recomputed", "updates_lost", "requests_delayed", "requests_failed", "message")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    SUBJECT_FIELD_NUMBER: _ClassVar[int]
+    START_TIME_FIELD_NUMBER: _ClassVar[int]
+    DETECT_TIME_FIELD_NUMBER: _ClassVar[int]
+    RECOVER_TIME_FIELD_NUMBER: _ClassVar[int]
+    STALL_S_FIELD_NUMBER: _ClassVar[int]
+    STEPS_REPLAYED_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_RECOMPUTED_FIELD_NUMBER: _ClassVar[int]
+    UPDATES_LOST_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_DELAYED_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FAILED_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    kind: LedgerKind
+    subject: str
+    start_time: _timestamp_pb2.Timestamp
+    detect_time: _timestamp_pb2.Timestamp
+    recover_time: _timestamp_pb2.Timestamp
+    stall_s: float
+    steps_replayed: int
+    tokens_recomputed: int
+    updates_lost: int
+    requests_delayed: int
+    requests_failed: int
+    message: str
+    def __init__(self, number: _Optional[int] = ..., kind: _Optional[_Union[LedgerKind, str]] = ..., subject: _Optional[str] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., detect_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., recover_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., stall_s: _Optional[float] = ..., steps_replayed: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., updates_lost: _Optional[int] = ..., requests_delayed: _Optional[int] = ..., requests_failed: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
+
+class LedgerSummary(_message.Message):
+    __slots__ = ("kind", "n", "num_open", "median_s", "maximum_s")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    N_FIELD_NUMBER: _ClassVar[int]
+    NUM_OPEN_FIELD_NUMBER: _ClassVar[int]
+    MEDIAN_S_FIELD_NUMBER: _ClassVar[int]
+    MAXIMUM_S_FIELD_NUMBER: _ClassVar[int]
+    kind: LedgerKind
+    n: int
+    num_open: int
+    median_s: float
+    maximum_s: float
+    def __init__(self, kind: _Optional[_Union[LedgerKind, str]] = ..., n: _Optional[int] = ..., num_open: _Optional[int] = ..., median_s: _Optional[float] = ..., maximum_s: _Optional[float] = ...) -> None: ...
+
+class GetLedgerRequest(_message.Message):
+    __slots__ = ("after_entry",)
+    AFTER_ENTRY_FIELD_NUMBER: _ClassVar[int]
+    after_entry: int
+    def __init__(self, after_entry: _Optional[int] = ...) -> None: ...
+
+class GetLedgerResponse(_message.Message):
+    __slots__ = ("entries", "summary")
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    entries: _containers.RepeatedCompositeFieldContainer[LedgerEntry]
+    summary: _containers.RepeatedCompositeFieldContainer[LedgerSummary]
+    def __init__(self, entries: _Optional[_Iterable[_Union[LedgerEntry, _Mapping]]] = ..., summary: _Optional[_Iterable[_Union[LedgerSummary, _Mapping]]] = ...) -> None: ...
 
 class ExportModelRequest(_message.Message):
     __slots__ = ("path",)

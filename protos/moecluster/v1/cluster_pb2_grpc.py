@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ClusterServiceStub:
-    """Shows the cluster and exchanges whole models with it.
+    """Shows the cluster, changes its size and exchanges whole models with it.
     """
 
     def __init__(self, channel):
@@ -55,6 +55,36 @@ class ClusterServiceStub:
                 request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.RebalanceRequest.SerializeToString,
                 response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.RebalanceResponse.FromString,
                 _registered_method=True)
+        self.ScaleExperts = channel.unary_unary(
+                '/moecluster.v1.ClusterService/ScaleExperts',
+                request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleExpertsRequest.SerializeToString,
+                response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleExpertsResponse.FromString,
+                _registered_method=True)
+        self.GetOperation = channel.unary_unary(
+                '/moecluster.v1.ClusterService/GetOperation',
+                request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetOperationRequest.SerializeToString,
+                response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetOperationResponse.FromString,
+                _registered_method=True)
+        self.ListOperations = channel.unary_unary(
+                '/moecluster.v1.ClusterService/ListOperations',
+                request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ListOperationsRequest.SerializeToString,
+                response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ListOperationsResponse.FromString,
+                _registered_method=True)
+        self.WatchOperation = channel.unary_stream(
+                '/moecluster.v1.ClusterService/WatchOperation',
+                request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.WatchOperationRequest.SerializeToString,
+                response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.WatchOperationResponse.FromString,
+                _registered_method=True)
+        self.CancelOperation = channel.unary_unary(
+                '/moecluster.v1.ClusterService/CancelOperation',
+                request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.CancelOperationRequest.SerializeToString,
+                response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.CancelOperationResponse.FromString,
+                _registered_method=True)
+        self.GetLedger = channel.unary_unary(
+                '/moecluster.v1.ClusterService/GetLedger',
+                request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetLedgerRequest.SerializeToString,
+                response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetLedgerResponse.FromString,
+                _registered_method=True)
         self.ExportModel = channel.unary_unary(
                 '/moecluster.v1.ClusterService/ExportModel',
                 request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ExportModelRequest.SerializeToString,
@@ -68,7 +98,7 @@ class ClusterServiceStub:
 
 
 class ClusterServiceServicer:
-    """Shows the cluster and exchanges whole models with it.
+    """Shows the cluster, changes its size and exchanges whole models with it.
     """
 
     def GetStatus(self, request, context):
@@ -95,6 +125,50 @@ class ClusterServiceServicer:
     def Rebalance(self, request, context):
         """Moves and copies expert groups by the load of the last training steps, and restores missing copies, while steps
         and requests go on. FAILED_PRECONDITION while another one runs, or where there is no load and nothing is missing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ScaleExperts(self, request, context):
+        """Starts to bring the expert actors to a number, and returns at once: steps and requests go on meanwhile. Idempotent:
+        sending the same request id and number again returns the operation that exists. ALREADY_EXISTS if the request id
+        was used with another number, FAILED_PRECONDITION while another operation runs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetOperation(self, request, context):
+        """NOT_FOUND if there is no such operation, or it is no longer kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListOperations(self, request, context):
+        """All that are kept, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchOperation(self, request, context):
+        """Streams an operation: as it is now, then whenever it changed. Ends when it is final.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelOperation(self, request, context):
+        """Asks a running operation to end. FAILED_PRECONDITION if it is final already.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLedger(self, request, context):
+        """What every disturbance of the cluster cost: deaths, restarts, changes of size, moves.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -138,6 +212,36 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.RebalanceRequest.FromString,
                     response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.RebalanceResponse.SerializeToString,
             ),
+            'ScaleExperts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScaleExperts,
+                    request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleExpertsRequest.FromString,
+                    response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleExpertsResponse.SerializeToString,
+            ),
+            'GetOperation': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetOperation,
+                    request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetOperationRequest.FromString,
+                    response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetOperationResponse.SerializeToString,
+            ),
+            'ListOperations': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListOperations,
+                    request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ListOperationsRequest.FromString,
+                    response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ListOperationsResponse.SerializeToString,
+            ),
+            'WatchOperation': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchOperation,
+                    request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.WatchOperationRequest.FromString,
+                    response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.WatchOperationResponse.SerializeToString,
+            ),
+            'CancelOperation': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelOperation,
+                    request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.CancelOperationRequest.FromString,
+                    response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.CancelOperationResponse.SerializeToString,
+            ),
+            'GetLedger': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLedger,
+                    request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetLedgerRequest.FromString,
+                    response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetLedgerResponse.SerializeToString,
+            ),
             'ExportModel': grpc.unary_unary_rpc_method_handler(
                     servicer.ExportModel,
                     request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ExportModelRequest.FromString,
@@ -157,7 +261,7 @@ def add_ClusterServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ClusterService:
-    """Shows the cluster and exchanges whole models with it.
+    """Shows the cluster, changes its size and exchanges whole models with it.
     """
 
     @staticmethod
@@ -258,6 +362,168 @@ class ClusterService:
             '/moecluster.v1.ClusterService/Rebalance',
             protos_dot_moecluster_dot_v1_dot_cluster__pb2.RebalanceRequest.SerializeToString,
             protos_dot_moecluster_dot_v1_dot_cluster__pb2.RebalanceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScaleExperts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ClusterService/ScaleExperts',
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleExpertsRequest.SerializeToString,
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleExpertsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetOperation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ClusterService/GetOperation',
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetOperationRequest.SerializeToString,
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetOperationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListOperations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ClusterService/ListOperations',
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.ListOperationsRequest.SerializeToString,
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.ListOperationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchOperation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/moecluster.v1.ClusterService/WatchOperation',
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.WatchOperationRequest.SerializeToString,
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.WatchOperationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelOperation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ClusterService/CancelOperation',
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.CancelOperationRequest.SerializeToString,
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.CancelOperationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLedger(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ClusterService/GetLedger',
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetLedgerRequest.SerializeToString,
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetLedgerResponse.FromString,
             options,
             channel_credentials,
             insecure,

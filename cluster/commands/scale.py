@@ -1,0 +1,115 @@
+"""`scale` changes the number of expert actors and watches that to its end; `operations` lists such changes."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import closing
+
+from cluster.backend import Operation, OperationState
+from cluster.commands.options import EXIT_FAILED, EXIT_INTERRUPTED, Subparsers, add_remote, complain, target_option
+from cluster.commands.output import local_time, print_json, print_line, print_table
+from cluster.commands.progress import open_operation
+from cluster.errors import Unavailable
+from cluster.service.client import Client
+
+
+def add_parsers(subparsers: Subparsers) -> None:
+    scale = add_remote(
+        subparsers, "scale", run_scale, help="change the number of expert actors while steps and requests go on"
+    )
+    scale.add_argument("--experts", type=int, required=True, metavar="N", help="expert actors there should be")
+    scale.add_argument(
+        "--request-id", metavar="ID", help="the same number with the same id again watches the operation that exists"
+    )
+    scale.add_argument("--detach", action="store_true", help="start it and return; it goes on")
+    operations = add_remote(subparsers, "operations", run_operations, help="list changes of the cluster, newest first")
+    operations.add_argument("--cancel", metavar="ID", help="end this one instead, if it still runs")
+
+
+def run_scale(args: argparse.Namespace, client: Client) -> int:
+    operation = client.scale(args.experts, request_id=args.request_id)
+    if args.detach:
+        return _report(operation, args, f"{operation.id} is {operation.state.value}; {_how_to_go_on(operation, args)}")
+    try:
+        operation = _followed(operation, args, client)
+    except KeyboardInterrupt:
+        complain(f"detached, {operation.id} goes on; {_how_to_go_on(operation, args)}")
+        return EXIT_INTERRUPTED
+    except Unavailable as error:
+        raise Unavailable(f"{error}; {operation.id} may go on: {_how_to_go_on(operation, args)}") from error
+    if operation.state is OperationState.SUCCEEDED:
+        return _report(operation, args, _outcome(operation))
+    if args.json:
+        print_json({"operation": operation})
+    why = f": {operation.error}" if operation.error else ""
+    complain(f"{operation.id} {operation.state.value} at {operation.progress:.0%}{why}")
+    return EXIT_FAILED
+
+
+def run_operations(args: argparse.Namespace, client: Client) -> int:
+    if args.cancel is not None:
+        operation = client.cancel_operation(args.cancel)
+        return _report(operation, args, f"{operation.id} is {operation.state.value} at {operation.progress:.0%}")
+    operations = client.operations()
+    if args.json:
+        print_json({"operations": operations})
+    elif operations:
+        columns = "operation", "what", "state", "done", "started", "ended", "prepared in s", "stall ms", "message"
+        print_table(columns, map(_row, operations))
+    else:
+        print_line("no operations yet; start one with `moe-cluster scale --experts N`")
+    return 0
+
+
+def _followed(operation: Operation, args: argparse.Namespace, client: Client) -> Operation:
+    """Shows the operation until it is final; returns what it came to."""
+    with (
+        open_operation(operation, stderr=args.json) as show,
+        closing(client.watch_operation(operation.id)) as changes,
+    ):
+        for operation in changes:
+            show(operation)
+    return operation
+
+
+def _report(operation: Operation, args: argparse.Namespace, line: str) -> int:
+    if args.json:
+        print_json({"operation": operation})
+    else:
+        print_line(line)
+    return 0
+
+
+def _outcome(operation: Operation) -> str:
+    return (
+        f"done: {_what(operation)}; prepared in {operation.prepare_s:,.1f} s in the background; "
+        f"steps waited {operation.stall_s * 1e3:,.1f} ms at most"
+    )
+
+
+def _row(operation: Operation) -> tuple[str, ...]:
+    done = operation.state is OperationState.SUCCEEDED
+    return (
+        operation.id,
+        _what(operation),
+        operation.state.value,
+        f"{operation.progress:.0%}",
+        local_time(operation.created_s),
+        local_time(operation.ended_s),
+        f"{operation.prepare_s:,.1f}" if done else "",
+        f"{operation.stall_s * 1e3:,.1f}" if done else "",
+        operation.error or operation.message,
+    )
+
+
+def _what(operation: Operation) -> str:
+    """`4 expert actors`; the kind, for one that a newer cluster has."""
+    if operation.kind != "scale_experts":
+        return operation.kind
+    return f"{operation.target} expert actor{'' if operation.target == 1 else 's'}"
+
+
+def _how_to_go_on(operation: Operation, args: argparse.Namespace) -> str:
+    where = target_option(args.target)
+    see = f"see it: moe-cluster operations{where}"
+    return f"{see}, end it: moe-cluster operations --cancel {operation.id}{where}"

@@ -1,0 +1,176 @@
+"""Changes of placement carried out: groups arrive in the background, then everybody switches between two steps.
+
+One change at a time. Deaths may come at any moment: they change the placement at once, and a change that is under way
+then fails and is asked for again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from actors.errors import MoeClusterError
+from actors.values import Placement
+from cluster.backend import Rebalance
+from cluster.control.ledger import Kind
+from cluster.control.rebalancing import Proposal, Stage, named
+from cluster.errors import FailedPrecondition, Unavailable
+from cluster.fabric.calls import call
+from cluster.fabric.crew import Crew
+from cluster.fabric.guarded import Guarded
+from cluster.fabric.options import ROUTER
+from cluster.fabric.workers import ExpertContact
+from cluster.placement.placement import ActorSlot
+
+logger = logging.getLogger(__name__)
+
+Report = Callable[[float, str], None]
+"""(share that is done, what is being done); may raise to stop between two moves."""
+
+
+def _silent(share: float, message: str) -> None: ...
+
+
+class Changes:
+    def __init__(self, state: Guarded, crew: Crew) -> None:
+        self._state, self._crew = state, crew
+        self._turn = threading.Lock()
+        self._what = ""
+
+    # -- asked for ----------------------------------------------------------------------------------------------------
+
+    def begin(self, what: str) -> None:
+        """`FailedPrecondition` while another change is under way. `end` from any thread."""
+        if not self.try_begin(what):
+            raise FailedPrecondition(f"{self._what} is under way; wait until it has ended")
+
+    def try_begin(self, what: str) -> bool:
+        if not self._turn.acquire(blocking=False):
+            return False
+        self._what = what
+        return True
+
+    def end(self) -> None:
+        self._turn.release()
+
+    def rebalance(self, dry_run: bool, timeout_s: float) -> Rebalance:
+        deadline = time.monotonic() + timeout_s
+        self.begin("a rebalance")
+        try:
+            with self._state.reading() as coordinator:
+                proposal = coordinator.rebalance(coordinator.actors())
+                epoch = coordinator.placement.epoch
+            if dry_run or not proposal.stages:
+                return proposal.report(epoch, done=False)
+            with self.priced("rebalance", f"{len(proposal.moves)} groups") as price:
+                stall_s = price(self.carry_out(proposal, deadline))
+            return proposal.report(proposal.target.epoch, done=True, stall_s=stall_s)
+        finally:
+            self.end()
+
+    def move_to(self, actors: Sequence[ActorSlot], deadline: float, report: Report) -> float:
+        """All groups to exactly these actors. -> longest wait of a step, in seconds."""
+        with self._state.reading() as coordinator:
+            proposal = coordinator.rebalance(actors)
+        return self.carry_out(proposal, deadline, report)
+
+    def carry_out(self, proposal: Proposal, deadline: float, report: Report = _silent) -> float:
+        """-> longest wait of a step for a switch, in seconds."""
+        total, done, waited = len(proposal.moves), 0, [0.0]
+        for stage in proposal.stages:
+            report(done / max(total, 1), f"moved {done} of {total} expert groups")
+            waited.append(self._carry_out_stage(stage, deadline))
+            done += len(stage.copies)
+        report(1.0, f"moved {done} of {total} expert groups")
+        return max(waited)
+
+    @contextmanager
+    def priced(self, kind: Kind, subject: str) -> Iterator[Callable[[float], float]]:
+        """An entry of the ledger around a change; inside, its stall in seconds is told to what is given."""
+        with self._state.reading() as coordinator:
+            number = coordinator.ledger.open(kind, subject, time.time())
+
+        def price(stall_s: float) -> float:
+            with self._state.reading() as coordinator:
+                coordinator.ledger.add(number, stall_s=stall_s)
+            return stall_s
+
+        try:
+            yield price
+        finally:
+            with self._state.reading() as coordinator:
+                coordinator.ledger.close(number, time.time())
+
+    # -- a death ------------------------------------------------------------------------------------------------------
+
+    def without(self, gone: Sequence[str]) -> tuple[Placement, list[ExpertContact]]:
+        """The placement to go on with, asked by a router whose links to these actors broke.
+
+        `Unavailable` if nobody else holds some of their groups.
+        """
+        for name in gone:
+            self.bury(name, "its links broke")
+        with self._state.reading() as coordinator:
+            placement = coordinator.placement
+        if placement.missing:
+            raise Unavailable(f"no actor holds {named(placement.missing)} any more")
+        return placement, self._crew.contacts(placement)
+
+    def bury(self, name: str, reason: str, silent_s: float = 0.0) -> None:
+        """Dead for certain from now on: a process that only lost its links must not come back with old weights."""
+        with self._state.changing() as coordinator:
+            coordinator.actor_lost(name, time.time(), reason, silent_s=silent_s)
+        self._crew.end([name])
+
+    def switch(self, placement: Placement) -> None:
+        """Without waiting: in the middle of a step the router notices by itself; between steps it need not."""
+        self._crew.router.adopt.remote(placement, self._crew.contacts(placement))
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _carry_out_stage(self, stage: Stage, deadline: float) -> float:
+        with self._state.reading() as coordinator:
+            before = coordinator.placement
+        self._adopt(before, deadline)  # a death may have changed it a moment ago
+        arriving: list[tuple[int, str, Any]] = []
+        try:
+            for move in stage.copies:
+                owner = self._crew.contact(before.owner(move.group))
+                ref = self._crew.handle(move.target).arrive.remote(move.group, owner, _remaining(deadline))
+                arriving.append((move.group, move.target, ref))
+            for _, target, ref in arriving:
+                call(target, ref, _remaining(deadline))
+            with self._state.changing() as coordinator:
+                coordinator.placed(stage.placement)
+            return self._adopt(stage.placement, deadline)
+        except MoeClusterError:
+            self._take_back(stage, before, arriving)
+            raise
+
+    def _adopt(self, placement: Placement, deadline: float) -> float:
+        ref = self._crew.router.adopt.remote(placement, self._crew.contacts(placement))
+        waited: float = call(ROUTER, ref, _remaining(deadline))
+        return waited
+
+    def _take_back(self, stage: Stage, before: Placement, arriving: Sequence[tuple[int, str, Any]]) -> None:
+        """The placement before a switch that failed, as a newer one. Who died meanwhile has been taken out."""
+        with self._state.changing() as coordinator:
+            if coordinator.placement == stage.placement:
+                coordinator.placed(replace(before, epoch=stage.placement.epoch + 1))
+            placement = coordinator.placement
+        if not placement.missing:
+            self.switch(placement)
+        for group, target, _ in arriving:
+            try:
+                self._crew.handle(target).leave_off.remote([group])
+            except Unavailable:
+                logger.info("%s, where group %d was on its way, is gone", target, group)
+
+
+def _remaining(deadline: float) -> float:
+    return max(0.1, deadline - time.monotonic())

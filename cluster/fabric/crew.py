@@ -1,0 +1,247 @@
+"""The actors of a cluster: started, loaded, watched, ended. Handles and contacts live here, decisions elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.errors import InvalidInput, MoeClusterError
+from actors.values import Placement
+from cluster.backend import ActorStatus
+from cluster.config import ClusterConfig
+from cluster.control.coordinator import ModelFacts
+from cluster.control.heartbeats import Heartbeats
+from cluster.errors import StartupError, Unavailable
+from cluster.fabric.calls import call
+from cluster.fabric.nodes import node_names
+from cluster.fabric.options import ROUTER, expert_options, router_options
+from cluster.fabric.workers import ExpertContact, ExpertWorker, RouterWorker
+from cluster.placement.placement import ActorSlot
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Signs:
+    """What one look at the actors brought."""
+
+    seen: list[ActorStatus] = field(default_factory=list)
+    dead: dict[str, str] = field(default_factory=dict)
+    """Actor -> why; its process has ended."""
+    frozen: dict[str, float] = field(default_factory=dict)
+    """Actor -> seconds for which it has not answered; its process may live."""
+
+
+class Crew:
+    """Thread-safe."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._config = config
+        self._lock = threading.RLock()
+        self._handles: dict[str, Any] = {}
+        self._experts: dict[str, ExpertContact] = {}
+        self._router_at = ("", 0)
+        self._deaths: dict[str, Any] = {}
+        self._pings: dict[str, Any] = {}
+        self._links: dict[str, str] = {}
+        """Link kind of each expert actor, as the router last told."""
+        self._heartbeats = Heartbeats()
+        self._next_ping_s = 0.0
+        self._next_number = 0
+
+    # -- starting -----------------------------------------------------------------------------------------------------
+
+    @property
+    def router(self) -> Any:
+        return self._handles[ROUTER]
+
+    def start_router(self) -> ModelFacts:
+        """Its process; `load_router` gives it its weights."""
+        self._handles[ROUTER] = ray.remote(**router_options(self._config))(RouterWorker).remote(self._config)
+        facts: ModelFacts = self._started(ROUTER, self.router.facts.remote())
+        return facts
+
+    def start_experts(self, count: int) -> list[ActorSlot]:
+        """Processes without weights. `StartupError` if the nodes have no room for one of them."""
+        worker = ray.remote(**expert_options(self._config))(ExpertWorker)
+        with self._lock:
+            names = [f"expert-{self._next_number + i}" for i in range(count)]
+            self._next_number += count
+            for name in names:
+                self._handles[name] = worker.remote(name, self._config)
+        where = {name: self._handles[name].node_id.remote() for name in names}
+        try:
+            return [ActorSlot(name, self._started(name, ref)) for name, ref in where.items()]
+        except MoeClusterError:
+            self.end(names)
+            raise
+
+    def load_experts(self, placement: Placement, names: Sequence[str]) -> None:
+        """Each takes the groups it holds from the model directory; without any it is there for those that arrive."""
+        loading = {name: self._handles[name].load.remote(placement.held_by(name)) for name in names}
+        for name, ref in loading.items():
+            contact = self._started(name, ref)
+            with self._lock:
+                self._experts[name] = contact
+                self._deaths[name] = self._handles[name].wait_until_death.remote()
+
+    def load_router(self, placement: Placement, control: Any) -> None:
+        ref = self.router.load.remote(placement, self.contacts(placement), control)
+        self._router_at = self._started(ROUTER, ref)
+        self._deaths[ROUTER] = self.router.wait_until_death.remote()
+
+    def _started(self, name: str, ref: Any) -> Any:
+        try:
+            return call(name, ref, self._config.ray.start_timeout_s)
+        except InvalidInput:
+            raise
+        except MoeClusterError as error:
+            resources = {k: v for k, v in ray.cluster_resources().items() if k.startswith(("moe_", "GPU"))}
+            raise StartupError(
+                f"{name} did not start within ray.start_timeout_s: {error}; the nodes offer {resources}"
+            ) from error
+
+    # -- who is there -------------------------------------------------------------------------------------------------
+
+    def handle(self, name: str) -> Any:
+        """`Unavailable` if it has ended."""
+        with self._lock:
+            return _found(self._handles, name)
+
+    def contact(self, name: str) -> ExpertContact:
+        """`Unavailable` if it has ended."""
+        with self._lock:
+            contact: ExpertContact = _found(self._experts, name)
+            return contact
+
+    def contacts(self, placement: Placement) -> list[ExpertContact]:
+        with self._lock:
+            return [_found(self._experts, name) for name in placement.actors]
+
+    def experts(self) -> list[tuple[ExpertContact, Any]]:
+        """Data-plane contact and Ray handle of each expert actor."""
+        with self._lock:
+            return [(contact, self._handles[name]) for name, contact in self._experts.items()]
+
+    # -- ending -------------------------------------------------------------------------------------------------------
+
+    def end(self, names: Iterable[str]) -> None:
+        """Their processes end; they are not watched any more."""
+        for name in names:
+            with self._lock:
+                handle = self._handles.pop(name, None)
+                self._deaths.pop(name, None)
+                self._pings.pop(name, None)
+                self._heartbeats.forget(name)
+                self._experts.pop(name, None)
+            if handle is not None:
+                ray.kill(handle)
+
+    def cut_off(self, name: str) -> None:
+        """Nobody waits any longer for an actor that does not answer and may hold its connections open for ever."""
+        with self._lock:
+            refs = [handle.cut.remote([name]) for other, handle in self._handles.items() if other != name]
+            contact = self._experts.get(name)
+        ray.wait(refs, num_returns=len(refs), timeout=1.0)
+        if contact is not None:
+            _kill_process(contact)
+
+    def end_all(self) -> None:
+        for handle in self._handles.values():
+            ray.kill(handle)
+
+    # -- watching -----------------------------------------------------------------------------------------------------
+
+    def look(self) -> Signs:
+        """To be called several times a second."""
+        signs = Signs()
+        now = time.monotonic()
+        with self._lock:
+            if now >= self._next_ping_s:
+                self._next_ping_s = now + self._heartbeats.interval_s
+                self._ping(now)
+            self._read_answers(signs, now)
+            self._read_deaths(signs)
+            for verdict in self._heartbeats.check(now):
+                logger.warning("%s is %s: silent for %.1f s", verdict.actor, verdict.state, verdict.silent_s)
+                if verdict.state == "dead":
+                    signs.frozen[verdict.actor] = verdict.silent_s
+        return signs
+
+    def _ping(self, now: float) -> None:
+        for name in self._deaths:
+            if name not in self._pings:
+                self._pings[name] = self._handles[name].vitals.remote()
+            self._heartbeats.sent(name, now)
+
+    def _read_answers(self, signs: Signs, now: float) -> None:
+        refs = list(self._pings.values())
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0) if refs else ([], [])
+        nodes = node_names() if ready else {}
+        for name in [n for n, ref in self._pings.items() if ref in ready]:
+            try:
+                vitals = call(name, self._pings.pop(name), 1.0)
+            except MoeClusterError as error:
+                logger.info("no vitals of %s: %s", name, error)
+                continue
+            self._heartbeats.answered(name, now)
+            self._links |= vitals.get("links", {})
+            signs.seen.append(self._status(name, vitals, nodes))
+
+    def _status(self, name: str, vitals: dict[str, Any], nodes: dict[str, str]) -> ActorStatus:
+        expert = self._experts.get(name)
+        node_id, pid = (expert.node_id, expert.pid) if expert else self._router_at
+        return ActorStatus(
+            id=name,
+            role="expert" if expert else "router",
+            node=nodes.get(node_id, node_id[:12]),
+            pid=pid,
+            state="ready",
+            device=self._config.experts.device if expert else self._config.router.device,
+            version=int(vitals["version"]),
+            memory_bytes=int(vitals["memory_bytes"]),
+            tokens=int(vitals.get("tokens", 0)),
+            link=self._links.get(name, ""),
+        )
+
+    def _read_deaths(self, signs: Signs) -> None:
+        refs = list(self._deaths.values())
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0) if refs else ([], [])
+        for name in [n for n, ref in self._deaths.items() if ref in ready]:
+            try:
+                call(name, self._deaths.pop(name), 1.0)
+            except MoeClusterError as error:
+                signs.dead[name] = str(error)
+                self._heartbeats.forget(name)
+
+
+def _found(table: dict[str, Any], name: str) -> Any:
+    if name not in table:
+        raise Unavailable(f"{name} has ended meanwhile; try again")
+    return table[name]
+
+
+def _kill_process(contact: ExpertContact) -> None:
+    """Fencing: a frozen process does not hear Ray's own kill, and must not come back with old weights."""
+    strategy = NodeAffinitySchedulingStrategy(contact.node_id, soft=False)
+    options = {"num_cpus": 0, "scheduling_strategy": strategy, "max_retries": 0}
+    ray.remote(**options)(_kill).remote(contact.pid, contact.name)
+
+
+def _kill(pid: int, name: str) -> None:
+    """Only if the process is still that worker: numbers of processes are used again."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            if b"ExpertWorker" in file.read():
+                os.kill(pid, signal.SIGKILL)
+    except OSError:
+        pass

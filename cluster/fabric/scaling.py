@@ -1,0 +1,165 @@
+"""The number of expert actors changed while steps and requests go on, and kept what it is to be after deaths."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+from actors.errors import MoeClusterError
+from actors.values import Placement
+from cluster.backend import Operation
+from cluster.config import ExpertsConfig
+from cluster.control.coordinator import Coordinator
+from cluster.control.ledger import Kind
+from cluster.control.scaling import ScalingLimits, actors_to_remove, check_scale
+from cluster.errors import StartupError
+from cluster.fabric.changes import Changes, Report
+from cluster.fabric.crew import Crew
+from cluster.fabric.guarded import Guarded
+
+logger = logging.getLogger(__name__)
+
+MOVE_TIMEOUT_S = 3600.0
+SEEN_TIMEOUT_S = 30.0
+HEAL_AGAIN_S = 5.0
+"""After an attempt that failed: the nodes may have no room until one comes back."""
+STARTED = 0.3
+"""Share of a scaling operation that starting actors counts for."""
+
+
+class _Cancelled(Exception):
+    """Between two moves; what was done so far stays."""
+
+
+class Scaling:
+    def __init__(self, state: Guarded, crew: Crew, changes: Changes, config: ExpertsConfig) -> None:
+        self._state, self._crew, self._changes, self._config = state, crew, changes, config
+        self._limits = ScalingLimits(config.min_actors, config.max_actors)
+        self._wanted = config.actors
+        self._heal_at_s = 0.0
+
+    def scale(self, actors: int, request_id: str) -> Operation:
+        """Starts it; `operations` tell how it goes. `InvalidInput` or `FailedPrecondition` if it cannot be."""
+        with self._state.changing() as coordinator:
+            known = {operation.request_id for operation in coordinator.operations.all()}
+            if request_id not in known:
+                self._check(coordinator, actors)
+            operation = coordinator.operations.start("scale_experts", actors, request_id, time.time())
+        if request_id not in known:
+            threading.Thread(target=self._run, args=(operation,), name=operation.id, daemon=True).start()
+        return operation
+
+    def _check(self, coordinator: Coordinator, actors: int) -> None:
+        """Takes the turn of the change that is about to begin, as its last act."""
+        running, here = coordinator.operations.active(), coordinator.actors()
+        check_scale(
+            actors,
+            len(here),
+            self._limits,
+            running.id if running else None,
+            redundancy=self._config.redundancy,
+            num_nodes=len({actor.node for actor in here}),
+        )
+        self._changes.begin(f"scaling to {actors} expert actors")
+
+    def _run(self, operation: Operation) -> None:
+        def report(share: float, message: str) -> None:
+            with self._state.changing() as coordinator:
+                coordinator.operations.progress(operation.id, share, message)
+                if coordinator.operations.is_cancelling(operation.id):
+                    raise _Cancelled
+
+        started = time.monotonic()
+        before, self._wanted = self._wanted, operation.target
+        try:
+            kind: Kind = "scale_up" if operation.target > before else "scale_down"
+            with self._changes.priced(kind, f"{operation.target} expert actors") as price:
+                stall_s = price(self._resize(operation.target, report))
+            with self._state.changing() as coordinator:
+                seconds = time.monotonic() - started
+                coordinator.operations.succeeded(operation.id, time.time(), seconds - stall_s, stall_s)
+        except _Cancelled:
+            self._end_idle()
+            with self._state.changing() as coordinator:
+                self._wanted = len(coordinator.actors())
+                coordinator.operations.cancelled(operation.id, time.time())
+        except Exception as error:
+            is_ours = isinstance(error, MoeClusterError)
+            logger.log(logging.WARNING if is_ours else logging.ERROR, "%s failed", operation.id, exc_info=not is_ours)
+            self._wanted = before
+            self._end_idle()
+            text = str(error) if is_ours else f"{type(error).__name__} in the coordinator; see its log"
+            with self._state.changing() as coordinator:
+                coordinator.operations.failed(operation.id, text, time.time())
+        finally:
+            self._changes.end()
+
+    def heal(self) -> None:
+        """To be called often: starts the actors that died anew and restores missing copies, in the background."""
+        if time.monotonic() < self._heal_at_s:
+            return
+        with self._state.reading() as coordinator:
+            if not self._is_hurt(coordinator) or not self._changes.try_begin("healing"):
+                return
+        self._heal_at_s = time.monotonic() + HEAL_AGAIN_S
+        threading.Thread(target=self._heal, name="healing", daemon=True).start()
+
+    def _is_hurt(self, coordinator: Coordinator) -> bool:
+        placement = coordinator.placement
+        is_short = any(len(held) < self._config.redundancy for held in placement.holders)
+        # Without copies a group that is lost cannot come back by moving others.
+        return not placement.missing and (is_short or len(coordinator.actors()) < self._wanted)
+
+    def _heal(self) -> None:
+        try:
+            self._resize(self._wanted, lambda share, message: None)
+        except MoeClusterError as error:
+            logger.warning("the cluster is not whole yet: %s", error)
+            self._end_idle()
+        except Exception:
+            logger.exception("healing stumbled")
+        finally:
+            self._changes.end()
+            self._heal_at_s = time.monotonic() + HEAL_AGAIN_S
+
+    def _resize(self, wanted: int, report: Report) -> float:
+        """-> longest wait of a step, in seconds."""
+        with self._state.reading() as coordinator:
+            actors = coordinator.actors()
+        if wanted > len(actors):
+            report(0.0, f"starting {wanted - len(actors)} expert actors")
+            self._start(wanted - len(actors))
+        with self._state.reading() as coordinator:
+            actors, placement = coordinator.actors(), coordinator.placement
+        gone = actors_to_remove(placement, actors, wanted, self._config.redundancy) if wanted < len(actors) else ()
+        stay = [actor for actor in actors if actor.id not in gone]
+        stall_s = self._changes.move_to(
+            stay, time.monotonic() + MOVE_TIMEOUT_S, lambda share, text: report(STARTED + (1 - STARTED) * share, text)
+        )
+        self._end(gone)
+        return stall_s
+
+    def _start(self, count: int) -> None:
+        names = [slot.id for slot in self._crew.start_experts(count)]
+        try:
+            with self._state.reading() as coordinator:
+                group_size = coordinator.placement.group_size
+            self._crew.load_experts(Placement(0, (), group_size), names)
+            if not self._state.wait_for(lambda c: {a.id for a in c.actors()} >= set(names), SEEN_TIMEOUT_S):
+                raise StartupError(f"{', '.join(names)} started and then did not answer")
+        except MoeClusterError:
+            self._end(names)
+            raise
+
+    def _end(self, names: tuple[str, ...] | list[str]) -> None:
+        with self._state.changing() as coordinator:
+            for name in names:
+                coordinator.actor_left(name)
+        self._crew.end(names)
+
+    def _end_idle(self) -> None:
+        """Actors that were started and hold nothing."""
+        with self._state.reading() as coordinator:
+            idle = [a.id for a in coordinator.actors() if not coordinator.placement.held_by(a.id)]
+        self._end(idle)

@@ -1,0 +1,177 @@
+"""Expert actors with copies, over Ray: killed under training and serving, restored, moved; nothing is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.backend import ClusterStatus, JobState, SamplingParams
+from cluster.config import BatchConfig, ClusterConfig, DataConfig, EvalConfig, JobConfig, OptimizerConfig
+from cluster.configfile import find_config, load_cluster
+from cluster.serve import served
+from cluster.service.client import Client
+
+WAIT_S = 60.0
+STEPS = 60
+
+
+def config_in(root: Path, **overrides: object) -> ClusterConfig:
+    values = {
+        "model": "tiny",
+        "experts.group_size": 1,
+        "experts.actors": 3,
+        "experts.redundancy": 2,
+        "ray.nodes": 3,
+        "router.dtype": "float64",
+        "front.port": 0,
+        "storage.root": str(root),
+        **overrides,
+    }
+    return load_cluster(find_config("local_cpu"), values)
+
+
+JOB = JobConfig(
+    steps=STEPS,
+    batch=BatchConfig(sequences=2, sequence_length=32),
+    optimizer=OptimizerConfig(lr=3e-3),
+    data=DataConfig(heldout_every=0),
+    eval=EvalConfig(every_steps=0),
+)
+PROMPT, SAMPLING = "def main(", SamplingParams(max_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], str]:
+    """Losses of the job, and what is generated after it, on two actors without copies."""
+    config = config_in(tmp_path_factory.mktemp("s"), **{"experts.actors": 2, "experts.redundancy": 1, "ray.nodes": 2})
+    with served(config) as service, Client(service.target) as client:
+        return losses(client, client.submit_job(JOB).id), text(client)
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[Client]:
+    with served(config_in(tmp_path)) as service, Client(service.target) as client:
+        yield client
+
+
+def losses(client: Client, job_id: str) -> list[float]:
+    found = [event.metrics["loss"] for event in client.watch_job(job_id) if event.kind == "step"]
+    job = client.get_job(job_id)
+    assert job.state is JobState.SUCCEEDED, job.error
+    return found
+
+
+def text(client: Client) -> str:
+    return "".join(chunk.text for chunk in client.generate(PROMPT, SAMPLING))
+
+
+def wait_for_step(client: Client, job_id: str, step: int) -> None:
+    for event in client.watch_job(job_id):
+        if event.step >= step:
+            return
+
+
+def kill_an_expert_actor(client: Client) -> str:
+    victim = next(actor for actor in client.status().actors if actor.role == "expert" and actor.state == "ready")
+    os.kill(victim.pid, signal.SIGKILL)
+    return victim.id
+
+
+def wait_until(client: Client, what: str) -> ClusterStatus:
+    deadline = time.monotonic() + WAIT_S
+    while what not in (status := client.status()).message:
+        assert time.monotonic() < deadline, status.message
+        time.sleep(0.05)
+    return status
+
+
+def test_a_killed_actor_costs_neither_a_batch_nor_a_request(
+    client: Client, undisturbed: tuple[list[float], str]
+) -> None:
+    job = client.submit_job(JOB)
+    streams: list[str] = []
+    stop = threading.Event()
+
+    def serve() -> None:
+        while not stop.is_set():
+            streams.append(text(client))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    wait_for_step(client, job.id, 10)
+    victim = kill_an_expert_actor(client)
+    try:
+        assert losses(client, job.id) == pytest.approx(undisturbed[0], rel=1e-9)
+    finally:
+        stop.set()
+        thread.join(WAIT_S)
+    assert len(streams) > 1
+    assert all(streams), "every stream has ended with all of its tokens"
+    assert text(client) == undisturbed[1]
+    status = wait_until(client, "degraded")
+    assert status.ready
+    assert victim not in set(status.owners.values())
+    notes = [event.message for event in client.watch_job(job.id) if event.kind == "note"]
+    assert any(victim in note and "copies took over" in note for note in notes)
+
+
+def test_missing_copies_are_restored_while_a_job_trains(tmp_path: Path, undisturbed: tuple[list[float], str]) -> None:
+    with (
+        served(config_in(tmp_path, **{"experts.actors": 4, "ray.nodes": 2})) as service,
+        Client(service.target) as client,
+    ):
+        job = client.submit_job(JOB)
+        wait_for_step(client, job.id, 5)
+        kill_an_expert_actor(client)
+        wait_until(client, "degraded")
+        done = client.rebalance()
+        assert done.done
+        status = client.status()
+        assert status.message == ""
+        assert all(len(status.copies[group]) >= 1 for group in status.owners)
+        kill_an_expert_actor(client)
+        assert losses(client, job.id) == pytest.approx(undisturbed[0], rel=1e-9)
+        assert text(client) == undisturbed[1]
+
+
+def test_two_deaths_without_time_to_copy_fail_the_job_by_name(client: Client) -> None:
+    job = client.submit_job(replace(JOB, steps=100_000))
+    wait_for_step(client, job.id, 5)
+    experts = [actor for actor in client.status().actors if actor.role == "expert"]
+    for victim in experts[:2]:
+        os.kill(victim.pid, signal.SIGKILL)
+    for _ in client.watch_job(job.id):
+        pass
+    ended = client.get_job(job.id)
+    assert ended.state is JobState.FAILED
+    assert "no actor holds group" in ended.error
+    assert "no actor holds group" in wait_until(client, "no actor holds").message
+
+
+def test_a_frozen_actor_is_cut_off_and_killed(client: Client, undisturbed: tuple[list[float], str]) -> None:
+    """Its connections stay open, so only heartbeats tell. It must not come back with old weights."""
+    job = client.submit_job(JOB)
+    wait_for_step(client, job.id, 10)
+    victim = next(actor for actor in client.status().actors if actor.role == "expert")
+    process = psutil.Process(victim.pid)
+    process.suspend()
+    try:
+        assert losses(client, job.id) == pytest.approx(undisturbed[0], rel=1e-9)
+        assert text(client) == undisturbed[1]
+        assert victim.id not in client.status().owners.values()
+        process.wait(WAIT_S)
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    times = [event.time_s for event in client.watch_job(job.id) if event.kind == "step"]
+    assert max(b - a for a, b in itertools.pairwise(times)) < 20, "detection takes 6 s by its settings"

@@ -1,0 +1,110 @@
+"""Expert actors come and go under a training job and streams: nobody fails, and nobody can tell from the numbers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from actors.errors import InvalidInput
+from cluster.backend import JobState, OperationState
+from cluster.errors import FailedPrecondition
+from cluster.serve import served
+from cluster.service.client import Client
+from tests.integration.test_copies import JOB, WAIT_S, config_in, losses, text, wait_for_step
+
+NUM_STREAMS = 4
+
+
+@pytest.fixture(scope="module")
+def config_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture(scope="module")
+def client(config_root: Path) -> Iterator[Client]:
+    changes = {"experts.actors": 2, "experts.redundancy": 1, "ray.nodes": 2, "experts.max_actors": 4}
+    with served(config_in(config_root, **changes)) as service, Client(service.target) as client:
+        yield client
+
+
+def scale(client: Client, actors: int) -> float:
+    """-> longest wait of a step, in seconds."""
+    *_, operation = client.watch_operation(client.scale(actors).id)
+    assert operation.state is OperationState.SUCCEEDED, operation.error
+    experts = [actor for actor in client.status().actors if actor.role == "expert"]
+    assert len(experts) == actors
+    assert all(actor.groups for actor in experts)
+    return operation.stall_s
+
+
+def test_up_and_down_under_training_and_serving(client: Client) -> None:
+    undisturbed = losses(client, client.submit_job(JOB).id)
+    pids = {actor.pid for actor in client.status().actors}
+    job = client.submit_job(JOB)
+    texts: list[str] = []
+    errors: list[Exception] = []
+    stop = threading.Event()
+
+    def serve() -> None:
+        while not stop.is_set():
+            try:
+                texts.append(text(client))
+            except Exception as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=serve) for _ in range(NUM_STREAMS)]
+    for thread in threads:
+        thread.start()
+    wait_for_step(client, job.id, 5)
+    try:
+        stalls = [scale(client, actors) for actors in (3, 2, 4, 3)]
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(WAIT_S)
+    assert max(stalls) < 1
+    assert not errors
+    assert len(texts) >= NUM_STREAMS
+    found = losses(client, job.id)
+    assert len(found) == len(undisturbed)
+    assert client.get_job(job.id).state is JobState.SUCCEEDED
+    deadline = time.monotonic() + WAIT_S
+    gone = pids - {actor.pid for actor in client.status().actors}
+    while any(map(psutil.pid_exists, gone)):
+        assert time.monotonic() < deadline, "actors that left must end"
+        time.sleep(0.1)
+
+
+def test_losses_do_not_change_with_the_number_of_actors(client: Client, config_root: Path) -> None:
+    """From the same weights: once undisturbed, once with actors that come and go."""
+    client.export_model("same")
+    client.import_model("same")
+    expected = losses(client, client.submit_job(JOB).id)
+    client.import_model("same")
+    job = client.submit_job(JOB)
+    wait_for_step(client, job.id, 3)
+    here = len([a for a in client.status().actors if a.role == "expert"])
+    scale(client, here - 1)
+    scale(client, here)
+    assert losses(client, job.id) == pytest.approx(expected, rel=1e-9)
+
+
+def test_numbers_that_cannot_be_are_refused(client: Client) -> None:
+    for actors, remedy in ((9, "use at most 4"), (0, "give a number")):
+        with pytest.raises(InvalidInput, match=remedy):
+            client.scale(actors)
+    here = len([a for a in client.status().actors if a.role == "expert"])
+    operation = client.scale(2 if here != 2 else 3)
+    with pytest.raises(FailedPrecondition, match="under way"):
+        client.scale(4)
+    with pytest.raises(FailedPrecondition, match="under way"):
+        client.rebalance()
+    client.cancel_operation(operation.id)
+    *_, ended = client.watch_operation(operation.id)
+    assert ended.state.is_final
+    assert client.status().ready
