@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
@@ -49,6 +50,7 @@ class DecodeEngine:
         self._guard = guard
         self._new_pasts = new_pasts
         self._slots = threading.BoundedSemaphore(max_sessions)
+        self._waiting_since: dict[int, float] = {}
         self._max_positions = max_positions
         self._end_ids = frozenset(end_ids)
         self._keep_last = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -62,12 +64,25 @@ class DecodeEngine:
                 field="prompt",
                 remedy=f"send at most {self._max_positions - 1} tokens",
             )
-        if not self._slots.acquire(timeout=timeout_s):
+        if not self._take_turn(timeout_s):
             raise TimeoutError("no decode slot became free before the deadline")
         try:
             yield from self._decode(prompt, sampling, budget)
         finally:
             self._slots.release()
+
+    def queue(self) -> tuple[int, float]:
+        """Streams that wait for their turn, and how long the first of them has, in seconds."""
+        since = list(self._waiting_since.values())
+        return len(since), time.monotonic() - min(since) if since else 0.0
+
+    def _take_turn(self, timeout_s: float) -> bool:
+        me = threading.get_ident()
+        self._waiting_since[me] = time.monotonic()
+        try:
+            return self._slots.acquire(timeout=timeout_s)
+        finally:
+            del self._waiting_since[me]
 
     def _decode(self, prompt: Sequence[int], sampling: Sampling, budget: int) -> Iterator[TokenEvent]:
         generator = torch.Generator().manual_seed(sampling.seed)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import threading
 import time
 from collections import deque
@@ -24,9 +25,10 @@ from torch import Tensor
 from actors.arrivals import Arrivals
 from actors.errors import InvalidInput, LinkError, MoeClusterError, StepAborted
 from actors.exchange import Attempt, Exchange, PeerOpener
-from actors.holdings import Holdings
+from actors.holdings import Holdings, LoadLayer
 from actors.moe.experts import Saved, WeightGradients, Work
 from actors.optim import OptimizerSettings
+from actors.snapshots import ExpertKey, SavedState, Snapshot
 from actors.transport.contract import Pending
 from actors.transport.message import Message, error_answer
 from actors.trunk.checkpoint import CheckpointReader
@@ -87,6 +89,8 @@ class ExpertHost:
         self.exchange.on_follow = self._follow
         self.exchange.on_update = self._take_updates
         self._arrivals = Arrivals(self.exchange, lambda: self.holdings)
+        self.snapshot: Snapshot[ExpertKey] | None = None
+        """The last one that was asked for, until `drop_snapshot`."""
         self._timeout_s = timeout_s
         self._handlers: dict[str, Callable[[Message], Message]] = {
             "forward": self._forward,
@@ -101,6 +105,7 @@ class ExpertHost:
             "status": self._status,
             "echo": self._echo,
             "export_layer": self._export_layer,
+            "snapshot": self._take_snapshot,
             "load": self._load_model,
         }
 
@@ -436,7 +441,58 @@ class ExpertHost:
         self.holdings = holdings
         return Message("ok", {"version": self.version})
 
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _take_snapshot(self, question: Message) -> Message:
+        """Of the groups that are owned here: copies are their owners' business."""
+        fields: Any = question.fields
+        version = int(fields["version"])
+        if version != self.version:
+            raise StepAborted(f"a snapshot of version {version} is asked for, {self.version} is here")
+        owned = [group for group in self.groups if self._holders(group)[0] == self.name]
+        self.snapshot = None  # its memory first
+        self.snapshot = self.holdings.snapshot(owned, version, int(fields["run"]))
+        return Message("ok", {"groups": owned, "version": version})
+
+    def drop_snapshot(self) -> None:
+        """It was written, or never will be."""
+        self.snapshot = None
+
+    def restore(self, groups: Sequence[int], saved: SavedState[ExpertKey], run: int) -> None:
+        """From now on exactly these groups are here, as they were saved; all that was here is gone.
+
+        Called from a thread of its own. Until the next `place` every question that needs experts is refused. After an
+        error nothing is here, and it can be called again.
+        """
+        self._check_groups(groups)
+        with self._lock:
+            self._clear(run)
+        holdings = self._holdings_of(groups, lambda layer, groups: self._blank(layer, len(groups)))
+        holdings.load(saved)
+        with self._lock:
+            self.holdings = holdings
+            self.version, self._attempt = saved.version, Attempt(saved.version, 0)
+            self._memory_bytes = holdings.num_bytes()
+
+    def _clear(self, run: int) -> None:
+        """Before what is saved is read, so that there is memory for it."""
+        self._new_run({"run": run})
+        self._drop_gradients()
+        self.exchange.forget_gradients(Attempt(sys.maxsize, 0))  # steps with these numbers will come again
+        self._placement = Placement(0, (), self.group_size)
+        self.snapshot = None
+        self.holdings = self._holdings_of((), lambda layer, groups: {})
+        self._memory_bytes = 0
+
+    def _blank(self, layer: int, num_groups: int) -> dict[str, Tensor]:
+        count = num_groups * self.group_size
+        shapes = self._skeleton.layers[layer].shapes()
+        return {name: torch.zeros(count, *shape, dtype=self._skeleton.dtype) for name, shape in shapes.items()}
+
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _holdings_of(self, groups: Sequence[int], load: LoadLayer) -> Holdings:
+        return Holdings(self._skeleton, self.group_size, self._device, groups, load)
 
     def _load(self, source: ModelSource, groups: Sequence[int]) -> Holdings:
         reader = CheckpointReader(source.path, self._skeleton) if source.path and groups else None
@@ -447,7 +503,7 @@ class ExpertHost:
             experts = [g * self.group_size + i for g in groups for i in range(self.group_size)]
             return reader.expert_tensors(self._skeleton.layers[layer].name, experts)
 
-        return Holdings(self._skeleton, self.group_size, self._device, groups, load)
+        return self._holdings_of(groups, load)
 
     def _new_run(self, fields: Mapping[str, Any]) -> None:
         self._run = int(fields.get("run", self._run + 1))

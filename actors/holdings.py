@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from actors.errors import InvalidInput
 from actors.moe.experts import ExpertStack
 from actors.optim import OptimizerSettings, adamw, scale_gradients, set_lr, square_sum
+from actors.snapshots import KINDS, ExpertKey, SavedState, Snapshot, to_host
 from actors.trunk.model import Skeleton
 
 LoadLayer = Callable[[int, Sequence[int]], Mapping[str, Tensor]]
@@ -152,6 +153,37 @@ class Holdings:
 
     def read(self, group: int, layer: int) -> tuple[tuple[Tensor, ...], int]:
         """Copies of weight, first and second moment of each parameter by name; number of updates so far."""
+        tensors, updates = self._tensors(group, layer)
+        return tuple(tensor.detach().clone() for tensor in tensors), updates
+
+    def snapshot(self, groups: Iterable[int], version: int, run: int) -> Snapshot[ExpertKey]:
+        """Of these groups, in host memory."""
+        tensors: dict[ExpertKey, Tensor] = {}
+        counts = set()
+        for layer, stack in enumerate(self.stacks):
+            for group in groups:
+                stacked, updates = self._tensors(group, layer)
+                counts.add(updates)
+                copies = [to_host(tensor) for tensor in stacked]
+                for i, expert in enumerate(self.experts_of([group])):
+                    keys = _keys(layer, expert, stack.names)
+                    tensors |= {key: copy[i] for key, copy in zip(keys, copies, strict=True)}
+        assert len(counts) <= 1, "all groups take part in every step of a run"
+        return Snapshot(version, run, max(counts, default=0), self.settings, tensors)
+
+    def load(self, saved: SavedState[ExpertKey]) -> None:
+        """Counterpart of `snapshot`, for all that is held here: weights and moments become those."""
+        self.begin_run(saved.optimizer)
+        for layer, stack in enumerate(self.stacks):
+            for group in self.groups:
+                keys = [key for expert in self.experts_of([group]) for key in _keys(layer, expert, stack.names)]
+                found = saved.read(keys)
+                width = 3 * len(stack.names)
+                # [expert][parameter and kind] -> one stack of the group's experts for each parameter and kind
+                stacked = [torch.stack(list(found[i::width])) for i in range(width)]
+                self.write(group, layer, stacked, saved.updates)
+
+    def _tensors(self, group: int, layer: int) -> tuple[list[Tensor], int]:
         tensors: list[Tensor] = []
         updates = 0
         held = self._groups[group]
@@ -159,10 +191,9 @@ class Holdings:
             parameter = held.parameters[layer][name]
             state = held.optimizer.state.get(parameter)
             zeros = torch.zeros_like(parameter)
-            moments = (state["exp_avg"], state["exp_avg_sq"]) if state else (zeros, zeros)
-            tensors += [t.detach().clone() for t in (parameter, *moments)]
+            tensors += [parameter, *((state["exp_avg"], state["exp_avg_sq"]) if state else (zeros, zeros))]
             updates = int(state["step"]) if state else 0
-        return tuple(tensors), updates
+        return tensors, updates
 
     def reserve(self, group: int, settings: OptimizerSettings) -> None:
         """A place for a group that is about to arrive."""
@@ -265,3 +296,8 @@ class Holdings:
 
     def _parameters(self, group: int) -> list[nn.Parameter]:
         return [p for layer in self._groups[group].parameters for p in layer.values()]
+
+
+def _keys(layer: int, expert: int, names: Sequence[str]) -> list[ExpertKey]:
+    """In the order of `Holdings.read`."""
+    return [ExpertKey(layer, expert, name, kind) for name in names for kind in KINDS]

@@ -22,16 +22,20 @@ from actors.moe.gating import GatePast
 from actors.moe.settings import BalanceSettings, GateSettings
 from actors.optim import OptimizerSettings, adamw, scale_gradients, set_lr, square_sum
 from actors.routing import Routing
+from actors.snapshots import SavedState, Snapshot, copy_all, moments, set_moments, to_host
 from actors.transport.contract import Pending
 from actors.transport.message import Message
 from actors.trunk.checkpoint import CheckpointReader
 from actors.trunk.export import export_model
 from actors.trunk.load import load_trunk, load_weights
 from actors.trunk.model import ModelSource, connect, second_view, skeleton
-from actors.values import Sampling, StepReport, TokenEvent
+from actors.values import Course, Sampling, SnapshotTaken, StepReport, TokenEvent
 from actors.versions import VersionGate
 
 logger = logging.getLogger(__name__)
+
+_OPTIMIZER = "optimizer."
+"""Prefix of the moments' names in a snapshot."""
 
 
 def token_losses(logits_BSV: Tensor, ids_BS: Tensor) -> Tensor:
@@ -43,7 +47,8 @@ def token_losses(logits_BSV: Tensor, ids_BS: Tensor) -> Tensor:
 
 
 class Router:
-    """`train_step` and `adopt` are called by one thread; serving calls by any number of others.
+    """`train_step`, `adopt`, `take_snapshot` and `restore` are called by one thread at a time; serving calls by any
+    number of others.
 
     `find_roster` is asked when expert actors are gone, with their names: it gives the roster to go on with, or raises.
     """
@@ -88,6 +93,8 @@ class Router:
         self._serving_lock = threading.Lock()
         self._settings = OptimizerSettings()
         self._optimizer = self._new_optimizer()
+        self.snapshot: Snapshot[str] | None = None
+        """The last one that was taken, until `drop_snapshot`."""
         self._training.connect(roster.peers)
         self.version, self._run = self._agree()
         self._switch(roster)
@@ -105,7 +112,7 @@ class Router:
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def begin_run(self, settings: OptimizerSettings, balance: BalanceSettings | None = None) -> None:
+    def begin_run(self, settings: OptimizerSettings, balance: BalanceSettings | None = None) -> Course:
         """A new job: balance rules, optimizer settings and fresh moments, here and on every expert actor."""
         self.routing.begin_run(balance or BalanceSettings())
         self._settings = settings
@@ -113,6 +120,16 @@ class Router:
         self._run += 1
         self._training.ask_all("begin_run", {"optimizer": settings.to_dict(), "run": self._run})
         self._optimizer = self._new_optimizer()
+        return self.course
+
+    def continue_run(self, balance: BalanceSettings) -> Course:
+        """A job that goes on from a checkpoint: its balance rules. Its optimizer settings and moments are here."""
+        self.routing.begin_run(balance)
+        return self.course
+
+    @property
+    def course(self) -> Course:
+        return Course(self._run, self.version)
 
     def train_step(
         self, microbatches: Sequence[Tensor], *, lr: float, clip_norm: float, bias_speed: float = 0.0
@@ -273,17 +290,20 @@ class Router:
 
     def _switch(self, roster: Roster) -> None:
         """Serving waits meanwhile."""
-        self._settled = False
         with self._serving_lock, self._gate.writing():
-            fields = {**roster.fields(), "version": self.version, "run": self._run}
-            answers = self._training.ask_all("place", fields, among=list(roster.peers))
-            held = {name: _numbers(answer, "experts") for name, answer in answers.items()}
-            self._serving.connect(roster.peers)
-            for dispatcher in (self._training, self._serving):
-                dispatcher.use(roster.placement.epoch, held)
-            self._served_version = self.version
-            self._roster = roster
-            self._settled = True
+            self._place(roster)
+
+    def _place(self, roster: Roster) -> None:
+        self._settled = False
+        fields = {**roster.fields(), "version": self.version, "run": self._run}
+        answers = self._training.ask_all("place", fields, among=list(roster.peers))
+        held = {name: _numbers(answer, "experts") for name, answer in answers.items()}
+        self._serving.connect(roster.peers)
+        for dispatcher in (self._training, self._serving):
+            dispatcher.use(roster.placement.epoch, held)
+        self._served_version = self.version
+        self._roster = roster
+        self._settled = True
 
     def _settle(self) -> None:
         """After a switch that failed: some actors may have a newer placement than the one in use."""
@@ -303,6 +323,66 @@ class Router:
             self.adopt(self._find_roster(gone))
         self._confirm_commit()
         self._settle()
+
+    # -- checkpoints: between two steps -------------------------------------------------------------------------------
+
+    def take_snapshot(self) -> SnapshotTaken:
+        """Copies of all state here and on every owner of a group, at one version; steps wait for the copying alone.
+
+        Each is kept where it was made, until it is dropped or the next is taken.
+        """
+        self._reach_all()
+        self.snapshot = None  # its memory first
+        answers = self._training.ask_all("snapshot", {"version": self.version, "run": self._run})
+        owned = {name: groups for name, answer in answers.items() if (groups := _numbers(answer, "groups"))}
+        if sorted(group for groups in owned.values() for group in groups) != list(
+            range(self._roster.placement.num_groups)
+        ):
+            raise StepAborted(f"not every expert group has one owner: {owned}")
+        state = {**self._state(), **self._moments()}
+        copies = {name: to_host(tensor) for name, tensor in state.items()}
+        self.snapshot = Snapshot(self.version, self._run, 0, self._settings, copies)
+        return SnapshotTaken(self.version, self._run, tuple(owned))
+
+    def drop_snapshot(self) -> None:
+        """It was written, or never will be."""
+        self.snapshot = None
+
+    def restore(self, roster: Roster, saved: SavedState[str], run: int) -> None:
+        """Back to what was saved, under a placement whose actors have been restored to the same version.
+
+        All that was on its way is given up. Serving waits for the switch. After an error it can be called again.
+        """
+        found = dict(zip(saved.keys, saved.read(list(saved.keys)), strict=True))
+        optimizer = {name: found.pop(name) for name in saved.keys if name.startswith(_OPTIMIZER)}
+        self._optimizer.zero_grad(set_to_none=True)
+        self.routing.take_loss()
+        self.snapshot = None
+        with self._serving_lock, self._gate.writing():
+            for dispatcher in (self._training, self._serving):
+                dispatcher.connect({})  # questions of before must not be answered now
+            copy_all(self._state(), found)
+            self._settings = saved.optimizer
+            self._optimizer = self._new_optimizer()
+            set_moments(self._optimizer, self._named_parameters(), optimizer)
+            self._unconfirmed, self._commit_fields = [], {}
+            self._attempt += 1
+            self.version, self._run = saved.version, run
+            self._training.connect(roster.peers)
+            self._place(roster)
+
+    def _state(self) -> dict[str, Tensor]:
+        """Trunk and gates, without moments; what is tied counts once."""
+        own = {f"trunk.{name}": tensor for name, tensor in self.trunk.state_dict(keep_vars=True).items()}
+        own |= {f"routing.{name}": tensor for name, tensor in self.routing.tensors().items()}
+        return {name: own[name] for name in {id(tensor): name for name, tensor in reversed(own.items())}.values()}
+
+    def _moments(self) -> dict[str, Tensor]:
+        return moments(self._optimizer, self._named_parameters())
+
+    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in [*self.trunk.named_parameters(), *self.routing.named_parameters()]:
+            yield f"{_OPTIMIZER}{name}", parameter
 
     # -- serving ------------------------------------------------------------------------------------------------------
 
@@ -382,7 +462,10 @@ class Router:
         tensors += [p.grad for p in self._parameters() if p.grad is not None]
         moments = [state.values() for state in list(self._optimizer.state.values())]
         tensors += [t for values in moments for t in list(values) if isinstance(t, Tensor)]
+        num_waiting, queue_s = self._engine.queue()
         return {
+            "num_waiting": num_waiting,
+            "queue_s": queue_s,
             "version": self.version,
             "memory_bytes": sum(t.numel() * t.element_size() for t in tensors),
             "links": {name: link.kind for name, link in list(self._training.links.items())},

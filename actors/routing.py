@@ -106,12 +106,12 @@ class Routing:
         return None if self._bias_LE is None else self._bias_LE[layer]
 
     def save(self, directory: Path) -> None:
-        if tensors := self._tensors():
+        if tensors := self.tensors():
             save_file({name: tensor.detach().cpu() for name, tensor in tensors.items()}, directory / GATES_FILE)
 
     def load(self, directory: Path) -> None:
         """Nothing happens for a directory without the file: gates start as they were drawn."""
-        own, file = self._tensors(), directory / GATES_FILE
+        own, file = self.tensors(), directory / GATES_FILE
         if not own or not file.is_file():
             return
         loaded = load_file(file)
@@ -126,7 +126,8 @@ class Routing:
             for name, tensor in own.items():
                 tensor.copy_(loaded[name])
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """What is saved beside the trunk's own tensors."""
         named: dict[str, Tensor] = dict(self.named_parameters())
         return named if self._bias_LE is None else {**named, "bias_LE": self._bias_LE}
 

@@ -106,3 +106,21 @@ class StepReport:
     """Pairs that each expert of each MoE layer got."""
     balance_loss: float = 0.0
     """Mean over the micro-batches, coefficients included."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """What the steps of one job are counted from."""
+
+    run: int
+    """Counts jobs, and returns to checkpoints: moments belong to one run."""
+    version: int
+    """At its begin, or where it goes on."""
+
+
+@dataclass(frozen=True)
+class SnapshotTaken:
+    version: int
+    run: int
+    actors: tuple[str, ...]
+    """Expert actors that have a part of it, beside the router."""

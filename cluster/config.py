@@ -22,12 +22,30 @@ class RayConfig:
 
 
 @dataclass(frozen=True)
+class AutoscaleConfig:
+    """When expert actors are added or taken away by themselves; see `cluster.control.scaling`."""
+
+    enabled: bool = False
+    headroom: float = 0.2
+    """Demand counts for so much more."""
+    rise_s: float = 10.0
+    """Demand must be too high for so long before actors are added."""
+    idle_s: float = 300.0
+    """Demand must fit fewer actors for so long before any is taken away."""
+    cool_down_s: float = 60.0
+    """After a change the demand alone changes nothing for so long."""
+    max_queue_s: float = 2.0
+    """Requests that wait longer add actors."""
+
+
+@dataclass(frozen=True)
 class ExpertsConfig:
     actors: int = 2
     """At the start."""
     min_actors: int = 1
     max_actors: int = 8
     """Bounds for scaling."""
+    autoscale: AutoscaleConfig = AutoscaleConfig()
     group_size: int = 8
     """Experts an expert group; the group is what an actor owns and what moves. 8 to 16 for real models."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -78,6 +96,24 @@ class StorageConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """The training state: weights, optimizer, gates, and where the job is in its data."""
+
+    url: str = ""
+    """A directory or any URL that fsspec knows, seen by every node; empty: `checkpoints` below storage.root. Of one
+    cluster alone."""
+    every_steps: int = 100
+    """One is also written at the begin and at the end of a job. 0: only on request."""
+    keep: int = 2
+    resume: bool = True
+    """At the start go on from the newest one that is there, and with the job that it was written in."""
+
+
+NO_CHECKPOINTS = CheckpointConfig(every_steps=0, resume=False)
+"""For clusters that are there to measure or to show something."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Either `path` (a Hugging Face model directory) or `values` of a transformers config to start from scratch."""
 
@@ -99,6 +135,7 @@ class ClusterConfig:
     links: LinksConfig = LinksConfig()
     front: FrontConfig = FrontConfig()
     storage: StorageConfig = StorageConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
 
 @dataclass(frozen=True)

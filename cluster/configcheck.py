@@ -30,6 +30,10 @@ def validate_cluster(config: ClusterConfig, source: str) -> ClusterConfig:
 
     _check_experts(config.experts, config.ray, check.below("experts"))
 
+    check.above("experts.autoscale.headroom", config.experts.autoscale.headroom, 0)
+    for name in ("rise_s", "idle_s", "cool_down_s", "max_queue_s"):
+        check.at_least(f"experts.autoscale.{name}", getattr(config.experts.autoscale, name), 0)
+
     check.at_least("router.threads", config.router.threads, 1)
     check.above("router.request_timeout_s", config.router.request_timeout_s, 0)
     check.at_least("router.max_step_retries", config.router.max_step_retries, 0)
@@ -38,6 +42,8 @@ def validate_cluster(config: ClusterConfig, source: str) -> ClusterConfig:
     check.at_least("links.max_message_bytes", config.links.max_message_bytes, 1 << 16)
     _check_front(config.front, check.below("front"))
     check.that(bool(config.storage.root), "storage.root", "is empty", None, "name a directory")
+    check.at_least("checkpoint.every_steps", config.checkpoint.every_steps, 0)
+    check.at_least("checkpoint.keep", config.checkpoint.keep, 2)
     return config
 
 

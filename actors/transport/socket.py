@@ -134,6 +134,8 @@ class SocketServer:
         idle: Callable[[], bool] = lambda: False,
     ) -> None:
         self.name = name
+        self.busy_s = 0.0
+        """Time spent on questions since the start."""
         self._handler = handler
         self._idle = idle
         self._max_bytes = max_bytes
@@ -169,7 +171,9 @@ class SocketServer:
         busy = False
         while not self._stop.is_set():
             if self._poller.poll(0 if busy else 100):
+                started = time.monotonic()
                 self._serve_one()
+                self.busy_s += time.monotonic() - started
                 busy = True
                 _spin(self._socket)
             else:

@@ -1,31 +1,30 @@
-"""What `rebalance` with copies does for training when some experts are hot: a job on the real cluster, moved while it
-runs, against the same job before the move and against the same job unmoved.
+"""What `rebalance` with copies does for training where some experts are hot: a job on the real cluster, rebalanced
+while it runs, against its own steps before, and against the same job unmoved. A round is a step.
 
-`zipf_throughput`: tokens a second after the rebalance and before it, medians of rounds of steps of one job.
-`predicted_gain`: that ratio, and the one that the plan's loads predict (`predicted_gain`).
-`zipf_load`: how far the load is from Zipf's law, as the part of it that lies elsewhere; the peer is an even load.
-`actor_balance`: average over maximum load of the actors, by the plan, after and before.
-`switch_stall`: the longest time that a step waited for a switch, against the median step; `switch_stall_share`: the
-same in percent, against the limit. `moving_step`: the longest step while groups travelled, against the median step.
-`loss_difference`: the largest relative difference of a step's loss from the unmoved job's; the peer is the most that
-training changed the loss.
+`zipf_throughput`: tokens a second after and before. `predicted_gain`: their ratio, and what the plan's loads predict.
+`actor_balance`: average over maximum load of the actors by the plan, after and before. `expert_cpu`: CPU seconds a step
+of all expert actors, after and before; copies cost some. `zipf_load`: the part of the load that Zipf's law has on other
+experts, against that of an even load. `switch_stall`: the longest time that a step waited for a switch, against the
+median step before; `switch_stall_share`: the same in percent, against the limit. `moving_step`: the longest step while
+groups travelled. `loss_difference`: the largest relative difference of a step's loss from the unmoved job's, against
+how far training moved the loss; where copies add up gradients in another order, a token at the border between two
+experts may choose the other one.
 
-    S steps   A actors   E experts
+The model's experts are most of its work, and the learning rate is low: routing is to stay as it was fitted.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import psutil
 
 from cluster.backend import Backend, JobEvent, Rebalance
@@ -37,6 +36,7 @@ from cluster.config import (
     DataConfig,
     EvalConfig,
     JobConfig,
+    ModelConfig,
     OptimizerConfig,
     ScheduleConfig,
 )
@@ -73,22 +73,21 @@ MODEL = {
 NUM_ACTORS, NUM_NODES, GROUP_SIZE = 4, 2, 4
 JOB = JobConfig(
     batch=BatchConfig(sequences=16, sequence_length=256, gradient_accumulation=2),
-    optimizer=OptimizerConfig(lr=1e-5),
+    optimizer=OptimizerConfig(lr=1e-6),
     schedule=ScheduleConfig(kind="constant"),
     data=DataConfig(heldout_every=0),
     eval=EvalConfig(every_steps=0),
 )
-STEPS_A_ROUND = 2
 WARMUP_STEPS = 2
-MOVING_STEPS = 10
-"""Steps that the job has for the rebalance beside those that are timed."""
+MOVING_STEPS = 8
+"""Steps that a job has for the rebalance, beside those that are timed."""
 MAX_CALLS = 5
 """Of `rebalance`, until it finds nothing more to move."""
 TIMEOUT_S = 120.0
 STALL_LIMIT_PERCENT = 10.0
 
 AfterStep = Callable[[str], None]
-"""Told after each step which part of the bench it was of."""
+"""Told after each step what is being done."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,8 @@ class Step:
     tokens: float
     loss: float
     """Nats a token."""
+    cpu_s: float
+    """CPU seconds of all expert actors from their start to the end of the step."""
 
 
 @dataclass
@@ -107,14 +108,11 @@ class Course:
     """A job as it went, and the rebalance in the middle of it."""
 
     steps: list[Step] = field(default_factory=list)
-    began_s: float = float("inf")
-    ended_s: float = float("inf")
-    """Unix times of the rebalance; infinite: there was none."""
+    began_s: float = math.inf
+    ended_s: float = math.inf
+    """Unix times of the rebalance; infinite: there was none, or it did not end."""
     rebalances: list[Rebalance] = field(default_factory=list)
-    """Those that moved something."""
-    cpu_before: Mapping[str, float] = field(default_factory=dict)
-    cpu_after: Mapping[str, float] = field(default_factory=dict)
-    """CPU seconds a step of each actor."""
+    """Those that changed something."""
     load_E: Sequence[int] = ()
     """Pairs of each expert number over the load window."""
 
@@ -134,191 +132,185 @@ class Course:
         return step.ended_s - step.seconds > self.ended_s
 
 
-def rounds_of(steps: Sequence[Step]) -> list[float]:
-    """Seconds of each STEPS_A_ROUND steps; a rest is left out."""
-    whole = len(steps) // STEPS_A_ROUND
-    return [sum(step.seconds for step in steps[i * STEPS_A_ROUND : (i + 1) * STEPS_A_ROUND]) for i in range(whole)]
-
-
-def predicted_gain(step_s: float, experts_cpu_s: float, cores: int, share_before: float, share_after: float) -> float:
-    """Step time before over after, if only the experts' part of it changes.
-
-    `step_s`: median step before. `experts_cpu_s`: CPU seconds a step of all expert actors, one thread each, so that
-    their part takes as long as the busiest one's share, or as the cores need for all of it. `share_*`: of all load that
-    the busiest actor has by the plan.
-    """
-    before_s, after_s = (experts_cpu_s * max(share, 1 / cores) for share in (share_before, share_after))
-    return step_s / (step_s - before_s + after_s)
-
-
-def loss_difference(steps: Sequence[Step], unmoved: Sequence[Step]) -> float:
-    """Largest relative one of steps of the same number."""
-    loss_S = {step.number: step.loss for step in unmoved}
-    return max(abs(step.loss - loss_S[step.number]) / abs(loss_S[step.number]) for step in steps)
+# --- What it comes to --------------------------------------------------------------------------------------------
 
 
 def report_of(moved: Course, unmoved: Course, *, rounds: int, cores: int) -> Report:
-    before_s, after_s = rounds_of(moved.before)[:rounds], rounds_of(moved.after)[:rounds]
-    rounds = min(len(before_s), len(after_s))
-    if not rounds:
-        raise Unavailable("the rebalance took the whole job: no step after it was left to time")
-    step_s = statistics.median(before_s) / STEPS_A_ROUND
-    tokens = STEPS_A_ROUND * moved.steps[0].tokens
-    gain = rate_row("zipf_throughput", "tokens/s", tokens, after_s[:rounds], "before", before_s[:rounds])
-    first, last = moved.rebalances[0], moved.rebalances[-1]
-    share_before, share_after = (1 / (NUM_ACTORS * b) for b in (first.balance_before, last.balance_after))
-    experts_cpu_s = sum(moved.cpu_before.values())
-    predicted = predicted_gain(step_s, experts_cpu_s, cores, share_before, share_after)
-    stall_s = max(result.stall_s for result in moved.rebalances)
-    slowest_s = max((step.seconds for step in moved.moving), default=step_s)
-    zipf_E = zipf_share(len(moved.load_E))
-    off, even_off = distance(moved.load_E, zipf_E), distance(np.ones_like(zipf_E), zipf_E)
-    difference = loss_difference(moved.steps, unmoved.steps)
-    learned = max(abs(step.loss / moved.steps[0].loss - 1) for step in moved.steps)
+    before, after = moved.before[-rounds:], moved.after[:rounds]
+    rounds = min(len(before), len(after))
+    if rounds < 2 or not moved.rebalances:
+        raise Unavailable("the rebalance took the whole job, or moved nothing: there is nothing to compare")
+    before, after = before[:rounds], after[:rounds]
+    gain = rate_row("zipf_throughput", "tokens/s", before[0].tokens, _seconds(after), "before", _seconds(before))
+    step_s = statistics.median(_seconds(before))
     return Report(
         "rebalance",
         [
             gain,
-            Row("predicted_gain", gain.ratio, "after/before", f"predicted: busiest actor {share_before:.2f} to {share_after:.2f} of the load, {cores} cores, experts {experts_cpu_s:.2f} CPU s of a step of {step_s:.2f} s", predicted, gain.ratio / predicted, rounds),
-            Row("zipf_load", off, "of the load", "even load", even_off, even_off / off, 1),
-            Row("actor_balance", last.balance_after, "average/maximum", "before", first.balance_before, last.balance_after / first.balance_before, 1),
-            _time_row("switch_stall", stall_s, step_s, len(moved.rebalances)),
-            Row("switch_stall_share", 100 * stall_s / step_s, "% of a step", "limit", STALL_LIMIT_PERCENT, 0.0, 1),
-            _time_row("moving_step", slowest_s, step_s, len(moved.moving)),
-            Row("loss_difference", difference, "relative", "change by training", learned, learned / difference if difference else float("inf"), len(moved.steps)),
+            _prediction(moved.rebalances, gain.ratio, step_s, cpu_of(before), cores, rounds),
+            *_plan_rows(moved, cpu_of(before), cpu_of(after), rounds),
+            *_stall_rows(moved, step_s),
+            _loss_row(moved.steps, unmoved.steps),
         ],
     )
 
 
-def _time_row(case: str, seconds: float, step_s: float, count: int) -> Row:
-    return Row(case, 1e3 * seconds, "ms", "median step before", 1e3 * step_s, step_s / seconds if seconds else float("inf"), count)
+def _seconds(steps: Sequence[Step]) -> list[float]:
+    return [step.seconds for step in steps]
+
+
+def cpu_of(steps: Sequence[Step]) -> float:
+    """CPU seconds of all expert actors a step; of consecutive steps."""
+    return (steps[-1].cpu_s - steps[0].cpu_s) / (len(steps) - 1)
+
+
+def predicted_gain(step_s: float, cpu_s: float, cores: int, share_before: float, share_after: float) -> float:
+    """Step time before over after, if only the experts' part of a step changes.
+
+    `cpu_s` a step of all expert actors, of one thread each: their part takes as long as the busiest one's share of it,
+    or as the cores need for all of it. `share_*`: of the load, that the busiest actor has by the plan.
+    """
+    before_s, after_s = (cpu_s * max(share, 1 / cores) for share in (share_before, share_after))
+    return step_s / (step_s - before_s + after_s)
+
+
+def _prediction(
+    rebalances: Sequence[Rebalance], gain: float, step_s: float, cpu_s: float, cores: int, rounds: int
+) -> Row:
+    balances = rebalances[0].balance_before, rebalances[-1].balance_after
+    share_before, share_after = (1 / (NUM_ACTORS * balance) for balance in balances)
+    predicted = predicted_gain(step_s, cpu_s, cores, share_before, share_after)
+    peer = (
+        f"predicted: the busiest actor has {share_before:.2f} of the load, then {share_after:.2f}; {cores} cores; "
+        f"experts take {cpu_s:.2f} CPU seconds of a step of {step_s:.2f} s"
+    )
+    return Row("predicted_gain", gain, "after/before", peer, predicted, gain / predicted, rounds)
+
+
+def _plan_rows(moved: Course, cpu_before: float, cpu_after: float, rounds: int) -> Iterator[Row]:
+    before, after = moved.rebalances[0].balance_before, moved.rebalances[-1].balance_after
+    yield Row("actor_balance", after, "average/maximum", "before", before, after / before, 1)
+    yield Row("expert_cpu", cpu_after, "s/step", "before", cpu_before, cpu_before / cpu_after, rounds)
+    zipf_E = zipf_share(len(moved.load_E))
+    off, even_off = distance(moved.load_E, zipf_E), distance([1] * len(zipf_E), zipf_E)
+    yield Row("zipf_load", off, "of the load", "even load", even_off, _over(even_off, off), 1)
+
+
+def _stall_rows(moved: Course, step_s: float) -> Iterator[Row]:
+    stall_s = max(rebalance.stall_s for rebalance in moved.rebalances)
+    longest_s = max(_seconds(moved.moving), default=step_s)
+    percent, count = 100 * stall_s / step_s, len(moved.rebalances)
+    peer = "median step before"
+    yield Row("switch_stall", stall_s * 1e3, "ms", peer, step_s * 1e3, _over(step_s, stall_s), count)
+    ratio = _over(STALL_LIMIT_PERCENT, percent)
+    yield Row("switch_stall_share", percent, "% of a step", "limit", STALL_LIMIT_PERCENT, ratio, count)
+    yield Row("moving_step", longest_s * 1e3, "ms", peer, step_s * 1e3, step_s / longest_s, len(moved.moving))
+
+
+def _loss_row(steps: Sequence[Step], unmoved: Sequence[Step]) -> Row:
+    difference, learned = loss_difference(steps, unmoved), abs(steps[-1].loss / steps[0].loss - 1)
+    ratio = _over(learned, difference)
+    return Row("loss_difference", difference, "relative", "change by training", learned, ratio, len(steps))
+
+
+def loss_difference(steps: Sequence[Step], unmoved: Sequence[Step]) -> float:
+    """Largest relative one of steps of the same number."""
+    loss_of = {step.number: step.loss for step in unmoved}
+    return max(abs(step.loss / loss_of[step.number] - 1) for step in steps)
+
+
+def _over(value: float, by: float) -> float:
+    return value / by if by else math.inf
 
 
 # --- The two jobs ------------------------------------------------------------------------------------------------
 
 
 def num_steps(rounds: int) -> int:
-    return 2 * (WARMUP_STEPS + rounds * STEPS_A_ROUND) + MOVING_STEPS
+    """Of each of the two jobs."""
+    return 2 * (WARMUP_STEPS + rounds) + MOVING_STEPS
 
 
-def bench_rebalance(config: ClusterConfig, *, rounds: int, after_step: AfterStep = lambda part: None) -> Report:
+def bench_rebalance(config: ClusterConfig, *, rounds: int, after_step: AfterStep = lambda doing: None) -> Report:
     job = replace(JOB, steps=num_steps(rounds))
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model"
         save_zipf_model(path, MODEL, job)
         with launched(_cluster(config, path)) as running:
-            unmoved, moved = asyncio.run(_jobs(running.backend, job, path, rounds, after_step))
+            unmoved, moved = asyncio.run(_two_jobs(running.backend, job, path, rounds, after_step))
     return report_of(moved, unmoved, rounds=rounds, cores=len(os.sched_getaffinity(0)))
 
 
 def _cluster(config: ClusterConfig, path: Path) -> ClusterConfig:
     return replace(
         config,
-        model=replace(config.model, path=str(path), values={}, tokenizer="bytes"),
+        model=ModelConfig(path=str(path), tokenizer="bytes"),
         ray=replace(config.ray, nodes=NUM_NODES),
         experts=replace(config.experts, actors=NUM_ACTORS, group_size=GROUP_SIZE, threads=1, redundancy=1),
+        router=replace(config.router, dtype="float32"),
         storage=replace(config.storage, root=str(path.parent)),
     )
 
 
-async def _jobs(
+async def _two_jobs(
     backend: Backend, job: JobConfig, path: Path, rounds: int, after_step: AfterStep
 ) -> tuple[Course, Course]:
-    """The same weights, batches and placement at the start of both."""
-    unmoved = await _Watch(backend, job, "unmoved", after_step).run()
+    """Both begin with the same weights and placement, and see the same batches."""
+    unmoved = await _Watch(backend, after_step, "training unmoved").run(job)
     await backend.import_model(str(path), timeout_s=TIMEOUT_S)
-    watch = _Watch(backend, job, "before", after_step)
-    move_after = WARMUP_STEPS + rounds * STEPS_A_ROUND
-    moved = await watch.run(move_after)
+    moved = await _Watch(backend, after_step, "training, to be rebalanced").run(job, move_after=WARMUP_STEPS + rounds)
     return unmoved, moved
 
 
 class _Watch:
-    """Runs one job and follows it."""
+    """Runs one job and notes how it goes."""
 
-    def __init__(self, backend: Backend, job: JobConfig, name: str, after_step: AfterStep) -> None:
-        self._backend, self._job, self._part, self._after_step = backend, job, name, after_step
+    def __init__(self, backend: Backend, after_step: AfterStep, doing: str) -> None:
+        self._backend, self._after_step, self._doing = backend, after_step, doing
         self._course = Course()
+        self._experts: list[psutil.Process] = []
 
-    async def run(self, move_after: int | None = None) -> Course:
-        """With a rebalance after so many steps, that goes on beside those that follow."""
-        course = self._course
-        job = await self._backend.submit_job(self._job, request_id=self._part, timeout_s=TIMEOUT_S)
-        clock = _Clock(await _pids(self._backend))
+    async def run(self, config: JobConfig, *, move_after: int | None = None) -> Course:
+        """`move_after`: the rebalance begins when so many steps are done, and goes on beside those that follow."""
+        status = await self._backend.status(timeout_s=TIMEOUT_S)
+        self._experts = [psutil.Process(actor.pid) for actor in status.actors if actor.role == "expert"]
+        job = await self._backend.submit_job(config, request_id=self._doing, timeout_s=TIMEOUT_S)
         move: asyncio.Task[None] | None = None
-        last = 0
+        last_event = 0
         while not job.state.is_final:
-            events, job = await self._backend.job_events(job.id, after=last, max_events=100, wait_s=1.0)
+            events, job = await self._backend.job_events(job.id, after=last_event, max_events=100, wait_s=1.0)
             for event in events:
-                last = event.number
+                last_event = event.number
                 if event.kind == "step":
-                    course.steps.append(step_of(event))
-                    self._after_step(self._part)
-            done = len(course.steps)
-            if move_after is None:
-                continue
-            if done >= WARMUP_STEPS and not clock.began:
-                clock.begin(done)
-            if done >= move_after and move is None:
-                course.cpu_before = clock.end(done)
+                    self._course.steps.append(step_of(event, self._cpu_s()))
+                    self._after_step(self._doing)
+            if move is None and move_after is not None and len(self._course.steps) >= move_after:
                 move = asyncio.create_task(self._move())
-            if move is not None and move.done():
-                if self._part == "after" and not clock.began and len(course.after) >= 1:
-                    clock.begin(done)
-                if clock.began and len(course.after) >= move_after - WARMUP_STEPS and not job.state.is_final:
-                    course.cpu_after = clock.end(done)
         if move is not None:
             await move
-            course.load_E = np.sum((await self._backend.load_report(timeout_s=TIMEOUT_S)).load_LE, axis=0).tolist()
         if job.error:
             raise Unavailable(f"the job of the bench failed: {job.error}")
-        return course
+        load_LE = (await self._backend.load_report(timeout_s=TIMEOUT_S)).load_LE
+        self._course.load_E = [sum(load_L) for load_L in zip(*load_LE, strict=True)]
+        return self._course
 
     async def _move(self) -> None:
-        course = self._course
-        self._part = "moving"
-        course.began_s = time.time()
+        self._doing = "training while groups move"
+        self._course.began_s = time.time()
         for _ in range(MAX_CALLS):
             result = await self._backend.rebalance(dry_run=False, timeout_s=TIMEOUT_S)
-            print(result.moves, result.stall_s, result.balance_before, result.balance_after, result.message, time.time()-course.began_s)
             if not result.done:
                 break
-            course.rebalances.append(result)
-        course.ended_s = time.time()
-        self._part = "after"
+            self._course.rebalances.append(result)
+        self._course.ended_s = time.time()
+        self._doing = "training after the rebalance"
+
+    def _cpu_s(self) -> float:
+        times = [process.cpu_times() for process in self._experts]
+        return sum(time.user + time.system for time in times)
 
 
-class _Clock:
-    """CPU seconds a step of processes."""
-
-    def __init__(self, pids: Mapping[str, int]) -> None:
-        self._pids = pids
-        self._start: dict[str, float] = {}
-        self._step = 0
-
-    @property
-    def began(self) -> bool:
-        return bool(self._start)
-
-    def begin(self, step: int) -> None:
-        self._start, self._step = self._now(), step
-
-    def end(self, step: int) -> dict[str, float]:
-        now, before = self._now(), self._start
-        self._start = {}
-        return {name: (now[name] - before[name]) / max(1, step - self._step) for name in now}
-
-    def _now(self) -> dict[str, float]:
-        times = {name: psutil.Process(pid).cpu_times() for name, pid in self._pids.items()}
-        return {name: t.user + t.system for name, t in times.items()}
-
-
-async def _pids(backend: Backend) -> dict[str, int]:
-    status = await backend.status(timeout_s=TIMEOUT_S)
-    return {actor.id: actor.pid for actor in status.actors}
-
-
-def step_of(event: JobEvent) -> Step:
-    metrics = event.metrics
-    seconds = metrics["tokens"] / metrics["tokens_per_s"]
-    return Step(event.step, event.time_s, seconds, metrics["tokens"], metrics["loss"])
+def step_of(event: JobEvent, cpu_s: float) -> Step:
+    tokens = event.metrics["tokens"]
+    seconds = tokens / event.metrics["tokens_per_s"]
+    return Step(event.step, event.time_s, seconds, tokens, event.metrics["loss"], cpu_s)

@@ -9,6 +9,7 @@ what the next one's gate sees. Hot experts come first, so that the first expert 
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,9 @@ def fit_bias(score_TE: Tensor, share_E: Floats, top_k: int) -> Tensor:
 def save_zipf_model(directory: Path, values: Mapping[str, Any], job: JobConfig, exponent: float = 1.0) -> None:
     """A Hugging Face directory. `values`: of a config with DeepSeek-V3's gate, without a group limit."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values)).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")  # a model without shared experts
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values)).eval()
     batches = _first_batches(job)
     for layer in model.model.layers:
         gate = layer.mlp.gate

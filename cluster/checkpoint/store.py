@@ -157,6 +157,17 @@ class CheckpointStore:
             )
         return None
 
+    def committed(self) -> list[Found]:
+        """Newest first: those whose manifest and sizes are right. CheckpointError if the storage cannot be read."""
+        listed: list[Found] = []
+        with _translated(self.url):
+            for folder in sorted((f for f in self._files.folders() if f.kind == "step"), reverse=True):
+                with contextlib.suppress(InvalidInput):
+                    manifest = self._manifest(folder)
+                    if manifest is not None and not self._flaw(folder, manifest, "sizes"):
+                        listed.append(Found(manifest, self._files.url_of(folder), ()))
+        return listed
+
     def _folder_of(self, draft: Draft) -> Folder:
         root, _, name = draft.url.rpartition("/")
         folder = Folder.parse(name)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,11 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cluster.commands.options import Subparsers
 from cluster.commands.output import console, print_json, print_table
 from cluster.commands.up import Guard, add_config_options
+from cluster.config import NO_CHECKPOINTS
 from cluster.configfile import find_config, load_cluster
 
 if TYPE_CHECKING:
-    from cluster.bench.balance import Run
     from cluster.bench.result import Report
+    from cluster.config import ClusterConfig
 
 NAMES = {
     "dispatch": "a small message to an expert actor and back, against a Ray actor call",
@@ -24,6 +28,8 @@ NAMES = {
     "planner": "placement of experts by load, against the public EPLB algorithm",
     "experts": "training one expert behind a link, against the same expert in one process",
     "balance": "load and learning under each balance rule, against training without one; a round is a seed",
+    "rebalance": "training under a Zipf load after a rebalance with copies, against before; a round is a step",
+    "scale": "expert actors come and go under 16 streams and a training job; a round is every way once",
     "checkpoint": "kill -9 while a checkpoint is saved, against torch.save; a round is a kill",
 }
 
@@ -34,7 +40,9 @@ def add_parsers(subparsers: Subparsers, guarded: Guard) -> None:
     for name, help_text in NAMES.items():
         parser = names.add_parser(name, help=help_text, description=help_text)
         add_config_options(parser)
-        rounds = {"balance": 1, "checkpoint": 200}.get(name, 7)  # a round of balance is many trainings: minutes
+        rounds = {"balance": 1, "scale": 1, "checkpoint": 200}.get(
+            name, 7
+        )  # a round of balance is many trainings: minutes
         parser.add_argument("--rounds", type=int, default=rounds, help="interleaved rounds (default: %(default)s)")
         parser.add_argument("--json", action="store_true", help="print one JSON document")
         if name == "experts":
@@ -72,11 +80,17 @@ def _run(args: argparse.Namespace) -> Report:
         return bench_checkpoint(rounds=args.rounds)
     if args.name == "balance":
         return _balance(args)
-    config = load_cluster(find_config(args.config), dict(args.overrides))
+    config = replace(load_cluster(find_config(args.config), dict(args.overrides)), checkpoint=NO_CHECKPOINTS)
     if args.name == "dispatch":
         from cluster.bench.dispatch import bench_dispatch
 
         return bench_dispatch(config, rounds=args.rounds)
+    if args.name == "rebalance":
+        return _rebalance(config, args.rounds)
+    if args.name == "scale":
+        from cluster.bench.scale import bench_scale
+
+        return bench_scale(config, rounds=args.rounds)
     if args.name == "train":
         from cluster.bench.train import bench_train
 
@@ -89,22 +103,42 @@ def _run(args: argparse.Namespace) -> Report:
 def _balance(args: argparse.Namespace) -> Report:
     from cluster.bench.balance import RULES, STEPS, TASKS, bench_balance, report_of
 
-    screen = console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=screen, disable=not screen.is_terminal) as bar:
-        task = bar.add_task("balance", total=len(TASKS) * len(RULES) * args.rounds * STEPS)
-
-        def show(run: Run) -> None:
-            bar.update(task, advance=1, description=f"{run.task} {run.rule}")
-            if not screen.is_terminal and len(run.steps) == 1:
-                screen.print(f"training {run.task} {run.rule}, seed {run.seed}", highlight=False)
-
-        runs = bench_balance(rounds=args.rounds, after_step=show)
+    with _progress("balance", len(TASKS) * len(RULES) * args.rounds * STEPS) as advance:
+        runs = bench_balance(
+            rounds=args.rounds, after_step=lambda run: advance(f"training {run.task} {run.rule}, seed {run.seed}")
+        )
     if args.output is not None:
         from cluster.report import draw_balance
 
         draw_balance(args.output, runs)
     return report_of(runs)
+
+
+def _rebalance(config: ClusterConfig, rounds: int) -> Report:
+    from cluster.bench.rebalance import bench_rebalance, num_steps
+
+    with _progress("fitting gates, starting the cluster", 2 * num_steps(rounds)) as advance:
+        return bench_rebalance(config, rounds=rounds, after_step=advance)
+
+
+@contextmanager
+def _progress(first: str, num_steps: int) -> Iterator[Callable[[str], None]]:
+    """Gives the function that counts a step, with what is being done: a bar on a terminal, elsewhere a line when that
+    changes. `first` is being done before the first step."""
+    screen = console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    said = ""
+    with Progress(*columns, console=screen, disable=not screen.is_terminal) as bar:
+        task = bar.add_task(first, total=num_steps)
+
+        def advance(doing: str) -> None:
+            nonlocal said
+            bar.update(task, advance=1, description=doing)
+            if not screen.is_terminal and doing != said:
+                screen.print(doing, highlight=False)
+            said = doing
+
+        yield advance
 
 
 def _png(text: str) -> Path:

@@ -6,12 +6,12 @@ import argparse
 from collections.abc import Callable
 
 from actors.errors import InvalidInput, MoeClusterError
-from cluster.commands import bench, demo, up, verify
+from cluster.commands import bench, chaos, demo, up, verify
 from cluster.commands.options import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, Subparsers, complain
 
 
 def add_parsers(subparsers: Subparsers) -> None:
-    for module in (up, demo, verify, bench):
+    for module in (up, demo, verify, bench, chaos):
         module.add_parsers(subparsers, guarded)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from cluster.commands.options import Subparsers
 from cluster.commands.output import print_json, print_table
 from cluster.commands.up import Guard, add_config_options
-from cluster.config import ClusterConfig, ModelConfig
+from cluster.config import NO_CHECKPOINTS, ClusterConfig, ModelConfig
 from cluster.configfile import find_config, load_cluster, load_model
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def add_parsers(subparsers: Subparsers, guarded: Guard) -> None:
 def run_verify(args: argparse.Namespace) -> int:
     from cluster.verify import Settings, verify  # torch and transformers: not for every command
 
-    base = load_cluster(find_config(args.config), dict(args.overrides))
+    base = replace(load_cluster(find_config(args.config), dict(args.overrides)), checkpoint=NO_CHECKPOINTS)
     differences = verify(
         _model(args.model),
         lambda model, dtype: _open(base, model, dtype, args),

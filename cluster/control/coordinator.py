@@ -56,6 +56,8 @@ class ModelFacts:
     """Parameters of shared experts, which every token visits, over all (S7: below 0.15)."""
     expert_bytes: int = 0
     """Weights of one expert in all MoE layers."""
+    architecture: str = ""
+    """Class of the model, e.g. `DeepseekV3ForCausalLM`."""
 
 
 class Coordinator:
@@ -80,6 +82,10 @@ class Coordinator:
         self._members = Members(self._limits.heartbeat_timeout_s)
         self._loads = self._new_window()
         self._version = 0
+        self.can_restore = False
+        """Whether there is a checkpoint that lost groups can come back from."""
+        self.notice = ""
+        """What status is to say beside what is known here."""
         self._stopping: str | None = None
         """A job that failed here while its steps may still be running."""
         self._decisions: list[Decision] = []
@@ -236,6 +242,10 @@ class Coordinator:
     def placement(self) -> Placement:
         return self._placement
 
+    @property
+    def is_training(self) -> bool:
+        return self._jobs.active() is not None
+
     def actors(self) -> tuple[ActorSlot, ...]:
         """Expert actors that answer, in the order in which they were first seen; they may hold groups."""
         ready = (actor for actor in self._members.all() if self._members.is_ready(actor.id))
@@ -267,6 +277,26 @@ class Coordinator:
         self._placement = placement
         for actor in self._members.all():
             self._members.regroup(actor.id, placement.held_by(actor.id))
+
+    def active_job(self) -> Job | None:
+        """The one that is running or being cancelled."""
+        record = self._jobs.active()
+        return record.job if record else None
+
+    def resumed(self, version: int, job: Job | None, message: str, now: float) -> None:
+        """At the start: all is as it was at this version, and the job goes on after its step."""
+        self._version = version
+        if job:
+            self._jobs.adopt(job, message, now)
+
+    def restored(self, placement: Placement, version: int, steps: Mapping[str, int], message: str, now: float) -> None:
+        """Lost groups are back, and everybody is at this version. `steps`: job -> step it goes on after."""
+        self.placed(placement)
+        self._version = version
+        self._loads = self._new_window()
+        for job_id, step in steps.items():
+            if record := self._active(job_id):
+                record.go_back(step, message, now)
 
     def model_replaced(self, model: ModelFacts, version: int) -> None:
         """After an import. `FailedPrecondition` while a job trains the weights that would go."""
@@ -317,9 +347,11 @@ class Coordinator:
     def _tell_job(self, record: JobRecord, who: str, groups: Sequence[int], reason: str, now: float) -> None:
         """`groups`: those that the actor, now dead, held."""
         gone = [group for group in groups if group in self._placement.missing]
-        taken_over = f"; copies took over {named(groups)}" if groups and not gone else ""
-        record.record("note", now, message=f"{who} lost: {reason}{taken_over}")
-        if gone:
+        fate = f"; copies took over {named(groups)}" if groups and not gone else ""
+        if gone and self.can_restore:
+            fate = f"; no actor holds {named(gone)} any more, the last checkpoint brings them back"
+        record.record("note", now, message=f"{who} lost: {reason}{fate}")
+        if gone and not self.can_restore:
             error = f"{who} was lost after step {record.job.step}: {reason}; no actor holds {named(gone)} any more"
             self._fail(record, error, now)
 
@@ -328,7 +360,7 @@ class Coordinator:
         if record is None or self._jobs.active() or self._stopping or not self._is_ready():
             return
         record.move(JobState.RUNNING, now)
-        self._decisions.append(StartJob(record.job.id, record.job.config))
+        self._decisions.append(StartJob(record.job.id, record.job.config, record.job.step))
 
     def _fail(self, record: JobRecord, error: str, now: float) -> None:
         record.move(JobState.FAILED, now, error)
@@ -359,7 +391,10 @@ class Coordinator:
         return [group for group, num_ready in enumerate(ready_G) if num_ready < num_holders]
 
     def _message(self) -> str:
-        if missing := self._placement.missing:
+        missing = self._placement.missing
+        if missing and self.can_restore:
+            return f"restoring {named(missing)} from the last checkpoint" + (f": {self.notice}" if self.notice else "")
+        if missing:
             return f"no actor holds {named(missing)} any more"
         if silent := self._groups_below(1):
             return f"expert groups without a ready holder: {', '.join(map(str, silent))}"
@@ -367,8 +402,9 @@ class Coordinator:
             return "no router is ready"
         if scarce := self._groups_below(self._redundancy):
             have = "has" if len(scarce) == 1 else "have"
-            return f"degraded: {named(scarce)} {have} fewer than {self._redundancy} holders"
-        return ""
+            degraded = f"degraded: {named(scarce)} {have} fewer than {self._redundancy} holders"
+            return f"{degraded}; {self.notice}" if self.notice else degraded
+        return self.notice
 
     def _new_window(self) -> LoadWindow:
         return LoadWindow(self._limits.load_window_steps, self._model.num_moe_layers, self._model.num_experts)

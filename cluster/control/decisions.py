@@ -12,6 +12,8 @@ from cluster.config import JobConfig
 class StartJob:
     job_id: str
     config: JobConfig
+    start_step: int = 0
+    """Steps that it has committed already, before a restart of everything."""
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from actors.errors import InvalidInput
 from cluster.backend import Job, JobEvent, JobState
 from cluster.config import JobConfig
+from cluster.configfile import job_from_dict, to_dict
 from cluster.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted
 
 _NEXT: dict[JobState, frozenset[JobState]] = {
@@ -41,6 +43,11 @@ class JobRecord:
     def commit(self, step: int, metrics: Mapping[str, float], now: float) -> None:
         self.job = dataclasses.replace(self.job, step=step)
         self.record("step", now, metrics)
+
+    def go_back(self, step: int, message: str, now: float) -> None:
+        """The steps after this one will be committed again. Events keep their numbers: those that were told stay."""
+        self.job = dataclasses.replace(self.job, step=step)
+        self.record("note", now, message=message)
 
     def record(self, kind: str, now: float, metrics: Mapping[str, float] | None = None, message: str = "") -> None:
         number = self.job.last_event + 1
@@ -82,6 +89,19 @@ class JobTable:
         self._id_of_request[request_id] = job.id
         return record.job
 
+    def adopt(self, job: Job, message: str, now: float) -> None:
+        """A job of before a restart of everything, in an empty table. It keeps its id and its request id, and its
+        events go on with the next number; one that was running is the next to start, after its step."""
+        if job.state is JobState.CANCELLING:
+            job = dataclasses.replace(job, state=JobState.CANCELLED, ended_s=now)
+        elif not job.state.is_final:
+            job = dataclasses.replace(job, state=JobState.QUEUED)
+        record = JobRecord(job, self._max_events)
+        record.record("note", now, message=message)
+        self._records[job.id] = record
+        self._id_of_request[job.request_id] = job.id
+        self._num_submitted = int(job.id.rpartition("-")[2])
+
     def __getitem__(self, job_id: str) -> JobRecord:
         try:
             return self._records[job_id]
@@ -117,3 +137,17 @@ class JobTable:
         if job.config != config:
             raise AlreadyExists(f"request id {request_id!r} was used for {job.id}, whose config is another")
         return job
+
+
+def job_to_dict(job: Job) -> dict[str, Any]:
+    """As values of JSON, for a checkpoint."""
+    return {**dataclasses.asdict(job), "config": to_dict(job.config), "state": job.state.value}
+
+
+def job_of_dict(values: Mapping[str, Any], source: str) -> Job:
+    """Counterpart of `job_to_dict`. `InvalidInput` that names the `source` for anything else."""
+    try:
+        config = job_from_dict(values["config"], source)
+        return Job(**{**values, "config": config, "state": JobState(values["state"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidInput(f"holds a job that cannot be read: {error}", field=source) from None

@@ -251,6 +251,9 @@ def check_scale(
     return wanted != now
 
 
+# --- Who goes ----------------------------------------------------------------------------------------------------
+
+
 def actors_to_remove(
     placement: Placement, actors: Sequence[ActorSlot], keep: int, redundancy: int, leaving: Collection[str] = ()
 ) -> tuple[str, ...]:
@@ -264,7 +267,7 @@ def actors_to_remove(
     place = {actor.id: number for number, actor in enumerate(actors)}
     held = {actor.id: placement.held_by(actor.id) for actor in actors}
     node_of = {actor.id: actor.node for actor in actors}
-    """Of those that stay."""
+    """Of those that stay so far."""
 
     def cost(actor: str) -> tuple[bool, int, int, int, int]:
         sizes = Counter(node_of.values())

@@ -58,6 +58,10 @@ class Changes:
     def end(self) -> None:
         self._turn.release()
 
+    @property
+    def is_under_way(self) -> bool:
+        return self._turn.locked()
+
     def rebalance(self, dry_run: bool, timeout_s: float) -> Rebalance:
         deadline = time.monotonic() + timeout_s
         self.begin("a rebalance")

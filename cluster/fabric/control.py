@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -23,20 +23,28 @@ from cluster.control.coordinator import Coordinator
 from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
 from cluster.control.ledger import Entry
 from cluster.errors import StartupError
+from cluster.fabric.autoscaling import Autoscaler
 from cluster.fabric.calls import call
 from cluster.fabric.changes import Changes
+from cluster.fabric.checkpoints import CheckpointEntry, Checkpoints, Vault, entry, sentence
 from cluster.fabric.crew import Crew
 from cluster.fabric.guarded import Guarded
-from cluster.fabric.jobs import JobThreads, RayRouter
+from cluster.fabric.jobs import JobThreads
 from cluster.fabric.options import ROUTER
+from cluster.fabric.recovery import Recovery, begin_from, load_experts, load_router
 from cluster.fabric.scaling import Scaling
 from cluster.fabric.workers import ExpertContact
 from cluster.jobs.tokenizer import check_vocabulary, load_tokenizer
 from cluster.placement.placement import spread
 
+if TYPE_CHECKING:
+    from cluster.checkpoint.store import Found
+
 logger = logging.getLogger(__name__)
 
 BEAT_S = 0.1
+FIRST_RUN = 1
+"""Of a router that starts from a checkpoint; the next job's is one more."""
 
 
 class ControlWorker:
@@ -53,6 +61,8 @@ class ControlWorker:
         """Starts every actor and returns the router's handle. `StartupError` or `InvalidInput` if that cannot be."""
         experts = self._config.experts
         model = self._crew.start_router()
+        vault = Vault(self._config, model)
+        found = vault.newest() if self._config.checkpoint.resume else None
         check_vocabulary(load_tokenizer(self._config.model), model.vocab_size)
         slots = self._crew.start_experts(experts.actors)
         placement = spread(model.num_experts, experts.group_size, slots, experts.redundancy)
@@ -60,13 +70,31 @@ class ControlWorker:
         self._state = Guarded(coordinator)
         self._changes = Changes(self._state, self._crew)
         self._scaling = Scaling(self._state, self._crew, self._changes, experts)
-        self._crew.load_experts(placement, [slot.id for slot in slots])
-        self._crew.load_router(placement, ray.get_runtime_context().current_actor)
-        self._jobs = JobThreads(self._state, RayRouter(self._crew.router), self._config.model)
+        self._autoscaler = Autoscaler(self._state, self._crew, self._changes, self._scaling, experts)
+        self._checkpoints = Checkpoints(vault, self._config.checkpoint.every_steps, self._state, self._crew)
+        self._recovery = Recovery(
+            self._state, self._crew, self._changes, self._scaling, self._checkpoints, experts.redundancy
+        )
+        self._load(placement, [slot.id for slot in slots], found)
+        self._jobs = JobThreads(self._state, self._crew.router, self._config.model, self._checkpoints, self._recovery)
         threading.Thread(target=self._loop, name="coordinator", daemon=True).start()
         if not self._state.wait_for(lambda c: c.status().ready, self._config.ray.start_timeout_s):
             raise StartupError(f"not ready in time: {self.status().message}")
         return self._crew.router
+
+    def _load(self, placement: Placement, names: Sequence[str], found: Found | None) -> None:
+        """From the model directory, or from a checkpoint."""
+        control = ray.get_runtime_context().current_actor
+        if found is None:
+            self._crew.load_experts(placement, names)
+            self._crew.load_router(placement, control)
+            return
+        logger.info("goes on from %s", sentence(found))
+        self._crew.load_experts(Placement(0, (), placement.group_size), names)
+        load_experts(self._crew, placement, found, FIRST_RUN)
+        self._crew.load_router(placement, control)
+        load_router(self._crew, placement, found, FIRST_RUN)
+        begin_from(self._state, found)
 
     def stop(self) -> None:
         self._stopping.set()
@@ -150,7 +178,16 @@ class ControlWorker:
             coordinator.require_idle("a model cannot be imported")
         call(ROUTER, self._crew.router.check_same_architecture.remote(str(directory)), timeout_s)
         call(ROUTER, self._crew.router.replace_weights.remote(str(directory)), timeout_s)
+        self._checkpoints.after_import()
         return self.status()
+
+    def save_checkpoint(self, timeout_s: float) -> CheckpointEntry:
+        """Steps wait for the copying alone. `StorageFull`, or `Unavailable` while another is written for too long."""
+        return entry(self._checkpoints.save(timeout_s))
+
+    def checkpoints(self) -> Sequence[CheckpointEntry]:
+        """Newest first."""
+        return [entry(found) for found in self._checkpoints.vault.all()]
 
     # -- asked by the router ------------------------------------------------------------------------------------------
 
@@ -168,6 +205,8 @@ class ControlWorker:
                 for decision in decisions:
                     self._carry_out(decision)
                 self._scaling.heal()
+                self._recovery.heal()
+                self._autoscaler.look()
             except Exception:  # the loop must survive: without it no job starts and no death is noticed
                 logger.exception("the coordinator's loop stumbled")
 
@@ -185,8 +224,8 @@ class ControlWorker:
 
     def _carry_out(self, decision: Decision) -> None:
         match decision:
-            case StartJob(job_id, config):
-                self._jobs.start(job_id, config)
+            case StartJob(job_id, config, start_step):
+                self._jobs.start(job_id, config, start_step)
             case StopJob(job_id, _):
                 self._jobs.stop(job_id)
             case ActorLost(placement=Placement() as placement) if not placement.missing:

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,8 @@ from cluster.fabric.workers import ExpertContact, ExpertWorker, RouterWorker
 from cluster.placement.placement import ActorSlot
 
 logger = logging.getLogger(__name__)
+
+LOAD_WINDOW_S = 10.0
 
 
 @dataclass
@@ -55,6 +58,9 @@ class Crew:
         self._links: dict[str, str] = {}
         """Link kind of each expert actor, as the router last told."""
         self._heartbeats = Heartbeats()
+        self._busy: dict[str, deque[tuple[float, float]]] = {}
+        """Time and busy seconds so far of each expert actor."""
+        self._queue = (0, 0.0)
         self._next_ping_s = 0.0
         self._next_number = 0
 
@@ -141,6 +147,7 @@ class Crew:
                 handle = self._handles.pop(name, None)
                 self._deaths.pop(name, None)
                 self._pings.pop(name, None)
+                self._busy.pop(name, None)
                 self._heartbeats.forget(name)
                 self._experts.pop(name, None)
             if handle is not None:
@@ -195,7 +202,23 @@ class Crew:
                 continue
             self._heartbeats.answered(name, now)
             self._links |= vitals.get("links", {})
+            self._note_load(name, vitals, now)
             signs.seen.append(self._status(name, vitals, nodes))
+
+    def _note_load(self, name: str, vitals: dict[str, Any], now: float) -> None:
+        if name == ROUTER:
+            self._queue = int(vitals["num_waiting"]), float(vitals["queue_s"])
+            return
+        history = self._busy.setdefault(name, deque())
+        history.append((now, float(vitals["busy_s"])))
+        while history[0][0] < now - LOAD_WINDOW_S:
+            history.popleft()
+
+    def demand(self) -> tuple[dict[str, float], int, float]:
+        """Share of the time that each expert actor was busy lately, requests that wait, how long the first has."""
+        with self._lock:
+            spans = {n: (h[-1][0] - h[0][0], h[-1][1] - h[0][1]) for n, h in self._busy.items() if n in self._experts}
+            return {name: busy / passed for name, (passed, busy) in spans.items() if passed > 0}, *self._queue
 
     def _status(self, name: str, vitals: dict[str, Any], nodes: dict[str, str]) -> ActorStatus:
         expert = self._experts.get(name)

@@ -10,12 +10,14 @@ from typing import Any
 
 from actors.errors import MoeClusterError
 from actors.moe.settings import BalanceSettings
-from actors.values import StepReport
+from actors.values import Course, StepReport
 from cluster.config import JobConfig, ModelConfig, OptimizerConfig
 from cluster.control.coordinator import Coordinator
 from cluster.fabric.calls import call
+from cluster.fabric.checkpoints import Checkpoints
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.options import ROUTER
+from cluster.fabric.recovery import Recovery
 from cluster.jobs.batches import MicroBatch
 from cluster.jobs.runner import Documents, JobStopped, run_job
 from cluster.jobs.tokenizer import load_tokenizer
@@ -28,13 +30,19 @@ STEP_TIMEOUT_S = 3600.0
 
 
 class JobThreads:
-    def __init__(self, state: Guarded, router: RayRouter, model: ModelConfig) -> None:
+    def __init__(
+        self, state: Guarded, router: Any, model: ModelConfig, checkpoints: Checkpoints, recovery: Recovery
+    ) -> None:
+        """`router`: the actor's handle."""
         self._state, self._router, self._model = state, router, model
+        self._checkpoints, self._recovery = checkpoints, recovery
         self._stop: dict[str, threading.Event] = {}
+        self._closing = False
 
-    def start(self, job_id: str, config: JobConfig) -> None:
+    def start(self, job_id: str, config: JobConfig, start_step: int) -> None:
+        """`start_step`: steps that are done, and that the router has the state after."""
         stop = self._stop[job_id] = threading.Event()
-        threading.Thread(target=self._run, args=(job_id, config, stop), name=job_id, daemon=True).start()
+        threading.Thread(target=self._run, args=(job_id, config, start_step, stop), name=job_id, daemon=True).start()
 
     def stop(self, job_id: str) -> None:
         """After the step at hand."""
@@ -42,26 +50,66 @@ class JobThreads:
             self._stop[job_id].set()
 
     def stop_all(self) -> None:
+        """The cluster ends: jobs stay as the last checkpoint has them, so that the next start resumes them."""
+        self._closing = True
         for event in list(self._stop.values()):
             event.set()
 
-    def _run(self, job_id: str, config: JobConfig, stop: threading.Event) -> None:
+    def _run(self, job_id: str, config: JobConfig, start_step: int, stop: threading.Event) -> None:
+        step: int | None = start_step
         try:
-            run_job(config, self._router, self._documents(config), _Reporter(self._state, job_id), stop.is_set)
+            while step is not None:
+                step = self._run_from(job_id, config, step, stop)
+            if not self._closing:
+                self._checkpoints.after_job()
+        finally:
+            self._stop.pop(job_id, None)
+
+    def _run_from(self, job_id: str, config: JobConfig, step: int, stop: threading.Event) -> int | None:
+        """Where to go on from after lost groups came back; None: the job has ended, and that is reported."""
+        try:
+            self._run_steps(job_id, config, step, stop)
         except JobStopped:
-            self._end(lambda coordinator, now: coordinator.job_stopped(job_id, now))
+            if not self._closing:
+                self._end(lambda coordinator, now: coordinator.job_stopped(job_id, now))
         except MoeClusterError as error:
-            logger.warning("%s failed: %s", job_id, error)
-            text = str(error)
-            self._end(lambda coordinator, now: coordinator.job_failed(job_id, text, now))
+            return self._failed(job_id, error, stop)
         except Exception as error:
             logger.exception("%s failed", job_id)
             text = f"{type(error).__name__}: {error}"
             self._end(lambda coordinator, now: coordinator.job_failed(job_id, text, now))
         else:
             self._end(lambda coordinator, now: coordinator.job_finished(job_id, now))
-        finally:
-            self._stop.pop(job_id, None)
+        return None
+
+    def _run_steps(self, job_id: str, config: JobConfig, step: int, stop: threading.Event) -> None:
+        run_job(
+            config,
+            _JobRouter(self._router, self._checkpoints, job_id, step),
+            self._documents(config),
+            _Reporter(self._state, job_id),
+            stop.is_set,
+            start_step=step,
+            after_step=lambda done: self._checkpoints.after_step(job_id, done, stop.is_set),
+        )
+
+    def _failed(self, job_id: str, error: MoeClusterError, stop: threading.Event) -> int | None:
+        """As `_run_from`."""
+        text = str(error)
+        try:
+            if not self._closing and self._recovery.is_needed_after(error):
+                step = self._recovery.go_back(job_id, stop.is_set)
+                if step is not None:
+                    return step
+                text += "; the last checkpoint is not of this job"
+        except MoeClusterError as hopeless:
+            text += f"; {hopeless}"
+        if stop.is_set():
+            self._end(lambda coordinator, now: coordinator.job_stopped(job_id, now))
+        elif not self._closing:
+            logger.warning("%s failed: %s", job_id, text)
+            self._end(lambda coordinator, now: coordinator.job_failed(job_id, text, now))
+        return None
 
     def _end(self, report: Callable[[Coordinator, float], None]) -> None:
         with self._state.changing() as coordinator:
@@ -97,8 +145,9 @@ class RayRouter:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
-    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings = NO_BALANCE) -> None:
-        call(ROUTER, self._handle.begin_run.remote(optimizer, balance), STEP_TIMEOUT_S)
+    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings = NO_BALANCE) -> Course:
+        course: Course = call(ROUTER, self._handle.begin_run.remote(optimizer, balance), STEP_TIMEOUT_S)
+        return course
 
     def train_step(
         self, microbatches: Sequence[MicroBatch], *, lr: float, clip_norm: float, bias_speed: float = 0.0
@@ -116,3 +165,20 @@ class RayRouter:
 
     def export(self, directory: str) -> object:
         return call(ROUTER, self._handle.export.remote(directory), STEP_TIMEOUT_S)
+
+
+class _JobRouter(RayRouter):
+    """Of a job that has done `step` steps; checkpoints learn which job the router's steps belong to."""
+
+    def __init__(self, handle: Any, checkpoints: Checkpoints, job_id: str, step: int) -> None:
+        super().__init__(handle)
+        self._checkpoints, self._job_id, self._step = checkpoints, job_id, step
+
+    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings = NO_BALANCE) -> Course:
+        def begin() -> Course:
+            if self._step == 0:
+                return RayRouter.begin_run(self, optimizer, balance)
+            course: Course = call(ROUTER, self._handle.continue_run.remote(balance), STEP_TIMEOUT_S)
+            return course
+
+        return self._checkpoints.job_begins(self._job_id, begin, self._step)

@@ -38,6 +38,7 @@ def model_facts(config: ClusterConfig) -> ModelFacts:
         expert_bytes=sum(
             math.prod(shape) * model.dtype.itemsize for layer in model.layers for shape in layer.shapes().values()
         ),
+        architecture=type(model.model).__name__,
     )
 
 

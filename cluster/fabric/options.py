@@ -31,7 +31,7 @@ def expert_options(config: ClusterConfig) -> dict[str, Any]:
         "resources": {EXPERT_RESOURCE: 1},
         "scheduling_strategy": "SPREAD",
         "max_restarts": 0,
-        "max_concurrency": 4,
+        "max_concurrency": 16,  # one waits for the end; groups arrive while a snapshot is written and vitals are asked
         "runtime_env": {"env_vars": thread_env(config.experts.threads)},
     }
 

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 
-from actors.errors import MoeClusterError
+from actors.errors import InvalidInput, MoeClusterError
 from actors.values import Placement
 from cluster.backend import Operation
 from cluster.config import ExpertsConfig
@@ -52,6 +52,13 @@ class Scaling:
 
     def _check(self, coordinator: Coordinator, actors: int) -> None:
         """Takes the turn of the change that is about to begin, as its last act."""
+        if actors > (num_groups := coordinator.placement.num_groups):
+            raise InvalidInput(
+                f"is more than the {num_groups} expert groups, of which each actor holds one at least",
+                field="actors",
+                value=actors,
+                remedy=f"use at most {num_groups}",
+            )
         running, here = coordinator.operations.active(), coordinator.actors()
         check_scale(
             actors,
@@ -108,8 +115,9 @@ class Scaling:
     def _is_hurt(self, coordinator: Coordinator) -> bool:
         placement = coordinator.placement
         is_short = any(len(held) < self._config.redundancy for held in placement.holders)
-        # Without copies a group that is lost cannot come back by moving others.
-        return not placement.missing and (is_short or len(coordinator.actors()) < self._wanted)
+        # Without copies a group that is lost cannot come back by moving others. Those that were ended are out of the
+        # crew; who has not reported yet, as in the first moments, is in it.
+        return not placement.missing and (is_short or len(self._crew.experts()) < self._wanted)
 
     def _heal(self) -> None:
         try:
@@ -125,11 +133,10 @@ class Scaling:
 
     def _resize(self, wanted: int, report: Report) -> float:
         """-> longest wait of a step, in seconds."""
-        with self._state.reading() as coordinator:
-            actors = coordinator.actors()
-        if wanted > len(actors):
-            report(0.0, f"starting {wanted - len(actors)} expert actors")
-            self._start(wanted - len(actors))
+        missing = wanted - len(self._crew.experts())
+        if missing > 0:
+            report(0.0, f"starting {missing} expert actors")
+            self.start(missing)
         with self._state.reading() as coordinator:
             actors, placement = coordinator.actors(), coordinator.placement
         gone = actors_to_remove(placement, actors, wanted, self._config.redundancy) if wanted < len(actors) else ()
@@ -140,7 +147,13 @@ class Scaling:
         self._end(gone)
         return stall_s
 
-    def _start(self, count: int) -> None:
+    @property
+    def wanted(self) -> int:
+        """Expert actors there should be."""
+        return self._wanted
+
+    def start(self, count: int) -> None:
+        """Actors without groups, seen alive. `StartupError` if the nodes have no room for one of them: then none is."""
         names = [slot.id for slot in self._crew.start_experts(count)]
         try:
             with self._state.reading() as coordinator:

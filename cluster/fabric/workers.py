@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from actors.moe.settings import BalanceSettings
-from actors.values import Address, Placement, Sampling, StepReport, TokenEvent
+from actors.values import Address, Course, Placement, Sampling, SnapshotTaken, StepReport, TokenEvent
 from cluster.config import ClusterConfig, OptimizerConfig
 from cluster.control.coordinator import ModelFacts
 from cluster.fabric.calls import call
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from actors.transport.contract import Link
     from actors.transport.message import Message
     from actors.transport.socket import SocketServer
+    from cluster.checkpoint.manifest import Shard
+    from cluster.checkpoint.store import Draft, Found
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,21 @@ class ExpertWorker:
         for group in groups:
             self._host.leave_off(group)
 
+    def write_snapshot(self, draft: Draft) -> Shard:
+        """Beside steps. What was written is still in memory until `drop_snapshot`."""
+        from cluster.checkpoint.state import write_experts
+
+        return write_experts(draft, self._name, self._host.snapshot)
+
+    def drop_snapshot(self) -> None:
+        self._host.drop_snapshot()
+
+    def restore(self, groups: Sequence[int], found: Found, run: int) -> None:
+        """These groups as they were saved, and nothing else, from now on."""
+        from cluster.checkpoint.state import read_experts
+
+        self._host.restore(groups, read_experts(found), run)
+
     def cut(self, names: Sequence[str]) -> None:
         """Nothing is waited for from these actors any longer."""
         self._host.exchange.cut(names)
@@ -106,7 +123,7 @@ class ExpertWorker:
         return self._host.handle("ray", question)
 
     def vitals(self) -> dict[str, Any]:
-        return self._host.status()
+        return {**self._host.status(), "busy_s": self._server.busy_s}
 
     def wait_until_death(self) -> None:
         """Never returns: the caller's reference fails the moment this process is gone."""
@@ -182,11 +199,38 @@ class RouterWorker:
         threading.Event().wait()
 
     @ray.method(concurrency_group=TRAIN)
-    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings) -> None:
+    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings) -> Course:
         from actors.optim import OptimizerSettings
 
         values = asdict(optimizer)
-        self._router.begin_run(OptimizerSettings(**{k: values[k] for k in OptimizerSettings().to_dict()}), balance)
+        settings = OptimizerSettings(**{k: values[k] for k in OptimizerSettings().to_dict()})
+        return self._router.begin_run(settings, balance)
+
+    @ray.method(concurrency_group=TRAIN)
+    def continue_run(self, balance: BalanceSettings) -> Course:
+        return self._router.continue_run(balance)
+
+    @ray.method(concurrency_group=TRAIN)
+    def take_snapshot(self) -> SnapshotTaken:
+        return self._router.take_snapshot()
+
+    @ray.method(concurrency_group=CONTROL)
+    def write_snapshot(self, draft: Draft) -> Shard:
+        """As of an expert actor."""
+        from cluster.checkpoint.state import write_router
+
+        return write_router(draft, ROUTER, self._router.snapshot)
+
+    @ray.method(concurrency_group=CONTROL)
+    def drop_snapshot(self) -> None:
+        self._router.drop_snapshot()
+
+    @ray.method(concurrency_group=TRAIN)
+    def restore(self, placement: Placement, experts: Sequence[ExpertContact], found: Found, run: int) -> None:
+        """After the expert actors of this placement."""
+        from cluster.checkpoint.state import read_router
+
+        self._router.restore(self._roster(placement, experts), read_router(found), run)
 
     @ray.method(concurrency_group=TRAIN)
     def train_step(
@@ -227,6 +271,11 @@ class RouterWorker:
     @ray.method(concurrency_group=CONTROL)
     def vitals(self) -> dict[str, Any]:
         return self._router.vitals()
+
+    @ray.method(concurrency_group=CONTROL)
+    def course(self) -> Course:
+        """Of now."""
+        return self._router.course
 
     @ray.method(concurrency_group=SERVE)
     def logits(self, ids: MicroBatch) -> Any:

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 class RouterPort(Protocol):
     """What a job needs of a router, wherever it runs."""
 
-    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings) -> None: ...
+    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings) -> object: ...
 
     def train_step(
         self, microbatches: Sequence[MicroBatch], *, lr: float, clip_norm: float, bias_speed: float
@@ -58,16 +58,27 @@ def run_job(
     documents: Documents,
     reporter: Reporter,
     should_stop: Callable[[], bool],
+    *,
+    start_step: int = 0,
+    after_step: Callable[[int], object] = lambda step: None,
 ) -> None:
-    """Runs every step. Raises what the router raises; what was committed stays committed."""
+    """Runs every step after `start_step`. Raises what the router raises; what was committed stays committed.
+
+    With a `start_step` the router has the state after that step, and the job goes on at the batch that is next.
+    `after_step` is called between steps, also before the first, with the number of those that are done; it may wait.
+    """
     heldout: list[MicroBatch] = []
     if config.eval.every_steps and config.data.heldout_every:
         heldout = evaluation_batches(documents.heldout(), config.batch, documents.eos_id, config.eval.batches)
     router.begin_run(config.optimizer, config.balance)
-    _evaluate(router, heldout, reporter, 0)
+    if start_step == 0:
+        _evaluate(router, heldout, reporter, 0)
+        after_step(0)
     shuffle_seed = config.data.seed if config.data.shuffle else None
-    batches = StepBatches(documents.train(), config.batch, documents.eos_id, shuffle_seed=shuffle_seed)
-    for step in range(1, config.steps + 1):
+    batches = StepBatches(
+        documents.train(), config.batch, documents.eos_id, shuffle_seed=shuffle_seed, start_step=start_step
+    )
+    for step in range(start_step + 1, config.steps + 1):
         if should_stop():
             raise JobStopped
         started = time.monotonic()
@@ -84,6 +95,7 @@ def run_job(
         reporter.step_committed(step, _metrics(report, lr, time.monotonic() - started), report.load_LE)
         if config.eval.every_steps and (step % config.eval.every_steps == 0 or step == config.steps):
             _evaluate(router, heldout, reporter, step)
+        after_step(step)
 
 
 def _evaluate(router: RouterPort, heldout: list[MicroBatch], reporter: Reporter, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Literal
 
 import pytest
@@ -67,6 +68,26 @@ def test_losses_equal_those_of_an_undisturbed_run(
         assert retries == 0
     elif op != "commit":
         assert retries == 1
+
+
+def test_nobody_waits_for_answers_that_were_forgotten(source: ModelSource) -> None:
+    """An attempt fails while answers to the commit before it are still unread: they are asked for again at once."""
+    deadline_s = 30.0
+    scripted: list[Link] = []
+
+    def wrap(actor: int, link: Link) -> Link:
+        if actor == 1 and not scripted:
+            # Each step asks for four forwards: two micro-batches of two layers.
+            scripted.append(FaultyLink(link, [Fault("forward", 5, "close")]))
+            return scripted[0]
+        return link
+
+    with cluster(source, 2, links="socket", wrap=wrap, timeout_s=deadline_s) as local:
+        local.router.begin_run(OptimizerSettings())
+        started = time.monotonic()
+        reports = [local.router.train_step(b, lr=1e-2, clip_norm=1.0) for b in BATCHES[:2]]
+        assert [r.retries for r in reports] == [0, 1]
+        assert time.monotonic() - started < deadline_s / 2, "a wait ran into its deadline"
 
 
 @pytest.mark.parametrize("kind", ["drop_question", "close"])

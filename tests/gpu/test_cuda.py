@@ -22,6 +22,7 @@ from actors.router import Router
 from actors.transport.socket import SocketLink, SocketServer
 from actors.trunk.model import ModelSource
 from actors.values import Address, Placement, Sampling
+from tests.contract.test_copies import copies_agree
 from tests.families import FAMILIES, save
 from tests.local import cluster
 
@@ -117,3 +118,29 @@ def test_a_model_goes_out_of_the_device_and_comes_in_again(tmp_path: Path) -> No
         expected = local.router.logits(IDS).cpu()
     with cluster(ModelSource(path=str(tmp_path / "out")), 2) as local:
         torch.testing.assert_close(local.router.logits(IDS), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_copies_on_the_device_stay_equal_and_take_over(tmp_path: Path) -> None:
+    source = ModelSource(path=str(save("deepseek_v3", tmp_path / "m", torch.float32)))
+    with cluster(source, 3, device="cuda", redundancy=2, heals=True) as local:
+        local.router.begin_run(OptimizerSettings())
+        got = []
+        for number, batch in enumerate(BATCHES):
+            if number == 2:
+                local.members["expert-1"].kill()
+            got.append(local.router.train_step(batch, lr=1e-3, clip_norm=1.0).loss)
+            copies_agree(local)
+    torch.testing.assert_close(got, losses(source, "cpu"), rtol=1e-3, atol=0)
+
+
+def test_a_group_moves_from_device_to_device(tmp_path: Path) -> None:
+    source = ModelSource(path=str(save("deepseek_v3", tmp_path / "m", torch.float32)))
+    with cluster(source, 2, device="cuda") as local:
+        local.router.begin_run(OptimizerSettings())
+        got = []
+        for number, batch in enumerate(BATCHES):
+            if number == 1:
+                local.adopt("01", "1", "10", "0")
+            got.append(local.router.train_step(batch, lr=1e-3, clip_norm=1.0).loss)
+            copies_agree(local)
+    torch.testing.assert_close(got, losses(source, "cpu"), rtol=1e-3, atol=0)

@@ -31,7 +31,14 @@ WAIT_S = 60.0
 
 
 def config_in(root: Path, **overrides: object) -> ClusterConfig:
-    values = {"model": "tiny", "experts.group_size": 2, "front.port": 0, "storage.root": str(root), **overrides}
+    values = {
+        "model": "tiny",
+        "experts.group_size": 2,
+        "front.port": 0,
+        "storage.root": str(root),
+        "checkpoint.every_steps": 0,
+        **overrides,
+    }
     return load_cluster(find_config("local_cpu"), values)
 
 

@@ -35,6 +35,7 @@ def config_in(root: Path, **overrides: object) -> ClusterConfig:
         "router.dtype": "float64",
         "front.port": 0,
         "storage.root": str(root),
+        "checkpoint.every_steps": 0,
         **overrides,
     }
     return load_cluster(find_config("local_cpu"), values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -14,10 +15,11 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 
 from actors.errors import InvalidInput
 from actors.values import Placement
-from cluster.backend import ActorStatus, JobEvent, JobState
+from cluster.backend import ActorStatus, Job, JobEvent, JobState
 from cluster.config import BatchConfig, EvalConfig, JobConfig
 from cluster.control.coordinator import Coordinator, Limits, ModelFacts
 from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
+from cluster.control.jobtable import job_of_dict, job_to_dict
 from cluster.control.load import LoadLE
 from cluster.errors import AlreadyExists, ConfigError, FailedPrecondition, NotFound, ResourceExhausted
 from cluster.placement.placement import ActorSlot, spread
@@ -657,3 +659,66 @@ class CoordinatorMachine(RuleBasedStateMachine):
 
 TestCoordinatorMachine = CoordinatorMachine.TestCase
 TestCoordinatorMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+# --- Checkpoints -------------------------------------------------------------------------------------------------
+
+
+def saved_job(state: JobState, step: int) -> Job:
+    return Job("job-7", "mine", SHORT, state, step, created_s=1.0, started_s=2.0, last_event=40)
+
+
+def test_a_job_of_before_a_restart_goes_on_after_its_step() -> None:
+    coordinator = make()
+    coordinator.resumed(12, saved_job(JobState.RUNNING, 2), "resumed version 12", 5.0)
+    assert coordinator.status().version == 12
+    assert coordinator.submit(SHORT, "mine", 6.0).id == "job-7"
+    assert coordinator.step(6.0) == [StartJob("job-7", SHORT, start_step=2)]
+    coordinator.step_committed("job-7", 3, {"loss": 1.0}, 7.0)
+    coordinator.job_finished("job-7", 8.0)
+    assert coordinator.job("job-7").state is JobState.SUCCEEDED
+    assert coordinator.status().version == 13
+    events, _ = coordinator.job_events("job-7", 0, 100)
+    assert [event.number for event in events] == list(range(41, 41 + len(events)))
+    assert coordinator.submit(SHORT, "another", 9.0).id == "job-8"
+
+
+@pytest.mark.parametrize(
+    ("state", "becomes"), [(JobState.SUCCEEDED, JobState.SUCCEEDED), (JobState.CANCELLING, JobState.CANCELLED)]
+)
+def test_a_job_that_had_ended_is_known_and_not_started(state: JobState, becomes: JobState) -> None:
+    coordinator = make()
+    coordinator.resumed(12, saved_job(state, 2), "resumed version 12", 5.0)
+    assert coordinator.step(6.0) == []
+    assert coordinator.submit(SHORT, "mine", 6.0).state is becomes
+
+
+def test_lost_groups_come_back_and_steps_run_again() -> None:
+    coordinator = make()
+    coordinator.can_restore = True
+    job = start(coordinator)
+    commit(coordinator, job, 2)
+    coordinator.actor_lost("e1", 3.0, "killed")
+    assert coordinator.job(job).state is JobState.RUNNING
+    status = coordinator.status()
+    assert not status.ready
+    assert status.message == "restoring groups 2, 3 from the last checkpoint"
+    placement = spread(8, 2, SLOTS[:1], epoch=coordinator.placement.epoch + 1)
+    coordinator.restored(placement, 1, {job: 1}, "restored version 1", 4.0)
+    assert coordinator.status().ready
+    assert (coordinator.job(job).step, coordinator.status().version) == (1, 1)
+    for step in (2, 3):
+        coordinator.step_committed(job, step, {"loss": 1.0}, 5.0)
+    coordinator.job_finished(job, 6.0)
+    events, _ = coordinator.job_events(job, 0, 100)
+    assert [event.number for event in events] == list(range(1, len(events) + 1))
+    assert [event.step for event in events if event.kind == "step"] == [1, 2, 2, 3]
+    assert [event.message for event in events if event.kind == "note"][-1] == "restored version 1"
+    assert coordinator.status().version == 3
+
+
+def test_a_saved_job_survives_json() -> None:
+    job = saved_job(JobState.RUNNING, 2)
+    assert job_of_dict(json.loads(json.dumps(job_to_dict(job))), "test") == job
+    with pytest.raises(InvalidInput, match="test: holds a job that cannot be read"):
+        job_of_dict({"id": "job-1"}, "test")

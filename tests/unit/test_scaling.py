@@ -362,6 +362,7 @@ def test_those_with_the_fewest_groups_go_first() -> None:
     assert actors_to_remove(placement, slots("a1 b2 c3"), 2, redundancy=1) == ("b",)
     assert actors_to_remove(placement, slots("a1 b2 c3 d3"), 2, redundancy=1) == ("d", "b"), "d holds nothing"
     assert actors_to_remove(placement, slots("a1 b2 c3"), 3, redundancy=1) == ()
+    assert actors_to_remove(placement, slots("a1 c1 b2"), 2, redundancy=1) == ("b",), "however full its node is"
 
 
 def test_a_group_with_copies_enough_does_not_move() -> None:
@@ -374,14 +375,16 @@ def test_a_group_with_copies_enough_does_not_move() -> None:
 def test_a_group_that_has_copies_too_few_counts_as_a_move() -> None:
     placement = Placement(1, (("a", "b"), ("a", "b"), ("a", "b", "c")), 1)
     assert actors_to_remove(placement, slots("a1 b2 c3"), 2, redundancy=2) == ("c",)
-    placement = Placement(1, (("a", "b", "c"), ("a", "b"), ("b", "a"), ("c", "a", "b"), ("c", "b", "a")), 1)
-    assert actors_to_remove(placement, slots("c3 a1 b2"), 2, redundancy=2) == ("c",), "a and b have copies to replace"
+    placement = Placement(1, (("a", "b"), ("c", "b", "d"), ("d", "c", "b")), 1)
+    assert actors_to_remove(placement, slots("a1 b2 c3 d4"), 3, redundancy=2) == ("d",), "a holds less, but moves more"
 
 
 def test_nodes_are_kept_for_redundancy() -> None:
     placement = spread(8, 1, slots("a1 b1 c1 d2"))
     assert actors_to_remove(placement, slots("a1 b1 c1 d2"), 2, redundancy=2) == ("c", "b")
     assert actors_to_remove(placement, slots("a1 b1 c1 d2"), 1, redundancy=2) == ("c", "b", "d")
+    placement = spread(9, 1, slots("a1 b1 c1"))
+    assert actors_to_remove(placement, slots("a1 b1 c1 d2"), 2, redundancy=2) == ("c", "b"), "though d holds nothing"
 
 
 def test_of_equal_ones_the_newest_on_the_fullest_node_goes() -> None:

@@ -1,0 +1,189 @@
+"""Back to the last checkpoint: at the start of a cluster, and when expert groups have no holder any more."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from actors.errors import InvalidInput, LinkError, MoeClusterError, StepAborted
+from actors.values import Course, Placement
+from cluster.control.rebalancing import named
+from cluster.errors import StartupError, Unavailable
+from cluster.fabric.calls import call
+from cluster.fabric.changes import Changes
+from cluster.fabric.checkpoints import Checkpoints, job_in, sentence
+from cluster.fabric.crew import Crew
+from cluster.fabric.guarded import Guarded
+from cluster.fabric.options import EXPERT_RESOURCE, ROUTER
+from cluster.fabric.scaling import Scaling
+from cluster.placement.placement import ActorSlot, spread
+
+if TYPE_CHECKING:
+    from cluster.checkpoint.store import Found
+
+logger = logging.getLogger(__name__)
+
+LOAD_TIMEOUT_S = 3600.0
+AGAIN_S = 2.0
+"""After an attempt that failed, e.g. since another actor died."""
+NOTICED_S = 3.0
+"""An error may come before the death that is behind it is known."""
+
+
+def load_experts(crew: Crew, placement: Placement, found: Found, run: int) -> None:
+    """Every expert actor gives up what it holds and takes its groups from the checkpoint."""
+    loading = {
+        contact.name: handle.restore.remote(placement.held_by(contact.name), found, run)
+        for contact, handle in crew.experts()
+    }
+    for name, ref in loading.items():
+        call(name, ref, LOAD_TIMEOUT_S)
+
+
+def load_router(crew: Crew, placement: Placement, found: Found, run: int) -> None:
+    """After `load_experts`."""
+    ref = crew.router.restore.remote(placement, crew.contacts(placement), found, run)
+    call(ROUTER, ref, LOAD_TIMEOUT_S)
+
+
+class Recovery:
+    """With a job that runs it is its thread that carries out the return, since it cannot go on before; else one of its
+    own."""
+
+    def __init__(
+        self,
+        state: Guarded,
+        crew: Crew,
+        changes: Changes,
+        scaling: Scaling,
+        checkpoints: Checkpoints,
+        redundancy: int,
+    ) -> None:
+        self._state, self._crew, self._changes, self._scaling = state, crew, changes, scaling
+        self._checkpoints, self._redundancy = checkpoints, redundancy
+        self._thread: threading.Thread | None = None
+
+    def is_needed_after(self, error: MoeClusterError) -> bool:
+        """Whether a step failed for this reason: no actor holds some groups any more, and they can come back."""
+        if not isinstance(error, LinkError | StepAborted | Unavailable):
+            return False
+        return self._state.wait_for(lambda c: bool(c.can_restore and c.placement.missing), NOTICED_S)
+
+    def heal(self) -> None:
+        """To be called often: begins where no job will."""
+        if self._thread is not None and self._thread.is_alive():
+            return
+        with self._state.reading() as coordinator:
+            if coordinator.active_job() or not (coordinator.can_restore and coordinator.placement.missing):
+                return
+        self._thread = threading.Thread(target=self._heal, name="recovery", daemon=True)
+        self._thread.start()
+
+    def _heal(self) -> None:
+        try:
+            self.go_back(None, lambda: False)
+        except MoeClusterError as error:
+            logger.error("no return to a checkpoint: %s", error)
+        except Exception:
+            logger.exception("the return to a checkpoint stumbled")
+
+    def go_back(self, job_id: str | None, should_stop: Callable[[], bool]) -> int | None:
+        """Tries until all groups are back. -> step after which the job goes on; None if it is not in the checkpoint, or
+        was told to stop before.
+
+        `InvalidInput` if no checkpoint can be used: nothing will be tried again.
+        """
+        try:
+            while not should_stop():
+                if self._changes.try_begin("the return to a checkpoint"):
+                    try:
+                        return self._go_back(job_id)
+                    except InvalidInput:
+                        with self._state.changing() as coordinator:
+                            coordinator.can_restore = False
+                        raise
+                    except MoeClusterError as error:
+                        logger.warning("not back at a checkpoint yet: %s", error)
+                        self._tell(str(error))
+                    finally:
+                        self._changes.end()
+                time.sleep(AGAIN_S)
+            return None
+        finally:
+            self._tell("")
+
+    def _go_back(self, job_id: str | None) -> int | None:
+        found = self._find()
+        with self._state.reading() as coordinator:
+            before = coordinator.placement
+        placement = self._placement(before)
+        course: Course = call(ROUTER, self._crew.router.course.remote(), LOAD_TIMEOUT_S)
+        try:
+            load_experts(self._crew, placement, found, course.run + 1)
+            load_router(self._crew, placement, found, course.run + 1)
+        except InvalidInput as error:  # damaged since it was verified: the next try falls back
+            raise Unavailable(str(error)) from error
+        return self._report(before, placement, found, job_id)
+
+    def _find(self) -> Found:
+        """`Unavailable` while the storage is out of reach, `InvalidInput` if nothing there can be used."""
+        vault = self._checkpoints.vault
+        try:
+            found = vault.newest()
+        except InvalidInput as error:
+            if isinstance(error.__cause__, OSError):
+                raise Unavailable(str(error)) from error
+            raise
+        if found is None:
+            raise InvalidInput("holds no checkpoint any more", field=vault.url)
+        return found
+
+    def _placement(self, before: Placement) -> Placement:
+        """Over those that live, and new ones where there is room for them now; later ones get theirs by healing."""
+        with self._state.reading() as coordinator:
+            actors = list(coordinator.actors())
+        free = int(ray.available_resources().get(EXPERT_RESOURCE, 0))
+        if (count := min(self._scaling.wanted - len(actors), free)) > 0:
+            try:
+                self._scaling.start(count)
+            except StartupError as error:
+                logger.warning("goes on without new actors: %s", error)
+            with self._state.reading() as coordinator:
+                actors = list(coordinator.actors())
+        return self._spread(before, actors[: before.num_groups])
+
+    def _spread(self, before: Placement, actors: list[ActorSlot]) -> Placement:
+        if not actors:
+            raise Unavailable("no expert actor is left, and no node has room for a new one; waiting")
+        # Fewer copies than there should be are made up for by healing, as are actors that hold more than they may.
+        redundancy = min(self._redundancy, len({actor.node for actor in actors}))
+        return spread(before.num_experts, before.group_size, actors, redundancy, before.epoch + 1)
+
+    def _report(self, before: Placement, placement: Placement, found: Found, job_id: str | None) -> int | None:
+        saved = job_in(found)
+        steps = {saved.id: saved.step} if saved and saved.id == job_id else {}
+        with self._state.changing() as coordinator:
+            if coordinator.placement != before:
+                raise Unavailable("an actor died meanwhile")
+            lost = coordinator.status().version - found.manifest.version
+            message = f"restored {sentence(found)} after the loss of {named(before.missing)}, {lost} steps run again"
+            coordinator.restored(placement, found.manifest.version, steps, message, time.time())
+        logger.warning(message)
+        return steps.get(job_id or "")
+
+    def _tell(self, notice: str) -> None:
+        with self._state.changing() as coordinator:
+            coordinator.notice = notice
+
+
+def begin_from(state: Guarded, found: Found) -> None:
+    """At the start: what the checkpoint says of version and job becomes the coordinator's."""
+    job: Any = job_in(found)
+    with state.changing() as coordinator:
+        coordinator.can_restore = True
+        coordinator.resumed(found.manifest.version, job, f"resumed {sentence(found)}", time.time())

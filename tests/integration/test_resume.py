@@ -1,0 +1,265 @@
+"""Over Ray: everything is killed and started again, or groups die without a copy; a job cannot tell from its losses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from actors.errors import InvalidInput, MoeClusterError
+from actors.moe.settings import BalanceSettings
+from cluster.backend import JobEvent, JobState
+from cluster.config import BatchConfig, ClusterConfig, DataConfig, EvalConfig, JobConfig, OptimizerConfig
+from cluster.configfile import find_config, load_cluster
+from cluster.serve import served
+from cluster.service.client import Client
+
+pytestmark = pytest.mark.timeout(500)
+WAIT_S = 90.0
+STEPS = 60
+JOB = JobConfig(
+    steps=STEPS,
+    batch=BatchConfig(sequences=2, sequence_length=32),
+    optimizer=OptimizerConfig(lr=3e-3),
+    data=DataConfig(heldout_every=20),
+    eval=EvalConfig(every_steps=20, batches=1),
+    balance=BalanceSettings(bias_speed=0.001),
+)
+
+
+def config_in(root: Path, **overrides: object) -> ClusterConfig:
+    values = {
+        "model": "tiny",
+        "experts.group_size": 1,
+        "experts.actors": 2,
+        "ray.nodes": 2,
+        "router.dtype": "float64",
+        "front.port": 0,
+        "storage.root": str(root),
+        "checkpoint.every_steps": 15,
+        **overrides,
+    }
+    return load_cluster(find_config("local_cpu"), values)
+
+
+@contextmanager
+def running(config: ClusterConfig) -> Iterator[Client]:
+    with served(config) as service, Client(service.target) as client:
+        yield client
+
+
+def finish(client: Client, job_id: str) -> list[JobEvent]:
+    events = list(client.watch_job(job_id))
+    job = client.get_job(job_id)
+    assert job.state is JobState.SUCCEEDED, job.error
+    assert job.step == STEPS
+    assert [event.number for event in events] == list(range(events[0].number, events[0].number + len(events)))
+    return events
+
+
+def losses(events: Sequence[JobEvent]) -> dict[int, float]:
+    """The last loss of each step, of steps that ran again."""
+    return {event.step: event.metrics["loss"] for event in events if event.kind == "step"}
+
+
+def heldout(events: Sequence[JobEvent]) -> dict[int, float]:
+    return {event.step: event.metrics["heldout_loss"] for event in events if event.kind == "eval"}
+
+
+def same(events: Sequence[JobEvent], unbroken: Sequence[JobEvent]) -> None:
+    """Of those steps that were seen."""
+    for measured, expected in ((losses(events), losses(unbroken)), (heldout(events), heldout(unbroken))):
+        assert measured
+        assert measured == pytest.approx({step: expected[step] for step in measured}, rel=1e-9)
+
+
+def watch_to(client: Client, job_id: str, step: int) -> list[JobEvent]:
+    seen = []
+    for event in client.watch_job(job_id):
+        seen.append(event)
+        if event.step >= step:
+            break
+    return seen
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> list[JobEvent]:
+    with running(config_in(tmp_path_factory.mktemp("s"), **{"checkpoint.every_steps": 0})) as client:
+        return finish(client, client.submit_job(JOB).id)
+
+
+VICTIM = """
+import sys
+from pathlib import Path
+from tests.integration.test_resume import JOB, config_in, running, watch_to
+with running(config_in(Path(sys.argv[1]))) as client:
+    job = client.submit_job(JOB, request_id="mine")
+    for event in watch_to(client, job.id, 40):
+        print(event.kind, event.step, event.metrics.get("loss", 0.0).hex(), flush=True)
+    print("far enough", flush=True)
+    sys.stdin.read()
+"""
+
+
+def kill_everything(root: Path) -> dict[int, float]:
+    """A cluster in a process of its own, kill -9 of all of it after 40 steps. -> losses so far."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", VICTIM, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    seen = {}
+    for line in process.stdout:
+        if line.startswith("far enough"):
+            break
+        kind, step, loss = line.split()
+        if kind == "step":
+            seen[int(step)] = float.fromhex(loss)
+    everybody = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for victim in everybody:
+        with suppress(psutil.NoSuchProcess):
+            victim.kill()
+    psutil.wait_procs(everybody, timeout=WAIT_S)
+    process.wait(WAIT_S)
+    return seen
+
+
+def test_after_kill_9_of_everything_the_job_goes_on_with_another_number_of_actors(
+    tmp_path: Path, unbroken: list[JobEvent]
+) -> None:
+    seen = kill_everything(tmp_path)
+    assert len(seen) >= 40
+    with running(config_in(tmp_path, **{"experts.actors": 3, "ray.nodes": 3, "experts.group_size": 2})) as client:
+        job = client.submit_job(JOB, request_id="mine")
+        assert job.id == "job-1"
+        events = finish(client, job.id)
+        assert client.status().version == STEPS
+        first = min(losses(events))
+        assert 1 < first <= 41
+        assert "resumed version" in events[0].message or any("resumed version" in e.message for e in events)
+        same(events, unbroken)
+        assert seen == pytest.approx({step: losses(unbroken)[step] for step in seen}, rel=1e-9)
+    # After the end there is nothing to resume, and the job is still known.
+    with running(config_in(tmp_path)) as client:
+        assert client.status().version == STEPS
+        job = client.submit_job(JOB, request_id="mine")
+        assert (job.state, job.step) == (JobState.SUCCEEDED, STEPS)
+    with (
+        pytest.raises(MoeClusterError, match=r"model\.dtype"),
+        running(config_in(tmp_path, **{"router.dtype": "float32"})),
+    ):
+        pass
+
+
+def kill_an_expert_actor(client: Client) -> str:
+    victim = next(actor for actor in client.status().actors if actor.role == "expert" and actor.state == "ready")
+    os.kill(victim.pid, signal.SIGKILL)
+    return victim.id
+
+
+def test_groups_without_a_copy_come_back_from_the_last_checkpoint(tmp_path: Path, unbroken: list[JobEvent]) -> None:
+    with running(config_in(tmp_path)) as client:
+        job = client.submit_job(JOB)
+        watch_to(client, job.id, 25)
+        victim = kill_an_expert_actor(client)
+        events = finish(client, job.id)
+        same(events, unbroken)
+        steps = [event.step for event in events if event.kind == "step"]
+        assert len(steps) > STEPS, "some ran again"
+        notes = [event.message for event in events if event.kind == "note"]
+        assert any(victim in note and "the last checkpoint brings them back" in note for note in notes)
+        assert any("restored version" in note and "steps run again" in note for note in notes)
+        deadline = time.monotonic() + WAIT_S
+        while len({actor.id for actor in client.status().actors if actor.state == "ready"}) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert client.status().version == STEPS
+        # Without a job the cluster goes back by itself.
+        victim = kill_an_expert_actor(client)
+        deadline = time.monotonic() + WAIT_S
+        while victim in client.status().owners.values() or not client.status().ready or client.status().message:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert client.status().version == STEPS
+        assert len(list(client.generate("def "))) > 0
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path) -> None:
+    job = replace(JOB, steps=20)
+    with running(config_in(tmp_path)) as client:
+        list(client.watch_job(client.submit_job(job, request_id="mine").id))
+        deadline = time.monotonic() + WAIT_S
+        while not list((tmp_path / "checkpoints").glob("step-0000000020*")):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    (newest,) = (tmp_path / "checkpoints").glob("step-0000000020*")
+    shard = newest / "expert-0.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with running(config_in(tmp_path)) as client:
+        known = client.submit_job(job, request_id="mine")
+        events = list(client.watch_job(known.id))
+        assert any("expert-0.safetensors is truncated" in event.message for event in events)
+        assert client.get_job(known.id).step == 20
+    for manifest in (tmp_path / "checkpoints").glob("step-*/manifest.json"):
+        manifest.write_text("{")
+    with pytest.raises(InvalidInput, match="no checkpoint can be used"), running(config_in(tmp_path)):
+        pass
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("a file system of its own takes the right to mount one")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(file: Path) -> None:
+    with suppress(OSError), file.open("wb", buffering=0) as handle:
+        for size in (1 << 20, 1 << 12):
+            with suppress(OSError):
+                while handle.write(bytes(size)) == size:
+                    pass
+
+
+def wait_for_message(client: Client, job_id: str, text: str) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while text not in client.status().message:
+        assert time.monotonic() < deadline, client.get_job(job_id)
+        time.sleep(0.1)
+
+
+def test_a_full_disk_pauses_the_job_and_nothing_else(
+    tmp_path: Path, small_disk: Path, unbroken: list[JobEvent]
+) -> None:
+    with running(config_in(tmp_path, **{"checkpoint.url": f"file://{small_disk}/here"})) as client:
+        job = client.submit_job(JOB)
+        watch_to(client, job.id, 2)
+        fill(small_disk / "filler")
+        wait_for_message(client, job.id, f"paused: no room for a checkpoint at {small_disk}/here; waiting")
+        step = client.get_job(job.id).step
+        assert client.status().ready
+        assert len(list(client.generate("def "))) > 0
+        assert client.get_job(job.id).step == step < STEPS
+        (small_disk / "filler").unlink()
+        events = finish(client, job.id)
+        same(events, unbroken)
+        assert client.status().message == ""
+        assert any("there is room again" in event.message for event in events)
+        filled = client.submit_job(JOB)
+        watch_to(client, filled.id, 2)
+        fill(small_disk / "filler")
+        wait_for_message(client, filled.id, "paused")
+        client.cancel_job(filled.id)
+        list(client.watch_job(filled.id))
+        assert client.get_job(filled.id).state is JobState.CANCELLED
