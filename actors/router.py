@@ -93,6 +93,8 @@ class Router:
         self._serving_lock = threading.Lock()
         self._settings = OptimizerSettings()
         self._optimizer = self._new_optimizer()
+        self._memory_bytes = self._measure()
+        """With gradients and moments once there was a step."""
         self.snapshot: Snapshot[str] | None = None
         """The last one that was taken, until `drop_snapshot`."""
         self._training.connect(roster.peers)
@@ -218,6 +220,7 @@ class Router:
             scale_gradients(self._parameters(), scale)
             set_lr(self._optimizer, lr)
             self._optimizer.step()
+            self._memory_bytes = self._measure()
             self._optimizer.zero_grad(set_to_none=True)
             self.routing.update_bias(self._training.load_LE, bias_speed)
             self.version = step
@@ -458,18 +461,22 @@ class Router:
 
     def vitals(self) -> dict[str, Any]:
         """Cheap, without asking anybody: version, memory in bytes, link kind of each expert actor."""
-        tensors: list[Tensor] = [*self._parameters()]
-        tensors += [p.grad for p in self._parameters() if p.grad is not None]
-        moments = [state.values() for state in list(self._optimizer.state.values())]
-        tensors += [t for values in moments for t in list(values) if isinstance(t, Tensor)]
         num_waiting, queue_s = self._engine.queue()
         return {
             "num_waiting": num_waiting,
             "queue_s": queue_s,
             "version": self.version,
-            "memory_bytes": sum(t.numel() * t.element_size() for t in tensors),
+            "memory_bytes": self._memory_bytes,
             "links": {name: link.kind for name, link in list(self._training.links.items())},
         }
+
+    def _measure(self) -> int:
+        """Bytes of parameters, gradients and optimizer state. By the thread that trains alone: a gradient that another
+        thread reads while autograd replaces it may be gone already."""
+        tensors: list[Tensor] = [*self._parameters()]
+        tensors += [p.grad for p in self._parameters() if p.grad is not None]
+        tensors += [t for state in self._optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def replace_weights(self, path: str) -> None:
         """Trunk and experts from another directory of the same architecture; optimizer moments start anew."""

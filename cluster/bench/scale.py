@@ -25,6 +25,8 @@ WAYS = ((2, (3, 2)), (4, (8, 6)))
 NUM_STREAMS = 16
 PROMPT, SAMPLING = "def main(", SamplingParams(max_tokens=64)
 QUIET_S = 10.0
+START_TIMEOUT_S = 300.0
+"""Four processes that import torch beside a training job take minutes on two cores."""
 JOB = JobConfig(
     steps=10**6,
     batch=BatchConfig(sequences=4, sequence_length=64),
@@ -56,7 +58,8 @@ def bench_scale(config: ClusterConfig, *, rounds: int, progress: Callable[[str],
         most = max(first, *targets)
         experts = replace(config.experts, actors=first, max_actors=most, min_actors=1, group_size=1)
         progress(f"starting {first} expert actors")
-        with served(replace(config, experts=experts, front=replace(config.front, port=0))) as service:
+        ray = replace(config.ray, start_timeout_s=START_TIMEOUT_S)
+        with served(replace(config, ray=ray, experts=experts, front=replace(config.front, port=0))) as service:
             rows += _ways(service.target, [first, *targets] * rounds, progress)
     return Report("scale", rows)
 
