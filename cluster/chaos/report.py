@@ -1,0 +1,266 @@
+"""The figures of a run: interruption a kind, retained throughput, lost work, equality, leaks. Pure."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean, median
+from typing import Any
+
+from cluster.chaos.record import Commit, Phase, Record, Request, Span, Strike, Vitals
+from cluster.control.ledger import summed_up
+
+AFTER_S = 2.0
+"""A wait that begins so long after all is whole again still counts for the fault."""
+MB = 1e6
+LOSS_LIMIT = {"float64": 1e-6, "float32": 1e-3}
+"""Relative. Sums of other parts round otherwise, and training makes more of it each step. Also in float64: the norms
+and gates of transformers compute in float32, where a difference of 1e-16 sooner or later becomes one of 1e-8."""
+
+
+def summary(record: Record) -> dict[str, Any]:
+    """As `moe-cluster chaos --json` prints it; what the run did not come to measure is None."""
+    return {
+        "minutes": round(sum(span.end_s - span.start_s for span in record.spans.values()) / 60, 2),
+        "faults": len(record.strikes),
+        "interruption_s": _by_kind(record, _training_interruption(record)),
+        "serving_interruption_s": _by_kind(record, _serving_interruption(record)),
+        "recovery_s": _by_kind(record, lambda strike: _recovery_s(strike)),
+        "held_back_s": sum(strike.held_back_s for strike in record.strikes),
+        "usual": usual(record),
+        **throughput(record),
+        "requests": _requests(record.requests),
+        "tokens_wrong": tokens_wrong(record),
+        "steps": len(record.commits),
+        "steps_replayed": sum(commit.retries for commit in record.commits),
+        "updates_lost": sum(entry.updates_lost for entry in record.ledger),
+        "loss_rel_diff_max": loss_rel_diff_max(record),
+        "leaks": leaks(record),
+        "ledger": _ledger(record),
+        "problems": problems(record),
+        "interrupted": record.interrupted,
+    }
+
+
+# --- Interruptions -----------------------------------------------------------------------------------------------
+
+
+def interruption_s(waits: Iterable[Span], start_s: float, end_s: float, usual_s: float) -> float | None:
+    """Longest of the waits that reach into the time from `start_s` to `end_s`, less what is usual. None without any."""
+    touching = [wait.end_s - wait.start_s for wait in waits if wait.end_s >= start_s and wait.start_s <= end_s]
+    return max(0.0, max(touching) - usual_s) if touching else None
+
+
+def step_waits(record: Record) -> list[Span]:
+    """From commit to commit, and from the last one to the end of training: a job that hangs is seen there."""
+    times = [commit.time_s for commit in record.commits]
+    if times and "training" in record.spans:
+        times.append(max(times[-1], record.spans["training"].end_s))
+    return [Span(a, b) for a, b in itertools.pairwise(times)]
+
+
+def usual(record: Record) -> dict[str, float | None]:
+    """In seconds: median and longest wait for a step in the reference, and for a token, while nothing was disturbed."""
+    waits = [wait.end_s - wait.start_s for wait in step_waits(record) if _is_within(wait, record.reference)]
+    gaps = [gap.seconds for gap in record.gaps if _is_within(Span(gap.start_s, gap.end_s), record.reference)]
+    return {
+        "step_s": median(waits) if waits else None,
+        "step_longest_s": max(waits, default=None),
+        "token_s": median(gaps) if gaps else None,
+        "token_longest_s": max(gaps, default=None),
+    }
+
+
+def _training_interruption(record: Record) -> Callable[[Strike], float | None]:
+    waits, usual_s = step_waits(record), usual(record)["step_s"] or 0.0
+
+    def measured(strike: Strike) -> float | None:
+        if strike.phase != "training":
+            return None
+        return interruption_s(waits, strike.started_s, _ends_s(record, strike), usual_s)
+
+    return measured
+
+
+def _serving_interruption(record: Record) -> Callable[[Strike], float | None]:
+    waits: dict[Phase, list[Span]] = defaultdict(list)
+    for gap in record.gaps:
+        waits[gap.phase].append(Span(gap.start_s, gap.end_s))
+    usual_s = {phase: median(wait.end_s - wait.start_s for wait in of_phase) for phase, of_phase in waits.items()}
+
+    def measured(strike: Strike) -> float | None:
+        if strike.phase not in waits:
+            return None
+        return interruption_s(waits[strike.phase], strike.started_s, _ends_s(record, strike), usual_s[strike.phase])
+
+    return measured
+
+
+def _recovery_s(strike: Strike) -> float | None:
+    return None if strike.recovered_s is None else strike.recovered_s - strike.started_s
+
+
+def _ends_s(record: Record, strike: Strike) -> float:
+    """Up to when a wait is blamed on it: whole again and a little more, but never beyond the next one."""
+    later = [other.started_s for other in record.strikes if other.started_s > strike.started_s]
+    end_s = math.inf if strike.recovered_s is None else strike.recovered_s + AFTER_S
+    return min([end_s, *later])
+
+
+def _by_kind(record: Record, measured: Callable[[Strike], float | None]) -> dict[str, dict[str, float | int]]:
+    """Kinds in the order in which they first struck."""
+    found: dict[str, list[float]] = {}
+    for strike in record.strikes:
+        if (value := measured(strike)) is not None:
+            found.setdefault(strike.kind, []).append(value)
+    return {kind: {"n": len(v), "median": median(v), "max": max(v)} for kind, v in found.items()}
+
+
+def _is_within(wait: Span, span: Span | None) -> bool:
+    return span is not None and wait.start_s >= span.start_s and wait.end_s <= span.end_s
+
+
+# --- Throughput --------------------------------------------------------------------------------------------------
+
+
+def throughput(record: Record) -> dict[str, float | None]:
+    """Tokens/s trained; retained: disturbed over undisturbed, and the same over the share of actors that were there."""
+    before, during = record.reference, record.spans.get("training")
+    if before is None or during is None:
+        return dict.fromkeys(("reference_tokens_per_s", "retained_throughput", "retained_of_capacity", "capacity"))
+    reference, disturbed = tokens_per_s(record.commits, before), tokens_per_s(record.commits, during)
+    retained = disturbed / reference if reference else None
+    share = capacity(record, during)
+    return {
+        "reference_tokens_per_s": reference,
+        "retained_throughput": retained,
+        "retained_of_capacity": retained / share if retained is not None and share else None,
+        "capacity": share,
+    }
+
+
+def tokens_per_s(commits: Iterable[Commit], span: Span) -> float:
+    tokens = sum(commit.tokens for commit in commits if span.start_s < commit.time_s <= span.end_s)
+    return tokens / (span.end_s - span.start_s) if span.end_s > span.start_s else 0.0
+
+
+def capacity(record: Record, span: Span) -> float:
+    """Mean over the time of expert actors there over those at the start; more than at the start count as all."""
+    looks = [look for look in record.looks if span.start_s <= look.time_s <= span.end_s]
+    return fmean(min(1.0, look.num_experts / record.base) for look in looks) if looks else 1.0
+
+
+# --- Equality ----------------------------------------------------------------------------------------------------
+
+
+def loss_rel_diff_max(record: Record) -> float | None:
+    """Of the disturbed run's losses against the undisturbed one's, step by step."""
+    pairs = list(zip((commit.loss for commit in record.commits), record.undisturbed_losses, strict=False))
+    return max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs) if pairs else None
+
+
+def tokens_wrong(record: Record) -> int | None:
+    """Tokens of complete streams of the serving phase that differ from the undisturbed cluster's, or are missing."""
+    if not record.expected:
+        return None
+    streams = [r for r in record.requests if r.phase == "serving" and not r.error and r.key in record.expected]
+    return sum(_differing(request.tokens, record.expected[request.key]) for request in streams)
+
+
+def _differing(found: Sequence[int], expected: Sequence[int]) -> int:
+    return sum(a != b for a, b in itertools.zip_longest(found, expected))
+
+
+def _requests(requests: Sequence[Request]) -> dict[str, int]:
+    return {"total": len(requests), "failed": sum(bool(request.error) for request in requests)}
+
+
+# --- Leaks -------------------------------------------------------------------------------------------------------
+
+
+def leaks(record: Record) -> dict[str, Any]:
+    """Over both phases: processes and handles more than before under the same work, and what outlived the cluster."""
+    pairs = list(record.calm.values())
+    slopes = _slopes(record)
+    return {
+        "processes": len(record.left_over) + sum(max(0, b.num_processes - a.num_processes) for a, b in pairs),
+        "file_handles": sum(_grown(a, b) for a, b in pairs) if pairs else None,
+        "rss_slope_mb_per_min": sum(slopes.values()) if slopes else None,
+        "rss_slope_of_mb_per_min": slopes,
+        "file_handles_of": {
+            phase: {name: (count, after.handles.get(name)) for name, count in before.handles.items()}
+            for phase, (before, after) in record.calm.items()
+        },
+    }
+
+
+def _grown(before: Vitals, after: Vitals) -> int:
+    return sum(max(0, after.handles.get(name, 0) - count) for name, count in before.handles.items())
+
+
+def _slopes(record: Record) -> dict[str, float]:
+    """MB a minute of each process while faults could strike; the work differs by phase, so each phase has its own
+    slope, and they are weighed by their time."""
+    sums: dict[str, float] = defaultdict(float)
+    total_s = 0.0
+    for span in record.spans.values():
+        seen = [v for v in record.vitals if span.start_s <= v.time_s <= span.end_s]
+        if len(seen) < 3:
+            continue
+        seconds = span.end_s - span.start_s
+        total_s += seconds
+        for name in set.intersection(*(set(v.rss_bytes) for v in seen)):
+            sums[name] += slope([(v.time_s / 60, v.rss_bytes[name] / MB) for v in seen]) * seconds
+    return {name: value / total_s for name, value in sorted(sums.items())}
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float:
+    """Of the least-squares line through (x, y); 0 where all x are the same."""
+    mean_x, mean_y = fmean(x for x, _ in points), fmean(y for _, y in points)
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else 0.0
+
+
+# --- What the cluster says, and what went wrong ------------------------------------------------------------------
+
+
+def _ledger(record: Record) -> dict[str, dict[str, float | int | None]]:
+    return {
+        kind: {
+            "n": each.n,
+            "open": each.num_open,
+            "median_s": each.median_s,
+            "max_s": each.maximum_s,
+            "stall_max_s": max(entry.stall_s for entry in record.ledger if entry.kind == kind),
+            "detection_max_s": max(entry.detection_s or 0.0 for entry in record.ledger if entry.kind == kind),
+            "steps_replayed": sum(entry.steps_replayed for entry in record.ledger if entry.kind == kind),
+        }
+        for kind, each in summed_up(record.ledger).items()
+    }
+
+
+def problems(record: Record) -> list[str]:
+    """Everything that should not have happened, as sentences; the same thing once."""
+    found = list(record.problems)
+    for strike in record.strikes:
+        name = f"fault {strike.number} ({strike.kind} {strike.subject})"
+        if strike.problem:
+            found.append(f"{name}: {strike.problem}")
+        if strike.recovered_s is None and not record.interrupted:
+            found.append(f"{name}: the cluster was never whole again")
+    found += [f"a stream failed in the {r.phase} phase: {r.error}" for r in record.requests if r.error]
+    if wrong := tokens_wrong(record):
+        found.append(f"{wrong} tokens differ from the undisturbed cluster's")
+    difference = loss_rel_diff_max(record)
+    if difference is not None and difference > LOSS_LIMIT.get(record.dtype, math.inf):
+        found.append(f"losses differ from the undisturbed run's by {difference:.2e} relative")
+    steps = [commit.step for commit in record.commits]
+    if steps != list(range(1, len(steps) + 1)):
+        found.append("steps were skipped or told twice")
+    found += [f"a process outlived its cluster: {name}" for name in record.left_over]
+    counts: dict[str, int] = defaultdict(int)
+    for text in found:
+        counts[text] += 1
+    return [text if count == 1 else f"{text} ({count} times)" for text, count in counts.items()]

@@ -1,0 +1,268 @@
+"""The pure parts of the fault benchmark: its schedule, its figures, its picture."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+from actors.errors import InvalidInput
+from cluster.backend import ActorStatus, ClusterStatus
+from cluster.chaos import report
+from cluster.chaos.picture import degraded, draw_timeline, longest_wait_s
+from cluster.chaos.record import Commit, Gap, Look, Record, Request, Span, Strike, Vitals
+from cluster.chaos.schedule import (
+    DEFAULT_KINDS,
+    KINDS,
+    Fault,
+    Kind,
+    faults,
+    scale_target,
+    victims,
+    what_is_missing,
+)
+from cluster.commands.chaos import duration, job_config, kinds, show
+from cluster.commands.output import plain
+from cluster.control.ledger import Entry
+
+
+def actor(number: int, node: str = "", state: str = "ready", role: str = "expert") -> ActorStatus:
+    node = node or f"node-{number + 1}"
+    return ActorStatus(f"{role}-{number}", role, node, 1000 + number, state, "cpu", 0)
+
+
+def status(*actors: ActorStatus, ready: bool = True, message: str = "") -> ClusterStatus:
+    return ClusterStatus("m", 1, 8, 2, 2, 0, 0, {}, 1, (), actors, (), {}, ready, message)
+
+
+# --- Schedule ----------------------------------------------------------------------------------------------------
+
+
+def first(count: int, seed: int = 0, mtbf_s: float = 20.0, min_gap_s: float = 5.0) -> list[Fault]:
+    return list(itertools.islice(faults(seed, mtbf_s, min_gap_s, DEFAULT_KINDS), count))
+
+
+def test_a_seed_gives_the_same_faults() -> None:
+    assert first(50) == first(50)
+    assert first(50) != first(50, seed=1)
+    assert [fault.number for fault in first(3)] == [1, 2, 3]
+
+
+def test_gaps_have_the_mean_that_was_asked_for_and_none_is_too_small() -> None:
+    gaps = [fault.gap_s for fault in first(4000)]
+    assert min(gaps) >= 5
+    assert fmean(gaps) == pytest.approx(20, rel=0.05)
+    assert {fault.gap_s for fault in first(20, mtbf_s=5)} == {5.0}
+
+
+def test_every_kind_comes_once_a_round() -> None:
+    found = first(40)
+    for start in range(0, 40, 4):
+        assert {fault.kind for fault in found[start : start + 4]} == set(DEFAULT_KINDS)
+
+
+@pytest.mark.parametrize(("mtbf_s", "min_gap_s", "chosen"), [(20, 21, ("kill",)), (0, 0, ("kill",)), (20, 5, ())])
+def test_schedules_that_cannot_be_are_refused(mtbf_s: float, min_gap_s: float, chosen: tuple[Kind, ...]) -> None:
+    with pytest.raises(InvalidInput):
+        faults(0, mtbf_s, min_gap_s, chosen)
+
+
+def test_victims() -> None:
+    router = actor(0, role="router")
+    here = status(actor(1), router, actor(0), actor(2, "node-1"), actor(3, state="lost"))
+    assert [a.id for a in victims(Fault(1, "kill", 5, 0.0), here)] == ["expert-0"]
+    assert [a.id for a in victims(Fault(1, "freeze", 5, 0.99), here)] == ["expert-2"]
+    assert [a.id for a in victims(Fault(1, "node", 5, 0.0), here)] == ["expert-0", "expert-2"]
+    assert victims(Fault(1, "scale", 5, 0.5), here) == ()
+    assert victims(Fault(1, "kill", 5, 0.5), status(router)) == ()
+
+
+def test_scaling_goes_one_off_and_back() -> None:
+    up, down = Fault(1, "scale", 5, 0.2), Fault(1, "scale", 5, 0.8)
+    assert scale_target(up, 3, 3, 2, 8) == 4
+    assert scale_target(down, 3, 3, 2, 8) == 2
+    assert scale_target(up, 4, 3, 2, 8) == 3
+    assert scale_target(down, 2, 3, 2, 8) == 3
+    assert scale_target(down, 3, 3, 3, 8) == 4
+    assert scale_target(up, 3, 3, 2, 3) == 2
+    with pytest.raises(InvalidInput, match="impossible"):
+        scale_target(up, 3, 3, 3, 3)
+
+
+def test_a_cluster_that_has_not_noticed_is_not_whole() -> None:
+    here = status(actor(0), actor(1), actor(2))
+    assert what_is_missing(here, 3) == ""
+    assert "expert-1 not missed" in what_is_missing(here, 3, {"expert-1", "expert-9"})
+    assert what_is_missing(here, 4) == "3 of 4 expert actors"
+    assert what_is_missing(replace(here, message="degraded: group 1"), 3) == "degraded: group 1"
+    assert what_is_missing(replace(here, ready=False), 3) == "not ready"
+
+
+# --- Figures -----------------------------------------------------------------------------------------------------
+
+
+def commits(*times: float, tokens: int = 100) -> list[Commit]:
+    return [Commit(time_s, step, 3.0, tokens, 0) for step, time_s in enumerate(times, 1)]
+
+
+def a_run() -> Record:
+    """Ten steps a second of 100 tokens; from second 10 on faults: a kill at 12 stops it for 1 s, a stall at 16 not."""
+    times = [0.1 * n for n in range(1, 121)] + [13.0 + 0.1 * n for n in range(1, 71)]
+    record = Record(base=2, commits=commits(*times), reference=Span(2.0, 10.0))
+    record.spans = {"training": Span(10.0, 20.0), "serving": Span(20.0, 30.0)}
+    record.strikes = [
+        Strike(1, "training", "kill", "expert-0", 12.0, 0.0, 14.0),
+        Strike(2, "training", "stall", "expert-1", 16.0, 1.5, 17.0),
+        Strike(3, "serving", "kill", "expert-1", 22.0, 0.0, 24.0),
+    ]
+    record.gaps = [Gap("training", 0.1 * n, 0.1 * n + 0.1) for n in range(100)]
+    record.gaps += [Gap("serving", 20.0, 20.2), Gap("serving", 20.2, 20.4), Gap("serving", 21.9, 24.1)]
+    record.looks = [Look(0.5 * n, 1 if 12 <= 0.5 * n < 14 else 2, "x" * (12 <= 0.5 * n < 14)) for n in range(60)]
+    record.undisturbed_losses = (3.0,) * 189 + (3.3,)
+    record.requests = [
+        Request("serving", 0, 20, 21, (1, 2, 3), ""),
+        Request("serving", 1, 20, 21, (1, 9), ""),
+        Request("serving", 1, 20, 21, (9,), "Unavailable: gone"),
+    ]
+    record.expected = {0: (1, 2, 3), 1: (1, 2, 3)}
+    record.ledger = (Entry(1, "actor_death", "expert-0", 12.0, 12.4, 14.0, 1.0, 1, 100, 2),)
+    before = Vitals(10, {"front": 0}, {"front": 40}, 20)
+    record.calm = {"training": (before, Vitals(20, {"front": 0}, {"front": 43}, 21))}
+    record.vitals = [Vitals(10.0 + n, {"front": 50_000_000 + n * 100_000}, {"front": 40}, 20) for n in range(11)]
+    return record
+
+
+def test_interruptions_are_the_longest_waits_around_a_fault_less_the_usual() -> None:
+    found = report.summary(a_run())
+    assert found["interruption_s"]["kill"] == pytest.approx({"n": 1, "median": 1.0, "max": 1.0})
+    assert found["interruption_s"]["stall"] == pytest.approx({"n": 1, "median": 0.0, "max": 0.0}, abs=1e-9)
+    assert found["serving_interruption_s"]["kill"] == pytest.approx({"n": 1, "median": 2.0, "max": 2.0})
+    assert found["recovery_s"]["kill"] == pytest.approx({"n": 2, "median": 2.0, "max": 2.0})
+    assert found["usual"]["step_s"] == pytest.approx(0.1)
+
+
+def test_a_job_that_never_goes_on_is_interrupted_to_the_end() -> None:
+    record = Record(2, commits=commits(1.0, 2.0, 3.0), spans={"training": Span(0.0, 20.0)})
+    record.strikes = [Strike(1, "training", "kill", "expert-0", 3.5, 0.0)]
+    assert report.summary(record)["interruption_s"]["kill"]["max"] == pytest.approx(17.0)
+    assert any("never whole again" in problem for problem in report.problems(record))
+
+
+def test_a_wait_is_not_blamed_on_the_fault_before_it() -> None:
+    record = Record(2, commits=commits(1.0, 2.0, 3.0, 4.0, 9.0), spans={"training": Span(0.0, 9.0)})
+    record.strikes = [
+        Strike(1, "training", "kill", "expert-0", 1.5, 0.0, 3.5),
+        Strike(2, "training", "freeze", "expert-1", 3.8, 0.0, 8.9),
+    ]
+    found = report.summary(record)["interruption_s"]
+    assert (found["kill"]["max"], found["freeze"]["max"]) == (1.0, 5.0)
+
+
+def test_throughput_is_over_the_undisturbed_stretch_and_over_what_was_there() -> None:
+    found = report.throughput(a_run())
+    assert found["reference_tokens_per_s"] == pytest.approx(1000, rel=0.02)
+    assert found["retained_throughput"] == pytest.approx(0.9, rel=0.02)
+    assert found["capacity"] == pytest.approx(0.9, abs=0.02)
+    assert found["retained_of_capacity"] == pytest.approx(1.0, rel=0.04)
+    assert report.throughput(Record(2))["retained_throughput"] is None
+
+
+def test_equality_lost_work_and_requests() -> None:
+    found = report.summary(a_run())
+    assert found["tokens_wrong"] == 2, "one that differs and one that is missing; what failed is counted as failed"
+    assert found["requests"] == {"total": 3, "failed": 1}
+    assert found["loss_rel_diff_max"] == pytest.approx(0.3 / 3.3)
+    assert found["updates_lost"] == 2
+    assert report.summary(Record(2))["tokens_wrong"] is None
+    assert report.summary(Record(2))["loss_rel_diff_max"] is None
+
+
+def test_leaks() -> None:
+    record = a_run()
+    found = report.leaks(record)
+    assert (found["processes"], found["file_handles"]) == (1, 3)
+    assert found["rss_slope_mb_per_min"] == pytest.approx(6.0)
+    record.left_over = ["ray::ExpertWorker"]
+    assert report.leaks(record)["processes"] == 2
+    assert "outlived" in report.problems(record)[-1]
+
+
+def test_a_slope_is_that_of_the_line() -> None:
+    assert report.slope([(0, 1), (1, 3), (2, 5)]) == pytest.approx(2)
+    assert report.slope([(1, 1), (1, 3)]) == 0
+
+
+def test_problems_are_told_once_with_their_number() -> None:
+    record = Record(2, dtype="float64", commits=commits(1.0, 2.0), undisturbed_losses=(3.0, 3.0 + 1e-5))
+    record.requests = [Request("training", 0, 0, 1, (), "Unavailable: gone")] * 3
+    record.strikes = [Strike(1, "training", "stall", "expert-0", 1.0, 0.0, 2.0, "taken for dead")]
+    found = report.problems(record)
+    assert "fault 1 (stall expert-0): taken for dead" in found
+    assert "a stream failed in the training phase: Unavailable: gone (3 times)" in found
+    assert any("losses differ" in problem for problem in found)
+    record.commits = [replace(commit, step=7) for commit in record.commits]
+    assert any("skipped" in problem for problem in report.problems(record))
+    assert report.problems(Record(2)) == []
+
+
+def test_the_document_is_json_and_a_table_also_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    for record in (a_run(), Record(3)):
+        document = report.summary(record)
+        json.dumps(plain(document), allow_nan=False)
+        show(document)
+    shown = capsys.readouterr().out
+    assert "kill" in shown
+    assert "not measured" in shown
+
+
+# --- Picture -----------------------------------------------------------------------------------------------------
+
+
+def test_degraded_spans() -> None:
+    looks = [Look(float(n), 3, missing) for n, missing in enumerate(["", "x", "y", "", "", "x"])]
+    assert degraded(looks) == [Span(1.0, 3.0), Span(5.0, 5.0)]
+    assert degraded([]) == []
+
+
+def test_longest_wait() -> None:
+    gaps = [Gap("serving", 0.0, 1.0), Gap("serving", 1.0, 1.5)]
+    assert longest_wait_s(gaps, Span(1.0, 2.0)) == 1.0
+    assert longest_wait_s(gaps, Span(5.0, 6.0)) != longest_wait_s(gaps, Span(5.0, 6.0)), "NaN"
+
+
+def test_the_timeline_is_drawn(tmp_path: Path) -> None:
+    for record in (a_run(), Record(2, looks=[Look(1.0, 2, "")])):
+        draw_timeline(tmp_path / "t.png", record)
+        assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- Options -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("30s", 30), ("2m", 120), ("1h", 3600), ("7", 7), ("0.5m", 30)])
+def test_durations(text: str, seconds: float) -> None:
+    assert duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "s", "-1s", "ten", "0"])
+def test_durations_that_are_none(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        duration(text)
+
+
+def test_kinds_of_the_command_line() -> None:
+    assert kinds("stall,kill") == ("stall", "kill")
+    assert kinds(",".join(KINDS)) == KINDS
+    with pytest.raises(argparse.ArgumentTypeError):
+        kinds("kill,flood")
+
+
+def test_a_job_of_ones_own_does_not_depend_on_its_length() -> None:
+    job = job_config("demo")
+    assert (job.schedule.kind, job.schedule.warmup_steps, job.eval.every_steps) == ("constant", 0, 0)
+    assert job.batch.sequences == 8
