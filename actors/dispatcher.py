@@ -128,6 +128,9 @@ class Dispatcher:
         for name, link in self.links.items():
             if link.closed and name not in self._lost:
                 try:
+                    if link.is_cut:
+                        # A frozen process still takes connections: who asks it anew waits in vain.
+                        raise PeerLost("it was cut off", peer=name)
                     self.links[name] = self._peers[name].open()
                 except LinkError:
                     gone.append(name)

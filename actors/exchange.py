@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from actors.errors import InvalidInput, LinkError, MoeClusterError, StepAborted
+from actors.errors import InvalidInput, LinkError, MoeClusterError, PeerLost, StepAborted
 from actors.transport.contract import Handler, Link, Pending
 from actors.transport.message import Message, error_answer
 from actors.values import Address
@@ -57,6 +57,8 @@ class Exchange:
         self.timeout_s = timeout_s
         self._addresses: dict[str, Address] = {}
         self._links: dict[str, Link] = {}
+        self._cut_off: set[str] = set()
+        """Not asked anew: a frozen process still takes connections."""
         self._changed = threading.Condition()
         self._gradients: dict[tuple[str, Attempt, int, int], dict[str, Tensors]] = {}
         """(kind, attempt, group, layer) -> sender -> gradients."""
@@ -94,12 +96,15 @@ class Exchange:
     def cut(self, peers: Iterable[str]) -> None:
         """Every wait for these ends now. From any thread."""
         for peer in peers:
+            self._cut_off.add(peer)
             if (link := self._links.get(peer)) is not None:
                 link.cut()
 
     def start(self, peer: str, question: Message) -> Pending:
         """`StepAborted` naming the peer if it cannot be reached."""
         try:
+            if peer in self._cut_off:
+                raise PeerLost("it was cut off", peer=peer)
             if peer not in self._links or self._links[peer].closed:
                 self._links[peer] = self._open_peer(peer, self._addresses[peer])
             return self._links[peer].start(question)

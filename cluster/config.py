@@ -46,6 +46,8 @@ class ExpertsConfig:
     max_actors: int = 8
     """Bounds for scaling."""
     autoscale: AutoscaleConfig = AutoscaleConfig()
+    rebalance_every_s: float = 0.0
+    """How often the load is looked at, to move and copy groups when that makes it more even; 0: only on request."""
     group_size: int = 8
     """Experts an expert group; the group is what an actor owns and what moves. 8 to 16 for real models."""
     device: Literal["cpu", "cuda"] = "cpu"

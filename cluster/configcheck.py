@@ -30,6 +30,7 @@ def validate_cluster(config: ClusterConfig, source: str) -> ClusterConfig:
 
     _check_experts(config.experts, config.ray, check.below("experts"))
 
+    check.at_least("experts.rebalance_every_s", config.experts.rebalance_every_s, 0)
     check.above("experts.autoscale.headroom", config.experts.autoscale.headroom, 0)
     for name in ("rise_s", "idle_s", "cool_down_s", "max_queue_s"):
         check.at_least(f"experts.autoscale.{name}", getattr(config.experts.autoscale, name), 0)

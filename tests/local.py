@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,8 +12,9 @@ from actors.errors import PeerLost
 from actors.expert import ExpertHost
 from actors.moe.settings import GateSettings
 from actors.router import Router
-from actors.transport.contract import Link
+from actors.transport.contract import Handler, Link
 from actors.transport.local import LocalLink
+from actors.transport.message import Message
 from actors.transport.socket import SocketLink, SocketServer
 from actors.trunk.model import ModelSource, skeleton
 from actors.values import Address, Placement
@@ -38,11 +40,14 @@ class Member:
             timeout_s=cluster.timeout_s,
         )
         self.servers: list[SocketServer] = []
+        self._locks: list[threading.Lock] = []
         self.dead = False
         if cluster.links == "socket":
             self.servers = [
-                SocketServer(self.name, self.host.handle, max_bytes=MAX_BYTES, idle=self.host.idle),
-                SocketServer(self.name, self.host.exchange.handle, max_bytes=MAX_BYTES),
+                SocketServer(
+                    self.name, self._unless_frozen(self.host.handle), max_bytes=MAX_BYTES, idle=self.host.idle
+                ),
+                SocketServer(self.name, self._unless_frozen(self.host.exchange.handle), max_bytes=MAX_BYTES),
             ]
             for server in self.servers:
                 server.start()
@@ -69,6 +74,25 @@ class Member:
         return SocketLink(
             self.name, self.servers[1].address, name="peer", max_bytes=MAX_BYTES, timeout_s=self._cluster.timeout_s
         )
+
+    def freeze(self) -> None:
+        """As a process that is stopped: connections are taken, and nothing is answered."""
+        for lock in self._locks:
+            lock.acquire()
+
+    def thaw(self) -> None:
+        for lock in self._locks:
+            lock.release()
+
+    def _unless_frozen(self, handler: Handler) -> Handler:
+        lock = threading.Lock()
+        self._locks.append(lock)
+
+        def handle(peer: str, question: Message) -> Message:
+            with lock:
+                return handler(peer, question)
+
+        return handle
 
     def kill(self) -> None:
         """As a process that dies: nothing of it answers any more."""
@@ -135,6 +159,13 @@ class LocalCluster:
         waited = self.router.adopt(self.roster(placement))
         self.placement = placement
         return waited
+
+    def cut(self, name: str) -> None:
+        """What a coordinator does with an actor that does not answer."""
+        self.router.cut([name])
+        for other in self.members.values():
+            if other.name != name:
+                other.host.exchange.cut([name])
 
     def arrive(self, group: int, source: str, target: str) -> int:
         giver, taker = self.members[source], self.members[target]

@@ -51,14 +51,14 @@ class Link(abc.ABC):
         self.peer = peer
         self.traffic = Traffic()
         self.closed = False
-        self._cut = False
+        self.is_cut = False
         self._next_id = 1
         self._waiting: set[int] = set()
         self._early: dict[int, Message] = {}
 
     def start(self, question: Message) -> Pending:
         """Sends without waiting for the answer."""
-        if self.closed or self._cut:
+        if self.closed or self.is_cut:
             raise PeerLost("the link is closed", peer=self.peer)
         question = replace(question, id=self._next_id)
         self._next_id += 1
@@ -97,7 +97,7 @@ class Link(abc.ABC):
 
         For a peer that is known to be dead or out of reach while its connection stays open.
         """
-        self._cut = True
+        self.is_cut = True
 
     def close(self) -> None:
         self.closed = True

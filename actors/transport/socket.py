@@ -97,7 +97,7 @@ class SocketLink(Link):
 
     def _receive(self, deadline: float) -> Message:
         while True:
-            if self.closed or self._cut:
+            if self.closed or self.is_cut:
                 raise PeerLost("the link is closed", peer=self.peer)
             wait_ms = max(0, int(min(deadline - time.monotonic(), CUT_NOTICED_S) * 1e3 + 0.999))
             ready = dict(self._poller.poll(wait_ms))

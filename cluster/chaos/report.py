@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
@@ -15,9 +15,10 @@ from cluster.control.ledger import summed_up
 AFTER_S = 2.0
 """A wait that begins so long after all is whole again still counts for the fault."""
 MB = 1e6
-LOSS_LIMIT = {"float64": 1e-6, "float32": 1e-3}
-"""Relative. Sums of other parts round otherwise, and training makes more of it each step. Also in float64: the norms
-and gates of transformers compute in float32, where a difference of 1e-16 sooner or later becomes one of 1e-8."""
+LOSS_LIMIT = {"float64": 1e-6}
+"""Relative. Other actors sum in another order; 1e-8 comes of that also in float64, as norms and gates of transformers
+compute in float32. In narrower numbers no limit holds: sooner or later a token that is near a tie takes another expert,
+which makes 1e-3 of it, in undisturbed runs on 2 and 3 actors too (step 358 of 420 of the model `tiny`)."""
 
 
 def summary(record: Record) -> dict[str, Any]:
@@ -33,8 +34,8 @@ def summary(record: Record) -> dict[str, Any]:
         **throughput(record),
         "requests": _requests(record.requests),
         "tokens_wrong": tokens_wrong(record),
-        "steps": len(record.commits),
-        "steps_replayed": sum(commit.retries for commit in record.commits),
+        "steps": len(losses(record)),
+        "steps_replayed": sum(commit.retries for commit in record.commits) + len(record.commits) - len(losses(record)),
         "updates_lost": sum(entry.updates_lost for entry in record.ledger),
         "loss_rel_diff_max": loss_rel_diff_max(record),
         "leaks": leaks(record),
@@ -157,8 +158,14 @@ def capacity(record: Record, span: Span) -> float:
 
 def loss_rel_diff_max(record: Record) -> float | None:
     """Of the disturbed run's losses against the undisturbed one's, step by step."""
-    pairs = list(zip((commit.loss for commit in record.commits), record.undisturbed_losses, strict=False))
-    return max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs) if pairs else None
+    ours = losses(record)
+    pairs = [(ours[step], loss) for step, loss in enumerate(record.undisturbed_losses, 1) if step in ours]
+    return max(abs(loss - theirs) / abs(theirs) for loss, theirs in pairs) if pairs else None
+
+
+def losses(record: Record) -> dict[int, float]:
+    """Step -> loss; the last one of a step that was done again, after a return to a checkpoint."""
+    return {commit.step: commit.loss for commit in record.commits}
 
 
 def tokens_wrong(record: Record) -> int | None:
@@ -194,6 +201,24 @@ def leaks(record: Record) -> dict[str, Any]:
             for phase, (before, after) in record.calm.items()
         },
     }
+
+
+def has_grown(before: Vitals, after: Vitals) -> bool:
+    return after.num_processes > before.num_processes or _grown(before, after) > 0
+
+
+def least_of(one: Vitals, other: Vitals) -> Vitals:
+    """Of each number the lower one; the time of the later."""
+    return Vitals(
+        max(one.time_s, other.time_s),
+        _least(one.rss_bytes, other.rss_bytes),
+        _least(one.handles, other.handles),
+        min(one.num_processes, other.num_processes),
+    )
+
+
+def _least(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    return {name: min(count, other.get(name, count)) for name, count in one.items()}
 
 
 def _grown(before: Vitals, after: Vitals) -> int:
@@ -256,9 +281,8 @@ def problems(record: Record) -> list[str]:
     difference = loss_rel_diff_max(record)
     if difference is not None and difference > LOSS_LIMIT.get(record.dtype, math.inf):
         found.append(f"losses differ from the undisturbed run's by {difference:.2e} relative")
-    steps = [commit.step for commit in record.commits]
-    if steps != list(range(1, len(steps) + 1)):
-        found.append("steps were skipped or told twice")
+    if sorted(losses(record)) != list(range(1, len(losses(record)) + 1)):
+        found.append("steps were skipped")
     found += [f"a process outlived its cluster: {name}" for name in record.left_over]
     counts: dict[str, int] = defaultdict(int)
     for text in found:

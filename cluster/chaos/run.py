@@ -18,11 +18,12 @@ from actors.errors import MoeClusterError
 from cluster.backend import ActorStatus, JobState, OperationState
 from cluster.chaos import schedule
 from cluster.chaos.record import Look, Phase, Record, Span, Strike, Vitals
+from cluster.chaos.report import has_grown, least_of
 from cluster.chaos.schedule import Fault, Kind
 from cluster.chaos.service import ServiceProcess, service_process
 from cluster.chaos.strikes import Freezer, kill, raylet_of
 from cluster.chaos.work import Streams, Watched, expected_tokens
-from cluster.config import ClusterConfig, JobConfig
+from cluster.config import ClusterConfig, JobConfig, StorageConfig
 from cluster.errors import FailedPrecondition
 from cluster.service.client import Client
 
@@ -32,6 +33,7 @@ LOOK_S = 0.25
 VITALS_S = 1.0
 CALM_LOOKS = 5
 """Vitals of a calm cluster are the least of so many looks: an open call has handles too."""
+CALM_TIMEOUT_S = 10.0
 HEAL_TIMEOUT_S = 90.0
 """A cluster that is not whole after this will not be."""
 STATUS_TIMEOUT_S = 5.0
@@ -43,6 +45,7 @@ SETTLED_S = 2.0
 MANY_STEPS = 10**8
 """The job ends by being cancelled."""
 MODEL = "trained"
+DISTURBED, UNDISTURBED = "disturbed", "undisturbed"
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def run_chaos(settings: Settings, say: Say, tick: Tick) -> Record:
 
 def _disturbed(settings: Settings, plan: Iterator[Fault], record: Record, say: Say, tick: Tick) -> None:
     say("starting the cluster that will be disturbed ...")
-    cluster = service_process(settings.cluster, settings.output, "disturbed", record)
+    cluster = service_process(_fresh(settings, DISTURBED), settings.output, DISTURBED, record)
     with cluster as service, Client(service.target) as client:
         client.wait_ready(READY_TIMEOUT_S)
         _Disturbed(settings, plan, record, service, client, say, tick).run()
@@ -93,9 +96,9 @@ def _undisturbed(settings: Settings, record: Record, say: Say, tick: Tick) -> No
     """The same steps and the same requests where nothing happens."""
     if not record.commits:
         return
-    steps = len(record.commits)
+    steps = max(commit.step for commit in record.commits)
     say(f"the same {steps} steps on a cluster that is left alone ...")
-    cluster = service_process(settings.cluster, settings.output, "undisturbed", record)
+    cluster = service_process(_fresh(settings, UNDISTURBED), settings.output, UNDISTURBED, record)
     with cluster as service, Client(service.target) as client:
         client.wait_ready(READY_TIMEOUT_S)
         job = client.submit_job(replace(settings.job, steps=steps))
@@ -110,8 +113,16 @@ def _undisturbed(settings: Settings, record: Record, say: Say, tick: Tick) -> No
             raise FailedPrecondition(f"the undisturbed job {ended.state.value}: {ended.error}")
         record.undisturbed_losses = tuple(losses)
         if "serving" in record.spans:
-            client.import_model(MODEL)
+            client.import_model(str(settings.output / DISTURBED / MODEL))
             record.expected = expected_tokens(client)
+
+
+def _fresh(settings: Settings, name: str) -> ClusterConfig:
+    """With a storage of its own that is empty: a cluster goes on from the checkpoints that it finds."""
+    root = settings.output / name
+    shutil.rmtree(root, ignore_errors=True)
+    storage = StorageConfig(str(root), import_roots=(str(settings.output / DISTURBED),))
+    return replace(settings.cluster, storage=storage)
 
 
 class _Disturbed:
@@ -143,7 +154,6 @@ class _Disturbed:
                 self._train()
             if self._await_whole(HEAL_TIMEOUT_S):
                 raise FailedPrecondition("no serving phase: the cluster is not whole")
-            shutil.rmtree(Path(self._settings.cluster.storage.root) / MODEL, ignore_errors=True)
             self._client.export_model(MODEL)
             with Streams(self._client, self._record, "serving", self._settings.streams):
                 self._under_faults("serving")
@@ -189,7 +199,7 @@ class _Disturbed:
             self._say(f"back to {self._record.base} expert actors")
             self._scale(self._record.base)
             self._await_whole(HEAL_TIMEOUT_S)
-        self._record.calm[phase] = before, self._calm()
+        self._record.calm[phase] = before, self._calm(before)
 
     # -- faults -------------------------------------------------------------------------------------------------------
 
@@ -208,45 +218,44 @@ class _Disturbed:
             due_s = struck_s + self._next.gap_s
 
     def _strike(self, fault: Fault, phase: Phase, now_s: float, held_back_s: float) -> None:
-        status = self._client.status(timeout_s=STATUS_TIMEOUT_S)
-        hit = schedule.victims(fault, status)
-        subject = ", ".join(actor.id for actor in hit)
-        target = 0
-        if fault.kind == "scale":
-            target = self._target(fault)
-            subject = f"{self._wanted} to {target} expert actors"
-        if fault.kind == "node":
-            subject = f"{hit[0].node} with {subject}"
-        late = f", held back for {held_back_s:.1f} s" if held_back_s > 0.5 else ""
+        """Carries it out and waits until all is as it was."""
+        hit = schedule.victims(fault, self._client.status(timeout_s=STATUS_TIMEOUT_S))
+        target = self._target(fault) if fault.kind == "scale" else self._wanted
+        subject = self._subject(fault, hit, target)
+        late = f", held back for {held_back_s:.1f} s" if held_back_s > 0 else ""
         self._say(f"fault {fault.number}: {fault.kind} {subject}{late}")
         strike = Strike(fault.number, phase, fault.kind, subject, now_s, held_back_s)
         self._record.strikes.append(strike)
-        problem = ""
-        match fault.kind:
-            case "kill":
-                kill(hit)
-                self._gone |= {actor.id for actor in hit}
-            case "freeze":
-                self._freezer.freeze(hit[0], schedule.FREEZE_S)
-                self._gone |= {actor.id for actor in hit}
-            case "node":
-                self._kill_node(hit)
-                self._gone |= {actor.id for actor in hit}
-            case "stall":
-                self._freezer.freeze(hit[0], schedule.STALL_S)
-                self._wait(schedule.STALL_S + SETTLED_S, "stall")
-                problem = self._taken_for_dead(hit[0].pid)
-            case "scale":
-                problem = self._scale(target)
+        problem = self._carry_out(fault.kind, hit, target)
         missing = self._await_whole(HEAL_TIMEOUT_S, fault.kind)
         recovered_s = None if missing else time.time()
-        if missing:
-            problem = "; ".join(part for part in (problem, f"after {HEAL_TIMEOUT_S:.0f} s still {missing}") if part)
-        else:
-            self._say(
-                f"fault {fault.number}: whole again after {time.time() - now_s:.1f} s{problem and ', ' + problem}"
-            )
+        after = f"after {time.time() - now_s:.1f} s {missing or 'whole again'}"
+        self._say(f"fault {fault.number}: " + "; ".join(part for part in (after, problem) if part))
+        problem = "; ".join(part for part in (problem, missing and after) if part)
         self._record.strikes[-1] = replace(strike, recovered_s=recovered_s, problem=problem)
+
+    def _carry_out(self, kind: Kind, hit: Sequence[ActorStatus], target: int) -> str:
+        """-> what went wrong beyond what was meant to."""
+        if kind == "scale":
+            return self._scale(target)
+        if kind == "stall":
+            self._freezer.freeze(hit[0], schedule.STALL_S)
+            self._wait(schedule.STALL_S + SETTLED_S, "stall")
+            return self._taken_for_dead(hit[0].pid)
+        self._gone |= {actor.id for actor in hit}
+        if kind == "freeze":
+            self._freezer.freeze(hit[0], schedule.FREEZE_S)
+        elif kind == "node":
+            self._kill_node(hit)
+        else:
+            kill(hit)
+        return ""
+
+    def _subject(self, fault: Fault, hit: Sequence[ActorStatus], target: int) -> str:
+        names = ", ".join(actor.id for actor in hit)
+        if fault.kind == "scale":
+            return f"{self._wanted} to {target} expert actors"
+        return f"{hit[0].node} with {names}" if fault.kind == "node" else names
 
     def _target(self, fault: Fault) -> int:
         experts = self._settings.cluster.experts
@@ -321,21 +330,15 @@ class _Disturbed:
         time.sleep(max(0.0, LOOK_S - (time.monotonic() - started)))
         return missing
 
-    def _calm(self) -> Vitals:
-        """The least of a few looks."""
+    def _calm(self, before: Vitals | None = None) -> Vitals:
+        """The least of a few looks; of more where it is not down to `before` yet: processes take time to end."""
         status = self._client.status(timeout_s=STATUS_TIMEOUT_S)
-        seen = []
-        for _ in range(CALM_LOOKS):
+        least = self._service.vitals(status)
+        deadline, looks = time.monotonic() + CALM_TIMEOUT_S, 1
+        while looks < CALM_LOOKS or (before and has_grown(before, least) and time.monotonic() < deadline):
             self._look("calm")
-            seen.append(self._service.vitals(status))
-        least = seen[0]
-        for vitals in seen[1:]:
-            least = Vitals(
-                vitals.time_s,
-                _least(least.rss_bytes, vitals.rss_bytes),
-                _least(least.handles, vitals.handles),
-                min(least.num_processes, vitals.num_processes),
-            )
+            least = least_of(least, self._service.vitals(status))
+            looks += 1
         return least
 
     def _keep_ledger(self) -> None:
@@ -343,7 +346,3 @@ class _Disturbed:
             self._record.ledger = self._client.ledger().entries
         except MoeClusterError as error:
             self._record.problems.append(f"no ledger: {error}")
-
-
-def _least(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
-    return {name: min(count, other.get(name, count)) for name, count in one.items()}

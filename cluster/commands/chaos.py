@@ -64,7 +64,7 @@ def add_parsers(subparsers: Subparsers, guarded: Guard) -> None:
     )
     add("--streams", type=int, default=2, help="streams of text at a time (default: %(default)s)")
     add("--model", default="tiny", help="a shipped model, a model file or directory (default: %(default)s)")
-    add("--dtype", default="float32", choices=("float32", "float64", "bfloat16"), help="default: %(default)s")
+    add("--dtype", default="float32", choices=("float32", "float64", "bfloat16"), help="float64 to compare exactly")
     add("--job", metavar="FILE", help="a job file to train by; its steps, schedule and evaluation are left out")
     add("--output", default="chaos-report", metavar="DIR", help="where to write (default: %(default)s)")
     add("--json", action="store_true", help="print the summary as one JSON document")
@@ -79,7 +79,7 @@ def run_command(args: argparse.Namespace) -> int:
     output = Path(args.output).resolve()
     output.mkdir(parents=True, exist_ok=True)
     settings = Settings(
-        cluster=cluster_config(args, output),
+        cluster=cluster_config(args),
         job=job_config(args.job),
         output=output,
         minutes=args.minutes,
@@ -110,7 +110,7 @@ def run_command(args: argparse.Namespace) -> int:
     return EXIT_FAILED if document["problems"] else 0
 
 
-def cluster_config(args: argparse.Namespace, output: Path) -> ClusterConfig:
+def cluster_config(args: argparse.Namespace) -> ClusterConfig:
     """Three expert actors on three nodes with a copy of each group, unless the config or `--set` say otherwise."""
     values: dict[str, Any] = {
         "model": args.model,
@@ -119,7 +119,6 @@ def cluster_config(args: argparse.Namespace, output: Path) -> ClusterConfig:
         "ray.nodes": 3,
         "router.dtype": args.dtype,
         "front.port": 0,
-        "storage.root": str(output),
     }
     if args.model == "tiny":
         values["experts.group_size"] = 1  # its 8 experts would be one group

@@ -31,6 +31,7 @@ from cluster.fabric.crew import Crew
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.jobs import JobThreads
 from cluster.fabric.options import ROUTER
+from cluster.fabric.rebalancing import Rebalancer
 from cluster.fabric.recovery import Recovery, begin_from, load_experts, load_router
 from cluster.fabric.scaling import Scaling
 from cluster.fabric.workers import ExpertContact
@@ -70,6 +71,7 @@ class ControlWorker:
         self._state = Guarded(coordinator)
         self._changes = Changes(self._state, self._crew)
         self._scaling = Scaling(self._state, self._crew, self._changes, experts)
+        self._rebalancer = Rebalancer(self._changes, experts.rebalance_every_s)
         self._autoscaler = Autoscaler(self._state, self._crew, self._changes, self._scaling, experts)
         self._checkpoints = Checkpoints(vault, self._config.checkpoint.every_steps, self._state, self._crew)
         self._recovery = Recovery(
@@ -207,6 +209,7 @@ class ControlWorker:
                 self._scaling.heal()
                 self._recovery.heal()
                 self._autoscaler.look()
+                self._rebalancer.look()
             except Exception:  # the loop must survive: without it no job starts and no death is noticed
                 logger.exception("the coordinator's loop stumbled")
 

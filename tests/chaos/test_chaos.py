@@ -12,7 +12,7 @@ from cluster.commands.chaos import JOB
 from tests.integration.test_copies import config_in
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_kill_and_a_stall_cost_nothing_but_time(tmp_path: Path) -> None:
     told: list[str] = []
     settings = Settings(

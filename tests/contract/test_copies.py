@@ -4,6 +4,7 @@ nobody can tell from the numbers."""
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -267,3 +268,26 @@ def test_memory_of_groups_that_left_is_given_back(source: ModelSource) -> None:
         # One place stays free for the next group that comes.
         assert local.hosts[0].status()["memory_bytes"] <= before / 2
         assert local.hosts[0].groups == (0,)
+
+
+@pytest.mark.parametrize("when", ["between steps", "in a step"])
+def test_who_is_cut_off_is_not_waited_for(source: ModelSource, unmoved: Numbers, when: str) -> None:
+    """A frozen actor: its sockets are open and take connections, and nothing comes back."""
+    deadline_s = 30.0
+    with cluster(source, 3, links="socket", redundancy=2, heals=True, timeout_s=deadline_s) as local:
+        frozen = local.members["expert-1"]
+
+        def freeze() -> None:
+            frozen.freeze()
+            delay_s = 0.0 if when == "between steps" else 0.5
+            timer = threading.Timer(delay_s, local.cut, ["expert-1"])
+            timer.start()
+            if not delay_s:
+                timer.join()
+
+        started = time.monotonic()
+        losses = run(local, {2: freeze})
+        assert time.monotonic() - started < deadline_s / 2, "a wait ran into its deadline"
+        assert "expert-1" not in local.placement.actors
+        same(local, losses, unmoved)
+        frozen.thaw()

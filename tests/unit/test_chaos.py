@@ -192,6 +192,16 @@ def test_leaks() -> None:
     assert "outlived" in report.problems(record)[-1]
 
 
+def test_the_least_of_two_looks() -> None:
+    one = Vitals(1, {"front": 5, "router": 9}, {"front": 40, "router": 70}, 21)
+    other = Vitals(2, {"front": 6}, {"front": 39}, 22)
+    least = report.least_of(one, other)
+    assert least == Vitals(2, {"front": 5, "router": 9}, {"front": 39, "router": 70}, 21)
+    assert not report.has_grown(one, least)
+    assert report.has_grown(least, one), "a handle of the front"
+    assert report.has_grown(one, replace(one, num_processes=22))
+
+
 def test_a_slope_is_that_of_the_line() -> None:
     assert report.slope([(0, 1), (1, 3), (2, 5)]) == pytest.approx(2)
     assert report.slope([(1, 1), (1, 3)]) == 0
