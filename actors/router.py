@@ -230,9 +230,22 @@ class Router:
         """Reads the answers to the last commit. If one is missing all are asked again: who has done it just says so."""
         answered = all(self._is_confirmed(pending) for pending in self._unconfirmed)
         if not answered:
+            self._unconfirmed = [None]  # each answer comes once: whoever calls next must not wait for it
             self._reopen()
             self._training.ask_all("commit", self._commit_fields)
         self._unconfirmed = []
+
+    def _confirm_without(self, staying: Roster) -> None:
+        """The same, but for actors that are gone and not to stay. A link may tell only now that its peer has died."""
+        while True:
+            self._training.drop_closed(but=staying.peers)
+            num_links = len(self._training.links)
+            try:
+                return self._confirm_commit()
+            except PeerLost:
+                self._training.drop_closed(but=staying.peers)
+                if len(self._training.links) == num_links:
+                    raise
 
     def _is_confirmed(self, pending: Pending | None) -> bool:
         if pending is None:
@@ -240,6 +253,8 @@ class Router:
         try:
             pending.result(self._timeout_s)
         except LinkError as error:
+            if isinstance(error, PeerLost):
+                pending.link.close()
             logger.warning("commit of step %d is not confirmed: %s", self.version, error)
             return False
         return True
@@ -266,8 +281,7 @@ class Router:
         """
         if roster.placement.epoch <= self._roster.placement.epoch:
             return 0.0
-        self._training.drop_closed(but=roster.peers)
-        self._confirm_commit()
+        self._confirm_without(roster)
         # What arrives needs the last update of who leaves, so nobody leaves before the switch.
         leaving = {n: p for n, p in self._roster.peers.items() if n in self._training.links and n not in roster.peers}
         self._training.connect({**roster.peers, **leaving})

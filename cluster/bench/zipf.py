@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +86,22 @@ def _first_batches(job: JobConfig) -> list[MicroBatch]:
     return list(itertools.islice(microbatches, -(-FIT_TOKENS // (job.batch.sequences * job.batch.sequence_length))))
 
 
+class _Seen(Exception):
+    """Ends a forward: what comes after the gate is not needed."""
+
+
 def _scores(model: nn.Module, gate: nn.Module, batches: Sequence[MicroBatch]) -> Tensor:
     """[T, E] of one gate over all tokens, without its bias."""
     seen: list[Tensor] = []
-    handle = gate.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, -2)))
+
+    def look(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0].flatten(0, -2))
+        raise _Seen
+
+    handle = gate.register_forward_pre_hook(look)
     for ids_BS in batches:
-        model(input_ids=torch.from_numpy(ids_BS), use_cache=False)
+        with suppress(_Seen):
+            model(input_ids=torch.from_numpy(ids_BS), use_cache=False)
     handle.remove()
     weight: Any = gate.weight
     return torch.sigmoid(torch.cat(seen).float() @ weight.float().T)

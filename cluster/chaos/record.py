@@ -85,7 +85,7 @@ class Vitals:
     rss_bytes: dict[str, int]
     handles: dict[str, int]
     num_processes: int
-    """Of the whole cluster, without workers that Ray keeps in store."""
+    """Of the whole cluster, without the workers that Ray uses for data and keeps in store."""
 
 
 @dataclass(frozen=True)

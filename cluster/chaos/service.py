@@ -27,7 +27,8 @@ STOP_TIMEOUT_S = 60.0
 LINGER_S = 10.0
 """Processes that Ray tells to end may take so long."""
 COORDINATOR_TITLE = "ray::ControlWorker"
-IDLE_TITLE = "ray::IDLE"
+OWN_TITLES = ("ray::ControlWorker", "ray::RouterWorker", "ray::ExpertWorker")
+"""Other workers of Ray come and go as it sees fit: it reads data in them, and keeps some in store."""
 
 
 class ServiceProcess:
@@ -80,7 +81,7 @@ class ServiceProcess:
                 if process.status() == psutil.STATUS_ZOMBIE:
                     continue
                 self._seen[process.pid] = process, title
-                count += not title.startswith(IDLE_TITLE)
+                count += title.startswith(OWN_TITLES) or not title.startswith("ray::")
                 if title.startswith(COORDINATOR_TITLE):
                     self._coordinator = process
         return count

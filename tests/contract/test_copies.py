@@ -48,15 +48,19 @@ def numbers_of(source: ModelSource) -> Numbers:
         return run(still), still.router.logits(IDS)
 
 
-def run(local: LocalCluster, between: Mapping[int, Callable[[], object]] | None = None) -> list[float]:
-    """Losses of the steps; `between[t]` is called before step t."""
+def run(
+    local: LocalCluster, between: Mapping[int, Callable[[], object]] | None = None, *, agree: bool = True
+) -> list[float]:
+    """Losses of the steps; `between[t]` is called before step t. With `agree` copies are compared after each, which
+    confirms its commit."""
     local.router.begin_run(OptimizerSettings())
     losses = []
     for number, batch in enumerate(BATCHES):
         if between and number in between:
             between[number]()
         losses.append(local.router.train_step(batch, lr=1e-2, clip_norm=1.0).loss)
-        copies_agree(local)
+        if agree:
+            copies_agree(local)
     return losses
 
 
@@ -268,6 +272,20 @@ def test_memory_of_groups_that_left_is_given_back(source: ModelSource) -> None:
         # One place stays free for the next group that comes.
         assert local.hosts[0].status()["memory_bytes"] <= before / 2
         assert local.hosts[0].groups == (0,)
+
+
+def test_a_death_between_steps_is_switched_away_from_at_once(source: ModelSource, unmoved: Numbers) -> None:
+    """The coordinator hears of it first: nobody has asked the dead actor anything since its last commit."""
+    deadline_s = 30.0
+    with cluster(source, 3, links="socket", redundancy=2, timeout_s=deadline_s) as local:
+
+        def die() -> None:
+            local.members["expert-1"].kill()
+            assert local.router.adopt(local.without(["expert-1"])) < deadline_s / 2
+
+        started = time.monotonic()
+        same(local, run(local, {2: die}, agree=False), unmoved)
+        assert time.monotonic() - started < deadline_s / 2, "a wait ran into its deadline"
 
 
 @pytest.mark.parametrize("when", ["between steps", "in a step"])
