@@ -66,13 +66,13 @@ MODEL = {
     "n_routed_experts": 64,
     "n_shared_experts": 0,
     "num_experts_per_tok": 4,
-    "moe_intermediate_size": 1024,
+    "moe_intermediate_size": 512,
     "n_group": 1,
     "topk_group": 1,
 }
 NUM_ACTORS, NUM_NODES, GROUP_SIZE = 4, 2, 4
 JOB = JobConfig(
-    batch=BatchConfig(sequences=16, sequence_length=256),
+    batch=BatchConfig(sequences=16, sequence_length=256, gradient_accumulation=2),
     optimizer=OptimizerConfig(lr=1e-6),
     schedule=ScheduleConfig(kind="constant"),
     data=DataConfig(heldout_every=0),
