@@ -17,6 +17,8 @@ from cluster.serve import served
 from cluster.service.client import Client
 from tests.integration.test_copies import JOB, WAIT_S, config_in, losses, text, wait_for_step
 
+pytestmark = pytest.mark.timeout(600)  # starting processes that import torch takes minutes on a busy machine
+
 NUM_STREAMS = 4
 
 
