@@ -13,6 +13,7 @@ from typing import Any
 from actors.errors import InvalidInput, MoeClusterError
 from actors.values import Sampling, TokenEvent
 from cluster.backend import (
+    Checkpoint,
     ClusterStatus,
     EmbedResult,
     GenerateChunk,
@@ -158,6 +159,14 @@ class RayBackend:
     async def ledger(self, after: int, *, timeout_s: float) -> Sequence[Entry]:
         entries: Sequence[Entry] = await acall(COORDINATOR, self._control.ledger.remote(after), timeout_s)
         return entries
+
+    async def save_checkpoint(self, *, timeout_s: float) -> Checkpoint:
+        saved: Checkpoint = await acall(COORDINATOR, self._control.save_checkpoint.remote(timeout_s), timeout_s)
+        return saved
+
+    async def checkpoints(self, *, timeout_s: float) -> Sequence[Checkpoint]:
+        found: Sequence[Checkpoint] = await acall(COORDINATOR, self._control.checkpoints.remote(), timeout_s)
+        return found
 
     async def export_model(self, path: str, *, timeout_s: float) -> ModelDirectory:
         result: ModelDirectory = await acall(COORDINATOR, self._control.export.remote(path, timeout_s), timeout_s)

@@ -17,7 +17,7 @@ import ray
 
 from actors.errors import InvalidInput
 from actors.values import Placement
-from cluster.backend import ClusterStatus, Job, JobEvent, LoadReport, ModelDirectory, Operation, Rebalance
+from cluster.backend import Checkpoint, ClusterStatus, Job, JobEvent, LoadReport, ModelDirectory, Operation, Rebalance
 from cluster.config import ClusterConfig, JobConfig
 from cluster.control.coordinator import Coordinator
 from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
@@ -26,7 +26,7 @@ from cluster.errors import StartupError
 from cluster.fabric.autoscaling import Autoscaler
 from cluster.fabric.calls import call
 from cluster.fabric.changes import Changes
-from cluster.fabric.checkpoints import CheckpointEntry, Checkpoints, Vault, entry, sentence
+from cluster.fabric.checkpoints import Checkpoints, Vault, sentence, told
 from cluster.fabric.crew import Crew
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.jobs import JobThreads
@@ -189,13 +189,13 @@ class ControlWorker:
         self._checkpoints.after_import()
         return self.status()
 
-    def save_checkpoint(self, timeout_s: float) -> CheckpointEntry:
+    def save_checkpoint(self, timeout_s: float) -> Checkpoint:
         """Steps wait for the copying alone. `StorageFull`, or `Unavailable` while another is written for too long."""
-        return entry(self._checkpoints.save(timeout_s))
+        return told(self._checkpoints.save(timeout_s))
 
-    def checkpoints(self) -> Sequence[CheckpointEntry]:
+    def checkpoints(self) -> Sequence[Checkpoint]:
         """Newest first."""
-        return [entry(found) for found in self._checkpoints.vault.all()]
+        return [told(found) for found in self._checkpoints.vault.all()]
 
     # -- asked by the router ------------------------------------------------------------------------------------------
 
