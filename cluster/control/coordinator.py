@@ -337,6 +337,7 @@ class Coordinator:
             self._disturbances.idle()
         if self._is_ready() and not self._groups_below(self._redundancy):
             self._disturbances.whole(now)
+            self._members.forget_dead("expert")
         self._jobs.forget_old(keep=self._stopping)
         self._start_next(now)
         decisions, self._decisions = self._decisions, []

@@ -50,6 +50,12 @@ class Members:
         self._actors.pop(actor_id, None)
         self._last_seen_s.pop(actor_id, None)
 
+    def forget_dead(self, role: str) -> None:
+        """Others are in their places: that they were there is the ledger's to tell."""
+        for actor in self.all():
+            if actor.role == role and actor.state == LOST and self.is_buried(actor.id):
+                self.leave(actor.id)
+
     def silent(self, now: float) -> list[str]:
         """Ids of ready actors from whom nothing came for longer than the timeout.
 

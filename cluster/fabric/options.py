@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 from cluster.config import ClusterConfig
 
 ROUTER_RESOURCE = "moe_router"
@@ -19,8 +21,10 @@ TRAIN, SERVE, CONTROL = "train", "serve", "control"
 """Concurrency groups of a router actor."""
 
 
-def coordinator_options() -> dict[str, Any]:
-    return {"num_cpus": 0, "max_concurrency": 64, "max_restarts": 0}
+def coordinator_options(node_id: str) -> dict[str, Any]:
+    """`node_id`: where whoever starts it lives. Nodes of expert actors come and go, and are for them."""
+    beside = NodeAffinitySchedulingStrategy(node_id, soft=False)  # a soft one Ray 2.60 takes for none
+    return {"num_cpus": 0, "max_concurrency": 64, "max_restarts": 0, "scheduling_strategy": beside}
 
 
 def expert_options(config: ClusterConfig) -> dict[str, Any]:

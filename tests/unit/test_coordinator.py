@@ -389,6 +389,19 @@ def test_copies_take_over_from_a_dead_actor_and_the_job_goes_on() -> None:
     assert start(coordinator, "next", now=5.0), "and another one starts"
 
 
+def test_the_dead_are_shown_until_others_are_in_their_places() -> None:
+    coordinator = make_double()
+    coordinator.actor_lost("e0", 3.0, "exit code -9")
+    coordinator.step(3.0)
+    assert "e0" in {actor.id for actor in coordinator.status().actors}
+    coordinator.actor_seen(report("e2"), 4.0)
+    coordinator.placed(Placement(3, (("e1", "e2"),) * 4, 2))
+    coordinator.step(4.0)
+    assert {actor.id for actor in coordinator.status().actors} == {"r0", "e1", "e2"}
+    coordinator.actor_seen(report("e0"), 5.0)
+    assert "e0" not in {actor.id for actor in coordinator.status().actors}, "a late report of a dead process"
+
+
 def test_a_group_that_dies_with_its_last_holder_fails_the_job_by_name(coordinator: Coordinator) -> None:
     job_id = start(coordinator)
     commit(coordinator, job_id, 1)
