@@ -23,6 +23,7 @@ from cluster.control.coordinator import ModelFacts
 from cluster.control.heartbeats import Heartbeats
 from cluster.errors import StartupError, Unavailable
 from cluster.fabric.calls import call
+from cluster.fabric.links import link_keys
 from cluster.fabric.nodes import node_names
 from cluster.fabric.options import ROUTER, expert_options, router_options
 from cluster.fabric.workers import ExpertContact, ExpertWorker, RouterWorker
@@ -49,6 +50,7 @@ class Crew:
 
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
+        self.link_keys = link_keys(config.links)
         self._lock = threading.RLock()
         self._handles: dict[str, Any] = {}
         self._experts: dict[str, ExpertContact] = {}
@@ -93,7 +95,7 @@ class Crew:
 
     def load_experts(self, placement: Placement, names: Sequence[str]) -> None:
         """Each takes the groups it holds from the model directory; without any it is there for those that arrive."""
-        loading = {name: self._handles[name].load.remote(placement.held_by(name)) for name in names}
+        loading = {name: self._handles[name].load.remote(placement.held_by(name), self.link_keys) for name in names}
         for name, ref in loading.items():
             contact = self._started(name, ref)
             with self._lock:
@@ -101,7 +103,7 @@ class Crew:
                 self._deaths[name] = self._handles[name].wait_until_death.remote()
 
     def load_router(self, placement: Placement, control: Any) -> None:
-        ref = self.router.load.remote(placement, self.contacts(placement), control)
+        ref = self.router.load.remote(placement, self.contacts(placement), control, self.link_keys)
         self._router_at = self._started(ROUTER, ref)
         self._deaths[ROUTER] = self.router.wait_until_death.remote()
 
