@@ -78,8 +78,8 @@ class RouterConfig:
 class LinksConfig:
     kind: Literal["auto", "local", "socket"] = "auto"
     secure: Literal["auto", "on", "off"] = "auto"
-    """Encrypted, and only between actors of this cluster. auto: tcp://, which leads to other hosts; on: ipc:// too, which
-    otherwise is guarded by its directory's access rights; off: neither."""
+    """Encrypted, and only for actors of this cluster. auto: tcp://, which leads to other hosts; on: ipc:// as well, which
+    is guarded by its directory's access rights otherwise; off: neither."""
     max_message_bytes: int = 1 << 30
 
 

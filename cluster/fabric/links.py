@@ -1,6 +1,6 @@
-"""The keys of a cluster's links. The coordinator makes them; actors get them as an argument of the call that loads them.
+"""The keys of a cluster's links. The coordinator makes them and hands them to the actors in the call that loads them.
 
-Not as one of the actor's own making: Ray's control store keeps those for as long as the actor lives.
+Not in the call that starts an actor: Ray's control store keeps the arguments of that one.
 """
 
 from __future__ import annotations
