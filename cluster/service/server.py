@@ -6,16 +6,21 @@ import asyncio
 import errno
 import logging
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from actors.errors import InvalidInput, MoeClusterError
+from actors.errors import InvalidInput, LinkTimeout, MoeClusterError
 from cluster.backend import Backend
 from cluster.config import FrontConfig
 from cluster.errors import PortInUse
+from cluster.service import tls
+from cluster.service.access import is_loopback
+from cluster.service.auth import AuthInterceptor
 from cluster.service.cluster import ClusterServicer
 from cluster.service.health import HealthServicer
 from cluster.service.inference import InferenceServicer
@@ -58,6 +63,7 @@ class Front:
         self._server: grpc.aio.Server | None = None
         self._follower: asyncio.Task[None] | None = None
         self._ready: bool | None = None
+        self._was_ready = asyncio.Event()
         self._port = 0
 
     @property
@@ -70,14 +76,17 @@ class Front:
         return _address(self._config.host, self._port)
 
     async def start(self) -> None:
-        """Listens when it returns; health tells when the backend is ready. `PortInUse` if the port is taken."""
+        """Listens when it returns; health tells when the backend is ready. `PortInUse` if the port is taken,
+        `InvalidInput` if a file of tokens or TLS cannot be used."""
         server = grpc.aio.server(
-            interceptors=(self._interceptor,),
+            # The outermost first: it logs and translates what the inner one refuses.
+            interceptors=(self._interceptor, *_guards(self._config)),
             options=_options(self._config),
             maximum_concurrent_rpcs=self._config.max_concurrent_rpcs + PROBE_HEADROOM,
         )
         self._add_servicers(server)
-        self._port = _bind(server, self._config.host, self._config.port)
+        self._port = _bind(server, self._config)
+        _warn_of_strangers(self._config)
         await self._set_health(ready=False)
         await server.start()
         self._server = server
@@ -98,6 +107,14 @@ class Front:
         await server.stop(self._config.shutdown_grace_s if grace_s is None else grace_s)
         logger.info("front on %s has stopped", self.target)
 
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Returns when health has said SERVING; `LinkTimeout` if it has not in time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._was_ready.wait()
+        except TimeoutError:
+            raise LinkTimeout(f"the cluster was not ready within {timeout_s:.3g} s", peer=self.target) from None
+
     async def wait(self) -> None:
         """Returns after `stop`."""
         if self._server is not None:
@@ -108,6 +125,8 @@ class Front:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(self._backend), server)
         training_pb2_grpc.add_TrainingServiceServicer_to_server(TrainingServicer(self._backend), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if not _is_reflected(self._config):
+            return
         names = (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflector = reflection.aio.ReflectionServicer(names)  # type: ignore[attr-defined]  # newer than the stubs
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflector, server)
@@ -135,6 +154,8 @@ class Front:
         logger.info("health is %s", "SERVING" if ready else "NOT_SERVING")
         for service in ("", *SERVICES):
             await self._health.set(service, _SERVING if ready else _NOT_SERVING)
+        if ready:
+            self._was_ready.set()
 
 
 def _options(config: FrontConfig) -> list[tuple[str, int]]:
@@ -153,13 +174,44 @@ def _options(config: FrontConfig) -> list[tuple[str, int]]:
     ]
 
 
-def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
+def _bind(server: grpc.aio.Server, config: FrontConfig) -> int:
+    host, port = config.host, config.port
+    credentials = tls.server_credentials(config.tls)
     try:
-        bound: int = server.add_insecure_port(_address(host, port))
+        bound: int = (
+            server.add_insecure_port(_address(host, port))
+            if credentials is None
+            else server.add_secure_port(_address(host, port), credentials)
+        )
     except RuntimeError as error:
         check_port(host, port)
         raise _taken(host, port) from error
     return bound
+
+
+def check_front(config: FrontConfig) -> None:
+    """Raises what `Front.start` would raise now."""
+    check_port(config.host, config.port)
+    tls.server_credentials(config.tls)
+    _guards(config)
+
+
+def _guards(config: FrontConfig) -> Sequence[AuthInterceptor]:
+    return [AuthInterceptor(Path(config.auth.tokens_file))] if config.auth.tokens_file else []
+
+
+def _is_reflected(config: FrontConfig) -> bool:
+    return config.reflection == "on" or (config.reflection == "auto" and not config.auth.tokens_file)
+
+
+def _warn_of_strangers(config: FrontConfig) -> None:
+    if is_loopback(config.host):
+        return
+    address = _address(config.host, config.port)
+    if not (config.auth.tokens_file or config.tls.client_ca):
+        logger.warning("whoever reaches %s may do everything; set front.auth.tokens_file or front.tls", address)
+    elif not config.tls.certificate:
+        logger.warning("tokens travel to %s in clear text; set front.tls.certificate and front.tls.key", address)
 
 
 def check_port(host: str, port: int) -> None:
