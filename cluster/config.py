@@ -86,8 +86,8 @@ class LinksConfig:
 @dataclass(frozen=True)
 class AuthConfig:
     tokens_file: str = ""
-    """Who may call what: a line for each token, made by `moe-cluster token`, read again when it changes. Empty:
-    everybody may call everything."""
+    """Who may call what: a line for each token, made by `moe-cluster token`, read again when it changes; relative to
+    the working directory. Empty: everybody may call everything."""
 
 
 @dataclass(frozen=True)

@@ -160,10 +160,10 @@ def _check_front(config: FrontConfig, check: _Check) -> None:
     check.at_least("max_concurrent_rpcs", config.max_concurrent_rpcs, 1)
     check.at_least("shutdown_grace_s", config.shutdown_grace_s, 0)
     tls = config.tls
-    remedy = "give both or neither"
-    check.that(bool(tls.certificate) == bool(tls.key), "tls", "certificate and key go together", tls, remedy)
-    remedy = "give tls.certificate and tls.key as well"
-    check.that(bool(tls.certificate) or not tls.client_ca, "tls.client_ca", "is for TLS", tls.client_ca, remedy)
+    for needed, given in (("certificate", "key"), ("key", "certificate"), ("certificate", "client_ca")):
+        is_whole = bool(getattr(tls, needed)) or not getattr(tls, given)
+        remedy = f"name the PEM file, or leave tls.{given} out"
+        check.that(is_whole, f"tls.{needed}", f"is missing beside tls.{given}", None, remedy)
 
 
 def _check_optimizer(config: OptimizerConfig, check: _Check) -> None:

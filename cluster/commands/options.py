@@ -25,7 +25,7 @@ TARGET_VARIABLE = "MOE_CLUSTER_TARGET"
 TOKEN_VARIABLE = "MOE_CLUSTER_TOKEN"
 """The token itself; there is no option for it, since others see the arguments of a process."""
 ACCESS_OPTIONS = {
-    "token-file": "file with the token that the front asks for; default: ${}, or the token in $" + TOKEN_VARIABLE,
+    "token-file": f"file with the token for the front; default: ${{}}, or the token in ${TOKEN_VARIABLE}",
     "ca": "PEM certificates of who signs the front's: talk TLS; default: ${}",
     "cert": "own PEM certificate, for a front that wants one; default: ${}",
     "key": "key of --cert; default: ${}",
@@ -40,8 +40,8 @@ EXIT_INTERRUPTED = 130
 def add_remote(
     subparsers: Subparsers, name: str, handler: Handler, *, help: str, timeout_s: float = 30.0
 ) -> argparse.ArgumentParser:
-    """A parser with the options to reach a front, `--timeout` and `--json`, whose `run` calls `handler` with a connected
-    client."""
+    """A parser with the options to reach a front, `--timeout` and `--json`, whose `run` calls `handler` with a client
+    that is connected."""
     parser: argparse.ArgumentParser = subparsers.add_parser(name, help=help, description=help)
     parser.add_argument(
         "--target",

@@ -56,7 +56,7 @@ def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost" or host.startswith("unix")
+        return host in ("localhost", "unix")
 
 
 def _secure(target: str, access: Access, options: Sequence[tuple[str, Any]]) -> grpc.Channel:

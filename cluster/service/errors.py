@@ -138,10 +138,11 @@ def retry_after_s(error: grpc.RpcError) -> float | None:
 def _unreachable(text: str, target: str, *, from_front: bool) -> str:
     if from_front:
         return text
-    if "handshake failed" in text:
+    if "handshake failed" in text or "erification" in text:
         return f"the front at {target} could not be trusted; check --ca, --cert, --key and --server-name ({text})"
     return (
-        f"no answer from a front at {target}; start one with `moe-cluster up`, or name another with --target ({text})"
+        f"no answer from a front at {target}; start one with `moe-cluster up`, or name another with --target; "
+        f"one with TLS wants --ca, and may want --cert and --key ({text})"
     )
 
 
