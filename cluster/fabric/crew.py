@@ -10,7 +10,8 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -28,6 +29,9 @@ from cluster.fabric.nodes import node_names
 from cluster.fabric.options import ROUTER, expert_options, router_options
 from cluster.fabric.workers import ExpertContact, ExpertWorker, RouterWorker
 from cluster.placement.placement import ActorSlot
+
+if TYPE_CHECKING:
+    from actors.transport.curve import LinkKeys
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +54,6 @@ class Crew:
 
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
-        self.link_keys = link_keys(config.links)
         self._lock = threading.RLock()
         self._handles: dict[str, Any] = {}
         self._experts: dict[str, ExpertContact] = {}
@@ -65,6 +68,11 @@ class Crew:
         self._queue = (0, 0.0)
         self._next_ping_s = 0.0
         self._next_number = 0
+
+    @cached_property
+    def link_keys(self) -> LinkKeys | None:
+        """Of all links of this cluster. Made when they are first needed, so that an error is that of the start."""
+        return link_keys(self._config.links)
 
     # -- starting -----------------------------------------------------------------------------------------------------
 
