@@ -157,9 +157,16 @@ class RouterWorker:
 
     @ray.method(concurrency_group=CONTROL)
     def load(
-        self, placement: Placement, experts: Sequence[ExpertContact], control: Any, keys: LinkKeys | None
+        self,
+        placement: Placement,
+        experts: Sequence[ExpertContact],
+        control: Any,
+        found: Found | None,
+        run: int,
+        keys: LinkKeys | None,
     ) -> tuple[str, int]:
-        """Takes the trunk's weights and opens links to the experts. Returns its node and process id.
+        """Takes the trunk's weights, or the state of a checkpoint as this run, and opens links to the experts, who have
+        theirs. Returns its node and process id.
 
         `control`: the coordinator, which is asked for another placement when expert actors are gone.
         `keys`: as of an expert actor.
@@ -169,7 +176,7 @@ class RouterWorker:
 
         self._control, self._keys = control, keys
         self._node_id = ray.get_runtime_context().get_node_id()
-        self._router = Router(
+        router = Router(
             model_source(self._config),
             self._roster(placement, experts),
             gate=self._config.model.gate,
@@ -179,6 +186,11 @@ class RouterWorker:
             max_sessions=self._config.router.max_sessions,
             find_roster=self._find_roster,
         )
+        if found is not None:
+            from cluster.checkpoint.state import read_router
+
+            router.restore(self._roster(placement, experts), read_router(found), run)
+        self._router = router
         return self._node_id, os.getpid()
 
     def _roster(self, placement: Placement, experts: Sequence[ExpertContact]) -> Roster:
@@ -284,11 +296,6 @@ class RouterWorker:
     @ray.method(concurrency_group=CONTROL)
     def vitals(self) -> dict[str, Any]:
         return self._router.vitals()
-
-    @ray.method(concurrency_group=CONTROL)
-    def course(self) -> Course:
-        """Of now."""
-        return self._router.course
 
     @ray.method(concurrency_group=SERVE)
     def logits(self, ids: MicroBatch) -> Any:

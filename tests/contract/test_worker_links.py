@@ -58,7 +58,7 @@ def secured(
 def test_they_reach_each_other(config, secured):
     experts, contacts, keys = secured
     router = RouterWorker(config)
-    router.load(PLACEMENT, contacts, None, keys)
+    router.load(PLACEMENT, contacts, None, None, 0, keys)
     logprobs, version = router.score([1, 2, 3, 4])
     assert len(logprobs) == 3
     assert version == 0
