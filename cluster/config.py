@@ -112,6 +112,8 @@ class FrontConfig:
     tls: TlsConfig = TlsConfig()
     reflection: Literal["auto", "on", "off"] = "auto"
     """auto: where no token is asked for."""
+    health_port: int | None = None
+    """Another port, with grpc.health.v1 alone and in clear text: probes of Kubernetes speak no TLS. null: none."""
 
 
 OWN_FRONT = FrontConfig(port=0)

@@ -61,10 +61,11 @@ class Front:
         self._health = HealthServicer()
         self._interceptor = FrontInterceptor(max_concurrent=self._config.max_concurrent_rpcs)
         self._server: grpc.aio.Server | None = None
+        self._probed: grpc.aio.Server | None = None
         self._follower: asyncio.Task[None] | None = None
         self._ready: bool | None = None
         self._was_ready = asyncio.Event()
-        self._port = 0
+        self._port = self._health_port = 0
 
     @property
     def port(self) -> int:
@@ -74,6 +75,11 @@ class Front:
     @property
     def target(self) -> str:
         return _address(self._config.host, self._port)
+
+    @property
+    def health_target(self) -> str:
+        """Where `front.health_port` is served, known after `start`."""
+        return _address(self._config.host, self._health_port)
 
     async def start(self) -> None:
         """Listens when it returns; health tells when the backend is ready. `PortInUse` if the port is taken,
@@ -85,10 +91,14 @@ class Front:
             maximum_concurrent_rpcs=self._config.max_concurrent_rpcs + PROBE_HEADROOM,
         )
         self._add_servicers(server)
-        self._port = _bind(server, self._config)
+        credentials = tls.server_credentials(self._config.tls)
+        self._port = _bind(server, self._config.host, self._config.port, credentials)
+        self._probed = self._bound_for_probes()
         _warn_of_strangers(self._config)
         await self._set_health(ready=False)
         await server.start()
+        if self._probed is not None:
+            await self._probed.start()
         self._server = server
         self._follower = asyncio.create_task(self._follow_backend(), name="front-health")
         logger.info("front listens on %s", self.target)
@@ -104,7 +114,8 @@ class Front:
             with suppress(asyncio.CancelledError):
                 await self._follower
         self._interceptor.drain()
-        await server.stop(self._config.shutdown_grace_s if grace_s is None else grace_s)
+        grace_s = self._config.shutdown_grace_s if grace_s is None else grace_s
+        await asyncio.gather(*(each.stop(grace_s) for each in (server, self._probed) if each is not None))
         logger.info("front on %s has stopped", self.target)
 
     async def wait_ready(self, timeout_s: float) -> None:
@@ -119,6 +130,18 @@ class Front:
         """Returns after `stop`."""
         if self._server is not None:
             await self._server.wait_for_termination()
+
+    def _bound_for_probes(self) -> grpc.aio.Server | None:
+        if self._config.health_port is None:
+            return None
+        server = grpc.aio.server(
+            interceptors=(self._interceptor,),
+            options=_options(self._config),
+            maximum_concurrent_rpcs=PROBE_HEADROOM,
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        self._health_port = _bind(server, self._config.host, self._config.health_port, None, "front.health_port")
+        return server
 
     def _add_servicers(self, server: grpc.aio.Server) -> None:
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(ClusterServicer(self._backend), server)
@@ -174,9 +197,13 @@ def _options(config: FrontConfig) -> list[tuple[str, int]]:
     ]
 
 
-def _bind(server: grpc.aio.Server, config: FrontConfig) -> int:
-    host, port = config.host, config.port
-    credentials = tls.server_credentials(config.tls)
+def _bind(
+    server: grpc.aio.Server,
+    host: str,
+    port: int,
+    credentials: grpc.ServerCredentials | None,
+    field: str = "front.port",
+) -> int:
     try:
         bound: int = (
             server.add_insecure_port(_address(host, port))
@@ -184,14 +211,16 @@ def _bind(server: grpc.aio.Server, config: FrontConfig) -> int:
             else server.add_secure_port(_address(host, port), credentials)
         )
     except RuntimeError as error:
-        check_port(host, port)
-        raise _taken(host, port) from error
+        check_port(host, port, field)
+        raise _taken(host, port, field) from error
     return bound
 
 
 def check_front(config: FrontConfig) -> None:
     """Raises what `Front.start` would raise now."""
     check_port(config.host, config.port)
+    if config.health_port is not None:
+        check_port(config.host, config.health_port, "front.health_port")
     tls.server_credentials(config.tls)
     _guards(config)
 
@@ -214,7 +243,7 @@ def _warn_of_strangers(config: FrontConfig) -> None:
         logger.warning("tokens travel to %s in clear text; set front.tls.certificate and front.tls.key", address)
 
 
-def check_port(host: str, port: int) -> None:
+def check_port(host: str, port: int, field: str = "front.port") -> None:
     """`PortInUse` or `InvalidInput` if nobody could listen there now; gRPC itself does not say why it could not."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -223,16 +252,16 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise _taken(host, port) from error
+            raise _taken(host, port, field) from error
         remedy = "give an address of this machine and a free port above 1023"
         raise InvalidInput(
             f"cannot be listened on: {error}", field="front", value=(host, port), remedy=remedy
         ) from None
 
 
-def _taken(host: str, port: int) -> PortInUse:
+def _taken(host: str, port: int, field: str) -> PortInUse:
     return PortInUse(
-        f"{_address(host, port)} is taken by another process; end it, or set front.port to another (0: any free one)"
+        f"{_address(host, port)} is taken by another process; end it, or set {field} to another (0: any free one)"
     )
 
 

@@ -17,7 +17,7 @@ from grpc_status import rpc_status
 
 from actors.errors import InvalidInput
 from cluster.config import AuthConfig, FrontConfig, JobConfig, TlsConfig
-from cluster.errors import PermissionDenied, Unauthenticated, Unavailable
+from cluster.errors import PermissionDenied, PortInUse, Unauthenticated, Unavailable
 from cluster.service.access import Access
 from cluster.service.auth import ROLES
 from cluster.service.client import Client
@@ -126,6 +126,35 @@ def test_health_is_for_everybody(tokens_file):
                 break
         answer = health.Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+class TestHealthPort:
+    """What the kubelet can ask of a front with TLS."""
+
+    @pytest.fixture
+    def front(self, tokens_file, tmp_path) -> Iterator[Front]:
+        config = FrontConfig(port=0, auth=AuthConfig(str(tokens_file)), tls=Mounted(tmp_path).mutual, health_port=0)
+        with running_front(MemoryBackend(), config) as front:
+            yield front
+
+    def test_it_answers_without_tls_and_token(self, front):
+        with grpc.insecure_channel(front.health_target) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            statuses = health.Watch(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
+            while next(statuses).status != health_pb2.HealthCheckResponse.SERVING:
+                pass
+            run(front.stop(grace_s=0.5))
+            assert next(statuses).status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+    @BY_NAME
+    def test_nothing_else_is_there(self, front, path, method):
+        with grpc.insecure_channel(front.health_target) as channel:
+            assert send(channel, path, method, TOKENS[Role.ADMIN]) is Code.UNIMPLEMENTED
+
+    def test_a_taken_port_is_named(self, front):
+        taken = int(front.health_target.rpartition(":")[2])
+        with pytest.raises(PortInUse, match=rf"{taken} is taken.*front\.health_port"):
+            run(Front(MemoryBackend(), FrontConfig(port=0, health_port=taken)).start())
 
 
 def test_a_client_with_a_token(tokens_file):

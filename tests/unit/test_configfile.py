@@ -216,6 +216,7 @@ CLUSTER_FAULTS = {
         "missing",
         "client_ca out",
     ),
+    "health port": (MODEL + "front: {health_port: 50151}", "front.health_port", "50151", "use another"),
     "reflection": (MODEL + "front: {reflection: maybe}", "front.reflection", "'maybe'", "one of auto, on, off"),
     "secure links": (MODEL + "links: {secure: 1}", "links.secure", "1", "one of auto, on, off"),
     "bool for a kind": (MODEL + "links: {kind: on}", "links.kind", "True", "one of auto, local, socket"),
