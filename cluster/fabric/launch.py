@@ -16,7 +16,7 @@ from cluster.fabric.backend import RayBackend
 from cluster.fabric.calls import call
 from cluster.fabric.control import ControlWorker
 from cluster.fabric.jobs import RayRouter
-from cluster.fabric.nodes import connected
+from cluster.fabric.nodes import connected, router_node
 from cluster.fabric.options import coordinator_options
 from cluster.fabric.workers import ExpertContact
 
@@ -46,7 +46,7 @@ class RunningCluster:
 def launched(config: ClusterConfig) -> Iterator[RunningCluster]:
     """A ready cluster; on leaving, also by an error or Ctrl-C, every process it started has ended."""
     with connected(config):
-        control: Any = ray.remote(**coordinator_options())(ControlWorker).remote(config)
+        control: Any = ray.remote(**coordinator_options(router_node()))(ControlWorker).remote(config)
         try:
             router = call("coordinator", control.start.remote(), 3 * config.ray.start_timeout_s)
             yield RunningCluster(RayBackend(control, router, config.model), RayRouter(router), control)

@@ -7,10 +7,11 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.cluster_utils import Cluster
 
 from cluster.config import ClusterConfig
@@ -141,3 +142,16 @@ def node_names() -> dict[str, str]:
         for node in ray.nodes()
         if node["Alive"]
     }
+
+
+def router_node() -> str | None:
+    """Id of a living node that offers room for a router: the coordinator belongs beside it, since expert nodes come and
+    go. None if there is none yet."""
+    offers = (node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get(ROUTER_RESOURCE))
+    return next(offers, None)
+
+
+def expert_room(leaving: Collection[str]) -> int:
+    """Expert actors for which the living nodes have room now, without those that leave; up to a second old."""
+    free = available_resources_per_node()
+    return sum(int(free.get(node_id, {}).get(EXPERT_RESOURCE, 0)) for node_id in node_names().keys() - set(leaving))

@@ -1,0 +1,160 @@
+"""Nodes are emptied under a training job and streams: nobody fails, and nobody can tell from the numbers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import psutil
+import pytest
+import ray
+from ray._raylet import GcsClient
+
+from actors.errors import InvalidInput
+from cluster.backend import Operation, OperationState
+from cluster.errors import FailedPrecondition
+from cluster.fabric.nodes import node_names
+from cluster.serve import served
+from cluster.service.client import Client
+from tests.integration.test_copies import JOB, WAIT_S, config_in, losses, text, wait_for_step
+
+pytestmark = pytest.mark.timeout(600)  # starting processes that import torch takes minutes on a busy machine
+
+NUM_STREAMS = 2
+NODES = 3
+DEADLINE_S = 120.0
+PREEMPTION = 2
+"""`DRAIN_NODE_REASON_PREEMPTION` of Ray."""
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """Each node has room for two actors, and one of them begins empty: three actors are on three nodes."""
+    changes = {"experts.redundancy": 1, "ray.nodes": NODES, "experts.max_actors": 2 * NODES}
+    config = config_in(tmp_path_factory.mktemp("storage"), **changes)
+    with served(config) as service, Client(service.target) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def expected(client: Client) -> list[float]:
+    """Losses of the job from the weights `same`, undisturbed."""
+    client.export_model("same")
+    client.import_model("same")
+    return losses(client, client.submit_job(JOB).id)
+
+
+@contextmanager
+def streams(client: Client) -> Iterator[list[str]]:
+    """Texts of streams that run one after the other, in `NUM_STREAMS` threads; a failure is raised at the end."""
+    texts: list[str] = []
+    errors: list[Exception] = []
+    stop = threading.Event()
+
+    def serve() -> None:
+        while not stop.is_set():
+            try:
+                texts.append(text(client))
+            except Exception as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=serve) for _ in range(NUM_STREAMS)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield texts
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(WAIT_S)
+    assert not errors
+
+
+def emptied_under_load(client: Client, node: str, expected: list[float], empty: Callable[[], Operation]) -> None:
+    """`empty` makes the node leave and returns the operation at its end."""
+    client.import_model("same")
+    job = client.submit_job(JOB)
+    wait_for_step(client, job.id, 3)
+    pids = [actor.pid for actor in client.status().actors if actor.node == node]
+    assert pids
+    with streams(client) as texts:
+        started = time.monotonic()
+        operation = empty()
+        assert time.monotonic() - started < DEADLINE_S
+        assert (operation.state, operation.node) == (OperationState.SUCCEEDED, node), operation.error
+        assert losses(client, job.id) == pytest.approx(expected, rel=1e-9)
+    assert len(texts) >= NUM_STREAMS
+    assert all(texts)
+    status = client.status()
+    assert status.ready
+    assert not any(actor.node == node for actor in status.actors)
+    for pid in pids:
+        psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=WAIT_S)
+        assert not psutil.pid_exists(pid)
+    entry = [entry for entry in client.ledger().entries if entry.kind == "drain"][-1]
+    assert (entry.subject, entry.requests_failed, entry.steps_replayed) == (node, 0, 0)
+    assert entry.recovered_s is not None
+
+
+def expert_nodes(client: Client) -> list[str]:
+    return sorted({actor.node for actor in client.status().actors if actor.role == "expert"})
+
+
+def num_experts(client: Client) -> int:
+    return sum(actor.role == "expert" for actor in client.status().actors)
+
+
+def test_nodes_that_cannot_be_emptied_are_refused_by_name(client: Client) -> None:
+    with pytest.raises(InvalidInput, match=r"'node-9'.*head, node-1, node-2, node-3") as caught:
+        client.drain("node-9")
+    assert caught.value.field == "node"
+    with pytest.raises(FailedPrecondition, match="node head holds the router"):
+        client.drain("head")
+    assert client.operations() == []
+
+
+def test_a_node_is_emptied_on_request_and_its_actors_replaced(client: Client, expected: list[float]) -> None:
+    node = expert_nodes(client)[0]
+    before = num_experts(client)
+
+    def drained() -> Operation:
+        asked = client.drain(node, DEADLINE_S, request_id="once")
+        with pytest.raises(FailedPrecondition, match="drain_node"):
+            client.scale(2)
+        *_, operation = client.watch_operation(asked.id)
+        assert client.drain(node, DEADLINE_S, request_id="once") == operation
+        return operation
+
+    emptied_under_load(client, node, expected, drained)
+    assert num_experts(client) == before
+    *_, again = client.watch_operation(client.drain(node).id)
+    assert again.state is OperationState.SUCCEEDED, "there is nothing to do"
+
+
+def test_ray_s_notice_empties_a_node_and_the_others_take_over(client: Client, expected: list[float]) -> None:
+    """There is room for one actor on the only node that is left."""
+    node, stays = expert_nodes(client)
+    node_id = next(node_id for node_id, name in node_names().items() if name == node)
+
+    def preempted() -> Operation:
+        before = {operation.id for operation in client.operations()}
+        gcs = GcsClient(address=ray.get_runtime_context().gcs_address)
+        until_ms = int((time.time() + DEADLINE_S) * 1000)
+        accepted, why = gcs.drain_node(node_id, PREEMPTION, "the machine is taken away", until_ms)
+        assert accepted, why
+        deadline = time.monotonic() + WAIT_S
+        while not (news := [each for each in client.operations() if each.id not in before]):
+            assert time.monotonic() < deadline, "the notice must be noticed"
+            time.sleep(0.1)
+        *_, operation = client.watch_operation(news[0].id)
+        return operation
+
+    emptied_under_load(client, node, expected, preempted)
+    assert expert_nodes(client) == [stays]
+    deadline = time.monotonic() + WAIT_S
+    while node_id in node_names():
+        assert time.monotonic() < deadline, "Ray ends a node that it drains when it is idle"
+        time.sleep(0.1)
+    assert client.status().ready
