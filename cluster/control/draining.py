@@ -46,7 +46,7 @@ class Leaving:
     @property
     def names(self) -> Mapping[str, str]:
         """Node id -> name."""
-        return {node_id: self._names.get(node_id, node_id[:12]) for node_id in {*self._asked, *self._announced}}
+        return {node_id: self._names[node_id] for node_id in {*self._asked, *self._announced}}
 
     def ask(self, node_id: str, name: str) -> None:
         self._asked.add(node_id)
@@ -64,7 +64,7 @@ class Leaving:
         news = [node_id for node_id in notices if node_id in nodes and node_id not in self._announced]
         self._announced = {node_id: Notice(node_id, notices[node_id]) for node_id in notices if node_id in nodes}
         self._asked &= nodes.keys()
-        self._names = {node_id: nodes[node_id] for node_id in self.names}
+        self._names = {node_id: nodes[node_id] for node_id in {*self._asked, *self._announced}}
         self._try_at_s = {node_id: at_s for node_id, at_s in self._try_at_s.items() if node_id in self._announced}
         return news
 

@@ -23,7 +23,7 @@ from cluster.control.coordinator import ModelFacts
 from cluster.control.heartbeats import Heartbeats
 from cluster.errors import StartupError, Unavailable
 from cluster.fabric.calls import call
-from cluster.fabric.nodes import expert_room, node_names
+from cluster.fabric.nodes import expert_room, node_names, short_name
 from cluster.fabric.options import ROUTER, expert_options, router_options
 from cluster.fabric.workers import ExpertContact, ExpertWorker, RouterWorker
 from cluster.placement.placement import ActorSlot
@@ -277,7 +277,7 @@ class Crew:
         return ActorStatus(
             id=name,
             role="expert" if expert else "router",
-            node=nodes.get(node_id, node_id[:12]),
+            node=nodes.get(node_id, short_name(node_id)),
             pid=pid,
             state="ready",
             device=self._config.experts.device if expert else self._config.router.device,

@@ -138,10 +138,15 @@ def _isolate() -> None:
 def node_names() -> dict[str, str]:
     """Ray node id -> name, of the living nodes."""
     return {
-        node["NodeID"]: (node.get("Labels") or {}).get(NODE_LABEL, node["NodeID"][:12])
+        node["NodeID"]: (node.get("Labels") or {}).get(NODE_LABEL, short_name(node["NodeID"]))
         for node in ray.nodes()
         if node["Alive"]
     }
+
+
+def short_name(node_id: str) -> str:
+    """Of a node without a name: the end of its id, since some of Ray's node providers count there."""
+    return node_id[-12:]
 
 
 def router_node() -> str | None:

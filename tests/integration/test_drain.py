@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import replace
 
 import psutil
 import pytest
@@ -20,14 +17,14 @@ from cluster.errors import FailedPrecondition
 from cluster.fabric.nodes import node_names
 from cluster.serve import served
 from cluster.service.client import Client
-from tests.integration.test_copies import JOB, WAIT_S, config_in, text
+from tests.integration.load import LONG_JOB, streams
+from tests.integration.test_copies import WAIT_S, config_in
 
 pytestmark = pytest.mark.timeout(600)  # starting processes that import torch takes minutes on a busy machine
 
 NUM_STREAMS = 2
 NODES = 3
 DEADLINE_S = 120.0
-LONG_JOB = replace(JOB, steps=100_000)
 FIRST_STEPS, MORE_STEPS = 5, 10
 """Before the node is told to leave, and after it is empty."""
 PREEMPTION = 2
@@ -61,32 +58,6 @@ def run_until(client: Client, is_enough: Callable[[int], bool]) -> list[float]:
     return found
 
 
-@contextmanager
-def streams(client: Client) -> Iterator[list[str]]:
-    """Texts of streams that run one after the other, in `NUM_STREAMS` threads; a failure is raised at the end."""
-    texts: list[str] = []
-    errors: list[Exception] = []
-    stop = threading.Event()
-
-    def serve() -> None:
-        while not stop.is_set():
-            try:
-                texts.append(text(client))
-            except Exception as error:
-                errors.append(error)
-
-    threads = [threading.Thread(target=serve) for _ in range(NUM_STREAMS)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield texts
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join(WAIT_S)
-    assert not errors
-
-
 def emptied_under_load(client: Client, node: str, empty: Callable[[], Operation]) -> None:
     """`empty` makes the node leave and returns the operation at its end."""
     client.export_model("same")
@@ -95,7 +66,7 @@ def emptied_under_load(client: Client, node: str, empty: Callable[[], Operation]
     running: list[Future[Operation]] = []
     last: list[int] = []
     """Steps that are to be run, once the node is empty."""
-    with ThreadPoolExecutor(1) as pool, streams(client) as texts:
+    with ThreadPoolExecutor(1) as pool, streams(client, NUM_STREAMS) as texts:
 
         def is_enough(step: int) -> bool:
             if step == FIRST_STEPS:
@@ -109,7 +80,6 @@ def emptied_under_load(client: Client, node: str, empty: Callable[[], Operation]
         operation = running[0].result()
     assert (operation.state, operation.node) == (OperationState.SUCCEEDED, node), operation.error
     assert time.monotonic() - started < DEADLINE_S
-    assert len(texts) >= NUM_STREAMS
     assert all(texts)
     status = client.status()
     assert status.ready
