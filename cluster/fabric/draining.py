@@ -63,12 +63,13 @@ class Draining:
         with self._lock:
             fresh = self._leaving.announced(news.notices, news.nodes)
             self._crew.leaving = self._leaving.names
-        keepers = self._keepers()
-        for node_id in fresh:
-            fate = f"it holds {keepers[node_id]}, which cannot be moved" if node_id in keepers else "it is emptied"
-            logger.warning("Ray takes node %s away: %s", news.nodes[node_id], fate)
-        now = time.time()
+        now, keepers = time.time(), self._keepers()
         held = {node_id: len(self._crew.on_node(node_id)) for node_id in news.notices if node_id not in keepers}
+        for node_id in fresh:
+            if node_id in keepers:
+                logger.error("Ray takes node %s away, which holds %s", news.nodes[node_id], keepers[node_id])
+            elif held[node_id]:
+                logger.warning("Ray takes node %s away; it is emptied", news.nodes[node_id])
         with self._state.reading() as coordinator:
             is_busy = coordinator.operations.active() is not None
         if is_busy or (notice := self._leaving.next(held, now)) is None:

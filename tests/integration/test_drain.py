@@ -152,3 +152,18 @@ def test_ray_s_notice_empties_a_node_and_the_others_take_over(client: Client) ->
         assert time.monotonic() < deadline, "Ray ends a node that it drains when it is idle"
         time.sleep(0.1)
     assert client.status().ready
+
+
+def test_the_last_node_cannot_be_emptied_and_goes_on(client: Client) -> None:
+    (node,) = expert_nodes(client)
+    before = client.status().owners
+    *_, operation = client.watch_operation(client.drain(node, 3.0).id)
+    assert operation.state is OperationState.FAILED
+    assert f"{node} still holds" in operation.error
+    assert "no expert actor on a node that stays" in operation.error
+    assert client.status().owners == before
+    *_, scaled = client.watch_operation(client.scale(1).id)
+    assert scaled.state is OperationState.SUCCEEDED, scaled.error
+    *_, scaled = client.watch_operation(client.scale(2).id)
+    assert scaled.state is OperationState.SUCCEEDED, "new actors are started on it again"
+    assert expert_nodes(client) == [node]
