@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from actors.values import Growth
 from cluster.config import JobConfig
 from cluster.control.ledger import Entry, Kind, Summary
 
@@ -256,10 +257,10 @@ class Operation:
     id: str
     request_id: str
     kind: str
-    """`scale_experts`."""
+    """`scale_experts` or `grow_model`."""
     state: OperationState
     target: int
-    """Expert actors there should be at the end."""
+    """Expert actors, or experts of every MoE layer, there should be at the end."""
     progress: float
     """In [0, 1]; never falls."""
     message: str
@@ -331,6 +332,12 @@ class Backend(Protocol):
 
         Idempotent: the same request id and number give the operation that exists. `AlreadyExists` if numbers differ,
         `FailedPrecondition` while another operation runs.
+        """
+
+    async def grow(self, growth: Growth, *, request_id: str, timeout_s: float) -> Operation:
+        """Starts to add experts to the model, and returns, as `scale` does.
+
+        `InvalidInput` if the model or its gate cannot have so many.
         """
 
     async def operation(self, operation_id: str, *, timeout_s: float) -> Operation: ...

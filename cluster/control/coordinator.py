@@ -18,6 +18,7 @@ from cluster.config import JobConfig
 from cluster.configcheck import validate_job
 from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
 from cluster.control.disturbances import Disturbances
+from cluster.control.growth import check_room
 from cluster.control.jobtable import JobRecord, JobTable
 from cluster.control.ledger import Kind, Ledger
 from cluster.control.load import LoadLE, LoadWindow
@@ -170,7 +171,8 @@ class Coordinator:
             return
         if step != record.job.step + 1:
             raise InvalidInput(f"step {record.job.step + 1} of {job_id} was never committed", field="step", value=step)
-        if load_LE is not None:
+        # A growth and a step's report may pass each other: that load is of another number of experts.
+        if load_LE is not None and len(load_LE[0]) == self._model.num_experts:
             batch = record.job.config.batch
             tokens = batch.sequences * batch.sequence_length * batch.gradient_accumulation
             self._loads.add(load_LE, self._version + 1, now, tokens, batch.gradient_accumulation)
@@ -289,8 +291,48 @@ class Coordinator:
         if job:
             self._jobs.adopt(job, message, now)
 
-    def restored(self, placement: Placement, version: int, steps: Mapping[str, int], message: str, now: float) -> None:
-        """Lost groups are back, and everybody is at this version. `steps`: job -> step it goes on after."""
+    def check_growth(self, num_experts: int) -> None:
+        """What speaks against more experts from here: `FailedPrecondition` while the placement is not whole,
+        `InvalidInput` if the actors may not hold so many groups."""
+        if missing := self._placement.missing:
+            raise FailedPrecondition(f"no actor holds {named(missing)} any more")
+        if silent := [actor for actor in self._placement.actors if not self._members.is_ready(actor)]:
+            raise FailedPrecondition(f"expert groups are on {', '.join(silent)}, which does not answer; try again")
+        check_room(self._placement, num_experts, self._max_groups)
+
+    def grown(self, placement: Placement, num_parameters: int, now: float) -> bool:
+        """The router and all holders have more experts, as this placement says. -> whether actors died meanwhile: the
+        placement kept here is then another, and the router has not heard of it."""
+        gone = set(placement.actors) - set(self._placement.actors)
+        if gone:
+            epoch = max(placement.epoch, self._placement.epoch) + 1
+            placement = dataclasses.replace(placement.without(gone), epoch=epoch)
+        self._resize(placement.num_experts, num_parameters)
+        self.placed(placement)
+        if record := self._jobs.active():
+            record.record("note", now, message=f"the model has {placement.num_experts} experts a layer now")
+        return bool(gone)
+
+    def _resize(self, num_experts: int, num_parameters: int) -> None:
+        share = self._model.shared_share * self._model.num_parameters / num_parameters
+        self._model = dataclasses.replace(
+            self._model, num_experts=num_experts, num_parameters=num_parameters, shared_share=share
+        )
+        self._loads = self._new_window()
+
+    def restored(
+        self,
+        placement: Placement,
+        version: int,
+        steps: Mapping[str, int],
+        message: str,
+        now: float,
+        num_parameters: int | None = None,
+    ) -> None:
+        """Lost groups are back, and everybody is at this version. `steps`: job -> step it goes on after.
+        `num_parameters`: of the model, if it has another number of experts again."""
+        if num_parameters is not None:
+            self._resize(placement.num_experts, num_parameters)
         self.placed(placement)
         self._version = version
         self._loads = self._new_window()

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from actors.errors import InvalidInput, MoeClusterError
-from actors.values import Sampling, TokenEvent
+from actors.values import Growth, Sampling, TokenEvent
 from cluster.backend import (
     ClusterStatus,
     EmbedResult,
@@ -107,6 +107,10 @@ class RayBackend:
 
     async def scale(self, actors: int, *, request_id: str, timeout_s: float) -> Operation:
         operation: Operation = await acall(COORDINATOR, self._control.scale.remote(actors, request_id), timeout_s)
+        return operation
+
+    async def grow(self, growth: Growth, *, request_id: str, timeout_s: float) -> Operation:
+        operation: Operation = await acall(COORDINATOR, self._control.grow.remote(growth, request_id), timeout_s)
         return operation
 
     async def operation(self, operation_id: str, *, timeout_s: float) -> Operation:

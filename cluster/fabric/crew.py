@@ -63,6 +63,8 @@ class Crew:
         self._queue = (0, 0.0)
         self._next_ping_s = 0.0
         self._next_number = 0
+        self.num_experts = 0
+        """Of every MoE layer, for a model that has grown; 0: as the config says."""
 
     # -- starting -----------------------------------------------------------------------------------------------------
 
@@ -73,7 +75,11 @@ class Crew:
     def start_router(self) -> ModelFacts:
         """Its process; `load_router` gives it its weights."""
         self._handles[ROUTER] = ray.remote(**router_options(self._config))(RouterWorker).remote(self._config)
-        facts: ModelFacts = self._started(ROUTER, self.router.facts.remote())
+        return self.facts()
+
+    def facts(self, num_experts: int = 0) -> ModelFacts:
+        """Of the model as the config says, or grown to so many experts."""
+        facts: ModelFacts = self._started(ROUTER, self.router.facts.remote(num_experts))
         return facts
 
     def start_experts(self, count: int) -> list[ActorSlot]:
@@ -93,7 +99,7 @@ class Crew:
 
     def load_experts(self, placement: Placement, names: Sequence[str]) -> None:
         """Each takes the groups it holds from the model directory; without any it is there for those that arrive."""
-        loading = {name: self._handles[name].load.remote(placement.held_by(name)) for name in names}
+        loading = {name: self._handles[name].load.remote(placement.held_by(name), self.num_experts) for name in names}
         for name, ref in loading.items():
             contact = self._started(name, ref)
             with self._lock:
@@ -101,7 +107,7 @@ class Crew:
                 self._deaths[name] = self._handles[name].wait_until_death.remote()
 
     def load_router(self, placement: Placement, control: Any) -> None:
-        ref = self.router.load.remote(placement, self.contacts(placement), control)
+        ref = self.router.load.remote(placement, self.contacts(placement), control, self.num_experts)
         self._router_at = self._started(ROUTER, ref)
         self._deaths[ROUTER] = self.router.wait_until_death.remote()
 

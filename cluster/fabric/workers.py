@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from actors.moe.settings import BalanceSettings
-from actors.values import Address, Course, Placement, Sampling, SnapshotTaken, StepReport, TokenEvent
+from actors.values import (
+    Address,
+    Course,
+    Grown,
+    Growth,
+    Placement,
+    Sampling,
+    SnapshotTaken,
+    StepReport,
+    TokenEvent,
+)
 from cluster.config import ClusterConfig, OptimizerConfig
 from cluster.control.coordinator import ModelFacts
 from cluster.fabric.calls import call
@@ -60,14 +70,17 @@ class ExpertWorker:
         node: str = ray.get_runtime_context().get_node_id()
         return node
 
-    def load(self, groups: Sequence[int]) -> ExpertContact:
-        """Takes the weights of its groups and begins to serve. Without groups it is there for those that arrive."""
+    def load(self, groups: Sequence[int], num_experts: int) -> ExpertContact:
+        """Takes the weights of its groups and begins to serve. Without groups it is there for those that arrive.
+
+        `num_experts` of every layer, for a model that has grown; 0: as the config says.
+        """
         from actors.expert import ExpertHost
         from cluster.fabric.model import model_source
 
         self._host = ExpertHost(
             self._name,
-            model_source(self._config),
+            model_source(self._config, num_experts),
             groups,
             group_size=self._config.experts.group_size,
             device=self._config.experts.device,
@@ -139,17 +152,19 @@ class RouterWorker:
         self._sessions: set[str] = set()
 
     @ray.method(concurrency_group=CONTROL)
-    def facts(self) -> ModelFacts:
-        """What there is to know of the model before anything is loaded."""
+    def facts(self, num_experts: int) -> ModelFacts:
+        """What there is to know of the model before anything is loaded; `num_experts` as for expert actors."""
         from cluster.fabric.model import model_facts
 
-        return model_facts(self._config)
+        return model_facts(self._config, num_experts)
 
     @ray.method(concurrency_group=CONTROL)
-    def load(self, placement: Placement, experts: Sequence[ExpertContact], control: Any) -> tuple[str, int]:
+    def load(
+        self, placement: Placement, experts: Sequence[ExpertContact], control: Any, num_experts: int
+    ) -> tuple[str, int]:
         """Takes the trunk's weights and opens links to the experts. Returns its node and process id.
 
-        `control`: the coordinator, which is asked for another placement when expert actors are gone.
+        `num_experts` as for expert actors: a model that has grown is to be restored then. `control`: the coordinator, which is asked for another placement when expert actors are gone.
         """
         from actors.router import Router
         from cluster.fabric.model import model_source
@@ -157,7 +172,7 @@ class RouterWorker:
         self._control = control
         self._node_id = ray.get_runtime_context().get_node_id()
         self._router = Router(
-            model_source(self._config),
+            model_source(self._config, num_experts),
             self._roster(placement, experts),
             gate=self._config.model.gate,
             device=self._config.router.device,
@@ -193,6 +208,16 @@ class RouterWorker:
     def adopt(self, placement: Placement, experts: Sequence[ExpertContact]) -> float:
         """Another placement, between two steps: it takes its turn with them. -> seconds that they waited for it."""
         return self._router.adopt(self._roster(placement, experts))
+
+    @ray.method(concurrency_group=CONTROL)
+    def prepare_growth(self, growth: Growth) -> None:
+        """`InvalidInput` if the model cannot grow so."""
+        self._router.prepare_growth(growth)
+
+    @ray.method(concurrency_group=TRAIN)
+    def grow(self, growth: Growth) -> Grown:
+        """Between two steps: it takes its turn with them."""
+        return self._router.grow(growth)
 
     @ray.method(concurrency_group=CONTROL)
     def wait_until_death(self) -> None:
@@ -289,7 +314,7 @@ class RouterWorker:
     def check_same_architecture(self, directory: str) -> None:
         from cluster.fabric.model import check_same_architecture
 
-        check_same_architecture(self._config, directory)
+        check_same_architecture(self._config, directory, self._router.grown_to or 0)
 
     @ray.method(concurrency_group=TRAIN)
     def replace_weights(self, path: str) -> None:

@@ -13,6 +13,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from actors.errors import LinkTimeout
+from actors.values import Growth
 from cluster.backend import (
     ClusterStatus,
     EmbedResult,
@@ -64,7 +65,7 @@ _OPTIONS = [
 class Client:
     """Talks to the front at `target` (host:port). `timeout_s` holds for every call that is given none of its own.
 
-    Only calls that may be repeated are: `submit_job` and `scale`, thanks to their request ids, `watch_job`, which
+    Only calls that may be repeated are: `submit_job`, `scale` and `grow`, thanks to their request ids, `watch_job`, which
     resumes after the last event it saw, `watch_load` and `watch_operation`. All give up after `max_retries` failures in
     a row.
     """
@@ -195,6 +196,18 @@ class Client:
             return operations.operation_from_message(self._cluster.ScaleExperts(request, timeout=left_s).operation)
 
         return self._repeated(scale, deadline_s)
+
+    def grow(self, growth: Growth, *, request_id: str | None = None, timeout_s: float | None = None) -> Operation:
+        """Starts it: see `watch_operation`. The same `request_id` (default: a fresh one) and number of experts give the
+        same operation."""
+        request = operations.growth_to_message(growth, request_id if request_id is not None else str(uuid.uuid4()))
+        deadline_s = time.monotonic() + self._or_default(timeout_s)
+
+        def grow() -> Operation:
+            left_s = max(0.0, deadline_s - time.monotonic())
+            return operations.operation_from_message(self._cluster.GrowModel(request, timeout=left_s).operation)
+
+        return self._repeated(grow, deadline_s)
 
     def operation(self, operation_id: str, *, timeout_s: float | None = None) -> Operation:
         request = cluster_pb2.GetOperationRequest(operation_id=operation_id)
