@@ -225,7 +225,7 @@ class Grower:
         return torch.cat((rows_ED, copies_ND))
 
     def _depth(self) -> int:
-        """How many of a token's best scores decide: with parts, the best M - 1 of them may hold all the best experts."""
+        """How many of a token's best scores decide: with parts, M - 1 of the best may hold all the best experts."""
         top_k, text = self._before.top_k, self._before.config.get_text_config()
         parts, visited = self._routing.settings.parts
         if self._routing.settings.kind == MODEL_GATE:

@@ -466,7 +466,8 @@ class Router:
     def restore(self, roster: Roster, saved: SavedState[str], run: int) -> None:
         """Back to what was saved, under a placement whose actors have been restored to the same version.
 
-        The number of experts may be another: that of before or after a growth. All that was on its way is given up. Serving waits for the switch. After an error it can be called again.
+        The number of experts may be another: that of before or after a growth. All that was on its way is given up.
+        Serving waits for the switch. After an error it can be called again.
         """
         found = dict(zip(saved.keys, saved.read(list(saved.keys)), strict=True))
         optimizer = {name: found.pop(name) for name in saved.keys if name.startswith(_OPTIMIZER)}

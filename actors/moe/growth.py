@@ -79,7 +79,7 @@ def _directions(inputs_TD: Tensor, scores_TE: Tensor, count: int, generator: tor
     variance_N, axes_NN = torch.linalg.eigh((inputs @ free_DN).T @ (inputs @ free_DN) / len(inputs))
     white_DN = free_DN @ axes_NN / (variance_N + RIDGE * variance_N.mean()).sqrt()
     random_NM = torch.randn(white_DN.shape[1], count, generator=generator, dtype=torch.float64)
-    directions_DM = white_DN @ torch.linalg.qr(random_NM).Q
+    directions_DM: Tensor = white_DN @ torch.linalg.qr(random_NM).Q
     assert directions_DM.shape == (width, count)
     return (directions_DM - directions_DM.mean(1, keepdim=True)).T
 

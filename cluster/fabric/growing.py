@@ -23,7 +23,7 @@ KIND = "grow_model"
 PREPARE_TIMEOUT_S = 120.0
 GROW_TIMEOUT_S = 3600.0
 ATTEMPTS = 5
-"""Of one growth: a death in the middle undoes the attempt, and the next one waits for the placement without the dead."""
+"""Of one growth: a death in the middle undoes the attempt, and the next finds the placement without the dead."""
 AGAIN_S = 1.0
 
 

@@ -164,7 +164,8 @@ class RouterWorker:
     ) -> tuple[str, int]:
         """Takes the trunk's weights and opens links to the experts. Returns its node and process id.
 
-        `num_experts` as for expert actors: a model that has grown is to be restored then. `control`: the coordinator, which is asked for another placement when expert actors are gone.
+        `num_experts` as for expert actors: a model that has grown is to be restored then. `control`: the coordinator,
+        which is asked for another placement when expert actors are gone.
         """
         from actors.router import Router
         from cluster.fabric.model import model_source

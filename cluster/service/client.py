@@ -65,9 +65,9 @@ _OPTIONS = [
 class Client:
     """Talks to the front at `target` (host:port). `timeout_s` holds for every call that is given none of its own.
 
-    Only calls that may be repeated are: `submit_job`, `scale` and `grow`, thanks to their request ids, `watch_job`, which
-    resumes after the last event it saw, `watch_load` and `watch_operation`. All give up after `max_retries` failures in
-    a row.
+    Only calls that may be repeated are: `submit_job`, `scale` and `grow`, thanks to their request ids, `watch_job`,
+    which resumes after the last event it saw, `watch_load` and `watch_operation`. All give up after `max_retries`
+    failures in a row.
     """
 
     def __init__(self, target: str, *, timeout_s: float = 30.0, max_retries: int = 5) -> None:

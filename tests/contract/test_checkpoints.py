@@ -268,9 +268,8 @@ def vault(root: Path, **model: int) -> Vault:
 def write(where: Vault, version: int) -> Found:
     draft = where.store().begin(version)
     shards = (write_shard(draft, "e0", {"a": torch.zeros(4)}, {}),)
-    return where.store().commit(
-        draft, where.manifest_of(SnapshotTaken(version, 1, ("e0",)), {"id": "job-1", "step": 2}, shards)
-    )
+    taken = SnapshotTaken(version, 1, ("e0",))
+    return where.store().commit(draft, where.manifest_of(taken, {"id": "job-1", "step": 2}, shards))
 
 
 def test_a_vault_lists_what_it_has_newest_first(tmp_path: Path) -> None:
