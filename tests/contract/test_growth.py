@@ -217,7 +217,8 @@ def test_moments_go_on(source: ModelSource) -> None:
         (copy,) = [g for g in host.groups if g >= 4 and grown.placement.owner(g) == host.name][:1]
         read, counted = host.holdings.read(copy, 0)
         assert counted == updates == 6
-        assert read[1].count_nonzero() and read[2].count_nonzero()
+        assert read[1].count_nonzero()
+        assert read[2].count_nonzero()
         for name, parameter in local.router.trunk.named_parameters():
             if name in moments:
                 found = local.router._optimizer.state[parameter]["exp_avg"]
