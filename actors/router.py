@@ -331,7 +331,9 @@ class Router:
     def _place(self, roster: Roster, births: Mapping[str, Any] | None = None) -> None:
         self._settled = False
         fields = {**roster.fields(), "version": self.version, "run": self._run, **(births or {})}
-        answers = self._training.ask_all("place", fields, among=list(roster.peers))
+        # Births copy and draw as many weights as they make.
+        timeout_s = 10 * self._timeout_s if births else self._timeout_s
+        answers = self._training.ask_all("place", fields, timeout_s, among=list(roster.peers))
         held = {name: _numbers(answer, "experts") for name, answer in answers.items()}
         self._serving.connect(roster.peers)
         for dispatcher in (self._training, self._serving):

@@ -82,6 +82,8 @@ class Coordinator:
         self._disturbances = Disturbances(self.ledger)
         self._members = Members(self._limits.heartbeat_timeout_s)
         self._loads = self._new_window()
+        self._other_counts: set[int] = set()
+        """Numbers of experts that the model had, or may have before its growth is told here."""
         self._version = 0
         self.can_restore = False
         """Whether there is a checkpoint that lost groups can come back from."""
@@ -171,8 +173,7 @@ class Coordinator:
             return
         if step != record.job.step + 1:
             raise InvalidInput(f"step {record.job.step + 1} of {job_id} was never committed", field="step", value=step)
-        # A growth and a step's report may pass each other: that load is of another number of experts.
-        if load_LE is not None and len(load_LE[0]) == self._model.num_experts:
+        if load_LE is not None and not self._passed_a_growth(load_LE):
             batch = record.job.config.batch
             tokens = batch.sequences * batch.sequence_length * batch.gradient_accumulation
             self._loads.add(load_LE, self._version + 1, now, tokens, batch.gradient_accumulation)
@@ -292,13 +293,14 @@ class Coordinator:
             self._jobs.adopt(job, message, now)
 
     def check_growth(self, num_experts: int) -> None:
-        """What speaks against more experts from here: `FailedPrecondition` while the placement is not whole,
-        `InvalidInput` if the actors may not hold so many groups."""
+        """Before the router is asked. `FailedPrecondition` while the placement is not whole, `InvalidInput` if the
+        actors may not hold so many groups."""
         if missing := self._placement.missing:
             raise FailedPrecondition(f"no actor holds {named(missing)} any more")
         if silent := [actor for actor in self._placement.actors if not self._members.is_ready(actor)]:
             raise FailedPrecondition(f"expert groups are on {', '.join(silent)}, which does not answer; try again")
         check_room(self._placement, num_experts, self._max_groups)
+        self._other_counts.add(num_experts)
 
     def grown(self, placement: Placement, num_parameters: int, now: float) -> bool:
         """The router and all holders have more experts, as this placement says. -> whether actors died meanwhile: the
@@ -313,7 +315,13 @@ class Coordinator:
             record.record("note", now, message=f"the model has {placement.num_experts} experts a layer now")
         return bool(gone)
 
+    def _passed_a_growth(self, load_LE: LoadLE) -> bool:
+        """Whether a step's report and the news of a growth have overtaken each other: its load fits no window."""
+        others = self._other_counts - {self._model.num_experts}
+        return bool(load_LE) and len(load_LE[0]) in others
+
     def _resize(self, num_experts: int, num_parameters: int) -> None:
+        self._other_counts.add(self._model.num_experts)
         share = self._model.shared_share * self._model.num_parameters / num_parameters
         self._model = dataclasses.replace(
             self._model, num_experts=num_experts, num_parameters=num_parameters, shared_share=share
