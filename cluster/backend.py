@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from actors.values import Growth
 from cluster.config import JobConfig
 from cluster.control.ledger import Entry, Kind, Summary
 
@@ -256,10 +257,10 @@ class Operation:
     id: str
     request_id: str
     kind: str
-    """`scale_experts` or `drain_node`."""
+    """`scale_experts`, `drain_node` or `grow_model`."""
     state: OperationState
     target: int
-    """Expert actors there should be at the end; 0 for `drain_node`."""
+    """Expert actors, or experts of every MoE layer, there should be at the end; 0 for `drain_node`."""
     progress: float
     """In [0, 1]; never falls."""
     message: str
@@ -355,6 +356,12 @@ class Backend(Protocol):
 
         Idempotent by request id as `scale`. `InvalidInput` if there is no such node, `FailedPrecondition` while another
         operation runs, and for the node of the router or the coordinator.
+        """
+
+    async def grow(self, growth: Growth, *, request_id: str, timeout_s: float) -> Operation:
+        """Starts to add experts to the model, and returns, as `scale` does.
+
+        `InvalidInput` if the model or its gate cannot have so many.
         """
 
     async def operation(self, operation_id: str, *, timeout_s: float) -> Operation: ...

@@ -27,7 +27,11 @@ def add_parsers(subparsers: Subparsers) -> None:
 
 
 def run_scale(args: argparse.Namespace, client: Client) -> int:
-    operation = client.scale(args.experts, request_id=args.request_id)
+    return watched(client.scale(args.experts, request_id=args.request_id), args, client)
+
+
+def watched(operation: Operation, args: argparse.Namespace, client: Client) -> int:
+    """Shows an operation that was started, unless it is to go on alone. -> exit code."""
     if args.detach:
         return _report(operation, args, f"{operation.id} is {operation.state.value}; {_how_to_go_on(operation, args)}")
     return carried_out(operation, args, client)
@@ -111,6 +115,9 @@ def _what(operation: Operation) -> str:
     """`4 expert actors`, `node-2 is empty`; the kind, for one that a newer cluster has."""
     if operation.kind == "drain_node":
         return f"{operation.node} is empty"
+    """`4 expert actors`, `16 experts a layer`; the kind, for one that a newer cluster has."""
+    if operation.kind == "grow_model":
+        return f"{operation.target} experts a layer"
     if operation.kind != "scale_experts":
         return operation.kind
     return f"{operation.target} expert actor{'' if operation.target == 1 else 's'}"

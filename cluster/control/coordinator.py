@@ -18,6 +18,7 @@ from cluster.config import JobConfig
 from cluster.configcheck import validate_job
 from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
 from cluster.control.disturbances import Disturbances
+from cluster.control.growth import check_room
 from cluster.control.jobtable import JobRecord, JobTable
 from cluster.control.ledger import Kind, Ledger
 from cluster.control.load import LoadLE, LoadWindow
@@ -81,6 +82,8 @@ class Coordinator:
         self._disturbances = Disturbances(self.ledger)
         self._members = Members(self._limits.heartbeat_timeout_s)
         self._loads = self._new_window()
+        self._other_counts: set[int] = set()
+        """Numbers of experts that the model had, or may have before its growth is told here."""
         self._version = 0
         self.can_restore = False
         """Whether there is a checkpoint that what is lost can come back from."""
@@ -172,7 +175,7 @@ class Coordinator:
             return
         if step != record.job.step + 1:
             raise InvalidInput(f"step {record.job.step + 1} of {job_id} was never committed", field="step", value=step)
-        if load_LE is not None:
+        if load_LE is not None and not self._passed_a_growth(load_LE):
             batch = record.job.config.batch
             tokens = batch.sequences * batch.sequence_length * batch.gradient_accumulation
             self._loads.add(load_LE, self._version + 1, now, tokens, batch.gradient_accumulation)
@@ -305,9 +308,57 @@ class Coordinator:
         if job:
             self._jobs.adopt(job, message, now)
 
-    def restored(self, placement: Placement, version: int, steps: Mapping[str, int], message: str, now: float) -> None:
-        """What was lost is back, and everybody is at this version. `steps`: job -> step it goes on after."""
+    def check_growth(self, num_experts: int) -> None:
+        """Before the router is asked. `FailedPrecondition` while the placement is not whole, `InvalidInput` if the
+        actors may not hold so many groups."""
+        if missing := self._placement.missing:
+            raise FailedPrecondition(f"no actor holds {named(missing)} any more")
+        if silent := [actor for actor in self._placement.actors if not self._members.is_ready(actor)]:
+            raise FailedPrecondition(f"expert groups are on {', '.join(silent)}, which does not answer; try again")
+        check_room(self._placement, num_experts, self._max_groups)
+        self._other_counts.add(num_experts)
+
+    def grown(self, placement: Placement, num_parameters: int, now: float) -> bool:
+        """The router and all holders have more experts, as this placement says. -> whether actors died meanwhile: the
+        placement kept here is then another, and the router has not heard of it."""
+        gone = set(placement.actors) - set(self._placement.actors)
+        if gone:
+            epoch = max(placement.epoch, self._placement.epoch) + 1
+            placement = dataclasses.replace(placement.without(gone), epoch=epoch)
+        self._resize(placement.num_experts, num_parameters)
+        self.is_pristine = False
+        self.placed(placement)
+        if record := self._jobs.active():
+            record.record("note", now, message=f"the model has {placement.num_experts} experts a layer now")
+        return bool(gone)
+
+    def _passed_a_growth(self, load_LE: LoadLE) -> bool:
+        """Whether a step's report and the news of a growth have overtaken each other: its load fits no window."""
+        others = self._other_counts - {self._model.num_experts}
+        return bool(load_LE) and len(load_LE[0]) in others
+
+    def _resize(self, num_experts: int, num_parameters: int) -> None:
+        self._other_counts.add(self._model.num_experts)
+        share = self._model.shared_share * self._model.num_parameters / num_parameters
+        self._model = dataclasses.replace(
+            self._model, num_experts=num_experts, num_parameters=num_parameters, shared_share=share
+        )
+        self._loads = self._new_window()
+
+    def restored(
+        self,
+        placement: Placement,
+        version: int,
+        steps: Mapping[str, int],
+        message: str,
+        now: float,
+        num_parameters: int | None = None,
+    ) -> None:
+        """What was lost is back, and everybody is at this version. `steps`: job -> step it goes on after.
+        `num_parameters`: of the model, if it has another number of experts again."""
         self._disturbances.restored(self._version - version)
+        if num_parameters is not None:
+            self._resize(placement.num_experts, num_parameters)
         self.placed(placement)
         self._version = version
         self._loads = self._new_window()

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from actors.errors import InvalidInput, MoeClusterError
-from actors.values import Sampling, TokenEvent
+from actors.values import Growth, Sampling, TokenEvent
 from cluster.backend import (
     Checkpoint,
     ClusterStatus,
@@ -146,6 +146,10 @@ class RayBackend:
     async def drain(self, node: str, deadline_s: float, *, request_id: str, timeout_s: float) -> Operation:
         ref = self._control.drain.remote(node, deadline_s, request_id)
         operation: Operation = await acall(COORDINATOR, ref, timeout_s)
+        return operation
+
+    async def grow(self, growth: Growth, *, request_id: str, timeout_s: float) -> Operation:
+        operation: Operation = await acall(COORDINATOR, self._control.grow.remote(growth, request_id), timeout_s)
         return operation
 
     async def operation(self, operation_id: str, *, timeout_s: float) -> Operation:

@@ -121,6 +121,12 @@ class Changes:
             with self._state.reading() as coordinator:
                 coordinator.ledger.close(number, time.time())
 
+    def settle(self, deadline: float) -> None:
+        """The router uses the placement of now: a death may have changed it a moment ago."""
+        with self._state.reading() as coordinator:
+            placement = coordinator.placement
+        self._adopt(placement, deadline)
+
     # -- a death ------------------------------------------------------------------------------------------------------
 
     def without(self, gone: Sequence[str]) -> tuple[Placement, list[ExpertContact]]:

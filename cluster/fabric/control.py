@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from actors.errors import InvalidInput
-from actors.values import Placement
+from actors.values import Growth, Placement
 from cluster.backend import Checkpoint, ClusterStatus, Job, JobEvent, LoadReport, ModelDirectory, Operation, Rebalance
 from cluster.config import ClusterConfig, JobConfig
 from cluster.control.coordinator import Coordinator
@@ -26,9 +26,10 @@ from cluster.errors import StartupError
 from cluster.fabric.autoscaling import Autoscaler
 from cluster.fabric.calls import call
 from cluster.fabric.changes import Changes
-from cluster.fabric.checkpoints import Checkpoints, Vault, sentence, told
+from cluster.fabric.checkpoints import Checkpoints, Vault, num_experts_in, sentence, told
 from cluster.fabric.crew import Crew
 from cluster.fabric.draining import Draining
+from cluster.fabric.growing import Growing
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.jobs import JobThreads
 from cluster.fabric.options import ROUTER
@@ -68,6 +69,9 @@ class ControlWorker:
         vault = Vault(self._config, model)
         found = vault.newest() if self._config.checkpoint.resume else None
         check_vocabulary(load_tokenizer(self._config.model), model.vocab_size)
+        if found is not None and (num_experts := num_experts_in(found)) != model.num_experts:
+            self._crew.num_experts = num_experts
+            model = self._crew.facts(num_experts)
         slots = self._crew.start_experts(experts.actors)
         placement = spread(model.num_experts, experts.group_size, slots, experts.redundancy)
         coordinator = Coordinator(model, placement, redundancy=experts.redundancy, max_groups=experts.max_groups)
@@ -81,6 +85,7 @@ class ControlWorker:
         self._recovery = Recovery(
             self._state, self._crew, self._changes, self._scaling, self._checkpoints, self._me, experts.redundancy
         )
+        self._growing = Growing(self._state, self._crew, self._changes, self._checkpoints)
         self._load(placement, [slot.id for slot in slots], found)
         self._jobs = JobThreads(self._state, self._crew, self._config.model, self._checkpoints, self._recovery)
         threading.Thread(target=self._loop, name="coordinator", daemon=True).start()
@@ -163,6 +168,9 @@ class ControlWorker:
     def drain(self, node: str, deadline_s: float, request_id: str) -> Operation:
         return self._draining.drain(node, deadline_s, request_id)
 
+    def grow(self, growth: Growth, request_id: str) -> Operation:
+        return self._growing.grow(growth, request_id)
+
     def operation(self, operation_id: str) -> Operation:
         with self._state.reading() as coordinator:
             return coordinator.operations.get(operation_id)
@@ -197,7 +205,7 @@ class ControlWorker:
         call(ROUTER, self._crew.router.replace_weights.remote(str(directory)), timeout_s)
         with self._state.changing() as coordinator:
             coordinator.imported()
-        self._checkpoints.after_import()
+        self._checkpoints.after_change()
         return self.status()
 
     def save_checkpoint(self, timeout_s: float) -> Checkpoint:

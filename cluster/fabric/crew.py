@@ -75,6 +75,8 @@ class Crew:
         """Expert actors that were ended, their nodes, and what tells that the process is gone."""
         self._next_ping_s = 0.0
         self._next_number = 0
+        self.num_experts = 0
+        """Of every MoE layer, for a model that has grown; 0: as the config says."""
 
     @cached_property
     def link_keys(self) -> LinkKeys | None:
@@ -94,7 +96,11 @@ class Crew:
         handle = ray.remote(**router_options(self._config))(RouterWorker).remote(self._config)
         with self._lock:
             self._handles[ROUTER] = handle
-        facts: ModelFacts = self._started(ROUTER, handle.facts.remote())
+        return self.facts()
+
+    def facts(self, num_experts: int = 0) -> ModelFacts:
+        """Of the model as the config says, or grown to so many experts."""
+        facts: ModelFacts = self._started(ROUTER, self.router.facts.remote(num_experts))
         return facts
 
     def start_experts(self, count: int) -> list[ActorSlot]:
@@ -140,7 +146,10 @@ class Crew:
 
     def load_experts(self, placement: Placement, names: Sequence[str]) -> None:
         """Each takes the groups it holds from the model directory; without any it is there for those that arrive."""
-        loading = {name: self._handles[name].load.remote(placement.held_by(name), self.link_keys) for name in names}
+        loading = {
+            name: self._handles[name].load.remote(placement.held_by(name), self.num_experts, self.link_keys)
+            for name in names
+        }
         for name, ref in loading.items():
             contact = self._started(name, ref)
             with self._lock:
@@ -150,7 +159,8 @@ class Crew:
     def load_router(self, placement: Placement, control: Any, found: Found | None, run: int) -> None:
         """After the expert actors of this placement: the trunk from the model directory, or from a checkpoint as this
         run. Only then is it watched, and taken for ready."""
-        ref = self.router.load.remote(placement, self.contacts(placement), control, found, run, self.link_keys)
+        contacts = self.contacts(placement)
+        ref = self.router.load.remote(placement, contacts, control, self.num_experts, found, run, self.link_keys)
         at = self._started(ROUTER, ref)
         with self._lock:
             self._router_at = at

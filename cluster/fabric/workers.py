@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from actors.moe.settings import BalanceSettings
-from actors.values import Address, Course, Placement, Sampling, SnapshotTaken, StepReport, TokenEvent
+from actors.values import (
+    Address,
+    Course,
+    Grown,
+    Growth,
+    Placement,
+    Sampling,
+    SnapshotTaken,
+    StepReport,
+    TokenEvent,
+)
 from cluster.config import ClusterConfig, OptimizerConfig
 from cluster.control.coordinator import ModelFacts
 from cluster.fabric.calls import call
@@ -61,10 +71,11 @@ class ExpertWorker:
         node: str = ray.get_runtime_context().get_node_id()
         return node
 
-    def load(self, groups: Sequence[int], keys: LinkKeys | None) -> ExpertContact:
+    def load(self, groups: Sequence[int], num_experts: int, keys: LinkKeys | None) -> ExpertContact:
         """Takes the weights of its groups and begins to serve. Without groups it is there for those that arrive.
 
-        `keys`: of the cluster's links, where they are secured.
+        `num_experts` of every layer, for a model that has grown; 0: as the config says. `keys`: of the cluster's links,
+        where they are secured.
         """
         from actors.expert import ExpertHost
         from cluster.fabric.model import model_source
@@ -72,7 +83,7 @@ class ExpertWorker:
         self._keys = keys
         self._host = ExpertHost(
             self._name,
-            model_source(self._config),
+            model_source(self._config, num_experts),
             groups,
             group_size=self._config.experts.group_size,
             device=self._config.experts.device,
@@ -149,11 +160,11 @@ class RouterWorker:
         self._sessions: set[str] = set()
 
     @ray.method(concurrency_group=CONTROL)
-    def facts(self) -> ModelFacts:
-        """What there is to know of the model before anything is loaded."""
+    def facts(self, num_experts: int) -> ModelFacts:
+        """What there is to know of the model before anything is loaded; `num_experts` as for expert actors."""
         from cluster.fabric.model import model_facts
 
-        return model_facts(self._config)
+        return model_facts(self._config, num_experts)
 
     @ray.method(concurrency_group=CONTROL)
     def load(
@@ -161,6 +172,7 @@ class RouterWorker:
         placement: Placement,
         experts: Sequence[ExpertContact],
         control: Any,
+        num_experts: int,
         found: Found | None,
         run: int,
         keys: LinkKeys | None,
@@ -169,7 +181,7 @@ class RouterWorker:
         theirs. Returns its node and process id.
 
         `control`: the coordinator, which is asked for another placement when expert actors are gone.
-        `keys`: as of an expert actor.
+        `num_experts`, `keys`: as of an expert actor; a model that has grown is in a checkpoint.
         """
         from actors.router import Router
         from cluster.fabric.model import model_source
@@ -177,7 +189,7 @@ class RouterWorker:
         self._control, self._keys = control, keys
         self._node_id = ray.get_runtime_context().get_node_id()
         router = Router(
-            model_source(self._config),
+            model_source(self._config, num_experts),
             self._roster(placement, experts),
             gate=self._config.model.gate,
             device=self._config.router.device,
@@ -218,6 +230,16 @@ class RouterWorker:
     def adopt(self, placement: Placement, experts: Sequence[ExpertContact]) -> float:
         """Another placement, between two steps: it takes its turn with them. -> seconds that they waited for it."""
         return self._router.adopt(self._roster(placement, experts))
+
+    @ray.method(concurrency_group=CONTROL)
+    def prepare_growth(self, growth: Growth) -> None:
+        """`InvalidInput` if the model cannot grow so."""
+        self._router.prepare_growth(growth)
+
+    @ray.method(concurrency_group=TRAIN)
+    def grow(self, growth: Growth) -> Grown:
+        """Between two steps: it takes its turn with them."""
+        return self._router.grow(growth)
 
     @ray.method(concurrency_group=CONTROL)
     def wait_until_death(self) -> None:
@@ -309,7 +331,7 @@ class RouterWorker:
     def check_same_architecture(self, directory: str) -> None:
         from cluster.fabric.model import check_same_architecture
 
-        check_same_architecture(self._config, directory)
+        check_same_architecture(self._config, directory, self._router.grown_to or 0)
 
     @ray.method(concurrency_group=TRAIN)
     def replace_weights(self, path: str) -> None:

@@ -13,6 +13,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from actors.errors import LinkTimeout
+from actors.values import Growth
 from cluster.backend import (
     Checkpoint,
     ClusterStatus,
@@ -67,9 +68,9 @@ class Client:
     """Talks to the front at `target` (host:port). `timeout_s` holds for every call that is given none of its own.
     `access`: for a front with TLS or tokens; `InvalidInput` if a file of it cannot be used.
 
-    Only calls that may be repeated are: `submit_job`, `scale` and `drain`, thanks to their request ids, `watch_job`,
-    which resumes after the last event it saw, `watch_load` and `watch_operation`. All give up after `max_retries`
-    failures in a row.
+    Only calls that may be repeated are: `submit_job`, `scale`, `drain` and `grow`, thanks to their request ids,
+    `watch_job`, which resumes after the last event it saw, `watch_load` and `watch_operation`. All give up after
+    `max_retries` failures in a row.
     """
 
     def __init__(
@@ -208,6 +209,12 @@ class Client:
         request_id = request_id if request_id is not None else str(uuid.uuid4())
         request = operations.drain_to_message(node, deadline_s, request_id)
         return self._started(self._cluster.DrainNode, request, timeout_s)
+
+    def grow(self, growth: Growth, *, request_id: str | None = None, timeout_s: float | None = None) -> Operation:
+        """Starts it: see `watch_operation`. The same `request_id` (default: a fresh one) and number of experts give the
+        same operation."""
+        request = operations.growth_to_message(growth, request_id if request_id is not None else str(uuid.uuid4()))
+        return self._started(self._cluster.GrowModel, request, timeout_s)
 
     def operation(self, operation_id: str, *, timeout_s: float | None = None) -> Operation:
         request = cluster_pb2.GetOperationRequest(operation_id=operation_id)

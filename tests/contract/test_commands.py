@@ -16,7 +16,8 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
-from actors.values import Placement
+from actors.errors import InvalidInput
+from actors.values import Growth, Placement
 from cluster.backend import GroupMove, Job, JobEvent, JobState, Operation, OperationState, Rebalance
 from cluster.commands import heatmap, output, progress, remote
 from cluster.commands.options import TARGET_VARIABLE
@@ -494,6 +495,42 @@ class TestDrain:
     def test_a_time_that_cannot_be(self, command):
         with pytest.raises(SystemExit):
             command("drain", "--node", "node-1", "--timeout-s", "0")
+
+
+class TestGrow:
+    @pytest.fixture(autouse=True)
+    def quick_looks(self, monkeypatch):
+        monkeypatch.setattr("cluster.service.cluster.LOOK_S", 0.01)
+
+    def test_it_is_watched_to_its_end(self, backend, command):
+        code, out, err = command("grow", "--experts", "16")
+        assert (code, err) == (0, "")
+        assert out.splitlines()[-1].startswith("done: 16 experts a layer; prepared in 1.5 s")
+        assert backend.growths == [Growth(16)]
+        assert re.search(r"operation-1 .*16 experts a layer .*succeeded", command("operations")[1])
+
+    def test_what_is_asked_for_reaches_the_cluster(self, backend, command):
+        options = "--mode", "fresh", "--perturbation", "0.25", "--seed", "7", "--open-steps", "9"
+        code, out, _ = command("grow", "--experts", "32", *options, "--detach", "--json")
+        assert code == 0
+        assert json.loads(out)["operation"]["kind"] == "grow_model"
+        assert backend.growths == [Growth(32, "fresh", 0.25, 7, 9)]
+
+    @pytest.mark.parametrize(
+        ("options", "field"),
+        [(("0",), "num_experts"), (("16", "--perturbation", "1"), "perturbation"), (("16", "--seed", "-1"), "seed")],
+    )
+    def test_bad_input(self, backend, command, options, field):
+        code, _, err = command("grow", "--experts", *options)
+        assert code == 2
+        assert field in only_line(err)
+        assert not backend.growths
+
+    def test_a_refusal_of_the_model(self, backend, command):
+        backend.failures["grow"] = [InvalidInput("parts of 4 experts", field="num_experts", value=10)]
+        code, _, err = command("grow", "--experts", "10")
+        assert code == 2
+        assert "num_experts: parts of 4 experts" in only_line(err)
 
 
 class TestOperations:

@@ -12,7 +12,7 @@ from contextlib import closing
 import pytest
 
 from actors.errors import CheckpointError, InvalidInput, LinkTimeout, PeerLost, RemoteError, StepAborted
-from actors.values import Placement
+from actors.values import Growth, Placement
 from cluster.backend import GenerateChunk, GroupMove, Job, JobState, OperationState, Prompt, SamplingParams
 from cluster.config import FrontConfig, JobConfig, OptimizerConfig
 from cluster.control.ledger import Summary
@@ -470,6 +470,40 @@ class TestScale:
     def test_what_is_left_of_the_deadline_is_passed_on(self, backend, client):
         client.scale(2, timeout_s=7.0)
         assert 5.0 < backend.timeouts_s["scale"] < 7.1
+
+
+class TestGrow:
+    def test_it_starts_at_once_and_is_idempotent_by_request_id(self, backend, client):
+        growth = Growth(16, "fresh", 0.5, 3, 20)
+        started = client.grow(growth, request_id="same", timeout_s=7.0)
+        assert (started.state, started.kind, started.target) == (OperationState.RUNNING, "grow_model", 16)
+        assert client.grow(growth, request_id="same").id == started.id
+        assert backend.growths[0] == growth
+        assert backend.timeouts_s["grow"] > 5.0
+        with pytest.raises(AlreadyExists, match="same"):
+            client.grow(Growth(32), request_id="same")
+
+    def test_one_at_a_time_whatever_the_kind(self, backend, client):
+        backend.is_stuck = True
+        running = client.scale(2)
+        with pytest.raises(FailedPrecondition, match=running.id):
+            client.grow(Growth(16))
+
+    @pytest.mark.parametrize(
+        ("growth", "field"),
+        [
+            (Growth(0), "num_experts"),
+            (Growth(16, "twice"), "mode"),
+            (Growth(16, perturbation=1.0), "perturbation"),
+            (Growth(16, seed=-1), "seed"),
+            (Growth(16, open_steps=0), "open_steps"),
+        ],
+    )
+    def test_it_is_checked_before_it_is_sent(self, backend, client, growth, field):
+        with pytest.raises(InvalidInput) as caught:
+            client.grow(growth)
+        assert caught.value.field == field
+        assert not backend.growths
 
 
 @pytest.mark.usefixtures("quick_looks")

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 
 from actors.errors import CheckpointError, InvalidInput
-from actors.values import Placement
+from actors.values import Growth, Placement
 from cluster.backend import (
     ActorStatus,
     Checkpoint,
@@ -77,6 +77,8 @@ class MemoryBackend:
         """Newest first."""
         self.is_stuck = False
         """Operations get nothing done."""
+        self.growths: list[Growth] = []
+        """That were asked for."""
         self.costs = Ledger()
         self._operations = OperationTable()
         self._loads = LoadWindow(2, NUM_LAYERS, NUM_EXPERTS)
@@ -220,6 +222,11 @@ class MemoryBackend:
             raise InvalidInput("is no node of the cluster", field="node", value=node, remedy=f"use one of {NODES}")
         return self._operations.start("drain_node", 0, request_id, time.time(), node)
 
+    async def grow(self, growth: Growth, *, request_id: str, timeout_s: float) -> Operation:
+        await self._enter("grow", timeout_s)
+        self.growths.append(growth)
+        return self._operations.start("grow_model", growth.num_experts, request_id, time.time())
+
     async def operation(self, operation_id: str, *, timeout_s: float) -> Operation:
         """Each look at it finds it further on."""
         await self._enter("operation", timeout_s)
@@ -264,7 +271,7 @@ class MemoryBackend:
         now = time.time()
         if self._operations.is_cancelling(operation.id):
             self._operations.cancelled(operation.id, now)
-        elif operation.target > NUM_EXPERTS:
+        elif operation.target > NUM_EXPERTS and operation.kind == "scale_experts":
             error = f"{NUM_EXPERTS} expert groups are too few for {operation.target} actors"
             self._operations.failed(operation.id, error, now)
         elif operation.progress < 1.0:
@@ -272,6 +279,8 @@ class MemoryBackend:
             self._operations.progress(operation.id, done, f"prepared {done:.0%} of the groups")
         elif operation.kind == "drain_node":
             self._ended(operation, "drain", operation.node, now)
+        elif operation.kind == "grow_model":
+            self._operations.succeeded(operation.id, now, PREPARE_S, STALL_S)
         else:
             self._scaled(operation, now)
 

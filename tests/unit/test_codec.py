@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.errors import InvalidInput
+from actors.values import Growth
 from cluster.backend import (
     ActorStatus,
     Checkpoint,
@@ -171,7 +172,7 @@ OPERATIONS = st.builds(
     Operation,
     id=NAMES,
     request_id=NAMES,
-    kind=st.sampled_from(["scale_experts", "drain_node"]),
+    kind=st.sampled_from(["scale_experts", "drain_node", "grow_model"]),
     state=st.sampled_from(OperationState),
     target=SIZES,
     created_s=TIMES,
@@ -355,6 +356,27 @@ class TestScale:
         with pytest.raises(InvalidInput) as caught:
             operations.check_scale(actors, request_id)
         assert caught.value.field == ("actors" if request_id == "r" else "request_id")
+
+    @given(
+        st.builds(
+            Growth,
+            num_experts=st.integers(1, MAX_INT32),
+            mode=st.sampled_from(["copy", "fresh"]),
+            perturbation=st.floats(0, 0.999),
+            seed=st.integers(0, 2**63 - 1),
+            open_steps=st.integers(1, MAX_INT32),
+        )
+    )
+    def test_growths_cross_whole(self, growth):
+        assert operations.growth_from_message(operations.growth_to_message(growth, "r")) == growth
+
+    def test_a_growth_of_which_only_the_number_is_given_has_the_defaults(self):
+        message = cluster_pb2.GrowModelRequest(num_experts=16, request_id="r")
+        assert operations.growth_from_message(message) == Growth(16)
+        for wrong, field in (({"perturbation": 1.0}, "perturbation"), ({"mode": 9}, "mode"), ({"seed": -1}, "seed")):
+            with pytest.raises(InvalidInput) as caught:
+                operations.growth_from_message(cluster_pb2.GrowModelRequest(num_experts=16, request_id="r", **wrong))
+            assert caught.value.field == field
 
     def test_the_ledger_begins_after_a_number_that_there_can_be(self):
         for after_entry in (0, MAX_INT64):

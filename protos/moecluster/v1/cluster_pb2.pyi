@@ -34,6 +34,7 @@ class OperationKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OPERATION_KIND_UNSPECIFIED: _ClassVar[OperationKind]
     OPERATION_KIND_SCALE_EXPERTS: _ClassVar[OperationKind]
     OPERATION_KIND_DRAIN_NODE: _ClassVar[OperationKind]
+    OPERATION_KIND_GROW_MODEL: _ClassVar[OperationKind]
 
 class OperationState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -43,6 +44,12 @@ class OperationState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OPERATION_STATE_SUCCEEDED: _ClassVar[OperationState]
     OPERATION_STATE_FAILED: _ClassVar[OperationState]
     OPERATION_STATE_CANCELLED: _ClassVar[OperationState]
+
+class GrowthMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    GROWTH_MODE_UNSPECIFIED: _ClassVar[GrowthMode]
+    GROWTH_MODE_COPY: _ClassVar[GrowthMode]
+    GROWTH_MODE_FRESH: _ClassVar[GrowthMode]
 
 class LedgerKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -57,6 +64,7 @@ class LedgerKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LEDGER_KIND_REBALANCE: _ClassVar[LedgerKind]
     LEDGER_KIND_DRAIN: _ClassVar[LedgerKind]
     LEDGER_KIND_STORAGE_FULL: _ClassVar[LedgerKind]
+    LEDGER_KIND_GROW: _ClassVar[LedgerKind]
 ACTOR_ROLE_UNSPECIFIED: ActorRole
 ACTOR_ROLE_ROUTER: ActorRole
 ACTOR_ROLE_EXPERT: ActorRole
@@ -70,12 +78,16 @@ MOVE_KIND_COPY: MoveKind
 OPERATION_KIND_UNSPECIFIED: OperationKind
 OPERATION_KIND_SCALE_EXPERTS: OperationKind
 OPERATION_KIND_DRAIN_NODE: OperationKind
+OPERATION_KIND_GROW_MODEL: OperationKind
 OPERATION_STATE_UNSPECIFIED: OperationState
 OPERATION_STATE_RUNNING: OperationState
 OPERATION_STATE_CANCELLING: OperationState
 OPERATION_STATE_SUCCEEDED: OperationState
 OPERATION_STATE_FAILED: OperationState
 OPERATION_STATE_CANCELLED: OperationState
+GROWTH_MODE_UNSPECIFIED: GrowthMode
+GROWTH_MODE_COPY: GrowthMode
+GROWTH_MODE_FRESH: GrowthMode
 LEDGER_KIND_UNSPECIFIED: LedgerKind
 LEDGER_KIND_ACTOR_DEATH: LedgerKind
 LEDGER_KIND_NODE_DEATH: LedgerKind
@@ -87,6 +99,7 @@ LEDGER_KIND_SCALE_DOWN: LedgerKind
 LEDGER_KIND_REBALANCE: LedgerKind
 LEDGER_KIND_DRAIN: LedgerKind
 LEDGER_KIND_STORAGE_FULL: LedgerKind
+LEDGER_KIND_GROW: LedgerKind
 
 class ActorStatus(_message.Message):
     __slots__ = ("id", "role", "node", "pid", "state", "device", "version", "groups", "memory_bytes", "tokens", "link")
@@ -356,6 +369,28 @@ class ScaleExpertsRequest(_message.Message):
     actors: int
     request_id: str
     def __init__(self, actors: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class GrowModelRequest(_message.Message):
+    __slots__ = ("num_experts", "mode", "perturbation", "seed", "open_steps", "request_id")
+    NUM_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    PERTURBATION_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    OPEN_STEPS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    num_experts: int
+    mode: GrowthMode
+    perturbation: float
+    seed: int
+    open_steps: int
+    request_id: str
+    def __init__(self, num_experts: _Optional[int] = ..., mode: _Optional[_Union[GrowthMode, str]] = ..., perturbation: _Optional[float] = ..., seed: _Optional[int] = ..., open_steps: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class GrowModelResponse(_message.Message):
+    __slots__ = ("operation",)
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    operation: Operation
+    def __init__(self, operation: _Optional[_Union[Operation, _Mapping]] = ...) -> None: ...
 
 class ScaleExpertsResponse(_message.Message):
     __slots__ = ("operation",)

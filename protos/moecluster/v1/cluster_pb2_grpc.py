@@ -65,6 +65,11 @@ class ClusterServiceStub:
                 request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.DrainNodeRequest.SerializeToString,
                 response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.DrainNodeResponse.FromString,
                 _registered_method=True)
+        self.GrowModel = channel.unary_unary(
+                '/moecluster.v1.ClusterService/GrowModel',
+                request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GrowModelRequest.SerializeToString,
+                response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GrowModelResponse.FromString,
+                _registered_method=True)
         self.GetOperation = channel.unary_unary(
                 '/moecluster.v1.ClusterService/GetOperation',
                 request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetOperationRequest.SerializeToString,
@@ -161,6 +166,15 @@ class ClusterServiceServicer:
         the same request id and node again returns the operation that exists. INVALID_ARGUMENT if there is no such node,
         ALREADY_EXISTS if the request id was used with another node, FAILED_PRECONDITION while another operation runs, and
         for the node of the router or the coordinator.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GrowModel(self, request, context):
+        """Starts to add experts to every MoE layer of the model, and returns at once: steps and requests go on, and stand
+        still for a moment between two steps, at which all actors have grown or none has. The loss goes on where it was.
+        Idempotent as ScaleExperts is. INVALID_ARGUMENT if the model or its gate cannot have so many experts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -263,6 +277,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.DrainNode,
                     request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.DrainNodeRequest.FromString,
                     response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.DrainNodeResponse.SerializeToString,
+            ),
+            'GrowModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.GrowModel,
+                    request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GrowModelRequest.FromString,
+                    response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GrowModelResponse.SerializeToString,
             ),
             'GetOperation': grpc.unary_unary_rpc_method_handler(
                     servicer.GetOperation,
@@ -473,6 +492,33 @@ class ClusterService:
             '/moecluster.v1.ClusterService/DrainNode',
             protos_dot_moecluster_dot_v1_dot_cluster__pb2.DrainNodeRequest.SerializeToString,
             protos_dot_moecluster_dot_v1_dot_cluster__pb2.DrainNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GrowModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ClusterService/GrowModel',
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.GrowModelRequest.SerializeToString,
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.GrowModelResponse.FromString,
             options,
             channel_credentials,
             insecure,
