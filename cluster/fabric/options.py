@@ -25,13 +25,10 @@ TRAIN, SERVE, CONTROL = "train", "serve", "control"
 """Concurrency groups of a router actor."""
 
 
-def coordinator_options(node_id: str | None = None) -> dict[str, Any]:
-    """`node_id`: where it is to be; None leaves that to Ray."""
-    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 64, "max_restarts": 0}
-    if node_id is not None:
-        # A soft affinity does not count for an actor that takes no resource: Ray puts it on any node.
-        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return options
+def coordinator_options(node_id: str) -> dict[str, Any]:
+    """`node_id`: where whoever starts it lives. Nodes of expert actors come and go, and are for them."""
+    beside = NodeAffinitySchedulingStrategy(node_id, soft=False)  # a soft one Ray 2.60 takes for none
+    return {"num_cpus": 0, "max_concurrency": 64, "max_restarts": 0, "scheduling_strategy": beside}
 
 
 def expert_options(config: ClusterConfig, leaving: Collection[str] = ()) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from actors.errors import LinkTimeout
 from cluster.backend import (
+    Checkpoint,
     ClusterStatus,
     EmbedResult,
     GenerateChunk,
@@ -30,7 +31,8 @@ from cluster.backend import (
 )
 from cluster.config import JobConfig
 from cluster.service import errors
-from cluster.service.codec import checks, config, jobs, ledger, loads, moves, operations, status, text
+from cluster.service.access import Access, open_channel
+from cluster.service.codec import checkpoints, checks, config, jobs, ledger, loads, moves, operations, status, text
 from protos.moecluster.v1 import (
     cluster_pb2,
     cluster_pb2_grpc,
@@ -63,17 +65,20 @@ _OPTIONS = [
 
 class Client:
     """Talks to the front at `target` (host:port). `timeout_s` holds for every call that is given none of its own.
+    `access`: for a front with TLS or tokens; `InvalidInput` if a file of it cannot be used.
 
     Only calls that may be repeated are: `submit_job`, `scale` and `drain`, thanks to their request ids, `watch_job`,
     which resumes after the last event it saw, `watch_load` and `watch_operation`. All give up after `max_retries`
     failures in a row.
     """
 
-    def __init__(self, target: str, *, timeout_s: float = 30.0, max_retries: int = 5) -> None:
+    def __init__(
+        self, target: str, *, timeout_s: float = 30.0, max_retries: int = 5, access: Access | None = None
+    ) -> None:
         self.target = target
         self._timeout_s = timeout_s
         self._max_retries = max_retries
-        self._channel = grpc.insecure_channel(target, options=_OPTIONS)
+        self._channel = open_channel(target, access or Access(), _OPTIONS)
         self._training = training_pb2_grpc.TrainingServiceStub(self._channel)
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._cluster = cluster_pb2_grpc.ClusterServiceStub(self._channel)
@@ -237,6 +242,16 @@ class Client:
         ledger.check_after_entry(after)
         request = cluster_pb2.GetLedgerRequest(after_entry=after)
         return ledger.report_from_message(self._unary(self._cluster.GetLedger, request, timeout_s))
+
+    def save_checkpoint(self, *, timeout_s: float = MODEL_TIMEOUT_S) -> Checkpoint:
+        """Returns when it is written."""
+        response = self._unary(self._cluster.SaveCheckpoint, cluster_pb2.SaveCheckpointRequest(), timeout_s)
+        return checkpoints.checkpoint_from_message(response.checkpoint)
+
+    def checkpoints(self, *, timeout_s: float | None = None) -> list[Checkpoint]:
+        """Those that are kept, newest first."""
+        response = self._unary(self._cluster.ListCheckpoints, cluster_pb2.ListCheckpointsRequest(), timeout_s)
+        return list(map(checkpoints.checkpoint_from_message, response.checkpoints))
 
     def export_model(self, path: str, *, timeout_s: float = MODEL_TIMEOUT_S) -> ModelDirectory:
         request = cluster_pb2.ExportModelRequest(path=path)

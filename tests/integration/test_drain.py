@@ -35,7 +35,12 @@ PREEMPTION = 2
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """Each node has room for two actors, and one of them begins empty: three actors are on three nodes."""
-    changes = {"experts.redundancy": 1, "ray.nodes": NODES, "experts.max_actors": 2 * NODES}
+    changes = {
+        "experts.redundancy": 1,
+        "experts.max_actors": 2 * NODES,
+        "ray.nodes": NODES,
+        "ray.revive_after_s": 0,  # a node that was taken away stays away
+    }
     config = config_in(tmp_path_factory.mktemp("storage"), **changes)
     with served(config) as service, Client(service.target) as client:
         yield client
