@@ -224,11 +224,14 @@ class Crew:
     def on_node(self, node_id: str) -> list[str]:
         """Expert actors there whose processes have not ended."""
         with self._lock:
-            refs = [ref for _, _, ref in self._ending]
-            gone, _ = ray.wait(refs, num_returns=len(refs), timeout=0) if refs else ([], [])
-            self._ending = [ending for ending in self._ending if ending[2] not in gone]
+            self._forget_ended()
             living = [contact.name for contact in self._experts.values() if contact.node_id == node_id]
             return living + [name for name, node, _ in self._ending if node == node_id]
+
+    def _forget_ended(self) -> None:
+        refs = [ref for _, _, ref in self._ending]
+        gone, _ = ray.wait(refs, num_returns=len(refs), timeout=0) if refs else ([], [])
+        self._ending = [ending for ending in self._ending if ending[2] not in gone]
 
     # -- ending -------------------------------------------------------------------------------------------------------
 
@@ -243,6 +246,7 @@ class Crew:
                 self._heartbeats.forget(name)
                 contact = self._experts.pop(name, None)
                 if contact is not None and death is not None:
+                    self._forget_ended()
                     self._ending.append((name, contact.node_id, death))
             if handle is not None:
                 ray.kill(handle)

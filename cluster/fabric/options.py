@@ -13,7 +13,7 @@ ROUTER_RESOURCE = "moe_router"
 EXPERT_RESOURCE = "moe_expert"
 """Custom resources that nodes offer: one router or expert actor takes one."""
 NODE_LABEL = "moe-cluster.io/node"
-"""Name of a node, where one is set; otherwise the Ray node id stands for it."""
+"""Name of a node, of no other one; where none is set the end of the Ray node id stands for it."""
 
 NODE_ID_LABEL = "ray.io/node-id"
 """Given by Ray to every node."""

@@ -24,6 +24,8 @@ MOVE_TIMEOUT_S = 3600.0
 SEEN_TIMEOUT_S = 30.0
 HEAL_AGAIN_S = 5.0
 """After an attempt that failed: the nodes may have no room until one comes back."""
+ROOM_LOOK_S = 1.0
+"""Between two looks for room where there was none: each asks Ray's control store."""
 STARTED = 0.3
 """Share of a scaling operation that starting actors counts for."""
 
@@ -106,13 +108,18 @@ class Scaling:
         """To be called often: starts the actors that died anew and restores missing copies, in the background."""
         if time.monotonic() < self._heal_at_s:
             return
+        is_few = len(self._crew.experts()) < self._wanted
+        if is_few and not self._crew.may_have_room():
+            is_few = False
+            self._heal_at_s = time.monotonic() + ROOM_LOOK_S
         with self._state.reading() as coordinator:
-            if not self._is_hurt(coordinator) or not self._changes.try_begin("healing"):
+            if not self._is_hurt(coordinator, is_few) or not self._changes.try_begin("healing"):
                 return
         self._heal_at_s = time.monotonic() + HEAL_AGAIN_S
         threading.Thread(target=self._heal, name="healing", daemon=True).start()
 
-    def _is_hurt(self, coordinator: Coordinator) -> bool:
+    def _is_hurt(self, coordinator: Coordinator, is_few: bool) -> bool:
+        """`is_few`: there are fewer actors than there should be, and there may be room for them."""
         placement = coordinator.placement
         nodes = {actor.node for actor in coordinator.actors()} - set(self._crew.leaving.values())
         # More copies than there are nodes for must wait for actors elsewhere.
@@ -121,7 +128,7 @@ class Scaling:
         # crew; who has not reported yet, as in the first moments, is in it.
         if placement.missing or coordinator.is_router_lost:
             return False
-        return is_short or (len(self._crew.experts()) < self._wanted and self._crew.may_have_room())
+        return is_short or is_few
 
     def _heal(self) -> None:
         try:
