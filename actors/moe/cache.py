@@ -1,4 +1,4 @@
-"""Policy of the expert cache: which keys have one of a few slots, and which are worth loading before they are asked for.
+"""Policy of the expert cache: which keys have one of a few slots, and which are worth loading before they are used.
 
 Pure: no tensors, no devices, no threads. A key stands for one matrix of one expert group of one layer.
 """
