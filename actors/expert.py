@@ -439,9 +439,9 @@ class ExpertHost:
             for name in loaded.names:
                 if mine.shape(name) != loaded.shape(name):
                     raise InvalidInput("another architecture", field=name, value=loaded.shape(name))
+        holdings.begin_run(self.holdings.settings)
         self._new_run(question.fields)
         self._drop_gradients()
-        holdings.begin_run(self.holdings.settings)
         self.holdings.close()
         self.holdings = holdings
         return Message("ok", {"version": self.version})

@@ -63,16 +63,19 @@ class ExpertWorker:
     def load(self, groups: Sequence[int]) -> ExpertContact:
         """Takes the weights of its groups and begins to serve. Without groups it is there for those that arrive."""
         from actors.expert import ExpertHost
+        from actors.moe.cache import CacheSettings
         from cluster.fabric.model import model_source
 
+        experts = self._config.experts
         self._host = ExpertHost(
             self._name,
             model_source(self._config),
             groups,
-            group_size=self._config.experts.group_size,
-            device=self._config.experts.device,
+            group_size=experts.group_size,
+            device=experts.device,
             open_peer=self._open_peer,
             timeout_s=self._config.router.request_timeout_s,
+            cache=CacheSettings(experts.expert_cache_size, experts.cache_dir) if experts.expert_cache_size else None,
         )
         self._server = self._serve(self._host.handle, self._host.idle)
         self._exchange = self._serve(self._host.exchange.handle)

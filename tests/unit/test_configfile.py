@@ -198,6 +198,18 @@ CLUSTER_FAULTS = {
         "at most 2, or set ray.nodes to 3 or more",
     ),
     "room below none": (MODEL + "experts: {max_groups: -1}", "experts.max_groups", "-1", "0 or more"),
+    "a cache below none": (
+        MODEL + "experts: {expert_cache_size: -1}",
+        "experts.expert_cache_size",
+        "-1",
+        "0 or more",
+    ),
+    "files of no cache": (
+        MODEL + "experts: {cache_dir: /tmp/x}",
+        "experts.cache_dir",
+        "'/tmp/x'",
+        "set experts.expert_cache_size",
+    ),
     "port": (MODEL + "front: {port: 65536}", "front.port", "65536", "from 0 to 65535"),
     "timeout": (MODEL + "router: {request_timeout_s: 0}", "router.request_timeout_s", "0.0", "above 0"),
     "text for a list": (MODEL + "storage: {import_roots: /a}", "storage.import_roots", "'/a'", "a list"),
