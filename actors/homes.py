@@ -98,7 +98,7 @@ def _pin(region: Tensor, owner: object) -> None:
             field="experts.expert_cache_size",
             remedy="give the actor fewer groups, or set experts.cache_dir",
         )
-    weakref.finalize(owner, runtime.cudaHostUnregister, address)
+    weakref.finalize(owner, runtime.cudaHostUnregister, address).atexit = False  # the process gives all back then
 
 
 @dataclass(frozen=True)
