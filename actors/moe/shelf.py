@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic
 
@@ -52,6 +53,9 @@ class Load:
     done: Any = None
     """torch.cuda.Event, valid once it is issued."""
 
+    def has_failed(self) -> bool:
+        return self.issued.done() and self.issued.exception() is not None
+
     def is_done(self) -> bool:
         return self.issued.done() and (self.done is None or self.done.query())
 
@@ -85,12 +89,7 @@ class Loader:
     def wait(self, load: Load) -> None:
         """What the caller computes from now on comes after the copy. `StepAborted` if it does not come."""
         started = time.perf_counter()
-        try:
-            load.issued.result(LOAD_TIMEOUT_S)
-        except FutureTimeout:
-            raise StepAborted(
-                f"an expert's weights did not come from their home within {LOAD_TIMEOUT_S:.0f} s"
-            ) from None
+        _result(load.issued)
         self.counters.wait_s += time.perf_counter() - started
         if load.done is not None and not load.done.query():
             before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -108,14 +107,23 @@ class Loader:
 
     def settle(self) -> None:
         """Waits until every copy is made: the sources may be written then."""
-        self._thread.submit(lambda: None).result(LOAD_TIMEOUT_S)
+        _result(self._thread.submit(lambda: None))
         if self._stream is not None:
             self._stream.synchronize()
 
     def close(self) -> None:
-        self._thread.shutdown(cancel_futures=True)
-        if self._stream is not None:
-            self._stream.synchronize()
+        """More than once is right. A copy that does not end is not waited for longer than another would be."""
+        with suppress(StepAborted, RuntimeError):  # RuntimeError: it is closed already
+            self.settle()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _result(copied: Future[None]) -> None:
+    try:
+        copied.result(LOAD_TIMEOUT_S)
+    except FutureTimeout:
+        text = f"weights of an expert group did not come from their home within {LOAD_TIMEOUT_S:.0f} s"
+        raise StepAborted(text) from None
 
 
 @dataclass
@@ -144,6 +152,8 @@ class Shelf(Generic[K]):
     def visit(self, keys: Collection[K], then: Callable[[], None]) -> Iterator[tuple[K, Tensor]]:
         """Each of the keys once, with its matrix on the device until the next is asked for: hits first, while the
         others are loaded. `then` is called when the last of the loads has been started."""
+        for key in [key for key, load in self._loads.items() if load.has_failed()]:
+            self.drop(key)
         order = self._forecast.hits_first(keys, self._lru)
         missing = deque(key for key in order if key not in self._lru)
         self._loader.counters.misses += len(missing)
@@ -156,7 +166,7 @@ class Shelf(Generic[K]):
                 self._pin(key, pinned)
             self._start(missing, pinned, then)
             for key in order:
-                slot = self._ready(key)
+                slot = self._ready(key, pinned)
                 yield key, slot.tensor
                 slot.free = self._loader.mark()
                 self._lru.touch(key)
@@ -214,9 +224,14 @@ class Shelf(Generic[K]):
     def _is_on_its_way(self, key: K) -> bool:
         return (load := self._loads.get(key)) is not None and not load.is_done()
 
-    def _ready(self, key: K) -> _Slot:
+    def _ready(self, key: K, pinned: set[K]) -> _Slot:
         if (load := self._loads.pop(key, None)) is not None:
-            self._loader.wait(load)
+            try:
+                self._loader.wait(load)
+            except Exception:  # whatever is in its slot now, it is not what is at home
+                self._unpin(key, pinned)
+                self.drop(key)
+                raise
         return self._slots[self._lru.slot(key)]
 
     def _pin(self, key: K, pinned: set[K]) -> None:

@@ -139,3 +139,19 @@ def test_a_home_that_does_not_answer_ends_the_attempt(loader: Loader, monkeypatc
     with pytest.raises(StepAborted, match="did not come from their home"):
         visited(shelf, [0])
     go_on.set()
+
+
+def test_what_could_not_be_copied_is_not_taken_for_a_hit(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf = shelf_over(homes(), 2, loader)
+
+    def fail(*args: object) -> None:
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loader, "_copy", fail)
+        shelf.expect([1])
+        for _ in range(2):
+            with pytest.raises(OSError, match="the disk is gone"):
+                visited(shelf, [1, 2, 3])
+        loader.settle()
+    assert sorted(visited(shelf, [1, 2, 3])) == [(1, 1.0), (2, 2.0), (3, 3.0)]
