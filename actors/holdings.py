@@ -62,7 +62,9 @@ class Holdings:
         return self._residency.stacks
 
     def close(self) -> None:
+        """Nothing is held any more."""
         self._residency.close()
+        self._places, self._groups = [], {}
 
     # -- what is here -------------------------------------------------------------------------------------------------
 

@@ -63,7 +63,8 @@ class Residency(Protocol):
     def counters(self) -> dict[str, Any]:
         """Of the cache; empty without one. From any thread."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Nothing is computed any more; what is not referred to elsewhere is given back at once."""
 
 
 def residency(
@@ -237,6 +238,9 @@ class Cached:
 
     def close(self) -> None:
         self._loader.close()
+        for stack in self.stacks:
+            stack.close()
+        self._homes.clear()
 
 
 def _no_experts(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

@@ -88,6 +88,12 @@ class CachedExperts(ExpertStack):
         for shelf in self._shelves.values():
             shelf.drop(home)
 
+    def close(self) -> None:
+        """Gives its slots back. Stacks refer to each other, so that they would wait for the garbage collector."""
+        self.after_forward = lambda: None
+        self._shelves.clear()
+        self._forecast = Forecast()
+
     # -- as ExpertStack does it with all weights at hand --------------------------------------------------------------
 
     def _project(self, name: str, rows_PM: Tensor, counts_E: Sequence[int]) -> Tensor:
