@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Iterator
 
@@ -14,7 +15,8 @@ from torch import Tensor
 from actors.errors import StepAborted
 from actors.moe import shelf as module
 from actors.moe.cache import Forecast
-from actors.moe.shelf import Loader, Shelf
+from actors.moe.shelf import CacheCounters, Loader, Shelf
+from cluster.backend import ExpertCache
 
 NUM_KEYS = 6
 
@@ -120,6 +122,11 @@ def test_what_was_loaded_ahead_is_a_hit(loader: Loader) -> None:
     counters = loader.counters
     assert (counters.hits, counters.misses, counters.loaded_ahead) == (2, 0, 2)
     assert counters.loaded_bytes == counters.device_bytes == 2 * 3 * 2 * 4
+
+
+def test_what_is_counted_is_what_a_status_tells() -> None:
+    counters = CacheCounters(1, 2, 3, 4, 0.5, 6)
+    assert dataclasses.astuple(ExpertCache(**counters.to_dict())) == (1, 2, 3, 4, 0.5, 6)
 
 
 def test_a_visit_that_ends_early_leaves_nothing_pinned(loader: Loader) -> None:
