@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.errors import InvalidInput
@@ -22,6 +22,7 @@ def brute_force_hits(capacity: int, uses: list[int]) -> int:
     return hits
 
 
+@settings(deadline=None)
 @given(CAPACITIES, st.lists(KEYS, max_size=80))
 def test_hits_are_those_of_lru(capacity: int, uses: list[int]) -> None:
     cache = LruCache[int](capacity)
@@ -38,6 +39,7 @@ def test_hits_are_those_of_lru(capacity: int, uses: list[int]) -> None:
 OPERATIONS = st.lists(st.tuples(st.sampled_from(["admit", "touch", "pin", "unpin", "drop"]), KEYS), max_size=120)
 
 
+@settings(deadline=None)
 @given(CAPACITIES, OPERATIONS)
 def test_never_over_capacity_and_never_without_a_pinned_key(capacity: int, operations: list[tuple[str, int]]) -> None:
     cache, pins = LruCache[int](capacity), dict.fromkeys(range(8), 0)
@@ -64,6 +66,7 @@ def test_never_over_capacity_and_never_without_a_pinned_key(capacity: int, opera
         assert all(0 <= slot < capacity for slot in slots)
 
 
+@settings(deadline=None)
 @given(CAPACITIES, st.lists(KEYS, max_size=40), st.sets(KEYS))
 def test_what_is_to_be_kept_is_not_evicted(capacity: int, uses: list[int], keep: set[int]) -> None:
     cache = LruCache[int](capacity)
@@ -94,6 +97,7 @@ def test_no_room_at_all_is_named(size: int) -> None:
         CacheSettings(size)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sets(KEYS), min_size=1, max_size=40))
 def test_a_forecast_is_the_moving_average_of_use(passes: list[set[int]]) -> None:
     forecast = Forecast[int]()
@@ -108,6 +112,7 @@ def test_a_forecast_is_the_moving_average_of_use(passes: list[set[int]]) -> None
     assert forecast.of(0) == 0
 
 
+@settings(deadline=None)
 @given(CAPACITIES, st.lists(KEYS, max_size=20), st.lists(st.sets(KEYS), max_size=30), st.sets(KEYS))
 def test_exchanges_pay_and_fit(capacity: int, uses: list[int], passes: list[set[int]], pinned: set[int]) -> None:
     cache, forecast = LruCache[int](capacity), Forecast[int]()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -49,6 +49,7 @@ OPERATIONS = st.lists(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(1, NUM_KEYS), OPERATIONS)
 def test_whatever_happens_what_is_visited_is_what_is_at_home(
     capacity: int, operations: list[tuple[str, list[int]]]
