@@ -27,6 +27,7 @@ from actors.births import Births, give_birth
 from actors.errors import InvalidInput, LinkError, MoeClusterError, StepAborted
 from actors.exchange import Attempt, Exchange, PeerOpener
 from actors.holdings import Holdings, LoadLayer
+from actors.moe.cache import CacheSettings
 from actors.moe.experts import Saved, WeightGradients, Work
 from actors.optim import OptimizerSettings
 from actors.snapshots import ExpertKey, SavedState, Snapshot
@@ -62,6 +63,7 @@ class ExpertHost:
         version: int = 0,
         open_peer: PeerOpener = _no_peers,
         timeout_s: float = 30.0,
+        cache: CacheSettings | None = None,
     ) -> None:
         self.name = name
         self.group_size = group_size
@@ -69,7 +71,7 @@ class ExpertHost:
         self.tokens = 0
         self.pairs = 0
         self._source = source
-        self._device = torch.device(device)
+        self._device, self._cache = torch.device(device), cache
         self._skeleton: Skeleton = skeleton(source)
         self._num_experts = self._skeleton.num_experts
         """Of every layer now: the model may have grown."""
@@ -125,6 +127,7 @@ class ExpertHost:
         """Ends its links to other actors."""
         self.exchange.close()
         self._arrivals.close()
+        self.holdings.close()
 
     # -- what routers ask ---------------------------------------------------------------------------------------------
 
@@ -219,7 +222,7 @@ class ExpertHost:
                 parts = self.exchange.gradients("partial", self._prepared, group, layer)
                 for sender in sorted(parts, key=copies.index):
                     for gradient, part in zip(gradients, parts[sender], strict=True):
-                        gradient += part.to(self._device)
+                        gradient += part.to(gradient.device)
                 pending += [self._send("sum", copy, group, layer, gradients) for copy in copies]
         answer = self._norm_of(owned)
         self.exchange.settle(pending)
@@ -425,6 +428,7 @@ class ExpertHost:
             "run": self._run,
             "attempt": self._attempt.number,
             "memory_bytes": self._memory_bytes,
+            "cache": self.holdings.cache_counters(),
         }
 
     def _export_layer(self, question: Message) -> Message:
@@ -443,11 +447,12 @@ class ExpertHost:
         holdings = self._load(source, self.groups)
         for mine, loaded in zip(self.holdings.stacks, holdings.stacks, strict=True):
             for name in loaded.names:
-                if mine.weight(name).shape[1:] != loaded.weight(name).shape[1:]:
-                    raise InvalidInput("another architecture", field=name, value=tuple(loaded.weight(name).shape))
+                if mine.shape(name) != loaded.shape(name):
+                    raise InvalidInput("another architecture", field=name, value=loaded.shape(name))
+        holdings.begin_run(self.holdings.settings)
         self._new_run(question.fields)
         self._drop_gradients()
-        holdings.begin_run(self.holdings.settings)
+        self.holdings.close()
         self.holdings = holdings
         return Message("ok", {"version": self.version})
 
@@ -481,6 +486,7 @@ class ExpertHost:
         holdings = self._holdings_of(groups, lambda layer, groups: self._blank(layer, len(groups)))
         holdings.load(saved)
         with self._lock:
+            self.holdings.close()
             self.holdings = holdings
             self.version, self._attempt = saved.version, Attempt(saved.version, 0)
             self._memory_bytes = holdings.num_bytes()
@@ -492,6 +498,7 @@ class ExpertHost:
         self.exchange.forget_gradients(Attempt(sys.maxsize, 0))  # steps with these numbers will come again
         self._placement = Placement(0, (), self.group_size)
         self.snapshot = None
+        self.holdings.close()
         self.holdings = self._holdings_of((), lambda layer, groups: {})
         self._memory_bytes = 0
 
@@ -503,7 +510,7 @@ class ExpertHost:
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _holdings_of(self, groups: Sequence[int], load: LoadLayer) -> Holdings:
-        return Holdings(self._skeleton, self.group_size, self._device, groups, load)
+        return Holdings(self._skeleton, self.group_size, self._device, groups, load, self._cache)
 
     def _load(self, source: ModelSource, groups: Sequence[int]) -> Holdings:
         reader = CheckpointReader(source.path, self._skeleton) if source.path and groups else None

@@ -108,6 +108,23 @@ class EmbedResult:
 
 
 @dataclass(frozen=True)
+class ExpertCache:
+    """What the expert cache of one actor has done since the actor started."""
+
+    hits: int = 0
+    """Visits of one matrix of one group by a forward or backward that found it on the device, or on its way there."""
+    misses: int = 0
+    loaded_ahead: int = 0
+    """Loads that were started before they were asked for."""
+    loaded_bytes: int = 0
+    """To the device, for whatever reason."""
+    wait_s: float = 0.0
+    """That computing stood still for loads."""
+    device_bytes: int = 0
+    """That weights take on the device."""
+
+
+@dataclass(frozen=True)
 class ActorStatus:
     id: str
     role: str
@@ -126,6 +143,8 @@ class ActorStatus:
     """Tokens received since it started (expert actors)."""
     link: str = ""
     """Kind of its link to the router, e.g. `socket/ipc`."""
+    cache: ExpertCache | None = None
+    """Of an expert actor whose device does not hold all its groups."""
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,13 @@ class ExpertsConfig:
     max_groups: int = 0
     """Most groups one actor may hold, copies included; 0: as many as the placement needs, ceil(groups * redundancy /
     actors) + 1 where the nodes are alike."""
+    expert_cache_size: int = 0
+    """Groups of each layer whose weights the device of an actor has room for; the others are behind it until they are
+    used, and so are gradients and moments. 2 or more let one be loaded while another is computed; 0: all on the
+    device."""
+    cache_dir: str = ""
+    """Where they are then: a directory on a local disk of each node, for files that go with the actor; empty: host
+    memory."""
 
 
 @dataclass(frozen=True)

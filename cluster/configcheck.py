@@ -138,6 +138,14 @@ def _check_experts(config: ExpertsConfig, ray: RayConfig, check: _Check) -> None
     check.at_least("threads", config.threads, 1)
     check.at_least("redundancy", config.redundancy, 1)
     check.at_least("max_groups", config.max_groups, 0)
+    check.at_least("expert_cache_size", config.expert_cache_size, 0)
+    check.that(
+        not config.cache_dir or config.expert_cache_size > 0,
+        "cache_dir",
+        "is of no use without a cache",
+        config.cache_dir,
+        "set experts.expert_cache_size to the groups that the device has room for, or leave it out",
+    )
     check.that(
         config.redundancy <= config.actors,
         "redundancy",

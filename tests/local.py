@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from actors.dispatcher import Peer, Roster
 from actors.errors import PeerLost
 from actors.expert import ExpertHost
+from actors.moe.cache import CacheSettings
 from actors.moe.settings import GateSettings
 from actors.router import Router
 from actors.transport.contract import Handler, Link
@@ -38,6 +39,7 @@ class Member:
             device=cluster.device,
             open_peer=cluster.open_exchange,
             timeout_s=cluster.timeout_s,
+            cache=cluster.cache,
         )
         self.servers: list[SocketServer] = []
         self._locks: list[threading.Lock] = []
@@ -121,6 +123,7 @@ class LocalCluster:
     wrap: LinkWrap
     timeout_s: float
     device: str
+    cache: CacheSettings | None = None
     members: dict[str, Member] = field(default_factory=dict)
     router: Router = field(init=False)
     placement: Placement = field(init=False)
@@ -193,11 +196,12 @@ def cluster(
     device: str = "cpu",
     redundancy: int = 1,
     heals: bool = False,
+    cache: CacheSettings | None = None,
 ) -> Iterator[LocalCluster]:
     """`wrap` may put a faulty link around each link as it is opened. With `heals` copies take over from the dead."""
     slots = [ActorSlot(f"expert-{i}", f"node-{i}") for i in range(num_actors)]
     placement = spread(skeleton(source).num_experts, group_size, slots, redundancy)
-    local = LocalCluster(source, group_size, links, wrap, timeout_s, device)
+    local = LocalCluster(source, group_size, links, wrap, timeout_s, device, cache)
     local.placement = placement
     for slot in slots:
         local.add(placement.held_by(slot.id))

@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.errors import InvalidInput, MoeClusterError
 from actors.values import Placement
-from cluster.backend import ActorStatus
+from cluster.backend import ActorStatus, ExpertCache
 from cluster.config import ClusterConfig
 from cluster.control.coordinator import ModelFacts
 from cluster.control.heartbeats import Heartbeats
@@ -332,6 +332,7 @@ class Crew:
             memory_bytes=int(vitals["memory_bytes"]),
             tokens=int(vitals.get("tokens", 0)),
             link=self._links.get(name, ""),
+            cache=ExpertCache(**vitals["cache"]) if vitals.get("cache") else None,
         )
 
     def _read_deaths(self, signs: Signs) -> None:

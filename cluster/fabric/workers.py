@@ -78,17 +78,20 @@ class ExpertWorker:
         where they are secured.
         """
         from actors.expert import ExpertHost
+        from actors.moe.cache import CacheSettings
         from cluster.fabric.model import model_source
 
         self._keys = keys
+        experts = self._config.experts
         self._host = ExpertHost(
             self._name,
             model_source(self._config, num_experts),
             groups,
-            group_size=self._config.experts.group_size,
-            device=self._config.experts.device,
+            group_size=experts.group_size,
+            device=experts.device,
             open_peer=self._open_peer,
             timeout_s=self._config.router.request_timeout_s,
+            cache=CacheSettings(experts.expert_cache_size, experts.cache_dir) if experts.expert_cache_size else None,
         )
         self._server = self._serve(self._host.handle, self._host.idle)
         self._exchange = self._serve(self._host.exchange.handle)

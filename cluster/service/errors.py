@@ -49,6 +49,7 @@ TABLE: Mapping[type[MoeClusterError], Rule] = {
     actor_errors.MoeClusterError: _INTERNAL,
     actor_errors.InvalidInput: Rule(Code.INVALID_ARGUMENT),
     actor_errors.CheckpointError: Rule(Code.INVALID_ARGUMENT),
+    actor_errors.CacheFull: Rule(Code.RESOURCE_EXHAUSTED),
     actor_errors.LinkError: _EXPERT_AWAY,
     actor_errors.PeerLost: _EXPERT_AWAY,
     actor_errors.LinkTimeout: _EXPERT_AWAY,

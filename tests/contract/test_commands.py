@@ -18,7 +18,7 @@ from rich.console import Console
 
 from actors.errors import InvalidInput
 from actors.values import Growth, Placement
-from cluster.backend import GroupMove, Job, JobEvent, JobState, Operation, OperationState, Rebalance
+from cluster.backend import ExpertCache, GroupMove, Job, JobEvent, JobState, Operation, OperationState, Rebalance
 from cluster.commands import heatmap, output, progress, remote
 from cluster.commands.options import TARGET_VARIABLE
 from cluster.config import AuthConfig, FrontConfig, JobConfig, TlsConfig
@@ -80,6 +80,15 @@ class TestStatus:
         assert status["owners"] == {"0": "expert-0"}
         assert status["load_LE"] == [[1, 2, 3, 4], [0, 0, 0, 0]]
         assert [actor["id"] for actor in status["actors"]] == ["router-0", "expert-0"]
+
+    def test_an_expert_cache_is_told_in_figures(self, backend, command):
+        assert "expert cache" not in command("status")[1]
+        backend.cache = ExpertCache(3, 1, 2, 5 << 20, 0.25, 2 << 20)
+        out = command("status")[1]
+        assert re.search(r"expert cache .* hits", out)
+        assert re.search(r"expert-0 .* 2\.0 MiB .* 75\.0% of 4 .* 2 .* 5\.0 MiB .* 0\.2 s", out)
+        actors = json.loads(command("status", "--json")[1])["actors"]
+        assert [actor["cache"] and actor["cache"]["misses"] for actor in actors] == [None, 1]
 
     def test_copies_are_told_from_what_an_actor_owns(self, backend, command):
         backend.placement = Placement(1, (("expert-0",), ("expert-1", "expert-0"), ("expert-2", "expert-0")), 1)

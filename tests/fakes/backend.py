@@ -19,6 +19,7 @@ from cluster.backend import (
     Checkpoint,
     ClusterStatus,
     EmbedResult,
+    ExpertCache,
     GenerateChunk,
     GroupMove,
     Job,
@@ -71,6 +72,8 @@ class MemoryBackend:
         self.version = 0
         self.placement = Placement(1, (("expert-0",),), NUM_EXPERTS)
         """Rebalancing replaces it, and moves groups without copies only."""
+        self.cache: ExpertCache | None = None
+        """Of every expert actor."""
         self.unmet: tuple[str, ...] = ()
         """What every rebalance says it could not have."""
         self.saved: list[Checkpoint] = []
@@ -298,9 +301,8 @@ class MemoryBackend:
 
     def _expert(self, actor: str, pid: int) -> ActorStatus:
         groups = self.placement.held_by(actor)
-        return ActorStatus(
-            actor, "expert", "node-1", pid, "ready", "cpu", self.version, groups, 3 << 20, 640, "socket/ipc"
-        )
+        where = "node-1", pid, "ready", "cpu"
+        return ActorStatus(actor, "expert", *where, self.version, groups, 3 << 20, 640, "socket/ipc", self.cache)
 
     def _load_of_groups(self) -> list[int]:
         load_E = [sum(column) for column in zip(*self._loads.load_LE, strict=True)]

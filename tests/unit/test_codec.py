@@ -17,6 +17,7 @@ from cluster.backend import (
     Checkpoint,
     ClusterStatus,
     EmbedResult,
+    ExpertCache,
     GenerateChunk,
     GroupMove,
     Job,
@@ -99,6 +100,16 @@ ACTORS = st.builds(
     memory_bytes=COUNTS,
     tokens=COUNTS,
     link=NAMES,
+    cache=st.none()
+    | st.builds(
+        ExpertCache,
+        hits=COUNTS,
+        misses=COUNTS,
+        loaded_ahead=COUNTS,
+        loaded_bytes=COUNTS,
+        wait_s=st.floats(allow_nan=False),
+        device_bytes=COUNTS,
+    ),
 )
 FLOATS = st.floats(allow_nan=False)
 STATUSES = st.builds(

@@ -207,6 +207,18 @@ CLUSTER_FAULTS = {
         "at most 2, or set ray.nodes to 3 or more",
     ),
     "room below none": (MODEL + "experts: {max_groups: -1}", "experts.max_groups", "-1", "0 or more"),
+    "a cache below none": (
+        MODEL + "experts: {expert_cache_size: -1}",
+        "experts.expert_cache_size",
+        "-1",
+        "0 or more",
+    ),
+    "files of no cache": (
+        MODEL + "experts: {cache_dir: /tmp/x}",
+        "experts.cache_dir",
+        "'/tmp/x'",
+        "set experts.expert_cache_size",
+    ),
     "port": (MODEL + "front: {port: 65536}", "front.port", "65536", "from 0 to 65535"),
     "certificate without key": (MODEL + "front: {tls: {certificate: a}}", "front.tls.key", "missing", "PEM file"),
     "key without certificate": (MODEL + "front: {tls: {key: a}}", "front.tls.certificate", "missing", "PEM file"),

@@ -102,7 +102,7 @@ LEDGER_KIND_STORAGE_FULL: LedgerKind
 LEDGER_KIND_GROW: LedgerKind
 
 class ActorStatus(_message.Message):
-    __slots__ = ("id", "role", "node", "pid", "state", "device", "version", "groups", "memory_bytes", "tokens", "link")
+    __slots__ = ("id", "role", "node", "pid", "state", "device", "version", "groups", "memory_bytes", "tokens", "link", "cache")
     ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
@@ -114,6 +114,7 @@ class ActorStatus(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     LINK_FIELD_NUMBER: _ClassVar[int]
+    CACHE_FIELD_NUMBER: _ClassVar[int]
     id: str
     role: ActorRole
     node: str
@@ -125,7 +126,24 @@ class ActorStatus(_message.Message):
     memory_bytes: int
     tokens: int
     link: str
-    def __init__(self, id: _Optional[str] = ..., role: _Optional[_Union[ActorRole, str]] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[_Union[ActorState, str]] = ..., device: _Optional[str] = ..., version: _Optional[int] = ..., groups: _Optional[_Iterable[int]] = ..., memory_bytes: _Optional[int] = ..., tokens: _Optional[int] = ..., link: _Optional[str] = ...) -> None: ...
+    cache: ExpertCache
+    def __init__(self, id: _Optional[str] = ..., role: _Optional[_Union[ActorRole, str]] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[_Union[ActorState, str]] = ..., device: _Optional[str] = ..., version: _Optional[int] = ..., groups: _Optional[_Iterable[int]] = ..., memory_bytes: _Optional[int] = ..., tokens: _Optional[int] = ..., link: _Optional[str] = ..., cache: _Optional[_Union[ExpertCache, _Mapping]] = ...) -> None: ...
+
+class ExpertCache(_message.Message):
+    __slots__ = ("hits", "misses", "loaded_ahead", "loaded_bytes", "wait_s", "device_bytes")
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    MISSES_FIELD_NUMBER: _ClassVar[int]
+    LOADED_AHEAD_FIELD_NUMBER: _ClassVar[int]
+    LOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    hits: int
+    misses: int
+    loaded_ahead: int
+    loaded_bytes: int
+    wait_s: float
+    device_bytes: int
+    def __init__(self, hits: _Optional[int] = ..., misses: _Optional[int] = ..., loaded_ahead: _Optional[int] = ..., loaded_bytes: _Optional[int] = ..., wait_s: _Optional[float] = ..., device_bytes: _Optional[int] = ...) -> None: ...
 
 class LayerLoad(_message.Message):
     __slots__ = ("tokens",)
