@@ -116,9 +116,12 @@ class Dispatcher:
         for name in [n for n, link in self.links.items() if link.closed and n not in but]:
             del self.links[name], self._peers[name]
 
-    def use(self, epoch: int, held: Mapping[str, list[int]]) -> None:
-        """`held[name]`: expert numbers of each actor, in its local order."""
+    def use(self, epoch: int, held: Mapping[str, list[int]], num_experts: int) -> None:
+        """`held[name]`: expert numbers of each actor, in its local order; `num_experts` of every layer."""
         self.epoch, self._held = epoch, dict(held)
+        if num_experts != self._num_experts:
+            self._num_experts = num_experts
+            self.load_LE = torch.zeros(len(self.load_LE), num_experts, dtype=torch.int64)
         self._lost.clear()
         self._build_table()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import threading
 import time
@@ -29,6 +30,13 @@ def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
     return int(torch.multinomial(probs_V, 1, generator=generator))
 
 
+def generator_at(seed: int, position: int) -> torch.Generator:
+    """Randomness of the token at this position of prompt and text together, and of nothing before it: a stream that
+    goes on elsewhere, from its prompt and its tokens so far, draws the same."""
+    digest = hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
 class DecodeEngine:
     """Streams of a trunk view. `guard` is entered for every forward, with its number of tokens and what the gates keep
     of the session (`new_pasts`); it gives the version that the forward computes with.
@@ -54,6 +62,11 @@ class DecodeEngine:
         self._max_positions = max_positions
         self._end_ids = frozenset(end_ids)
         self._keep_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def use(self, model: PreTrainedModel) -> None:
+        """Another view of the same trunk from the next forward on, inside what the guard keeps apart. Sessions go on:
+        their caches are those of layers that are the same."""
+        self._model = model
 
     def stream(self, prompt: Sequence[int], sampling: Sampling, timeout_s: float) -> Iterator[TokenEvent]:
         """Tokens as they come. Closing the iterator ends the session and frees its cache."""
@@ -85,18 +98,17 @@ class DecodeEngine:
             del self._waiting_since[me]
 
     def _decode(self, prompt: Sequence[int], sampling: Sampling, budget: int) -> Iterator[TokenEvent]:
-        generator = torch.Generator().manual_seed(sampling.seed)
         device = self._model.get_input_embeddings().weight.device
         tokens, cache, pasts = list(prompt), None, self._new_pasts()
-        for position in range(budget):
+        for number in range(budget):
             ids = torch.tensor([tokens], device=device)
             extra = {"logits_to_keep": 1} if self._keep_last else {}
             with self._guard(len(tokens), pasts) as version, torch.no_grad():
                 out = self._model(input_ids=ids, past_key_values=cache, use_cache=True, **extra)
             cache = out.past_key_values
-            token = choose(out.logits[0, -1], sampling, generator)
+            token = choose(out.logits[0, -1], sampling, generator_at(sampling.seed, len(prompt) + number))
             ended = token in self._end_ids
-            reason = "end_of_text" if ended else "length" if position + 1 == budget else ""
+            reason = "end_of_text" if ended else "length" if number + 1 == budget else ""
             yield TokenEvent(token, version, reason)
             if ended:
                 return

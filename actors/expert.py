@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from actors.arrivals import Arrivals
+from actors.births import Births, give_birth
 from actors.errors import InvalidInput, LinkError, MoeClusterError, StepAborted
 from actors.exchange import Attempt, Exchange, PeerOpener
 from actors.holdings import Holdings, LoadLayer
@@ -72,6 +73,8 @@ class ExpertHost:
         self._source = source
         self._device, self._cache = torch.device(device), cache
         self._skeleton: Skeleton = skeleton(source)
+        self._num_experts = self._skeleton.num_experts
+        """Of every layer now: the model may have grown."""
         self._check_groups(groups)
         self.holdings = self._load(source, groups)
         self._lock = threading.Lock()
@@ -256,6 +259,7 @@ class ExpertHost:
         """A new job: its optimizer settings, fresh moments. Groups on their way here have the old ones: dropped."""
         settings = OptimizerSettings(**question.fields["optimizer"])  # type: ignore[arg-type]
         self._new_run(question.fields)
+        self._attempt = Attempt(self.version, 0)  # a router before may have left one open
         self._drop_gradients()
         self.holdings.begin_run(settings)
         return Message("ok", {"version": self.version})
@@ -365,8 +369,13 @@ class ExpertHost:
             self.version, self._run = version, run
             self._attempt = Attempt(version, 0)
         self._check_version(version)
-        self._await_arrivals([g for g in wanted if g in self.holdings.arriving], version, run)
+        born: list[int] = []
+        if births := Births.of(fields):
+            born = [group for group in wanted if group in births.source_of]
+            give_birth(self.holdings, self._skeleton, self.group_size, births, born)
+        self._await_arrivals([g for g in wanted if g in self.holdings.arriving and g not in born], version, run)
         self.holdings.hold(wanted)
+        self._num_experts = placement.num_experts
         for group in wanted:
             self._arrivals.arrived(group)
         self._placement = placement
@@ -417,6 +426,7 @@ class ExpertHost:
             "experts": self.experts,
             "tokens": self.tokens,
             "run": self._run,
+            "attempt": self._attempt.number,
             "memory_bytes": self._memory_bytes,
             "cache": self.holdings.cache_counters(),
         }
@@ -469,6 +479,7 @@ class ExpertHost:
         Called from a thread of its own. Until the next `place` every question that needs experts is refused. After an
         error nothing is here, and it can be called again.
         """
+        self._num_experts = max((key.expert + 1 for key in saved.keys), default=self._num_experts)
         self._check_groups(groups)
         with self._lock:
             self._clear(run)
@@ -541,11 +552,11 @@ class ExpertHost:
             raise StepAborted(f"version {wanted} is asked for, {self.version} is here")
 
     def _check_groups(self, groups: Sequence[int]) -> None:
-        num_groups = self._skeleton.num_experts // self.group_size
+        num_groups = self._num_experts // self.group_size
         for group in groups:
             if not 0 <= group < num_groups:
                 raise InvalidInput(
-                    f"the model has {self._skeleton.num_experts} experts a layer",
+                    f"the model has {self._num_experts} experts a layer",
                     field="groups",
                     value=group,
                     remedy=f"with groups of {self.group_size} the last group is {num_groups - 1}",

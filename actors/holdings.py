@@ -68,6 +68,10 @@ class Holdings:
 
     # -- what is here -------------------------------------------------------------------------------------------------
 
+    def __contains__(self, group: int) -> bool:
+        """Also one that is on its way, or leaves."""
+        return group in self._groups
+
     @property
     def groups(self) -> tuple[int, ...]:
         """That are computed with, in the order of their places."""
@@ -232,14 +236,19 @@ class Holdings:
         self.settings = settings
         if group in self._in_state("leaving"):
             self.free(group)
-        if None not in self._places:
-            self._residency.resize(len(self._places) + 1)
-            self._places.append(None)
-            self._rebind()
+        self.make_room(1)
         self._residency.train()
         self._places[self._places.index(None)] = group
         self._groups[group] = self._new_group(group)
         self._groups[group].state = "arriving"
+
+    def make_room(self, count: int) -> None:
+        """Free places for as many groups, made in one go: the stacks are copied for it."""
+        missing = count - self._places.count(None)
+        if missing > 0:
+            self._residency.resize(len(self._places) + missing)
+            self._places += [None] * missing
+            self._rebind()
 
     def write(self, group: int, layer: int, tensors: Sequence[Tensor], updates: int) -> None:
         """Counterpart of `read`."""

@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from actors.dispatcher import Dispatcher, Purpose, Roster
 from actors.engine import DecodeEngine
 from actors.errors import InvalidInput, LinkError, MoeClusterError, NonFinite, PeerLost, StepAborted
+from actors.growing import Blueprint, Grower, GrownTrunk, base_settings, blank_trunk, check_growth, seen_by_gates
 from actors.moe.gating import GatePast
 from actors.moe.settings import BalanceSettings, GateSettings
 from actors.optim import OptimizerSettings, adamw, scale_gradients, set_lr, square_sum
-from actors.routing import Routing
+from actors.routing import Opening, Routing
 from actors.snapshots import SavedState, Snapshot, copy_all, moments, set_moments, to_host
 from actors.transport.contract import Pending
 from actors.transport.message import Message
@@ -29,13 +31,16 @@ from actors.trunk.checkpoint import CheckpointReader
 from actors.trunk.export import export_model
 from actors.trunk.load import load_trunk, load_weights
 from actors.trunk.model import ModelSource, connect, second_view, skeleton
-from actors.values import Course, Sampling, SnapshotTaken, StepReport, TokenEvent
+from actors.values import Course, Grown, Growth, Sampling, SnapshotTaken, StepReport, TokenEvent
 from actors.versions import VersionGate
 
 logger = logging.getLogger(__name__)
 
 _OPTIMIZER = "optimizer."
 """Prefix of the moments' names in a snapshot."""
+_ROUTING = "routing."
+_TRIED_TOKENS = 2048
+"""That the gates of a growth are tried with."""
 
 
 def token_losses(logits_BSV: Tensor, ids_BS: Tensor) -> Tensor:
@@ -47,8 +52,8 @@ def token_losses(logits_BSV: Tensor, ids_BS: Tensor) -> Tensor:
 
 
 class Router:
-    """`train_step`, `adopt`, `take_snapshot` and `restore` are called by one thread at a time; serving calls by any
-    number of others.
+    """`train_step`, `adopt`, `grow`, `take_snapshot` and `restore` are called by one thread at a time; serving calls by
+    any number of others.
 
     `find_roster` is asked when expert actors are gone, with their names: it gives the roster to go on with, or raises.
     """
@@ -79,11 +84,13 @@ class Router:
         self._serving = Dispatcher(num_layers, num_experts, timeout_s=timeout_s, reroutes=True)
         self.trunk = load_trunk(source, self._skeleton, device)
         self._view = second_view(source, self.trunk)
-        self.routing = Routing(self.trunk, self._skeleton, gate or GateSettings(), source.seed)
-        if source.path is not None:
+        settings = base_settings(source, gate or GateSettings(), num_experts)
+        self.routing = Routing(self.trunk, self._skeleton, settings, source.seed)
+        if source.path is not None and source.num_experts is None:
             self.routing.load(Path(source.path))
-        connect(self.trunk, [self.routing.layer_function(i, self._training) for i in range(num_layers)])
-        connect(self._view, [self.routing.layer_function(i, self._serving) for i in range(num_layers)])
+        self._connect()
+        self._sample: Tensor | None = None
+        """Tokens [B, S] of the last step."""
         self._attempt = 0
         self._unconfirmed: list[Pending | None] = []
         self._commit_fields: dict[str, Any] = {}
@@ -95,10 +102,12 @@ class Router:
         self._optimizer = self._new_optimizer()
         self._memory_bytes = self._measure()
         """With gradients and moments once there was a step."""
+        self._blueprint: Blueprint | None = None
+        """Of the growth that was asked for last."""
         self.snapshot: Snapshot[str] | None = None
         """The last one that was taken, until `drop_snapshot`."""
         self._training.connect(roster.peers)
-        self.version, self._run = self._agree()
+        self.version, self._run = self._take_over()
         self._switch(roster)
         text = self._skeleton.config.get_text_config()
         self.vocab_size = int(text.vocab_size)
@@ -106,7 +115,7 @@ class Router:
         self._engine = DecodeEngine(
             self._view,
             self._version_guard,
-            self.routing.new_pasts,
+            lambda: self.routing.new_pasts(),
             max_sessions=max_sessions,
             max_positions=self.max_positions,
             end_ids=_end_ids(self._skeleton.config),
@@ -145,6 +154,7 @@ class Router:
             self._check_ids(ids_BS)
         if not microbatches:
             raise InvalidInput("no token to train on", field="microbatches", value=0)
+        self._sample = microbatches[-1]
         started = time.monotonic()
         for retries in range(self._max_retries + 1):
             try:
@@ -223,6 +233,7 @@ class Router:
             self._memory_bytes = self._measure()
             self._optimizer.zero_grad(set_to_none=True)
             self.routing.update_bias(self._training.load_LE, bias_speed)
+            self.routing.open_further()
             self.version = step
             self._attempt = 0
 
@@ -275,11 +286,13 @@ class Router:
     # -- placement ----------------------------------------------------------------------------------------------------
 
     def adopt(self, roster: Roster) -> float:
-        """Another placement, with what links it needs, between two steps. An older one than that in use is ignored.
+        """Another placement, with what links it needs, between two steps. An older one than that in use is ignored, as
+        is one from before a growth.
 
         -> seconds that steps and requests waited. After an error the placement before is in use again.
         """
-        if roster.placement.epoch <= self._roster.placement.epoch:
+        now = self._roster.placement
+        if roster.placement.epoch <= now.epoch or roster.placement.num_experts != now.num_experts:
             return 0.0
         self._confirm_without(roster)
         # What arrives needs the last update of who leaves, so nobody leaves before the switch.
@@ -310,14 +323,21 @@ class Router:
         with self._serving_lock, self._gate.writing():
             self._place(roster)
 
-    def _place(self, roster: Roster) -> None:
+    @property
+    def grown_to(self) -> int | None:
+        """Experts of every layer, if they are not as many as the model's config says."""
+        return self._source.num_experts
+
+    def _place(self, roster: Roster, births: Mapping[str, Any] | None = None) -> None:
         self._settled = False
-        fields = {**roster.fields(), "version": self.version, "run": self._run}
-        answers = self._training.ask_all("place", fields, among=list(roster.peers))
+        fields = {**roster.fields(), "version": self.version, "run": self._run, **(births or {})}
+        # Births copy and draw as many weights as they make.
+        timeout_s = 10 * self._timeout_s if births else self._timeout_s
+        answers = self._training.ask_all("place", fields, timeout_s, among=list(roster.peers))
         held = {name: _numbers(answer, "experts") for name, answer in answers.items()}
         self._serving.connect(roster.peers)
         for dispatcher in (self._training, self._serving):
-            dispatcher.use(roster.placement.epoch, held)
+            dispatcher.use(roster.placement.epoch, held, roster.placement.num_experts)
         self._served_version = self.version
         self._roster = roster
         self._settled = True
@@ -334,12 +354,92 @@ class Router:
 
     def _reach_all(self) -> None:
         """Every actor has an open link and the last commit. Those that are gone are left out by a new roster."""
+        deadline = time.monotonic() + self._timeout_s
         while gone := self._training.reopen():
-            if self._find_roster is None:
+            # Right after a growth the coordinator may not have heard of it yet, and tell an earlier placement.
+            if self._find_roster is None or time.monotonic() > deadline:
                 raise PeerLost("the actor is gone", peer=gone[0])
             self.adopt(self._find_roster(gone))
         self._confirm_commit()
         self._settle()
+
+    # -- growth: between two steps ------------------------------------------------------------------------------------
+
+    def prepare_growth(self, growth: Growth) -> None:
+        """What needs no weights, so that steps wait less for `grow`. From any thread. Errors as there."""
+        placement = self._roster.placement
+        check_growth(growth, placement.num_experts, placement.group_size)
+        if self._blueprint is None or self._blueprint.skeleton.num_experts != growth.num_experts:
+            self._blueprint = Blueprint.of(
+                self._source, self.routing.settings, self._skeleton.num_experts, growth.num_experts
+            )
+
+    def grow(self, growth: Growth) -> Grown:
+        """More experts from the next step on: on every actor and here, or after an error nowhere.
+
+        `InvalidInput` if the model or its gate cannot have them.
+        """
+        started = time.monotonic()
+        self.prepare_growth(growth)
+        self._reopen()
+        self._confirm_commit()
+        self._settle()
+        made = self._grown_trunk(growth)
+        roster = Roster(made.births.placed(self._roster.placement), self._roster.peers)
+        try:
+            with self._serving_lock, self._gate.writing():
+                self._place(roster, made.births.fields())
+                self._take(made)
+        except MoeClusterError:
+            with suppress(MoeClusterError):  # whoever needs it next tries again
+                self._settle()
+            raise
+        waited = time.monotonic() - started
+        self._training.tell_living("retire", {})
+        num_parameters = self._skeleton.num_parameters
+        return Grown(roster.placement, num_parameters, made.way, made.moved_share, waited)
+
+    def _grown_trunk(self, growth: Growth) -> GrownTrunk:
+        assert self._blueprint is not None
+        ids_BS = self._tokens_to_try(growth.seed).to(self._device)
+        with self._version_guard(ids_BS.shape[1]), torch.no_grad(), seen_by_gates(self._view) as inputs_LTD:
+            self._view(input_ids=ids_BS, use_cache=False)
+        placement = self._roster.placement
+        grower = Grower(growth, self._blueprint, self._skeleton, self.trunk, self.routing, placement)
+        try:
+            return grower.make(inputs_LTD, ids_BS.shape[1])
+        finally:
+            self._connect()  # the gates were tried without experts
+
+    def _tokens_to_try(self, seed: int) -> Tensor:
+        """[B, S]: of the last step, or random ones before the first."""
+        if self._sample is not None:
+            return self._sample[: max(1, _TRIED_TOKENS // self._sample.shape[1])]
+        length = min(128, self.max_positions)
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(0, self.vocab_size, (max(1, _TRIED_TOKENS // length), length), generator=generator)
+
+    def _take(self, made: GrownTrunk) -> None:
+        states = {name: self._optimizer.state.get(parameter) for name, parameter in self._trained()}
+        self._use(made.blueprint, made.trunk, made.view, made.routing)
+        self._optimizer = self._new_optimizer()
+        for name, parameter in self._trained():
+            if state := states[name]:
+                self._optimizer.state[parameter] = {
+                    kind: made.moment(name, tensor) if tensor.ndim else tensor for kind, tensor in state.items()
+                }
+        self._memory_bytes = self._measure()
+
+    def _use(self, blueprint: Blueprint, trunk: PreTrainedModel, view: PreTrainedModel, routing: Routing) -> None:
+        self._source, self._skeleton = blueprint.source, blueprint.skeleton
+        self.trunk, self._view, self.routing = trunk, view, routing
+        self._connect()
+        self._engine.use(view)
+
+    def _connect(self) -> None:
+        layers = range(len(self._skeleton.layers))
+        connect(self.trunk, [self.routing.layer_function(i, self._training) for i in layers])
+        connect(self._view, [self.routing.layer_function(i, self._serving) for i in layers])
 
     # -- checkpoints: between two steps -------------------------------------------------------------------------------
 
@@ -359,7 +459,7 @@ class Router:
         state = {**self._state(), **self._moments()}
         copies = {name: to_host(tensor) for name, tensor in state.items()}
         self.snapshot = Snapshot(self.version, self._run, 0, self._settings, copies)
-        return SnapshotTaken(self.version, self._run, tuple(owned))
+        return SnapshotTaken(self.version, self._run, tuple(owned), self._roster.placement.num_experts)
 
     def drop_snapshot(self) -> None:
         """It was written, or never will be."""
@@ -368,7 +468,8 @@ class Router:
     def restore(self, roster: Roster, saved: SavedState[str], run: int) -> None:
         """Back to what was saved, under a placement whose actors have been restored to the same version.
 
-        All that was on its way is given up. Serving waits for the switch. After an error it can be called again.
+        The number of experts may be another: that of before or after a growth. All that was on its way is given up.
+        Serving waits for the switch. After an error it can be called again.
         """
         found = dict(zip(saved.keys, saved.read(list(saved.keys)), strict=True))
         optimizer = {name: found.pop(name) for name in saved.keys if name.startswith(_OPTIMIZER)}
@@ -378,7 +479,11 @@ class Router:
         with self._serving_lock, self._gate.writing():
             for dispatcher in (self._training, self._serving):
                 dispatcher.connect({})  # questions of before must not be answered now
+            self._reshape(roster.placement.num_experts)
+            self.routing.opening = None
+            opening = {name: found.pop(name) for name in saved.keys if name.startswith(f"{_ROUTING}opening.")}
             copy_all(self._state(), found)
+            self.routing.opening = Opening.of({name.removeprefix(_ROUTING): t for name, t in opening.items()})
             self._settings = saved.optimizer
             self._optimizer = self._new_optimizer()
             set_moments(self._optimizer, self._named_parameters(), optimizer)
@@ -388,18 +493,32 @@ class Router:
             self._training.connect(roster.peers)
             self._place(roster)
 
+    def _reshape(self, num_experts: int) -> None:
+        """Gates for so many experts, to be filled by what is restored."""
+        if num_experts != self._skeleton.num_experts:
+            blueprint = Blueprint.of(self._source, self.routing.settings, self._skeleton.num_experts, num_experts)
+            trunk = blank_trunk(blueprint, self.trunk)
+            routing = Routing(trunk, blueprint.skeleton, blueprint.gate, blueprint.source.seed)
+            routing.balance = self.routing.balance
+            self._use(blueprint, trunk, second_view(blueprint.source, trunk), routing)
+
     def _state(self) -> dict[str, Tensor]:
         """Trunk and gates, without moments; what is tied counts once."""
         own = {f"trunk.{name}": tensor for name, tensor in self.trunk.state_dict(keep_vars=True).items()}
-        own |= {f"routing.{name}": tensor for name, tensor in self.routing.tensors().items()}
+        own |= {f"{_ROUTING}{name}": tensor for name, tensor in self.routing.tensors().items()}
+        if self.routing.opening is not None:
+            own |= {f"{_ROUTING}{name}": tensor for name, tensor in self.routing.opening.tensors().items()}
         return {name: own[name] for name in {id(tensor): name for name, tensor in reversed(own.items())}.values()}
 
     def _moments(self) -> dict[str, Tensor]:
         return moments(self._optimizer, self._named_parameters())
 
     def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, parameter in [*self.trunk.named_parameters(), *self.routing.named_parameters()]:
+        for name, parameter in self._trained():
             yield f"{_OPTIMIZER}{name}", parameter
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [*self.trunk.named_parameters(), *self.routing.named_parameters()]
 
     # -- serving ------------------------------------------------------------------------------------------------------
 
@@ -480,6 +599,7 @@ class Router:
             "num_waiting": num_waiting,
             "queue_s": queue_s,
             "version": self.version,
+            "run": self._run,
             "memory_bytes": self._memory_bytes,
             "links": {name: link.kind for name, link in list(self._training.links.items())},
         }
@@ -502,6 +622,7 @@ class Router:
             self._serving.ask_all("load", {"path": path, "run": self._run}, timeout_s=10 * self._timeout_s)
             load_weights(self.trunk, reader)
             self.routing.load(Path(path))
+            self.routing.opening = None
             self._optimizer = self._new_optimizer()
 
     def export(self, directory: Path) -> list[str]:
@@ -525,21 +646,24 @@ class Router:
         return [*self.trunk.parameters(), *(p for _, p in self.routing.named_parameters())]
 
     def _new_optimizer(self) -> torch.optim.AdamW:
-        return adamw([*self.trunk.named_parameters(), *self.routing.named_parameters()], self._settings)
+        return adamw(self._trained(), self._settings)
 
     @property
     def _device(self) -> torch.device:
         device: torch.device = self.trunk.get_input_embeddings().weight.device
         return device
 
-    def _agree(self) -> tuple[int, int]:
-        """Version and run of the expert actors."""
-        found = {
-            (int(a.fields["version"]), int(a.fields["run"])) for a in self._training.ask_all("status", {}).values()
-        }  # type: ignore[arg-type]
+    def _take_over(self) -> tuple[int, int]:
+        """-> version and run of the expert actors. A step that a router before left half done is dropped there."""
+        answers: list[Any] = [answer.fields for answer in self._training.ask_all("status", {}).values()]
+        found = {(int(fields["version"]), int(fields["run"])) for fields in answers}
         if len(found) != 1:
             raise MoeClusterError(f"expert actors are at different (version, run): {sorted(found)}")
-        return found.pop()
+        version, run = found.pop()
+        attempt = max(int(fields["attempt"]) for fields in answers)
+        self._training.ask_all("abort", {"step": version + 1, "attempt": attempt})
+        self._attempt = attempt + 1
+        return version, run
 
     def _check_ids(self, ids_BS: Tensor, least: int = 2) -> None:
         if ids_BS.ndim != 2 or ids_BS.shape[0] == 0 or ids_BS.shape[1] < least:

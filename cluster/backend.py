@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from actors.values import Growth
 from cluster.config import JobConfig
 from cluster.control.ledger import Entry, Kind, Summary
 
@@ -275,10 +276,10 @@ class Operation:
     id: str
     request_id: str
     kind: str
-    """`scale_experts`."""
+    """`scale_experts`, `drain_node` or `grow_model`."""
     state: OperationState
     target: int
-    """Expert actors there should be at the end."""
+    """Expert actors, or experts of every MoE layer, there should be at the end; 0 for `drain_node`."""
     progress: float
     """In [0, 1]; never falls."""
     message: str
@@ -291,6 +292,8 @@ class Operation:
     """From the request until all was prepared in the background, while steps and requests went on; 0 before the end."""
     stall_s: float = 0.0
     """Longest time that a step waited for a switch; 0 before the end."""
+    node: str = ""
+    """Node that is emptied by `drain_node`; empty otherwise."""
 
 
 @dataclass(frozen=True)
@@ -301,6 +304,20 @@ class LedgerReport:
     """Oldest first."""
     summary: Mapping[Kind, Summary]
     """The same entries summed up, by kind; kinds without an entry are left out."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A training state that the cluster can go back to, or start from."""
+
+    version: int
+    created_s: float
+    """Unix time."""
+    url: str
+    size_bytes: int
+    job_id: str = ""
+    """Of the job that it was written in, or after; empty without one."""
+    job_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -352,6 +369,20 @@ class Backend(Protocol):
         `FailedPrecondition` while another operation runs.
         """
 
+    async def drain(self, node: str, deadline_s: float, *, request_id: str, timeout_s: float) -> Operation:
+        """Starts to empty the node within `deadline_s`, and returns: the operation goes on by itself, and succeeds only
+        if the node holds nothing of the cluster any more.
+
+        Idempotent by request id as `scale`. `InvalidInput` if there is no such node, `FailedPrecondition` while another
+        operation runs, and for the node of the router or the coordinator.
+        """
+
+    async def grow(self, growth: Growth, *, request_id: str, timeout_s: float) -> Operation:
+        """Starts to add experts to the model, and returns, as `scale` does.
+
+        `InvalidInput` if the model or its gate cannot have so many.
+        """
+
     async def operation(self, operation_id: str, *, timeout_s: float) -> Operation: ...
 
     async def operations(self, *, timeout_s: float) -> Sequence[Operation]:
@@ -362,6 +393,12 @@ class Backend(Protocol):
 
     async def ledger(self, after: int, *, timeout_s: float) -> Sequence[Entry]:
         """What disturbances cost: entries with a number above `after`, of those that are kept, oldest first."""
+
+    async def save_checkpoint(self, *, timeout_s: float) -> Checkpoint:
+        """Returns when it is there in full. `StorageFull` if it finds no room."""
+
+    async def checkpoints(self, *, timeout_s: float) -> Sequence[Checkpoint]:
+        """Those that are kept, newest first."""
 
     async def export_model(self, path: str, *, timeout_s: float) -> ModelDirectory:
         """Writes a Hugging Face model directory to `path` below the storage root."""

@@ -123,6 +123,7 @@ def _check_model(config: ModelConfig, check: _Check) -> None:
 def _check_ray(config: RayConfig, check: _Check) -> None:
     check.at_least("nodes", config.nodes, 1)
     check.above("start_timeout_s", config.start_timeout_s, 0)
+    check.at_least("revive_after_s", config.revive_after_s, 0)
     if config.mode == "embedded":
         remedy = "leave the address out, or set ray.mode to existing"
         check.that(config.address is None, "address", "an embedded cluster has none", config.address, remedy)
@@ -164,9 +165,20 @@ def _check_experts(config: ExpertsConfig, ray: RayConfig, check: _Check) -> None
 def _check_front(config: FrontConfig, check: _Check) -> None:
     check.that(bool(config.host), "host", "is empty", None, "name an interface, e.g. 127.0.0.1")
     check.within("port", config.port, 0, 65535)
+    for name, port in (("health_port", config.health_port), ("metrics_port", config.metrics_port)):
+        if port is not None:
+            check.within(name, port, 0, 65535)
+            check.that(port != config.port or port == 0, name, "is the front's own port", port, "use another")
+    is_other = config.metrics_port != config.health_port or not config.metrics_port
+    check.that(is_other, "metrics_port", "is that of front.health_port", config.metrics_port, "use another")
     check.at_least("max_receive_bytes", config.max_receive_bytes, 1 << 10)
     check.at_least("max_concurrent_rpcs", config.max_concurrent_rpcs, 1)
     check.at_least("shutdown_grace_s", config.shutdown_grace_s, 0)
+    tls = config.tls
+    for needed, given in (("certificate", "key"), ("key", "certificate"), ("certificate", "client_ca")):
+        is_whole = bool(getattr(tls, needed)) or not getattr(tls, given)
+        remedy = f"name the PEM file, or leave tls.{given} out"
+        check.that(is_whole, f"tls.{needed}", f"is missing beside tls.{given}", None, remedy)
 
 
 def _check_optimizer(config: OptimizerConfig, check: _Check) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from actors.dispatcher import Peer, Roster
 from actors.errors import PeerLost
@@ -18,7 +18,7 @@ from actors.transport.local import LocalLink
 from actors.transport.message import Message
 from actors.transport.socket import SocketLink, SocketServer
 from actors.trunk.model import ModelSource, skeleton
-from actors.values import Address, Placement
+from actors.values import Address, Grown, Growth, Placement
 from cluster.placement.placement import ActorSlot, spread
 
 LinkWrap = Callable[[int, Link], Link]
@@ -162,6 +162,13 @@ class LocalCluster:
         waited = self.router.adopt(self.roster(placement))
         self.placement = placement
         return waited
+
+    def grow(self, growth: Growth) -> Grown:
+        """What a coordinator does with a growth; who is added later is told of it."""
+        grown = self.router.grow(growth)
+        self.placement = grown.placement
+        self.source = replace(self.source, num_experts=growth.num_experts)
+        return grown
 
     def cut(self, name: str) -> None:
         """What a coordinator does with an actor that does not answer."""

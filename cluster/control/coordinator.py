@@ -18,6 +18,7 @@ from cluster.config import JobConfig
 from cluster.configcheck import validate_job
 from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
 from cluster.control.disturbances import Disturbances
+from cluster.control.growth import check_room
 from cluster.control.jobtable import JobRecord, JobTable
 from cluster.control.ledger import Kind, Ledger
 from cluster.control.load import LoadLE, LoadWindow
@@ -81,9 +82,13 @@ class Coordinator:
         self._disturbances = Disturbances(self.ledger)
         self._members = Members(self._limits.heartbeat_timeout_s)
         self._loads = self._new_window()
+        self._other_counts: set[int] = set()
+        """Numbers of experts that the model had, or may have before its growth is told here."""
         self._version = 0
         self.can_restore = False
-        """Whether there is a checkpoint that lost groups can come back from."""
+        """Whether there is a checkpoint that what is lost can come back from."""
+        self.is_pristine = True
+        """The weights are still those of the model directory: no step and no import since."""
         self.notice = ""
         """What status is to say beside what is known here."""
         self._stopping: str | None = None
@@ -170,11 +175,12 @@ class Coordinator:
             return
         if step != record.job.step + 1:
             raise InvalidInput(f"step {record.job.step + 1} of {job_id} was never committed", field="step", value=step)
-        if load_LE is not None:
+        if load_LE is not None and not self._passed_a_growth(load_LE):
             batch = record.job.config.batch
             tokens = batch.sequences * batch.sequence_length * batch.gradient_accumulation
             self._loads.add(load_LE, self._version + 1, now, tokens, batch.gradient_accumulation)
         self._version += 1
+        self.is_pristine = False
         self._disturbances.stepped(now, int(metrics.get("retries", 0)), int(metrics.get("tokens", 0)))
         loss = metrics.get("loss", 0.0)
         if math.isfinite(loss):
@@ -223,13 +229,14 @@ class Coordinator:
         """The actor's process is dead for certain, or is made so: it was frozen, silent for so long.
 
         It leaves the placement at once, and the first copies of its groups own them. The running job goes on, unless
-        this was the router, or the last holder of a group.
+        this was the router, or the last holder of a group, and there is no checkpoint to go back to.
         """
         is_news = not self._members.is_buried(actor_id)
-        self._members.bury(actor_id)
+        actor = self._members.bury(actor_id)
         self._lose(actor_id, now, reason, is_dead=True)
         if is_news:
-            kind: Kind = "frozen" if silent_s else "actor_death"
+            is_router = actor is not None and actor.role == "router"
+            kind: Kind = "frozen" if silent_s else "router_death" if is_router else "actor_death"
             self._disturbances.lost(kind, actor_id, now, now - silent_s, reason)
 
     def actor_left(self, actor_id: str) -> None:
@@ -241,6 +248,17 @@ class Coordinator:
     @property
     def placement(self) -> Placement:
         return self._placement
+
+    @property
+    def is_router_lost(self) -> bool:
+        return self._members.has_died("router")
+
+    @property
+    def can_return(self) -> bool:
+        """Something is lost that no living actor has, expert groups or the trunk, and it can be loaded again."""
+        if self._placement.missing:
+            return self.can_restore
+        return self.is_router_lost and (self.can_restore or self.is_pristine)
 
     @property
     def is_training(self) -> bool:
@@ -286,11 +304,61 @@ class Coordinator:
     def resumed(self, version: int, job: Job | None, message: str, now: float) -> None:
         """At the start: all is as it was at this version, and the job goes on after its step."""
         self._version = version
+        self.is_pristine = False
         if job:
             self._jobs.adopt(job, message, now)
 
-    def restored(self, placement: Placement, version: int, steps: Mapping[str, int], message: str, now: float) -> None:
-        """Lost groups are back, and everybody is at this version. `steps`: job -> step it goes on after."""
+    def check_growth(self, num_experts: int) -> None:
+        """Before the router is asked. `FailedPrecondition` while the placement is not whole, `InvalidInput` if the
+        actors may not hold so many groups."""
+        if missing := self._placement.missing:
+            raise FailedPrecondition(f"no actor holds {named(missing)} any more")
+        if silent := [actor for actor in self._placement.actors if not self._members.is_ready(actor)]:
+            raise FailedPrecondition(f"expert groups are on {', '.join(silent)}, which does not answer; try again")
+        check_room(self._placement, num_experts, self._max_groups)
+        self._other_counts.add(num_experts)
+
+    def grown(self, placement: Placement, num_parameters: int, now: float) -> bool:
+        """The router and all holders have more experts, as this placement says. -> whether actors died meanwhile: the
+        placement kept here is then another, and the router has not heard of it."""
+        gone = set(placement.actors) - set(self._placement.actors)
+        if gone:
+            epoch = max(placement.epoch, self._placement.epoch) + 1
+            placement = dataclasses.replace(placement.without(gone), epoch=epoch)
+        self._resize(placement.num_experts, num_parameters)
+        self.is_pristine = False
+        self.placed(placement)
+        if record := self._jobs.active():
+            record.record("note", now, message=f"the model has {placement.num_experts} experts a layer now")
+        return bool(gone)
+
+    def _passed_a_growth(self, load_LE: LoadLE) -> bool:
+        """Whether a step's report and the news of a growth have overtaken each other: its load fits no window."""
+        others = self._other_counts - {self._model.num_experts}
+        return bool(load_LE) and len(load_LE[0]) in others
+
+    def _resize(self, num_experts: int, num_parameters: int) -> None:
+        self._other_counts.add(self._model.num_experts)
+        share = self._model.shared_share * self._model.num_parameters / num_parameters
+        self._model = dataclasses.replace(
+            self._model, num_experts=num_experts, num_parameters=num_parameters, shared_share=share
+        )
+        self._loads = self._new_window()
+
+    def restored(
+        self,
+        placement: Placement,
+        version: int,
+        steps: Mapping[str, int],
+        message: str,
+        now: float,
+        num_parameters: int | None = None,
+    ) -> None:
+        """What was lost is back, and everybody is at this version. `steps`: job -> step it goes on after.
+        `num_parameters`: of the model, if it has another number of experts again."""
+        self._disturbances.restored(self._version - version)
+        if num_parameters is not None:
+            self._resize(placement.num_experts, num_parameters)
         self.placed(placement)
         self._version = version
         self._loads = self._new_window()
@@ -298,10 +366,9 @@ class Coordinator:
             if record := self._active(job_id):
                 record.go_back(step, message, now)
 
-    def model_replaced(self, model: ModelFacts, version: int) -> None:
-        """After an import. `FailedPrecondition` while a job trains the weights that would go."""
-        self.require_idle("the model cannot be replaced")
-        self._model, self._version = model, version
+    def imported(self) -> None:
+        """The weights are those of another directory now."""
+        self.is_pristine = False
         self._loads = self._new_window()
 
     def require_idle(self, what: str) -> None:
@@ -321,6 +388,7 @@ class Coordinator:
             self._disturbances.idle()
         if self._is_ready() and not self._groups_below(self._redundancy):
             self._disturbances.whole(now)
+            self._members.forget_dead("expert")
         self._jobs.forget_old(keep=self._stopping)
         self._start_next(now)
         decisions, self._decisions = self._decisions, []
@@ -341,7 +409,7 @@ class Coordinator:
         self._decisions.append(ActorLost(actor_id, role, groups, job_id, reason, placement))
         if record:
             self._tell_job(record, f"{role} {actor_id}", groups if must_switch else (), reason, now)
-            if role == "router":
+            if role == "router" and not self.can_restore:
                 self._fail(record, f"router {actor_id} was lost after step {record.job.step}: {reason}", now)
 
     def _tell_job(self, record: JobRecord, who: str, groups: Sequence[int], reason: str, now: float) -> None:
@@ -350,6 +418,8 @@ class Coordinator:
         fate = f"; copies took over {named(groups)}" if groups and not gone else ""
         if gone and self.can_restore:
             fate = f"; no actor holds {named(gone)} any more, the last checkpoint brings them back"
+        elif not groups and who.startswith("router") and self.can_restore:
+            fate = "; the last checkpoint brings it back"
         record.record("note", now, message=f"{who} lost: {reason}{fate}")
         if gone and not self.can_restore:
             error = f"{who} was lost after step {record.job.step}: {reason}; no actor holds {named(gone)} any more"
@@ -399,12 +469,19 @@ class Coordinator:
         if silent := self._groups_below(1):
             return f"expert groups without a ready holder: {', '.join(map(str, silent))}"
         if not self._members.has_ready("router"):
-            return "no router is ready"
+            return self._message_without_router()
         if scarce := self._groups_below(self._redundancy):
             have = "has" if len(scarce) == 1 else "have"
             degraded = f"degraded: {named(scarce)} {have} fewer than {self._redundancy} holders"
             return f"{degraded}; {self.notice}" if self.notice else degraded
         return self.notice
+
+    def _message_without_router(self) -> str:
+        if not self.is_router_lost:
+            return "no router is ready"
+        if self.can_return:
+            return "the router died; bringing it back" + (f": {self.notice}" if self.notice else "")
+        return "the router died with weights that are in no checkpoint; set checkpoint.every_steps, and start again"
 
     def _new_window(self) -> LoadWindow:
         return LoadWindow(self._limits.load_window_steps, self._model.num_moe_layers, self._model.num_experts)

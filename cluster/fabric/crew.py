@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -23,14 +25,20 @@ from cluster.control.coordinator import ModelFacts
 from cluster.control.heartbeats import Heartbeats
 from cluster.errors import StartupError, Unavailable
 from cluster.fabric.calls import call
-from cluster.fabric.nodes import node_names
+from cluster.fabric.links import link_keys
+from cluster.fabric.nodes import expert_room, node_names, short_name
 from cluster.fabric.options import ROUTER, expert_options, router_options
 from cluster.fabric.workers import ExpertContact, ExpertWorker, RouterWorker
 from cluster.placement.placement import ActorSlot
 
+if TYPE_CHECKING:
+    from actors.transport.curve import LinkKeys
+    from cluster.checkpoint.store import Found
+
 logger = logging.getLogger(__name__)
 
 LOAD_WINDOW_S = 10.0
+ASK_TIMEOUT_S = 10.0
 
 
 @dataclass
@@ -61,49 +69,102 @@ class Crew:
         self._busy: dict[str, deque[tuple[float, float]]] = {}
         """Time and busy seconds so far of each expert actor."""
         self._queue = (0, 0.0)
+        self.leaving: Mapping[str, str] = {}
+        """Id -> name of the nodes on which no new actor is to be started. Replaced, never changed."""
+        self._ending: list[tuple[str, str, Any]] = []
+        """Expert actors that were ended, their nodes, and what tells that the process is gone."""
         self._next_ping_s = 0.0
         self._next_number = 0
+        self.num_experts = 0
+        """Of every MoE layer, for a model that has grown; 0: as the config says."""
+
+    @cached_property
+    def link_keys(self) -> LinkKeys | None:
+        """Of all links of this cluster. Made when they are first needed, so that an error is that of the start."""
+        return link_keys(self._config.links)
 
     # -- starting -----------------------------------------------------------------------------------------------------
 
     @property
     def router(self) -> Any:
-        return self._handles[ROUTER]
+        """`Unavailable` while there is none."""
+        return self.handle(ROUTER)
 
     def start_router(self) -> ModelFacts:
-        """Its process; `load_router` gives it its weights."""
-        self._handles[ROUTER] = ray.remote(**router_options(self._config))(RouterWorker).remote(self._config)
-        facts: ModelFacts = self._started(ROUTER, self.router.facts.remote())
+        """Its process, in the place of the one before; `load_router` gives it its weights."""
+        self.end([ROUTER])
+        handle = ray.remote(**router_options(self._config))(RouterWorker).remote(self._config)
+        with self._lock:
+            self._handles[ROUTER] = handle
+        return self.facts()
+
+    def facts(self, num_experts: int = 0) -> ModelFacts:
+        """Of the model as the config says, or grown to so many experts."""
+        facts: ModelFacts = self._started(ROUTER, self.router.facts.remote(num_experts))
         return facts
 
     def start_experts(self, count: int) -> list[ActorSlot]:
         """Processes without weights. `StartupError` if the nodes have no room for one of them."""
-        worker = ray.remote(**expert_options(self._config))(ExpertWorker)
+        where = self._create_experts(count)
+        try:
+            return [ActorSlot(name, self._started(name, ref)) for name, ref in where.items()]
+        except MoeClusterError:
+            self.end(where)
+            raise
+
+    def start_experts_where_room(self, count: int, patience_s: float) -> list[ActorSlot]:
+        """As `start_experts`, but those that have not found room and started within `patience_s` are left out."""
+        where = self._create_experts(min(count, self._most_room()))
+        ready, _ = ray.wait(list(where.values()), num_returns=len(where), timeout=patience_s) if where else ([], [])
+        started: list[ActorSlot] = []
+        for name, ref in where.items():
+            try:
+                if ref not in ready:
+                    raise StartupError(f"{name} found no room within {patience_s:.1f} s")
+                started.append(ActorSlot(name, call(name, ref, 1.0)))
+            except MoeClusterError as error:
+                logger.info("not started: %s", error)
+                self.end([name])
+        return started
+
+    def may_have_room(self) -> bool:
+        """Whether more expert actors may find a node. Of a Ray cluster that exists nobody knows: nodes may be added."""
+        return self._most_room() > 0
+
+    def _most_room(self) -> int:
+        return expert_room(self.leaving) if self._config.ray.mode == "embedded" else self._config.experts.max_actors
+
+    def _create_experts(self, count: int) -> dict[str, Any]:
+        """-> actor -> what its node's id will be told by, once it has found one."""
+        worker = ray.remote(**expert_options(self._config, self.leaving))(ExpertWorker)
         with self._lock:
             names = [f"expert-{self._next_number + i}" for i in range(count)]
             self._next_number += count
             for name in names:
                 self._handles[name] = worker.remote(name, self._config)
-        where = {name: self._handles[name].node_id.remote() for name in names}
-        try:
-            return [ActorSlot(name, self._started(name, ref)) for name, ref in where.items()]
-        except MoeClusterError:
-            self.end(names)
-            raise
+        return {name: self._handles[name].node_id.remote() for name in names}
 
     def load_experts(self, placement: Placement, names: Sequence[str]) -> None:
         """Each takes the groups it holds from the model directory; without any it is there for those that arrive."""
-        loading = {name: self._handles[name].load.remote(placement.held_by(name)) for name in names}
+        loading = {
+            name: self._handles[name].load.remote(placement.held_by(name), self.num_experts, self.link_keys)
+            for name in names
+        }
         for name, ref in loading.items():
             contact = self._started(name, ref)
             with self._lock:
                 self._experts[name] = contact
                 self._deaths[name] = self._handles[name].wait_until_death.remote()
 
-    def load_router(self, placement: Placement, control: Any) -> None:
-        ref = self.router.load.remote(placement, self.contacts(placement), control)
-        self._router_at = self._started(ROUTER, ref)
-        self._deaths[ROUTER] = self.router.wait_until_death.remote()
+    def load_router(self, placement: Placement, control: Any, found: Found | None, run: int) -> None:
+        """After the expert actors of this placement: the trunk from the model directory, or from a checkpoint as this
+        run. Only then is it watched, and taken for ready."""
+        contacts = self.contacts(placement)
+        ref = self.router.load.remote(placement, contacts, control, self.num_experts, found, run, self.link_keys)
+        at = self._started(ROUTER, ref)
+        with self._lock:
+            self._router_at = at
+            self._deaths[ROUTER] = self.router.wait_until_death.remote()
 
     def _started(self, name: str, ref: Any) -> Any:
         try:
@@ -129,6 +190,18 @@ class Crew:
             contact: ExpertContact = _found(self._experts, name)
             return contact
 
+    def run(self) -> int:
+        """The newest that any living actor knows of: jobs, and returns to checkpoints, are counted by it."""
+        with self._lock:
+            refs = {name: handle.vitals.remote() for name, handle in self._handles.items() if name in self._deaths}
+        runs = [0]
+        for name, ref in refs.items():
+            try:
+                runs.append(int(call(name, ref, ASK_TIMEOUT_S)["run"]))
+            except MoeClusterError as error:
+                logger.info("%s does not tell its run: %s", name, error)
+        return max(runs)
+
     def contacts(self, placement: Placement) -> list[ExpertContact]:
         with self._lock:
             return [_found(self._experts, name) for name in placement.actors]
@@ -138,6 +211,28 @@ class Crew:
         with self._lock:
             return [(contact, self._handles[name]) for name, contact in self._experts.items()]
 
+    # -- nodes that leave ---------------------------------------------------------------------------------------------
+
+    @property
+    def router_node(self) -> str:
+        return self._router_at[0]
+
+    def num_staying(self) -> int:
+        """Expert actors on nodes that do not leave."""
+        return sum(contact.node_id not in self.leaving for contact, _ in self.experts())
+
+    def on_node(self, node_id: str) -> list[str]:
+        """Expert actors there whose processes have not ended."""
+        with self._lock:
+            self._forget_ended()
+            living = [contact.name for contact in self._experts.values() if contact.node_id == node_id]
+            return living + [name for name, node, _ in self._ending if node == node_id]
+
+    def _forget_ended(self) -> None:
+        refs = [ref for _, _, ref in self._ending]
+        gone, _ = ray.wait(refs, num_returns=len(refs), timeout=0) if refs else ([], [])
+        self._ending = [ending for ending in self._ending if ending[2] not in gone]
+
     # -- ending -------------------------------------------------------------------------------------------------------
 
     def end(self, names: Iterable[str]) -> None:
@@ -145,11 +240,14 @@ class Crew:
         for name in names:
             with self._lock:
                 handle = self._handles.pop(name, None)
-                self._deaths.pop(name, None)
+                death = self._deaths.pop(name, None)
                 self._pings.pop(name, None)
                 self._busy.pop(name, None)
                 self._heartbeats.forget(name)
-                self._experts.pop(name, None)
+                contact = self._experts.pop(name, None)
+                if contact is not None and death is not None:
+                    self._forget_ended()
+                    self._ending.append((name, contact.node_id, death))
             if handle is not None:
                 ray.kill(handle)
 
@@ -158,9 +256,9 @@ class Crew:
         with self._lock:
             refs = [handle.cut.remote([name]) for other, handle in self._handles.items() if other != name]
             contact = self._experts.get(name)
+            node_id, pid = (contact.node_id, contact.pid) if contact else self._router_at
         ray.wait(refs, num_returns=len(refs), timeout=1.0)
-        if contact is not None:
-            _kill_process(contact)
+        _kill_process(node_id, pid)
 
     def end_all(self) -> None:
         for handle in self._handles.values():
@@ -226,7 +324,7 @@ class Crew:
         return ActorStatus(
             id=name,
             role="expert" if expert else "router",
-            node=nodes.get(node_id, node_id[:12]),
+            node=nodes.get(node_id, short_name(node_id)),
             pid=pid,
             state="ready",
             device=self._config.experts.device if expert else self._config.router.device,
@@ -254,18 +352,18 @@ def _found(table: dict[str, Any], name: str) -> Any:
     return table[name]
 
 
-def _kill_process(contact: ExpertContact) -> None:
+def _kill_process(node_id: str, pid: int) -> None:
     """Fencing: a frozen process does not hear Ray's own kill, and must not come back with old weights."""
-    strategy = NodeAffinitySchedulingStrategy(contact.node_id, soft=False)
+    strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
     options = {"num_cpus": 0, "scheduling_strategy": strategy, "max_retries": 0}
-    ray.remote(**options)(_kill).remote(contact.pid, contact.name)
+    ray.remote(**options)(_kill).remote(pid)
 
 
-def _kill(pid: int, name: str) -> None:
-    """Only if the process is still that worker: numbers of processes are used again."""
+def _kill(pid: int) -> None:
+    """Only if the process is still one of our workers: numbers of processes are used again."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
-            if b"ExpertWorker" in file.read():
+            if re.search(rb"(Expert|Router)Worker", file.read()):
                 os.kill(pid, signal.SIGKILL)
     except OSError:
         pass

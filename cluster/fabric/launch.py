@@ -21,6 +21,7 @@ from cluster.fabric.options import coordinator_options
 from cluster.fabric.workers import ExpertContact
 
 if TYPE_CHECKING:
+    from actors.transport.curve import LinkKeys
     from actors.transport.message import Message
 
 logger = logging.getLogger(__name__)
@@ -41,12 +42,18 @@ class RunningCluster:
         contact, handle = call("coordinator", self.control.experts.remote(), STOP_TIMEOUT_S)[number]
         return contact, lambda question: call(contact.name, handle.handle.remote(question), CALL_TIMEOUT_S)
 
+    def link_keys(self) -> LinkKeys | None:
+        """What a link to an expert actor needs, where links are secured."""
+        keys: LinkKeys | None = call("coordinator", self.control.link_keys.remote(), STOP_TIMEOUT_S)
+        return keys
+
 
 @contextmanager
 def launched(config: ClusterConfig) -> Iterator[RunningCluster]:
     """A ready cluster; on leaving, also by an error or Ctrl-C, every process it started has ended."""
     with connected(config):
-        control: Any = ray.remote(**coordinator_options())(ControlWorker).remote(config)
+        options = coordinator_options(ray.get_runtime_context().get_node_id())
+        control: Any = ray.remote(**options)(ControlWorker).remote(config)
         try:
             router = call("coordinator", control.start.remote(), 3 * config.ray.start_timeout_s)
             yield RunningCluster(RayBackend(control, router, config.model), RayRouter(router), control)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
+
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config import ClusterConfig
 
@@ -10,7 +13,10 @@ ROUTER_RESOURCE = "moe_router"
 EXPERT_RESOURCE = "moe_expert"
 """Custom resources that nodes offer: one router or expert actor takes one."""
 NODE_LABEL = "moe-cluster.io/node"
-"""Name of a node, where one is set; otherwise the Ray node id stands for it."""
+"""Name of a node, of no other one; where none is set the end of the Ray node id stands for it."""
+
+NODE_ID_LABEL = "ray.io/node-id"
+"""Given by Ray to every node."""
 
 COORDINATOR, ROUTER = "coordinator", "router-0"
 """Names of the actors of which there is one."""
@@ -19,13 +25,17 @@ TRAIN, SERVE, CONTROL = "train", "serve", "control"
 """Concurrency groups of a router actor."""
 
 
-def coordinator_options() -> dict[str, Any]:
-    return {"num_cpus": 0, "max_concurrency": 64, "max_restarts": 0}
+def coordinator_options(node_id: str) -> dict[str, Any]:
+    """`node_id`: where whoever starts it lives. Nodes of expert actors come and go, and are for them."""
+    beside = NodeAffinitySchedulingStrategy(node_id, soft=False)  # a soft one Ray 2.60 takes for none
+    return {"num_cpus": 0, "max_concurrency": 64, "max_restarts": 0, "scheduling_strategy": beside}
 
 
-def expert_options(config: ClusterConfig) -> dict[str, Any]:
+def expert_options(config: ClusterConfig, leaving: Collection[str] = ()) -> dict[str, Any]:
+    """`leaving`: ids of nodes that are not to carry it."""
     on_gpu = config.experts.device == "cuda"
     return {
+        **({"label_selector": {NODE_ID_LABEL: f"!in({','.join(sorted(leaving))})"}} if leaving else {}),
         "num_cpus": 0,
         "num_gpus": 1 if on_gpu else 0,
         "resources": {EXPERT_RESOURCE: 1},

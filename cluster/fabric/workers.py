@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from actors.moe.settings import BalanceSettings
-from actors.values import Address, Course, Placement, Sampling, SnapshotTaken, StepReport, TokenEvent
+from actors.values import (
+    Address,
+    Course,
+    Grown,
+    Growth,
+    Placement,
+    Sampling,
+    SnapshotTaken,
+    StepReport,
+    TokenEvent,
+)
 from cluster.config import ClusterConfig, OptimizerConfig
 from cluster.control.coordinator import ModelFacts
 from cluster.fabric.calls import call
@@ -29,6 +39,7 @@ if TYPE_CHECKING:
 
     from actors.dispatcher import Roster
     from actors.transport.contract import Link
+    from actors.transport.curve import LinkKeys
     from actors.transport.message import Message
     from actors.transport.socket import SocketServer
     from cluster.checkpoint.manifest import Shard
@@ -60,16 +71,20 @@ class ExpertWorker:
         node: str = ray.get_runtime_context().get_node_id()
         return node
 
-    def load(self, groups: Sequence[int]) -> ExpertContact:
-        """Takes the weights of its groups and begins to serve. Without groups it is there for those that arrive."""
+    def load(self, groups: Sequence[int], num_experts: int, keys: LinkKeys | None) -> ExpertContact:
+        """Takes the weights of its groups and begins to serve. Without groups it is there for those that arrive.
+
+        `num_experts` of every layer, for a model that has grown; 0: as the config says. `keys`: of the cluster's links,
+        where they are secured.
+        """
         from actors.expert import ExpertHost
         from actors.moe.cache import CacheSettings
         from cluster.fabric.model import model_source
 
-        experts = self._config.experts
+        self._keys, experts = keys, self._config.experts
         self._host = ExpertHost(
             self._name,
-            model_source(self._config),
+            model_source(self._config, num_experts),
             groups,
             group_size=experts.group_size,
             device=experts.device,
@@ -85,13 +100,18 @@ class ExpertWorker:
         from actors.transport.socket import SocketServer
 
         server = SocketServer(
-            self._name, handler, host=self._bind_host, max_bytes=self._config.links.max_message_bytes, idle=idle
+            self._name,
+            handler,
+            host=self._bind_host,
+            max_bytes=self._config.links.max_message_bytes,
+            idle=idle,
+            keys=self._keys,
         )
         server.start()
         return server
 
     def _open_peer(self, name: str, address: Address) -> Link:
-        return _open_link(name, address, self._name, self._config)
+        return _open_link(name, address, self._name, self._config, self._keys)
 
     def arrive(self, group: int, owner: ExpertContact, timeout_s: float) -> int:
         """Brings a group here from its owner, which goes on meanwhile. -> bytes that came."""
@@ -142,25 +162,36 @@ class RouterWorker:
         self._sessions: set[str] = set()
 
     @ray.method(concurrency_group=CONTROL)
-    def facts(self) -> ModelFacts:
-        """What there is to know of the model before anything is loaded."""
+    def facts(self, num_experts: int) -> ModelFacts:
+        """What there is to know of the model before anything is loaded; `num_experts` as for expert actors."""
         from cluster.fabric.model import model_facts
 
-        return model_facts(self._config)
+        return model_facts(self._config, num_experts)
 
     @ray.method(concurrency_group=CONTROL)
-    def load(self, placement: Placement, experts: Sequence[ExpertContact], control: Any) -> tuple[str, int]:
-        """Takes the trunk's weights and opens links to the experts. Returns its node and process id.
+    def load(
+        self,
+        placement: Placement,
+        experts: Sequence[ExpertContact],
+        control: Any,
+        num_experts: int,
+        found: Found | None,
+        run: int,
+        keys: LinkKeys | None,
+    ) -> tuple[str, int]:
+        """Takes the trunk's weights, or the state of a checkpoint as this run, and opens links to the experts, who have
+        theirs. Returns its node and process id.
 
         `control`: the coordinator, which is asked for another placement when expert actors are gone.
+        `num_experts`, `keys`: as of an expert actor; a model that has grown is in a checkpoint.
         """
         from actors.router import Router
         from cluster.fabric.model import model_source
 
-        self._control = control
+        self._control, self._keys = control, keys
         self._node_id = ray.get_runtime_context().get_node_id()
-        self._router = Router(
-            model_source(self._config),
+        router = Router(
+            model_source(self._config, num_experts),
             self._roster(placement, experts),
             gate=self._config.model.gate,
             device=self._config.router.device,
@@ -169,6 +200,11 @@ class RouterWorker:
             max_sessions=self._config.router.max_sessions,
             find_roster=self._find_roster,
         )
+        if found is not None:
+            from cluster.checkpoint.state import read_router
+
+            router.restore(self._roster(placement, experts), read_router(found), run)
+        self._router = router
         return self._node_id, os.getpid()
 
     def _roster(self, placement: Placement, experts: Sequence[ExpertContact]) -> Roster:
@@ -176,7 +212,7 @@ class RouterWorker:
 
         def peer(expert: ExpertContact) -> Peer:
             return Peer(
-                lambda: _open_link(expert.name, expert.address, ROUTER, self._config),
+                lambda: _open_link(expert.name, expert.address, ROUTER, self._config, self._keys),
                 expert.exchange,
                 near=expert.node_id == self._node_id,
             )
@@ -196,6 +232,16 @@ class RouterWorker:
     def adopt(self, placement: Placement, experts: Sequence[ExpertContact]) -> float:
         """Another placement, between two steps: it takes its turn with them. -> seconds that they waited for it."""
         return self._router.adopt(self._roster(placement, experts))
+
+    @ray.method(concurrency_group=CONTROL)
+    def prepare_growth(self, growth: Growth) -> None:
+        """`InvalidInput` if the model cannot grow so."""
+        self._router.prepare_growth(growth)
+
+    @ray.method(concurrency_group=TRAIN)
+    def grow(self, growth: Growth) -> Grown:
+        """Between two steps: it takes its turn with them."""
+        return self._router.grow(growth)
 
     @ray.method(concurrency_group=CONTROL)
     def wait_until_death(self) -> None:
@@ -275,11 +321,6 @@ class RouterWorker:
     def vitals(self) -> dict[str, Any]:
         return self._router.vitals()
 
-    @ray.method(concurrency_group=CONTROL)
-    def course(self) -> Course:
-        """Of now."""
-        return self._router.course
-
     @ray.method(concurrency_group=SERVE)
     def logits(self, ids: MicroBatch) -> Any:
         return self._router.logits(*_tensors([ids])).cpu()
@@ -292,7 +333,7 @@ class RouterWorker:
     def check_same_architecture(self, directory: str) -> None:
         from cluster.fabric.model import check_same_architecture
 
-        check_same_architecture(self._config, directory)
+        check_same_architecture(self._config, directory, self._router.grown_to or 0)
 
     @ray.method(concurrency_group=TRAIN)
     def replace_weights(self, path: str) -> None:
@@ -307,7 +348,7 @@ def _import_torch(threads: int) -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
-def _open_link(peer: str, address: Address, name: str, config: ClusterConfig) -> Link:
+def _open_link(peer: str, address: Address, name: str, config: ClusterConfig, keys: LinkKeys | None) -> Link:
     from actors.transport.socket import SocketLink
 
     return SocketLink(
@@ -316,6 +357,7 @@ def _open_link(peer: str, address: Address, name: str, config: ClusterConfig) ->
         name=name,
         max_bytes=config.links.max_message_bytes,
         timeout_s=config.router.request_timeout_s,
+        keys=keys,
     )
 
 
