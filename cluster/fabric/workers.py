@@ -81,8 +81,7 @@ class ExpertWorker:
         from actors.moe.cache import CacheSettings
         from cluster.fabric.model import model_source
 
-        self._keys = keys
-        experts = self._config.experts
+        self._keys, experts = keys, self._config.experts
         self._host = ExpertHost(
             self._name,
             model_source(self._config, num_experts),

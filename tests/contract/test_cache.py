@@ -20,6 +20,7 @@ from actors.optim import OptimizerSettings
 from actors.transport.contract import Link
 from actors.transport.faulty import Fault, FaultyLink
 from actors.trunk.model import ModelSource
+from actors.values import Growth
 from cluster.checkpoint.store import CheckpointStore
 from tests.contract.test_copies import BATCHES, IDS, PLACEMENTS, copies_agree, run
 from tests.contract.test_snapshots import restore_all, save_all, spread_over
@@ -268,3 +269,16 @@ def test_a_disk_that_is_full_when_a_group_arrives(
     with cluster(source, 2, cache=CacheSettings(1, str(tmp_path))) as local:
         equal(tried(local), expected)
         copies_agree(local)
+
+
+@pytest.mark.parametrize("mode", ["copy", "fresh"])
+def test_a_model_grows_behind_caches(source: ModelSource, behind: str, mode: str) -> None:
+    def grown(local: LocalCluster) -> Numbers:
+        return numbers(local, {2: lambda: local.grow(Growth(num_experts=16, mode=mode))})  # type: ignore[arg-type]
+
+    with cluster(source, 2) as plain:
+        expected = grown(plain)
+    with cluster(source, 2, cache=CacheSettings(1, behind)) as local:
+        equal(grown(local), expected)
+        within_bounds(local, 1)
+        assert len(local.placement.holders) == 8
