@@ -65,7 +65,7 @@ def scale(client: Client, actors: int) -> None:
 
 
 def wait_for_nodes(address: str, count: int) -> None:
-    deadline = time.monotonic() + WAIT_S
+    deadline = time.monotonic() + 2 * WAIT_S
     while (found := num_nodes(address)) != count:
         assert time.monotonic() < deadline, f"{found} nodes instead of {count}"
         time.sleep(0.2)
