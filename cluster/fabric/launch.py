@@ -46,7 +46,8 @@ class RunningCluster:
 def launched(config: ClusterConfig) -> Iterator[RunningCluster]:
     """A ready cluster; on leaving, also by an error or Ctrl-C, every process it started has ended."""
     with connected(config):
-        control: Any = ray.remote(**coordinator_options())(ControlWorker).remote(config)
+        options = coordinator_options(ray.get_runtime_context().get_node_id())
+        control: Any = ray.remote(**options)(ControlWorker).remote(config)
         try:
             router = call("coordinator", control.start.remote(), 3 * config.ray.start_timeout_s)
             yield RunningCluster(RayBackend(control, router, config.model), RayRouter(router), control)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 from cluster.config import ClusterConfig
 
 ROUTER_RESOURCE = "moe_router"
@@ -19,8 +21,15 @@ TRAIN, SERVE, CONTROL = "train", "serve", "control"
 """Concurrency groups of a router actor."""
 
 
-def coordinator_options() -> dict[str, Any]:
-    return {"num_cpus": 0, "max_concurrency": 64, "max_restarts": 0}
+def coordinator_options(node_id: str) -> dict[str, Any]:
+    """`node_id`: where the driver is. An actor that asks for no resource would be put on any node, also on one that
+    may leave; driver and coordinator end together anyway."""
+    return {
+        "num_cpus": 0,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False),
+        "max_concurrency": 64,
+        "max_restarts": 0,
+    }
 
 
 def expert_options(config: ClusterConfig) -> dict[str, Any]:

@@ -37,6 +37,9 @@ SERVICES = tuple(
     for module in (cluster_pb2, inference_pb2, training_pb2)
     for service in module.DESCRIPTOR.services_by_name.values()
 )
+ALIVE = "moecluster.alive"
+"""Name in grpc.health.v1 that is SERVING while the front answers, whether or not the cluster is ready: to start it anew
+would not make a cluster ready that returns to a checkpoint just now."""
 MAX_METADATA_BYTES = 16 << 10
 PROBE_HEADROOM = 16
 """Health and reflection calls that still get in when `max_concurrent_rpcs` calls of our own services run."""
@@ -79,6 +82,7 @@ class Front:
         self._add_servicers(server)
         self._port = _bind(server, self._config.host, self._config.port)
         await self._set_health(ready=False)
+        await self._health.set(ALIVE, _SERVING)
         await server.start()
         self._server = server
         self._follower = asyncio.create_task(self._follow_backend(), name="front-health")
