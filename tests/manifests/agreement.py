@@ -98,7 +98,9 @@ def _selects(service: Manifest, pod: Pod) -> bool:
 
 
 def hooks_find_the_front(manifests: Sequence[Manifest]) -> Iterator[str]:
-    targets = {f"{s['metadata']['name']}:{p['port']}" for s in of_kind(manifests, "Service") for p in s["spec"]["ports"]}
+    targets = {
+        f"{s['metadata']['name']}:{p['port']}" for s in of_kind(manifests, "Service") for p in s["spec"]["ports"]
+    }
     for pod in pods(manifests):
         for container in pod.containers:
             target = env(container).get("MOE_CLUSTER_TARGET")

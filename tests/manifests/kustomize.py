@@ -62,13 +62,15 @@ def overlay(name: str) -> list[Manifest]:
     return parse(render(K8S / "overlays" / name))
 
 
-def with_components(folder: Path, overlay_name: str, components: Sequence[str]) -> list[Manifest]:
+def with_components(
+    folder: Path, overlay_name: str, components: Sequence[str], namespace: str = NAMESPACE
+) -> list[Manifest]:
     """`folder`: an empty one, for a kustomization like those that users write."""
     at = {name: os.path.relpath(K8S / name, folder.resolve()) for name in ("overlays", "components")}
     values = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
-        "namespace": NAMESPACE,
+        "namespace": namespace,
         "resources": [f"{at['overlays']}/{overlay_name}"],
         "components": [f"{at['components']}/{name}" for name in components],
     }

@@ -1,7 +1,8 @@
 """What KubeRay's operator refuses when it sees a RayCluster, as pure functions: cluster -> one line a fault.
 
-After ray-operator/controllers/ray/utils/validation.go of KubeRay 1.7, those of its rules that manifests of ours can break;
-a feature whose gate is off by default counts as refused, except embedded storage, which README.md asks to be switched on.
+After ray-operator/controllers/ray/utils/validation.go of KubeRay 1.7, those of its rules that manifests of ours can
+break; a feature whose gate is off by default counts as refused, except embedded storage, which k8s/README.md asks to be
+switched on.
 """
 
 from __future__ import annotations

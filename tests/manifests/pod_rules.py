@@ -201,9 +201,10 @@ def _has_many_writers(manifests: Sequence[Manifest]) -> bool:
 def spot_pods_are_labelled(manifests: Sequence[Manifest]) -> Iterator[str]:
     for pod in pods(manifests):
         tolerates = any(_names_spot(item) for item in pod.spec.get("tolerations", []))
-        is_spot = pod.labels.get("ray.io/market-type") == "spot"
+        market = pod.labels.get("ray.io/market-type")
+        is_spot = market == "spot"
         if tolerates != is_spot:
-            yield f"{pod.name}: ray.io/market-type is {pod.labels.get('ray.io/market-type')!r}, tolerations say otherwise"
+            yield f"{pod.name}: ray.io/market-type is {market!r}, tolerations say otherwise"
         if is_spot and pod.labels.get(ROLE_LABEL) != EXPERT_ROLE:
             yield f"{pod.name}: only experts may be on spot machines"
 
@@ -222,6 +223,7 @@ def budgets_leave_room(manifests: Sequence[Manifest]) -> Iterator[str]:
         # RayCluster has no scale subresource: a percentage or maxUnavailable of its pods cannot be computed.
         if any(pod.group for pod in chosen) and not isinstance(spec.get("minAvailable"), int):
             yield f"{name}: Ray pods need minAvailable as a number"
+            continue
         experts = [pod for pod in chosen if pod.labels.get(ROLE_LABEL) == EXPERT_ROLE]
         fewest = sum(pod.group["minReplicas"] for pod in experts)
         if experts and not 0 < spec.get("minAvailable", 0) < fewest:

@@ -54,7 +54,7 @@ def find_crds() -> Path | None:
 def ray_schema(folder: Path) -> dict[str, Any]:
     """Of RayCluster ray.io/v1, strict: the API server drops fields that it does not know, here they are errors."""
     text = (folder / "ray.io_rayclusters.yaml").read_text()
-    definition = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 - safe, in C
+    definition = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     (version,) = (v for v in definition["spec"]["versions"] if v["name"] == "v1")
     schema: dict[str, Any] = strict(version["schema"]["openAPIV3Schema"])
     schema["properties"]["metadata"] = {"type": "object"}

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.manifests.agreement import AGREEMENT_RULES
-from tests.manifests.kustomize import COMPONENTS, OVERLAYS, Manifest, find_kubectl, overlay, ray_cluster, with_components
+from tests.manifests.kustomize import (
+    COMPONENTS,
+    OVERLAYS,
+    Manifest,
+    find_kubectl,
+    overlay,
+    ray_cluster,
+    with_components,
+)
 from tests.manifests.operator_rules import OPERATOR_RULES
 from tests.manifests.pod_rules import POD_RULES
 from tests.manifests.schema import (
@@ -73,7 +83,7 @@ def test_the_operator_takes_it(rule, manifests: list[Manifest]) -> None:
     assert list(rule(ray_cluster(manifests))) == []
 
 
-@pytest.mark.parametrize("rule", (*POD_RULES, *AGREEMENT_RULES), ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("rule", [*POD_RULES, *AGREEMENT_RULES], ids=lambda rule: rule.__name__)
 def test_it_is_as_ours_must_be(rule, manifests: list[Manifest]) -> None:
     assert list(rule(manifests)) == []
 
@@ -81,3 +91,10 @@ def test_it_is_as_ours_must_be(rule, manifests: list[Manifest]) -> None:
 def test_names_are_given_once(manifests: list[Manifest]) -> None:
     names = [(m["kind"], m["metadata"]["name"]) for m in manifests]
     assert len(set(names)) == len(names)
+
+
+def test_a_second_cluster_is_another_namespace(tmp_path: Path) -> None:
+    """As an upgrade without failed requests has it: nothing but the namespace differs, and all references hold."""
+    manifests = with_components(tmp_path, "spot", COMPONENTS, namespace="moe-cluster-green")
+    assert {m["metadata"].get("namespace", m["metadata"]["name"]) for m in manifests} == {"moe-cluster-green"}
+    assert [fault for rule in (*POD_RULES, *AGREEMENT_RULES) for fault in rule(manifests)] == []
