@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import threading
 import time
@@ -27,6 +28,13 @@ def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
         outside_V = sorted_V.cumsum(0) - sorted_V >= sampling.top_p
         probs_V = torch.zeros_like(probs_V).scatter(0, order_V, sorted_V.masked_fill(outside_V, 0.0))
     return int(torch.multinomial(probs_V, 1, generator=generator))
+
+
+def generator_at(seed: int, position: int) -> torch.Generator:
+    """Randomness of the token at this position of prompt and text together, and of nothing before it: a stream that
+    goes on elsewhere, from its prompt and its tokens so far, draws the same."""
+    digest = hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 class DecodeEngine:
@@ -85,18 +93,17 @@ class DecodeEngine:
             del self._waiting_since[me]
 
     def _decode(self, prompt: Sequence[int], sampling: Sampling, budget: int) -> Iterator[TokenEvent]:
-        generator = torch.Generator().manual_seed(sampling.seed)
         device = self._model.get_input_embeddings().weight.device
         tokens, cache, pasts = list(prompt), None, self._new_pasts()
-        for position in range(budget):
+        for number in range(budget):
             ids = torch.tensor([tokens], device=device)
             extra = {"logits_to_keep": 1} if self._keep_last else {}
             with self._guard(len(tokens), pasts) as version, torch.no_grad():
                 out = self._model(input_ids=ids, past_key_values=cache, use_cache=True, **extra)
             cache = out.past_key_values
-            token = choose(out.logits[0, -1], sampling, generator)
+            token = choose(out.logits[0, -1], sampling, generator_at(sampling.seed, len(prompt) + number))
             ended = token in self._end_ids
-            reason = "end_of_text" if ended else "length" if position + 1 == budget else ""
+            reason = "end_of_text" if ended else "length" if number + 1 == budget else ""
             yield TokenEvent(token, version, reason)
             if ended:
                 return

@@ -253,6 +253,7 @@ class ExpertHost:
         """A new job: its optimizer settings, fresh moments. Groups on their way here have the old ones: dropped."""
         settings = OptimizerSettings(**question.fields["optimizer"])  # type: ignore[arg-type]
         self._new_run(question.fields)
+        self._attempt = Attempt(self.version, 0)  # a router before may have left one open
         self._drop_gradients()
         self.holdings.begin_run(settings)
         return Message("ok", {"version": self.version})
@@ -414,6 +415,7 @@ class ExpertHost:
             "experts": self.experts,
             "tokens": self.tokens,
             "run": self._run,
+            "attempt": self._attempt.number,
             "memory_bytes": self._memory_bytes,
         }
 

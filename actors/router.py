@@ -98,7 +98,7 @@ class Router:
         self.snapshot: Snapshot[str] | None = None
         """The last one that was taken, until `drop_snapshot`."""
         self._training.connect(roster.peers)
-        self.version, self._run = self._agree()
+        self.version, self._run = self._take_over()
         self._switch(roster)
         text = self._skeleton.config.get_text_config()
         self.vocab_size = int(text.vocab_size)
@@ -480,6 +480,7 @@ class Router:
             "num_waiting": num_waiting,
             "queue_s": queue_s,
             "version": self.version,
+            "run": self._run,
             "memory_bytes": self._memory_bytes,
             "links": {name: link.kind for name, link in list(self._training.links.items())},
         }
@@ -532,14 +533,17 @@ class Router:
         device: torch.device = self.trunk.get_input_embeddings().weight.device
         return device
 
-    def _agree(self) -> tuple[int, int]:
-        """Version and run of the expert actors."""
-        found = {
-            (int(a.fields["version"]), int(a.fields["run"])) for a in self._training.ask_all("status", {}).values()
-        }  # type: ignore[arg-type]
+    def _take_over(self) -> tuple[int, int]:
+        """-> version and run of the expert actors. A step that a router before left half done is dropped there."""
+        answers: list[Any] = [answer.fields for answer in self._training.ask_all("status", {}).values()]
+        found = {(int(fields["version"]), int(fields["run"])) for fields in answers}
         if len(found) != 1:
             raise MoeClusterError(f"expert actors are at different (version, run): {sorted(found)}")
-        return found.pop()
+        version, run = found.pop()
+        attempt = max(int(fields["attempt"]) for fields in answers)
+        self._training.ask_all("abort", {"step": version + 1, "attempt": attempt})
+        self._attempt = attempt + 1
+        return version, run
 
     def _check_ids(self, ids_BS: Tensor, least: int = 2) -> None:
         if ids_BS.ndim != 2 or ids_BS.shape[0] == 0 or ids_BS.shape[1] < least:

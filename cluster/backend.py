@@ -285,6 +285,20 @@ class LedgerReport:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """A training state that the cluster can go back to, or start from."""
+
+    version: int
+    created_s: float
+    """Unix time."""
+    url: str
+    size_bytes: int
+    job_id: str = ""
+    """Of the job that it was written in, or after; empty without one."""
+    job_step: int = 0
+
+
+@dataclass(frozen=True)
 class ModelDirectory:
     path: str
     files: tuple[str, ...]
@@ -343,6 +357,12 @@ class Backend(Protocol):
 
     async def ledger(self, after: int, *, timeout_s: float) -> Sequence[Entry]:
         """What disturbances cost: entries with a number above `after`, of those that are kept, oldest first."""
+
+    async def save_checkpoint(self, *, timeout_s: float) -> Checkpoint:
+        """Returns when it is there in full. `StorageFull` if it finds no room."""
+
+    async def checkpoints(self, *, timeout_s: float) -> Sequence[Checkpoint]:
+        """Those that are kept, newest first."""
 
     async def export_model(self, path: str, *, timeout_s: float) -> ModelDirectory:
         """Writes a Hugging Face model directory to `path` below the storage root."""

@@ -19,6 +19,8 @@ class RayConfig:
     nodes: int = 2
     """Simulated nodes that carry expert actors when embedded (the head takes none)."""
     start_timeout_s: float = 60.0
+    revive_after_s: float = 5.0
+    """An embedded node that died is started again after so long, as a cluster's own manager would; 0: never."""
 
 
 @dataclass(frozen=True)

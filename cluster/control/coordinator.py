@@ -83,7 +83,9 @@ class Coordinator:
         self._loads = self._new_window()
         self._version = 0
         self.can_restore = False
-        """Whether there is a checkpoint that lost groups can come back from."""
+        """Whether there is a checkpoint that what is lost can come back from."""
+        self.is_pristine = True
+        """The weights are still those of the model directory: no step and no import since."""
         self.notice = ""
         """What status is to say beside what is known here."""
         self._stopping: str | None = None
@@ -175,6 +177,7 @@ class Coordinator:
             tokens = batch.sequences * batch.sequence_length * batch.gradient_accumulation
             self._loads.add(load_LE, self._version + 1, now, tokens, batch.gradient_accumulation)
         self._version += 1
+        self.is_pristine = False
         self._disturbances.stepped(now, int(metrics.get("retries", 0)), int(metrics.get("tokens", 0)))
         loss = metrics.get("loss", 0.0)
         if math.isfinite(loss):
@@ -223,13 +226,14 @@ class Coordinator:
         """The actor's process is dead for certain, or is made so: it was frozen, silent for so long.
 
         It leaves the placement at once, and the first copies of its groups own them. The running job goes on, unless
-        this was the router, or the last holder of a group.
+        this was the router, or the last holder of a group, and there is no checkpoint to go back to.
         """
         is_news = not self._members.is_buried(actor_id)
-        self._members.bury(actor_id)
+        actor = self._members.bury(actor_id)
         self._lose(actor_id, now, reason, is_dead=True)
         if is_news:
-            kind: Kind = "frozen" if silent_s else "actor_death"
+            is_router = actor is not None and actor.role == "router"
+            kind: Kind = "frozen" if silent_s else "router_death" if is_router else "actor_death"
             self._disturbances.lost(kind, actor_id, now, now - silent_s, reason)
 
     def actor_left(self, actor_id: str) -> None:
@@ -241,6 +245,17 @@ class Coordinator:
     @property
     def placement(self) -> Placement:
         return self._placement
+
+    @property
+    def is_router_lost(self) -> bool:
+        return self._members.has_died("router")
+
+    @property
+    def can_return(self) -> bool:
+        """Something is lost that no living actor has, expert groups or the trunk, and it can be loaded again."""
+        if self._placement.missing:
+            return self.can_restore
+        return self.is_router_lost and (self.can_restore or self.is_pristine)
 
     @property
     def is_training(self) -> bool:
@@ -286,11 +301,13 @@ class Coordinator:
     def resumed(self, version: int, job: Job | None, message: str, now: float) -> None:
         """At the start: all is as it was at this version, and the job goes on after its step."""
         self._version = version
+        self.is_pristine = False
         if job:
             self._jobs.adopt(job, message, now)
 
     def restored(self, placement: Placement, version: int, steps: Mapping[str, int], message: str, now: float) -> None:
-        """Lost groups are back, and everybody is at this version. `steps`: job -> step it goes on after."""
+        """What was lost is back, and everybody is at this version. `steps`: job -> step it goes on after."""
+        self._disturbances.restored(self._version - version)
         self.placed(placement)
         self._version = version
         self._loads = self._new_window()
@@ -298,10 +315,9 @@ class Coordinator:
             if record := self._active(job_id):
                 record.go_back(step, message, now)
 
-    def model_replaced(self, model: ModelFacts, version: int) -> None:
-        """After an import. `FailedPrecondition` while a job trains the weights that would go."""
-        self.require_idle("the model cannot be replaced")
-        self._model, self._version = model, version
+    def imported(self) -> None:
+        """The weights are those of another directory now."""
+        self.is_pristine = False
         self._loads = self._new_window()
 
     def require_idle(self, what: str) -> None:
@@ -321,6 +337,7 @@ class Coordinator:
             self._disturbances.idle()
         if self._is_ready() and not self._groups_below(self._redundancy):
             self._disturbances.whole(now)
+            self._members.forget_dead("expert")
         self._jobs.forget_old(keep=self._stopping)
         self._start_next(now)
         decisions, self._decisions = self._decisions, []
@@ -341,7 +358,7 @@ class Coordinator:
         self._decisions.append(ActorLost(actor_id, role, groups, job_id, reason, placement))
         if record:
             self._tell_job(record, f"{role} {actor_id}", groups if must_switch else (), reason, now)
-            if role == "router":
+            if role == "router" and not self.can_restore:
                 self._fail(record, f"router {actor_id} was lost after step {record.job.step}: {reason}", now)
 
     def _tell_job(self, record: JobRecord, who: str, groups: Sequence[int], reason: str, now: float) -> None:
@@ -350,6 +367,8 @@ class Coordinator:
         fate = f"; copies took over {named(groups)}" if groups and not gone else ""
         if gone and self.can_restore:
             fate = f"; no actor holds {named(gone)} any more, the last checkpoint brings them back"
+        elif not groups and who.startswith("router") and self.can_restore:
+            fate = "; the last checkpoint brings it back"
         record.record("note", now, message=f"{who} lost: {reason}{fate}")
         if gone and not self.can_restore:
             error = f"{who} was lost after step {record.job.step}: {reason}; no actor holds {named(gone)} any more"
@@ -399,12 +418,19 @@ class Coordinator:
         if silent := self._groups_below(1):
             return f"expert groups without a ready holder: {', '.join(map(str, silent))}"
         if not self._members.has_ready("router"):
-            return "no router is ready"
+            return self._message_without_router()
         if scarce := self._groups_below(self._redundancy):
             have = "has" if len(scarce) == 1 else "have"
             degraded = f"degraded: {named(scarce)} {have} fewer than {self._redundancy} holders"
             return f"{degraded}; {self.notice}" if self.notice else degraded
         return self.notice
+
+    def _message_without_router(self) -> str:
+        if not self.is_router_lost:
+            return "no router is ready"
+        if self.can_return:
+            return "the router died; bringing it back" + (f": {self.notice}" if self.notice else "")
+        return "the router died with weights that are in no checkpoint; set checkpoint.every_steps, and start again"
 
     def _new_window(self) -> LoadWindow:
         return LoadWindow(self._limits.load_window_steps, self._model.num_moe_layers, self._model.num_experts)

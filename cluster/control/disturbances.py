@@ -19,6 +19,7 @@ class Disturbances:
         """Deaths after which not all is as before."""
         self._unpriced: list[int] = []
         """Those of them after which no step has been committed yet."""
+        self._latest: int | None = None
         self._last_step_s: float | None = None
         self._step_s: deque[float] = deque(maxlen=RECENT_STEPS)
 
@@ -26,6 +27,7 @@ class Disturbances:
         """`since_s`: when it was last known to be well."""
         number = self._ledger.open(kind, subject, since_s, detected_s=now, message=message)
         self._open.append(number)
+        self._latest = number
         if self._last_step_s is not None:
             self._unpriced.append(number)
 
@@ -42,6 +44,11 @@ class Disturbances:
             self._step_s.append(took_s)
         self._unpriced.clear()
         self._last_step_s = now
+
+    def restored(self, num_steps: int) -> None:
+        """Everybody went back by so many steps, which are run again."""
+        if self._latest is not None:
+            self._ledger.add(self._latest, steps_replayed=num_steps)
 
     def idle(self) -> None:
         """No job runs: the next step has no step before it."""

@@ -33,10 +33,12 @@ class Members:
         self._actors[actor_id] = dataclasses.replace(actor, state=LOST)
         return actor
 
-    def bury(self, actor_id: str) -> None:
-        """Its process is dead: reports of it that are still on their way count for nothing."""
-        if actor_id in self._actors:
-            self._dead.add((actor_id, self._actors[actor_id].pid))
+    def bury(self, actor_id: str) -> ActorStatus | None:
+        """Its process is dead: reports of it that are still on their way count for nothing. -> the actor as it was."""
+        actor = self._actors.get(actor_id)
+        if actor is not None:
+            self._dead.add((actor_id, actor.pid))
+        return actor
 
     def is_buried(self, actor_id: str) -> bool:
         actor = self._actors.get(actor_id)
@@ -47,6 +49,12 @@ class Members:
         self.bury(actor_id)
         self._actors.pop(actor_id, None)
         self._last_seen_s.pop(actor_id, None)
+
+    def forget_dead(self, role: str) -> None:
+        """Others are in their places: that they were there is the ledger's to tell."""
+        for actor in self.all():
+            if actor.role == role and actor.state == LOST and self.is_buried(actor.id):
+                self.leave(actor.id)
 
     def silent(self, now: float) -> list[str]:
         """Ids of ready actors from whom nothing came for longer than the timeout.
@@ -68,6 +76,12 @@ class Members:
 
     def has_ready(self, role: str) -> bool:
         return any(actor.role == role and actor.state == READY for actor in self._actors.values())
+
+    def has_died(self, role: str) -> bool:
+        """Whether one of them is dead and none is ready in its place."""
+        return not self.has_ready(role) and any(
+            actor.role == role and self.is_buried(actor.id) for actor in self._actors.values()
+        )
 
     def regroup(self, actor_id: str, groups: tuple[int, ...]) -> None:
         self._actors[actor_id] = dataclasses.replace(self._actors[actor_id], groups=groups)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import replace
 from typing import Any
 
 from actors.errors import InvalidInput, MoeClusterError
 from actors.values import Sampling, TokenEvent
 from cluster.backend import (
+    Checkpoint,
     ClusterStatus,
     EmbedResult,
     GenerateChunk,
@@ -29,6 +31,7 @@ from cluster.config import JobConfig, ModelConfig
 from cluster.control.ledger import Entry
 from cluster.fabric.calls import acall, translated
 from cluster.fabric.options import COORDINATOR, ROUTER
+from cluster.fabric.reach import Reach
 from cluster.jobs.tokenizer import Tokenizer, load_tokenizer
 from cluster.serving import TextStream
 
@@ -38,7 +41,7 @@ class RayBackend:
 
     def __init__(self, control: Any, router: Any, model: ModelConfig) -> None:
         self._control = control
-        self._router = router
+        self._reach = Reach(control, router)
         self._tokenizer: Tokenizer = load_tokenizer(model)
 
     async def submit_job(self, config: JobConfig, *, request_id: str, timeout_s: float) -> Job:
@@ -69,29 +72,60 @@ class RayBackend:
     ) -> AsyncIterator[GenerateChunk]:
         deadline = time.monotonic() + timeout_s
         ids = self._ids(prompt)
-        session = uuid.uuid4().hex
-        sampling = Sampling(params.max_tokens, params.temperature, params.top_p, params.seed)
-        stream = self._router.generate.remote(session, ids, sampling, timeout_s)
         text = TextStream(self._tokenizer, params.stop, num_prompt_tokens=len(ids))
-        try:
-            async for event in _events(stream, deadline):
+        tokens = self._tokens(ids, Sampling(params.max_tokens, params.temperature, params.top_p, params.seed), deadline)
+        async with aclosing(tokens):
+            async for event in tokens:
                 chunk = text.push(event)
                 yield chunk
                 if chunk.finish_reason:
                     return
+
+    async def _tokens(self, prompt: list[int], sampling: Sampling, deadline: float) -> AsyncGenerator[TokenEvent]:
+        """When the router dies, or every holder of an expert group, the stream goes on from its prompt and its tokens
+        so far as soon as that is mended."""
+        so_far: list[int] = []
+        while True:
+            left = replace(sampling, max_tokens=sampling.max_tokens - len(so_far))
+            try:
+                async with aclosing(self._session([*prompt, *so_far], left, deadline)) as events:
+                    async for event in events:
+                        so_far.append(event.token)
+                        yield event
+                return
+            except MoeClusterError as error:
+                await self._reach.after(error, deadline)
+
+    async def _session(self, prompt: list[int], sampling: Sampling, deadline: float) -> AsyncGenerator[TokenEvent]:
+        """One session of one router."""
+        router, session = self._reach.router, uuid.uuid4().hex
+        stream = router.generate.remote(session, prompt, sampling, deadline - time.monotonic())
+        try:
+            async with aclosing(_events(stream, deadline)) as events:
+                async for event in events:
+                    yield event
         finally:
             with suppress(MoeClusterError), translated(ROUTER):
-                self._router.end_session.remote(session)
+                router.end_session.remote(session)
 
     async def score(self, prompt: Prompt, *, timeout_s: float) -> ScoreResult:
         ids = self._ids(prompt)
-        logprobs, version = await acall(ROUTER, self._router.score.remote(ids), timeout_s)
+        logprobs, version = await self._ask(lambda router: router.score.remote(ids), timeout_s)
         return ScoreResult(tuple(ids), tuple(logprobs), version)
 
     async def embed(self, prompt: Prompt, *, timeout_s: float) -> EmbedResult:
         ids = self._ids(prompt)
-        embedding, version = await acall(ROUTER, self._router.embed.remote(ids), timeout_s)
+        embedding, version = await self._ask(lambda router: router.embed.remote(ids), timeout_s)
         return EmbedResult(tuple(embedding), len(ids), version)
+
+    async def _ask(self, ask: Callable[[Any], Any], timeout_s: float) -> Any:
+        """Of a router; again when it dies, or the experts that it needs."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return await acall(ROUTER, ask(self._reach.router), deadline - time.monotonic())
+            except MoeClusterError as error:
+                await self._reach.after(error, deadline)
 
     async def status(self, *, timeout_s: float) -> ClusterStatus:
         status: ClusterStatus = await acall(COORDINATOR, self._control.status.remote(), timeout_s)
@@ -126,6 +160,14 @@ class RayBackend:
         entries: Sequence[Entry] = await acall(COORDINATOR, self._control.ledger.remote(after), timeout_s)
         return entries
 
+    async def save_checkpoint(self, *, timeout_s: float) -> Checkpoint:
+        saved: Checkpoint = await acall(COORDINATOR, self._control.save_checkpoint.remote(timeout_s), timeout_s)
+        return saved
+
+    async def checkpoints(self, *, timeout_s: float) -> Sequence[Checkpoint]:
+        found: Sequence[Checkpoint] = await acall(COORDINATOR, self._control.checkpoints.remote(), timeout_s)
+        return found
+
     async def export_model(self, path: str, *, timeout_s: float) -> ModelDirectory:
         result: ModelDirectory = await acall(COORDINATOR, self._control.export.remote(path, timeout_s), timeout_s)
         return result
@@ -141,7 +183,7 @@ class RayBackend:
         return ids
 
 
-async def _events(stream: Any, deadline: float) -> AsyncIterator[TokenEvent]:
+async def _events(stream: Any, deadline: float) -> AsyncGenerator[TokenEvent]:
     """Tokens of a Ray streaming generator until the deadline."""
     iterator = aiter(stream)
     while True:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import ray
 
 from actors.errors import MoeClusterError
 from actors.values import Course, SnapshotTaken
-from cluster.backend import Job
+from cluster.backend import Checkpoint, Job
 from cluster.checkpoint.disk import DISK
 from cluster.checkpoint.files import open_files
 from cluster.config import ClusterConfig
@@ -81,23 +81,10 @@ class Vault:
         return Manifest(version, time.time(), self._facts, job, shards)
 
 
-@dataclass(frozen=True)
-class CheckpointEntry:
-    """A checkpoint, as told to people."""
-
-    version: int
-    created_s: float
-    """Unix time."""
-    url: str
-    size_bytes: int
-    job_id: str = ""
-    """Empty: it was written without a job."""
-    job_step: int = 0
-
-
-def entry(found: Found) -> CheckpointEntry:
+def told(found: Found) -> Checkpoint:
+    """As people see it."""
     job = found.manifest.job or {}
-    return CheckpointEntry(
+    return Checkpoint(
         version=found.manifest.version,
         created_s=found.manifest.created_s,
         url=found.url,

@@ -17,7 +17,7 @@ import ray
 
 from actors.errors import InvalidInput
 from actors.values import Placement
-from cluster.backend import ClusterStatus, Job, JobEvent, LoadReport, ModelDirectory, Operation, Rebalance
+from cluster.backend import Checkpoint, ClusterStatus, Job, JobEvent, LoadReport, ModelDirectory, Operation, Rebalance
 from cluster.config import ClusterConfig, JobConfig
 from cluster.control.coordinator import Coordinator
 from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
@@ -26,13 +26,13 @@ from cluster.errors import StartupError
 from cluster.fabric.autoscaling import Autoscaler
 from cluster.fabric.calls import call
 from cluster.fabric.changes import Changes
-from cluster.fabric.checkpoints import CheckpointEntry, Checkpoints, Vault, entry, sentence
+from cluster.fabric.checkpoints import Checkpoints, Vault, sentence, told
 from cluster.fabric.crew import Crew
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.jobs import JobThreads
 from cluster.fabric.options import ROUTER
 from cluster.fabric.rebalancing import Rebalancer
-from cluster.fabric.recovery import Recovery, begin_from, load_experts, load_router
+from cluster.fabric.recovery import Recovery, begin_from, load_experts
 from cluster.fabric.scaling import Scaling
 from cluster.fabric.workers import ExpertContact
 from cluster.jobs.tokenizer import check_vocabulary, load_tokenizer
@@ -60,6 +60,7 @@ class ControlWorker:
 
     def start(self) -> Any:
         """Starts every actor and returns the router's handle. `StartupError` or `InvalidInput` if that cannot be."""
+        self._me = ray.get_runtime_context().current_actor
         experts = self._config.experts
         model = self._crew.start_router()
         vault = Vault(self._config, model)
@@ -75,10 +76,10 @@ class ControlWorker:
         self._autoscaler = Autoscaler(self._state, self._crew, self._changes, self._scaling, experts)
         self._checkpoints = Checkpoints(vault, self._config.checkpoint.every_steps, self._state, self._crew)
         self._recovery = Recovery(
-            self._state, self._crew, self._changes, self._scaling, self._checkpoints, experts.redundancy
+            self._state, self._crew, self._changes, self._scaling, self._checkpoints, self._me, experts.redundancy
         )
         self._load(placement, [slot.id for slot in slots], found)
-        self._jobs = JobThreads(self._state, self._crew.router, self._config.model, self._checkpoints, self._recovery)
+        self._jobs = JobThreads(self._state, self._crew, self._config.model, self._checkpoints, self._recovery)
         threading.Thread(target=self._loop, name="coordinator", daemon=True).start()
         if not self._state.wait_for(lambda c: c.status().ready, self._config.ray.start_timeout_s):
             raise StartupError(f"not ready in time: {self.status().message}")
@@ -86,17 +87,20 @@ class ControlWorker:
 
     def _load(self, placement: Placement, names: Sequence[str], found: Found | None) -> None:
         """From the model directory, or from a checkpoint."""
-        control = ray.get_runtime_context().current_actor
         if found is None:
             self._crew.load_experts(placement, names)
-            self._crew.load_router(placement, control)
-            return
-        logger.info("goes on from %s", sentence(found))
-        self._crew.load_experts(Placement(0, (), placement.group_size), names)
-        load_experts(self._crew, placement, found, FIRST_RUN)
-        self._crew.load_router(placement, control)
-        load_router(self._crew, placement, found, FIRST_RUN)
-        begin_from(self._state, found)
+        else:
+            logger.info("goes on from %s", sentence(found))
+            self._crew.load_experts(Placement(0, (), placement.group_size), names)
+            load_experts(self._crew, placement, found, FIRST_RUN)
+        self._crew.load_router(placement, self._me, found, FIRST_RUN)
+        if found is not None:
+            begin_from(self._state, found)
+
+    def ready_router(self) -> Any:
+        """The router's handle, where it and the experts can answer; otherwise None."""
+        with self._state.reading() as coordinator:
+            return self._crew.router if coordinator.status().ready else None
 
     def stop(self) -> None:
         self._stopping.set()
@@ -180,16 +184,18 @@ class ControlWorker:
             coordinator.require_idle("a model cannot be imported")
         call(ROUTER, self._crew.router.check_same_architecture.remote(str(directory)), timeout_s)
         call(ROUTER, self._crew.router.replace_weights.remote(str(directory)), timeout_s)
+        with self._state.changing() as coordinator:
+            coordinator.imported()
         self._checkpoints.after_import()
         return self.status()
 
-    def save_checkpoint(self, timeout_s: float) -> CheckpointEntry:
+    def save_checkpoint(self, timeout_s: float) -> Checkpoint:
         """Steps wait for the copying alone. `StorageFull`, or `Unavailable` while another is written for too long."""
-        return entry(self._checkpoints.save(timeout_s))
+        return told(self._checkpoints.save(timeout_s))
 
-    def checkpoints(self) -> Sequence[CheckpointEntry]:
+    def checkpoints(self) -> Sequence[Checkpoint]:
         """Newest first."""
-        return [entry(found) for found in self._checkpoints.vault.all()]
+        return [told(found) for found in self._checkpoints.vault.all()]
 
     # -- asked by the router ------------------------------------------------------------------------------------------
 

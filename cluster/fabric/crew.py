@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -28,9 +29,13 @@ from cluster.fabric.options import ROUTER, expert_options, router_options
 from cluster.fabric.workers import ExpertContact, ExpertWorker, RouterWorker
 from cluster.placement.placement import ActorSlot
 
+if TYPE_CHECKING:
+    from cluster.checkpoint.store import Found
+
 logger = logging.getLogger(__name__)
 
 LOAD_WINDOW_S = 10.0
+ASK_TIMEOUT_S = 10.0
 
 
 @dataclass
@@ -68,12 +73,16 @@ class Crew:
 
     @property
     def router(self) -> Any:
-        return self._handles[ROUTER]
+        """`Unavailable` while there is none."""
+        return self.handle(ROUTER)
 
     def start_router(self) -> ModelFacts:
-        """Its process; `load_router` gives it its weights."""
-        self._handles[ROUTER] = ray.remote(**router_options(self._config))(RouterWorker).remote(self._config)
-        facts: ModelFacts = self._started(ROUTER, self.router.facts.remote())
+        """Its process, in the place of the one before; `load_router` gives it its weights."""
+        self.end([ROUTER])
+        handle = ray.remote(**router_options(self._config))(RouterWorker).remote(self._config)
+        with self._lock:
+            self._handles[ROUTER] = handle
+        facts: ModelFacts = self._started(ROUTER, handle.facts.remote())
         return facts
 
     def start_experts(self, count: int) -> list[ActorSlot]:
@@ -100,10 +109,14 @@ class Crew:
                 self._experts[name] = contact
                 self._deaths[name] = self._handles[name].wait_until_death.remote()
 
-    def load_router(self, placement: Placement, control: Any) -> None:
-        ref = self.router.load.remote(placement, self.contacts(placement), control)
-        self._router_at = self._started(ROUTER, ref)
-        self._deaths[ROUTER] = self.router.wait_until_death.remote()
+    def load_router(self, placement: Placement, control: Any, found: Found | None, run: int) -> None:
+        """After the expert actors of this placement: the trunk from the model directory, or from a checkpoint as this
+        run. Only then is it watched, and taken for ready."""
+        ref = self.router.load.remote(placement, self.contacts(placement), control, found, run)
+        at = self._started(ROUTER, ref)
+        with self._lock:
+            self._router_at = at
+            self._deaths[ROUTER] = self.router.wait_until_death.remote()
 
     def _started(self, name: str, ref: Any) -> Any:
         try:
@@ -128,6 +141,18 @@ class Crew:
         with self._lock:
             contact: ExpertContact = _found(self._experts, name)
             return contact
+
+    def run(self) -> int:
+        """The newest that any living actor knows of: jobs, and returns to checkpoints, are counted by it."""
+        with self._lock:
+            refs = {name: handle.vitals.remote() for name, handle in self._handles.items() if name in self._deaths}
+        runs = [0]
+        for name, ref in refs.items():
+            try:
+                runs.append(int(call(name, ref, ASK_TIMEOUT_S)["run"]))
+            except MoeClusterError as error:
+                logger.info("%s does not tell its run: %s", name, error)
+        return max(runs)
 
     def contacts(self, placement: Placement) -> list[ExpertContact]:
         with self._lock:
@@ -158,9 +183,9 @@ class Crew:
         with self._lock:
             refs = [handle.cut.remote([name]) for other, handle in self._handles.items() if other != name]
             contact = self._experts.get(name)
+            node_id, pid = (contact.node_id, contact.pid) if contact else self._router_at
         ray.wait(refs, num_returns=len(refs), timeout=1.0)
-        if contact is not None:
-            _kill_process(contact)
+        _kill_process(node_id, pid)
 
     def end_all(self) -> None:
         for handle in self._handles.values():
@@ -253,18 +278,18 @@ def _found(table: dict[str, Any], name: str) -> Any:
     return table[name]
 
 
-def _kill_process(contact: ExpertContact) -> None:
+def _kill_process(node_id: str, pid: int) -> None:
     """Fencing: a frozen process does not hear Ray's own kill, and must not come back with old weights."""
-    strategy = NodeAffinitySchedulingStrategy(contact.node_id, soft=False)
+    strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
     options = {"num_cpus": 0, "scheduling_strategy": strategy, "max_retries": 0}
-    ray.remote(**options)(_kill).remote(contact.pid, contact.name)
+    ray.remote(**options)(_kill).remote(pid)
 
 
-def _kill(pid: int, name: str) -> None:
-    """Only if the process is still that worker: numbers of processes are used again."""
+def _kill(pid: int) -> None:
+    """Only if the process is still one of our workers: numbers of processes are used again."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
-            if b"ExpertWorker" in file.read():
+            if re.search(rb"(Expert|Router)Worker", file.read()):
                 os.kill(pid, signal.SIGKILL)
     except OSError:
         pass

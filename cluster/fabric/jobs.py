@@ -15,6 +15,7 @@ from cluster.config import JobConfig, ModelConfig, OptimizerConfig
 from cluster.control.coordinator import Coordinator
 from cluster.fabric.calls import call
 from cluster.fabric.checkpoints import Checkpoints
+from cluster.fabric.crew import Crew
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.options import ROUTER
 from cluster.fabric.recovery import Recovery
@@ -31,10 +32,9 @@ STEP_TIMEOUT_S = 3600.0
 
 class JobThreads:
     def __init__(
-        self, state: Guarded, router: Any, model: ModelConfig, checkpoints: Checkpoints, recovery: Recovery
+        self, state: Guarded, crew: Crew, model: ModelConfig, checkpoints: Checkpoints, recovery: Recovery
     ) -> None:
-        """`router`: the actor's handle."""
-        self._state, self._router, self._model = state, router, model
+        self._state, self._crew, self._model = state, crew, model
         self._checkpoints, self._recovery = checkpoints, recovery
         self._stop: dict[str, threading.Event] = {}
         self._closing = False
@@ -66,7 +66,7 @@ class JobThreads:
             self._stop.pop(job_id, None)
 
     def _run_from(self, job_id: str, config: JobConfig, step: int, stop: threading.Event) -> int | None:
-        """Where to go on from after lost groups came back; None: the job has ended, and that is reported."""
+        """Where to go on from after what was lost came back; None: the job has ended, and that is reported."""
         try:
             self._run_steps(job_id, config, step, stop)
         except JobStopped:
@@ -85,7 +85,7 @@ class JobThreads:
     def _run_steps(self, job_id: str, config: JobConfig, step: int, stop: threading.Event) -> None:
         run_job(
             config,
-            _JobRouter(self._router, self._checkpoints, job_id, step),
+            _JobRouter(self._crew.router, self._checkpoints, job_id, step),
             self._documents(config),
             _Reporter(self._state, job_id),
             stop.is_set,

@@ -22,14 +22,9 @@ TRAIN, SERVE, CONTROL = "train", "serve", "control"
 
 
 def coordinator_options(node_id: str) -> dict[str, Any]:
-    """`node_id`: where the driver is. An actor that asks for no resource would be put on any node, also on one that
-    may leave; driver and coordinator end together anyway."""
-    return {
-        "num_cpus": 0,
-        "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False),
-        "max_concurrency": 64,
-        "max_restarts": 0,
-    }
+    """`node_id`: where whoever starts it lives. Nodes of expert actors come and go, and are for them."""
+    beside = NodeAffinitySchedulingStrategy(node_id, soft=False)  # a soft one Ray 2.60 takes for none
+    return {"num_cpus": 0, "max_concurrency": 64, "max_restarts": 0, "scheduling_strategy": beside}
 
 
 def expert_options(config: ClusterConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Back to the last checkpoint: at the start of a cluster, and when expert groups have no holder any more."""
+"""Back to the last checkpoint: at the start of a cluster, and when something is lost that no living actor has."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 from actors.errors import InvalidInput, LinkError, MoeClusterError, StepAborted
-from actors.values import Course, Placement
+from actors.values import Placement
 from cluster.control.rebalancing import named
 from cluster.errors import StartupError, Unavailable
 from cluster.fabric.calls import call
@@ -20,7 +21,7 @@ from cluster.fabric.checkpoints import Checkpoints, job_in, sentence
 from cluster.fabric.crew import Crew
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.options import EXPERT_RESOURCE, ROUTER
-from cluster.fabric.scaling import Scaling
+from cluster.fabric.scaling import SEEN_TIMEOUT_S, Scaling
 from cluster.placement.placement import ActorSlot, spread
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ def load_experts(crew: Crew, placement: Placement, found: Found, run: int) -> No
         call(name, ref, LOAD_TIMEOUT_S)
 
 
-def load_router(crew: Crew, placement: Placement, found: Found, run: int) -> None:
-    """After `load_experts`."""
+def restore_router(crew: Crew, placement: Placement, found: Found, run: int) -> None:
+    """The one that lives. After `load_experts`."""
     ref = crew.router.restore.remote(placement, crew.contacts(placement), found, run)
     call(ROUTER, ref, LOAD_TIMEOUT_S)
 
@@ -62,24 +63,27 @@ class Recovery:
         changes: Changes,
         scaling: Scaling,
         checkpoints: Checkpoints,
+        control: Any,
         redundancy: int,
     ) -> None:
+        """`control`: the coordinator's own handle."""
         self._state, self._crew, self._changes, self._scaling = state, crew, changes, scaling
-        self._checkpoints, self._redundancy = checkpoints, redundancy
+        self._checkpoints, self._control, self._redundancy = checkpoints, control, redundancy
         self._thread: threading.Thread | None = None
 
     def is_needed_after(self, error: MoeClusterError) -> bool:
-        """Whether a step failed for this reason: no actor holds some groups any more, and they can come back."""
+        """Whether a step failed for this reason: the router died, or the last holder of a group, and there is a
+        checkpoint."""
         if not isinstance(error, LinkError | StepAborted | Unavailable):
             return False
-        return self._state.wait_for(lambda c: bool(c.can_restore and c.placement.missing), NOTICED_S)
+        return self._state.wait_for(lambda c: c.can_restore and c.can_return, NOTICED_S)
 
     def heal(self) -> None:
         """To be called often: begins where no job will."""
         if self._thread is not None and self._thread.is_alive():
             return
         with self._state.reading() as coordinator:
-            if coordinator.active_job() or not (coordinator.can_restore and coordinator.placement.missing):
+            if coordinator.active_job() or not coordinator.can_return:
                 return
         self._thread = threading.Thread(target=self._heal, name="recovery", daemon=True)
         self._thread.start()
@@ -93,7 +97,7 @@ class Recovery:
             logger.exception("the return to a checkpoint stumbled")
 
     def go_back(self, job_id: str | None, should_stop: Callable[[], bool]) -> int | None:
-        """Tries until all groups are back. -> step after which the job goes on; None if it is not in the checkpoint, or
+        """Tries until all is back. -> step after which the job goes on; None if it is not in the checkpoint, or
         was told to stop before.
 
         `InvalidInput` if no checkpoint can be used: nothing will be tried again.
@@ -105,7 +109,7 @@ class Recovery:
                         return self._go_back(job_id)
                     except InvalidInput:
                         with self._state.changing() as coordinator:
-                            coordinator.can_restore = False
+                            coordinator.can_restore = coordinator.is_pristine = False
                         raise
                     except MoeClusterError as error:
                         logger.warning("not back at a checkpoint yet: %s", error)
@@ -118,17 +122,41 @@ class Recovery:
             self._tell("")
 
     def _go_back(self, job_id: str | None) -> int | None:
-        found = self._find()
         with self._state.reading() as coordinator:
-            before = coordinator.placement
-        placement = self._placement(before)
-        course: Course = call(ROUTER, self._crew.router.course.remote(), LOAD_TIMEOUT_S)
+            before, needs_router = coordinator.placement, coordinator.is_router_lost
+            has_checkpoint = coordinator.can_restore
+        if not has_checkpoint:
+            self._start_router()
+            self._load_router(before, None, 0)
+            return None
+        found = self._find()
+        if needs_router:
+            self._start_router()
+        placement = self._placement(before) if before.missing else replace(before, epoch=before.epoch + 1)
+        run = self._crew.run() + 1
         try:
-            load_experts(self._crew, placement, found, course.run + 1)
-            load_router(self._crew, placement, found, course.run + 1)
+            load_experts(self._crew, placement, found, run)
+            if needs_router:
+                self._load_router(placement, found, run)
+            else:
+                restore_router(self._crew, placement, found, run)
         except InvalidInput as error:  # damaged since it was verified: the next try falls back
             raise Unavailable(str(error)) from error
         return self._report(before, placement, found, job_id)
+
+    def _start_router(self) -> None:
+        try:
+            self._crew.start_router()
+        except StartupError as error:
+            raise Unavailable(str(error)) from error
+
+    def _load_router(self, placement: Placement, found: Found | None, run: int) -> None:
+        try:
+            self._crew.load_router(placement, self._control, found, run)
+        except StartupError as error:
+            raise Unavailable(str(error)) from error
+        if not self._state.wait_for(lambda c: not c.is_router_lost, SEEN_TIMEOUT_S):
+            raise Unavailable("a new router started and then did not answer")
 
     def _find(self) -> Found:
         """`Unavailable` while the storage is out of reach, `InvalidInput` if nothing there can be used."""
@@ -171,7 +199,8 @@ class Recovery:
             if coordinator.placement != before:
                 raise Unavailable("an actor died meanwhile")
             lost = coordinator.status().version - found.manifest.version
-            message = f"restored {sentence(found)} after the loss of {named(before.missing)}, {lost} steps run again"
+            what = named(before.missing) if before.missing else "the router"
+            message = f"restored {sentence(found)} after the loss of {what}, {lost} steps run again"
             coordinator.restored(placement, found.manifest.version, steps, message, time.time())
         logger.warning(message)
         return steps.get(job_id or "")

@@ -117,7 +117,9 @@ class Scaling:
         is_short = any(len(held) < self._config.redundancy for held in placement.holders)
         # Without copies a group that is lost cannot come back by moving others. Those that were ended are out of the
         # crew; who has not reported yet, as in the first moments, is in it.
-        return not placement.missing and (is_short or len(self._crew.experts()) < self._wanted)
+        if placement.missing or coordinator.is_router_lost:
+            return False
+        return is_short or len(self._crew.experts()) < self._wanted
 
     def _heal(self) -> None:
         try:

@@ -146,8 +146,11 @@ class RouterWorker:
         return model_facts(self._config)
 
     @ray.method(concurrency_group=CONTROL)
-    def load(self, placement: Placement, experts: Sequence[ExpertContact], control: Any) -> tuple[str, int]:
-        """Takes the trunk's weights and opens links to the experts. Returns its node and process id.
+    def load(
+        self, placement: Placement, experts: Sequence[ExpertContact], control: Any, found: Found | None, run: int
+    ) -> tuple[str, int]:
+        """Takes the trunk's weights, or the state of a checkpoint as this run, and opens links to the experts, who have
+        theirs. Returns its node and process id.
 
         `control`: the coordinator, which is asked for another placement when expert actors are gone.
         """
@@ -156,7 +159,7 @@ class RouterWorker:
 
         self._control = control
         self._node_id = ray.get_runtime_context().get_node_id()
-        self._router = Router(
+        router = Router(
             model_source(self._config),
             self._roster(placement, experts),
             gate=self._config.model.gate,
@@ -166,6 +169,11 @@ class RouterWorker:
             max_sessions=self._config.router.max_sessions,
             find_roster=self._find_roster,
         )
+        if found is not None:
+            from cluster.checkpoint.state import read_router
+
+            router.restore(self._roster(placement, experts), read_router(found), run)
+        self._router = router
         return self._node_id, os.getpid()
 
     def _roster(self, placement: Placement, experts: Sequence[ExpertContact]) -> Roster:
@@ -271,11 +279,6 @@ class RouterWorker:
     @ray.method(concurrency_group=CONTROL)
     def vitals(self) -> dict[str, Any]:
         return self._router.vitals()
-
-    @ray.method(concurrency_group=CONTROL)
-    def course(self) -> Course:
-        """Of now."""
-        return self._router.course
 
     @ray.method(concurrency_group=SERVE)
     def logits(self, ids: MicroBatch) -> Any:

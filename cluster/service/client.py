@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from actors.errors import LinkTimeout
 from cluster.backend import (
+    Checkpoint,
     ClusterStatus,
     EmbedResult,
     GenerateChunk,
@@ -30,7 +31,7 @@ from cluster.backend import (
 )
 from cluster.config import JobConfig
 from cluster.service import errors
-from cluster.service.codec import checks, config, jobs, ledger, loads, moves, operations, status, text
+from cluster.service.codec import checkpoints, checks, config, jobs, ledger, loads, moves, operations, status, text
 from protos.moecluster.v1 import (
     cluster_pb2,
     cluster_pb2_grpc,
@@ -229,6 +230,16 @@ class Client:
         ledger.check_after_entry(after)
         request = cluster_pb2.GetLedgerRequest(after_entry=after)
         return ledger.report_from_message(self._unary(self._cluster.GetLedger, request, timeout_s))
+
+    def save_checkpoint(self, *, timeout_s: float = MODEL_TIMEOUT_S) -> Checkpoint:
+        """Returns when it is written."""
+        response = self._unary(self._cluster.SaveCheckpoint, cluster_pb2.SaveCheckpointRequest(), timeout_s)
+        return checkpoints.checkpoint_from_message(response.checkpoint)
+
+    def checkpoints(self, *, timeout_s: float | None = None) -> list[Checkpoint]:
+        """Those that are kept, newest first."""
+        response = self._unary(self._cluster.ListCheckpoints, cluster_pb2.ListCheckpointsRequest(), timeout_s)
+        return list(map(checkpoints.checkpoint_from_message, response.checkpoints))
 
     def export_model(self, path: str, *, timeout_s: float = MODEL_TIMEOUT_S) -> ModelDirectory:
         request = cluster_pb2.ExportModelRequest(path=path)

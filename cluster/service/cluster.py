@@ -9,7 +9,7 @@ from typing import Any
 from cluster.backend import Backend, LedgerReport, Operation
 from cluster.control.ledger import summed_up
 from cluster.service.call import remaining_s
-from cluster.service.codec import checks, ledger, loads, moves, operations, status
+from cluster.service.codec import checkpoints, checks, ledger, loads, moves, operations, status
 from protos.moecluster.v1 import cluster_pb2 as pb
 from protos.moecluster.v1 import cluster_pb2_grpc
 
@@ -81,6 +81,14 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         ledger.check_after_entry(request.after_entry)
         entries = await self._backend.ledger(request.after_entry, timeout_s=remaining_s())
         return ledger.report_to_message(LedgerReport(tuple(entries), summed_up(entries)))
+
+    async def SaveCheckpoint(self, request: pb.SaveCheckpointRequest, context: Any) -> pb.SaveCheckpointResponse:
+        saved = await self._backend.save_checkpoint(timeout_s=remaining_s())
+        return pb.SaveCheckpointResponse(checkpoint=checkpoints.checkpoint_to_message(saved))
+
+    async def ListCheckpoints(self, request: pb.ListCheckpointsRequest, context: Any) -> pb.ListCheckpointsResponse:
+        found = await self._backend.checkpoints(timeout_s=remaining_s())
+        return pb.ListCheckpointsResponse(checkpoints=map(checkpoints.checkpoint_to_message, found))
 
     async def ExportModel(self, request: pb.ExportModelRequest, context: Any) -> pb.ExportModelResponse:
         checks.path("path", request.path)

@@ -42,6 +42,7 @@ DEFAULT_DEADLINES_S: Mapping[str, float] = {
     **dict.fromkeys(WATCHES, 3600.0),
     "/moecluster.v1.InferenceService/Generate": 600.0,
     "/moecluster.v1.ClusterService/Rebalance": 1800.0,
+    "/moecluster.v1.ClusterService/SaveCheckpoint": 1800.0,
     "/moecluster.v1.ClusterService/ExportModel": 1800.0,
     "/moecluster.v1.ClusterService/ImportModel": 1800.0,
 }

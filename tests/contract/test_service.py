@@ -16,7 +16,14 @@ from actors.values import Placement
 from cluster.backend import GenerateChunk, GroupMove, Job, JobState, OperationState, Prompt, SamplingParams
 from cluster.config import FrontConfig, JobConfig, OptimizerConfig
 from cluster.control.ledger import Summary
-from cluster.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted, Unavailable
+from cluster.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    NotFound,
+    ResourceExhausted,
+    StorageFull,
+    Unavailable,
+)
 from cluster.service.client import MODEL_TIMEOUT_S, Client
 from tests.fakes.backend import GROUP_BYTES, PREPARE_S, STALL_S, MemoryBackend
 from tests.fakes.front import run, running_front
@@ -541,6 +548,27 @@ class TestLedger:
     def test_the_number_is_checked_before_it_is_sent(self, client):
         with pytest.raises(InvalidInput, match="after_entry"):
             client.ledger(after=-1)
+
+
+class TestCheckpoints:
+    def test_before_one_is_written_there_is_none(self, client):
+        assert client.checkpoints() == []
+
+    def test_they_cross_whole_newest_first(self, backend, client):
+        first = client.save_checkpoint()
+        finished(client)
+        second = client.save_checkpoint()
+        assert (first.version, second.version) == (0, 3)
+        assert client.checkpoints() == backend.saved == [second, first]
+
+    def test_no_room_is_told_as_such(self, backend, client):
+        backend.failures["save_checkpoint"] = [StorageFull("no room for a checkpoint")]
+        with pytest.raises(StorageFull, match="no room"):
+            client.save_checkpoint()
+
+    def test_writing_is_given_as_long_as_a_model_is(self, backend, client):
+        client.save_checkpoint()
+        assert backend.timeouts_s["save_checkpoint"] == pytest.approx(MODEL_TIMEOUT_S, rel=0.01)
 
 
 class TestDeadlines:

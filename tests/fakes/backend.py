@@ -16,6 +16,7 @@ from actors.errors import CheckpointError, InvalidInput
 from actors.values import Placement
 from cluster.backend import (
     ActorStatus,
+    Checkpoint,
     ClusterStatus,
     EmbedResult,
     GenerateChunk,
@@ -71,6 +72,8 @@ class MemoryBackend:
         """Rebalancing replaces it, and moves groups without copies only."""
         self.unmet: tuple[str, ...] = ()
         """What every rebalance says it could not have."""
+        self.saved: list[Checkpoint] = []
+        """Newest first."""
         self.is_stuck = False
         """Operations get nothing done."""
         self.costs = Ledger()
@@ -228,6 +231,16 @@ class MemoryBackend:
     async def ledger(self, after: int, *, timeout_s: float) -> Sequence[Entry]:
         await self._enter("ledger", timeout_s)
         return self.costs.entries(after)
+
+    async def save_checkpoint(self, *, timeout_s: float) -> Checkpoint:
+        await self._enter("save_checkpoint", timeout_s)
+        url = f"/storage/checkpoints/step-{self.version}"
+        self.saved.insert(0, Checkpoint(self.version, STEP_TIME_S, url, 4096, "job-1", self.version))
+        return self.saved[0]
+
+    async def checkpoints(self, *, timeout_s: float) -> Sequence[Checkpoint]:
+        await self._enter("checkpoints", timeout_s)
+        return list(self.saved)
 
     async def export_model(self, path: str, *, timeout_s: float) -> ModelDirectory:
         await self._enter("export_model", timeout_s)

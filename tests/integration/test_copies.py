@@ -129,6 +129,35 @@ def test_a_killed_actor_costs_neither_a_batch_nor_a_request(
     assert any(victim in note and "copies took over" in note for note in notes)
 
 
+def test_the_cluster_heals_itself_while_a_job_trains(client: Client, undisturbed: tuple[list[float], str]) -> None:
+    job = client.submit_job(JOB)
+    wait_for_step(client, job.id, 5)
+    first = kill_an_expert_actor(client)
+    wait_until(client, "degraded")
+    status = wait_until_whole(client)
+    assert first not in {actor.id for actor in status.actors if actor.state == "ready"}
+    assert len(status.copies) == len(status.owners), "every group has a copy again"
+    second = kill_an_expert_actor(client)
+    assert losses(client, job.id) == pytest.approx(undisturbed[0], rel=1e-9)
+    assert text(client) == undisturbed[1]
+    wait_until_whole(client)
+    entries = client.ledger().entries
+    assert [(entry.kind, entry.subject) for entry in entries] == [("actor_death", first), ("actor_death", second)]
+    assert all(entry.recovered_s and not entry.updates_lost for entry in entries)
+
+
+def wait_until_whole(client: Client) -> ClusterStatus:
+    """Three expert actors live, each with groups, and every group has both of its copies."""
+    deadline = time.monotonic() + 2 * WAIT_S
+    while True:
+        status = client.status()
+        holding = [a for a in status.actors if a.role == "expert" and a.state == "ready" and a.groups]
+        if not status.message and len(holding) == 3:
+            return status
+        assert time.monotonic() < deadline, status
+        time.sleep(0.2)
+
+
 def test_two_deaths_without_time_to_copy_fail_the_job_by_name(client: Client) -> None:
     job = client.submit_job(replace(JOB, steps=100_000))
     wait_for_step(client, job.id, 5)

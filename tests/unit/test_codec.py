@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from actors.errors import InvalidInput
 from cluster.backend import (
     ActorStatus,
+    Checkpoint,
     ClusterStatus,
     EmbedResult,
     GenerateChunk,
@@ -33,7 +34,7 @@ from cluster.backend import (
 )
 from cluster.config import BatchConfig, DataConfig, EvalConfig, JobConfig, OptimizerConfig, ScheduleConfig
 from cluster.control.ledger import KINDS, Entry, Summary
-from cluster.service.codec import config, jobs, ledger, loads, moves, operations, status, text
+from cluster.service.codec import checkpoints, config, jobs, ledger, loads, moves, operations, status, text
 from cluster.service.codec.checks import MAX_INT32, MAX_INT64, Range
 from protos.moecluster.v1 import cluster_pb2, inference_pb2, training_pb2
 
@@ -197,6 +198,9 @@ ENTRIES = st.builds(
     requests_failed=COUNTS,
     message=NAMES,
 )
+CHECKPOINTS = st.builds(
+    Checkpoint, version=COUNTS, created_s=TIMES, url=NAMES, size_bytes=COUNTS, job_id=NAMES, job_step=COUNTS
+)
 LEDGERS = st.builds(
     LedgerReport,
     entries=st.lists(ENTRIES, max_size=3).map(tuple),
@@ -236,6 +240,10 @@ class TestRoundTrips:
     @given(OPERATIONS)
     def test_operations(self, value):
         assert operations.operation_from_message(operations.operation_to_message(value)) == value
+
+    @given(CHECKPOINTS)
+    def test_checkpoints(self, value):
+        assert checkpoints.checkpoint_from_message(checkpoints.checkpoint_to_message(value)) == value
 
     @given(LEDGERS)
     def test_ledgers(self, value):

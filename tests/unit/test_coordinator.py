@@ -339,6 +339,36 @@ def test_a_lost_router_ends_the_running_job(coordinator: Coordinator) -> None:
     assert coordinator.job(job_id).error == error
 
 
+def test_a_lost_router_comes_back_from_a_checkpoint_and_its_job_goes_on(coordinator: Coordinator) -> None:
+    job_id = start(coordinator)
+    commit(coordinator, job_id, 1)
+    commit(coordinator, job_id, 2)
+    coordinator.can_restore = True
+    coordinator.actor_lost("r0", 3.0, "exit code -9")
+    assert coordinator.step(3.0) == [ActorLost("r0", "router", (), job_id, "exit code -9")]
+    assert coordinator.job(job_id).state is JobState.RUNNING
+    assert (coordinator.is_router_lost, coordinator.can_return) == (True, True)
+    status = coordinator.status()
+    assert (status.ready, status.message) == (False, "the router died; bringing it back")
+    coordinator.actor_seen(report("r0", pid=99), 4.0)
+    coordinator.restored(Placement(2, PLACEMENT.holders, 2), 1, {job_id: 1}, "restored version 1", 4.0)
+    assert (coordinator.is_router_lost, coordinator.status().ready) == (False, True)
+    coordinator.step(4.1)
+    (entry,) = coordinator.ledger.entries()
+    assert (entry.kind, entry.subject, entry.steps_replayed) == ("router_death", "r0", 1)
+    assert entry.recovered_s == 4.1
+
+
+def test_without_a_checkpoint_only_untouched_weights_can_be_loaded_again(coordinator: Coordinator) -> None:
+    coordinator.actor_lost("r0", 3.0, "exit code -9")
+    assert coordinator.can_return
+    coordinator.actor_seen(report("r0", pid=99), 4.0)
+    commit(coordinator, start(coordinator), 1)
+    coordinator.actor_lost("r0", 5.0, "exit code -9")
+    assert not coordinator.can_return
+    assert "in no checkpoint" in coordinator.status().message
+
+
 def test_copies_take_over_from_a_dead_actor_and_the_job_goes_on() -> None:
     coordinator = make_double()
     job_id = start(coordinator)
@@ -357,6 +387,19 @@ def test_copies_take_over_from_a_dead_actor_and_the_job_goes_on() -> None:
     coordinator.job_finished(job_id, 4.0)
     assert coordinator.job(job_id).state is JobState.SUCCEEDED
     assert start(coordinator, "next", now=5.0), "and another one starts"
+
+
+def test_the_dead_are_shown_until_others_are_in_their_places() -> None:
+    coordinator = make_double()
+    coordinator.actor_lost("e0", 3.0, "exit code -9")
+    coordinator.step(3.0)
+    assert "e0" in {actor.id for actor in coordinator.status().actors}
+    coordinator.actor_seen(report("e2"), 4.0)
+    coordinator.placed(Placement(3, (("e1", "e2"),) * 4, 2))
+    coordinator.step(4.0)
+    assert {actor.id for actor in coordinator.status().actors} == {"r0", "e1", "e2"}
+    coordinator.actor_seen(report("e0"), 5.0)
+    assert "e0" not in {actor.id for actor in coordinator.status().actors}, "a late report of a dead process"
 
 
 def test_a_group_that_dies_with_its_last_holder_fails_the_job_by_name(coordinator: Coordinator) -> None:
@@ -519,17 +562,15 @@ def test_a_load_of_another_model_is_refused_and_the_step_not_counted(coordinator
     assert (coordinator.status().version, coordinator.job(job_id).step) == (0, 0)
 
 
-def test_a_model_is_replaced_only_while_no_job_runs(coordinator: Coordinator) -> None:
+def test_an_import_waits_for_the_job_and_begins_a_new_window(coordinator: Coordinator) -> None:
     job_id = start(coordinator)
-    other = dataclasses.replace(MODEL, name="other", max_positions=64)
     with pytest.raises(FailedPrecondition, match="while job-1 is running"):
-        coordinator.model_replaced(other, version=7)
+        coordinator.require_idle("a model cannot be imported")
     commit_loads(coordinator, job_id, [[[1] * 8] * 2])
     coordinator.job_failed(job_id, "x", 2.0)
-    coordinator.model_replaced(other, version=7)
-    status = coordinator.status()
-    assert (status.model, status.version, status.max_positions) == ("other", 7, 64)
-    assert status.load_LE == ()
+    coordinator.require_idle("a model cannot be imported")
+    coordinator.imported()
+    assert coordinator.status().load_LE == ()
     assert coordinator.load_report().window_steps == 0
 
 

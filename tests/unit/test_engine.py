@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from actors.engine import choose
+from actors.engine import choose, generator_at
 from actors.values import Sampling, TokenEvent
 from cluster.jobs.tokenizer import ByteTokenizer
 from cluster.serving import TextStream
@@ -67,3 +67,13 @@ def test_the_end_token_is_no_text() -> None:
     out = TextStream(ByteTokenizer(), (), num_prompt_tokens=1)
     chunk = out.push(TokenEvent(257, 3, "end_of_text"))
     assert (chunk.text, chunk.finish_reason, chunk.version) == ("", "end_of_text", 3)
+
+
+def test_a_token_depends_on_seed_and_position_and_not_on_the_tokens_before() -> None:
+    def draw(seed: int, position: int) -> int:
+        return choose(torch.zeros(1000), Sampling(temperature=1.0, seed=seed), generator_at(seed, position))
+
+    whole = [draw(3, position) for position in range(20)]
+    assert whole[12:] == [draw(3, position) for position in range(12, 20)]
+    assert len(set(whole)) > 15, "each position has randomness of its own"
+    assert whole != [draw(4, position) for position in range(20)]

@@ -85,6 +85,16 @@ class ClusterServiceStub:
                 request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetLedgerRequest.SerializeToString,
                 response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetLedgerResponse.FromString,
                 _registered_method=True)
+        self.SaveCheckpoint = channel.unary_unary(
+                '/moecluster.v1.ClusterService/SaveCheckpoint',
+                request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.SaveCheckpointRequest.SerializeToString,
+                response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.SaveCheckpointResponse.FromString,
+                _registered_method=True)
+        self.ListCheckpoints = channel.unary_unary(
+                '/moecluster.v1.ClusterService/ListCheckpoints',
+                request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ListCheckpointsRequest.SerializeToString,
+                response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ListCheckpointsResponse.FromString,
+                _registered_method=True)
         self.ExportModel = channel.unary_unary(
                 '/moecluster.v1.ClusterService/ExportModel',
                 request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ExportModelRequest.SerializeToString,
@@ -174,6 +184,21 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SaveCheckpoint(self, request, context):
+        """Writes a checkpoint now: weights, optimizer state, gates, the job and its place in the data. Steps wait only while
+        state is copied in memory. RESOURCE_EXHAUSTED if there is no room for it; earlier ones are untouched.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListCheckpoints(self, request, context):
+        """Those that are kept, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ExportModel(self, request, context):
         """Writes the model as a Hugging Face model directory.
         """
@@ -241,6 +266,16 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.GetLedger,
                     request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetLedgerRequest.FromString,
                     response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetLedgerResponse.SerializeToString,
+            ),
+            'SaveCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.SaveCheckpoint,
+                    request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.SaveCheckpointRequest.FromString,
+                    response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.SaveCheckpointResponse.SerializeToString,
+            ),
+            'ListCheckpoints': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCheckpoints,
+                    request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ListCheckpointsRequest.FromString,
+                    response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ListCheckpointsResponse.SerializeToString,
             ),
             'ExportModel': grpc.unary_unary_rpc_method_handler(
                     servicer.ExportModel,
@@ -524,6 +559,60 @@ class ClusterService:
             '/moecluster.v1.ClusterService/GetLedger',
             protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetLedgerRequest.SerializeToString,
             protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetLedgerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SaveCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ClusterService/SaveCheckpoint',
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.SaveCheckpointRequest.SerializeToString,
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.SaveCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCheckpoints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ClusterService/ListCheckpoints',
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.ListCheckpointsRequest.SerializeToString,
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.ListCheckpointsResponse.FromString,
             options,
             channel_credentials,
             insecure,
