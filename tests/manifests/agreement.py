@@ -17,6 +17,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from ray._private import ray_constants
 from ray.autoscaler._private.kuberay.autoscaling_config import _generate_available_node_types_from_ray_cr_spec
+from ray.scripts.scripts import start as ray_start
 
 from cluster.cli import parser
 from cluster.config import ClusterConfig
@@ -226,6 +227,16 @@ def nodes_are_named(manifests: Sequence[Manifest]) -> Iterator[str]:
             yield f"{pod.name}: POD_NAME must stand before {variable}, or it is not put in"
 
 
+def ray_takes_its_options(manifests: Sequence[Manifest]) -> Iterator[str]:
+    known = {option.removeprefix("--") for parameter in ray_start.params for option in parameter.opts}
+    used = {pod.name: set(pod.group.get("rayStartParams", {})) for pod in pods(manifests) if pod.group}
+    command = _ray_node(manifests)["command"]
+    used["front/ray-node"] = {part.removeprefix("--").partition("=")[0] for part in command if part.startswith("--")}
+    for name, options in used.items():
+        for option in sorted(options - known):
+            yield f"{name}: `ray start` has no --{option}"
+
+
 def data_is_shared(manifests: Sequence[Manifest]) -> Iterator[str]:
     root = config_of(manifests).storage.root
     for pod in pods(manifests):
@@ -312,6 +323,7 @@ AGREEMENT_RULES: tuple[Rule, ...] = (
     gpus_are_counted_alike,
     placement_is_possible,
     nodes_are_named,
+    ray_takes_its_options,
     data_is_shared,
     versions_agree,
     one_name_space,

@@ -29,7 +29,6 @@ SECRET_WORDS = ("TOKEN", "PASSWORD", "SECRET", "ACCESS_KEY")
 RIGHTS = {("", "pods"): {"get", "list"}, ("ray.io", "rayclusters"): {"get", "patch"}}
 PART_OF = {"app.kubernetes.io/part-of": "moe-cluster"}
 MIN_HEAD_BYTES = 4 << 30
-
 UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 

@@ -422,6 +422,16 @@ AGREEMENT = {
     "fewer than copies": (agree.placement_is_possible, in_config("min_actors: 2", "min_actors: 1"), "redundancy"),
     "no name": (agree.nodes_are_named, set_variable("RAY_OVERRIDE_LABELS", None, *EXPERT_GROUP), "it must set"),
     "name too early": (agree.nodes_are_named, set_variable("POD_NAME", "x", *EXPERT_GROUP), "must stand before"),
+    "an option that Ray lacks": (
+        agree.ray_takes_its_options,
+        put("1", *EXPERT_GROUP, "rayStartParams", "num-gpu"),
+        "no --num-gpu",
+    ),
+    "an option of the front's node": (
+        agree.ray_takes_its_options,
+        put_front(["ray", "start", "--adress=x"], *NODE_BOX, "command"),
+        "no --adress",
+    ),
     "data apart": (agree.data_is_shared, in_config("root: /data", "root: /tmp"), "no volume that is shared"),
     "another Ray": (agree.versions_agree, put("2.59.0", "rayVersion"), "the image has 2.60.0"),
     "another release": (agree.versions_agree, put("moe-cluster:0.0.9", *HEAD_BOX, "image"), "the project is at"),
