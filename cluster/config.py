@@ -79,7 +79,27 @@ class RouterConfig:
 @dataclass(frozen=True)
 class LinksConfig:
     kind: Literal["auto", "local", "socket"] = "auto"
+    secure: Literal["auto", "on", "off"] = "auto"
+    """Encrypted, and only for actors of this cluster. auto: tcp://, which leads to other hosts; on: ipc:// as well,
+    which is guarded by its directory's access rights otherwise; off: neither."""
     max_message_bytes: int = 1 << 30
+
+
+@dataclass(frozen=True)
+class AuthConfig:
+    tokens_file: str = ""
+    """Who may call what: a line for each token, made by `moe-cluster token`, read again when it changes; relative to
+    the working directory. Empty: everybody may call everything."""
+
+
+@dataclass(frozen=True)
+class TlsConfig:
+    """PEM files, read again when they change; relative to the working directory. Empty: no TLS."""
+
+    certificate: str = ""
+    key: str = ""
+    client_ca: str = ""
+    """With it only clients that show a certificate which it has signed are let in."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +110,16 @@ class FrontConfig:
     max_receive_bytes: int = 16 << 20
     max_concurrent_rpcs: int = 256
     shutdown_grace_s: float = 5.0
+    auth: AuthConfig = AuthConfig()
+    tls: TlsConfig = TlsConfig()
+    reflection: Literal["auto", "on", "off"] = "auto"
+    """auto: where no token is asked for."""
+    health_port: int | None = None
+    """Another port, with grpc.health.v1 alone and in clear text: probes of Kubernetes speak no TLS. null: none."""
+
+
+OWN_FRONT = FrontConfig(port=0)
+"""Of clusters that a command starts for itself: on loopback, for whoever is there."""
 
 
 @dataclass(frozen=True)

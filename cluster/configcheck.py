@@ -157,9 +157,18 @@ def _check_experts(config: ExpertsConfig, ray: RayConfig, check: _Check) -> None
 def _check_front(config: FrontConfig, check: _Check) -> None:
     check.that(bool(config.host), "host", "is empty", None, "name an interface, e.g. 127.0.0.1")
     check.within("port", config.port, 0, 65535)
+    if config.health_port is not None:
+        check.within("health_port", config.health_port, 0, 65535)
+        is_other = config.health_port != config.port or config.port == 0
+        check.that(is_other, "health_port", "is the front's own port", config.health_port, "use another")
     check.at_least("max_receive_bytes", config.max_receive_bytes, 1 << 10)
     check.at_least("max_concurrent_rpcs", config.max_concurrent_rpcs, 1)
     check.at_least("shutdown_grace_s", config.shutdown_grace_s, 0)
+    tls = config.tls
+    for needed, given in (("certificate", "key"), ("key", "certificate"), ("certificate", "client_ca")):
+        is_whole = bool(getattr(tls, needed)) or not getattr(tls, given)
+        remedy = f"name the PEM file, or leave tls.{given} out"
+        check.that(is_whole, f"tls.{needed}", f"is missing beside tls.{given}", None, remedy)
 
 
 def _check_optimizer(config: OptimizerConfig, check: _Check) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 NAMES = {
     "dispatch": "a small message to an expert actor and back, against a Ray actor call",
+    "links": "a message over an encrypted link between hosts, against the same without encryption",
     "train": "training tokens a second, against plain transformers in one process",
     "memory": "loading a quarter of the experts, against loading the whole model",
     "planner": "placement of experts by load, against the public EPLB algorithm",
@@ -74,6 +75,10 @@ def _run(args: argparse.Namespace) -> Report:
         from cluster.bench.planner import bench_planner
 
         return bench_planner(rounds=args.rounds)
+    if args.name == "links":
+        from cluster.bench.links import bench_links
+
+        return bench_links(rounds=args.rounds)
     if args.name == "checkpoint":
         from cluster.bench.checkpoint import bench_checkpoint
 

@@ -6,7 +6,7 @@ import argparse
 from contextlib import closing
 
 from cluster.backend import Operation, OperationState
-from cluster.commands.options import EXIT_FAILED, EXIT_INTERRUPTED, Subparsers, add_remote, complain, target_option
+from cluster.commands.options import EXIT_FAILED, EXIT_INTERRUPTED, Subparsers, add_remote, complain, reach_options
 from cluster.commands.output import local_time, print_json, print_line, print_table
 from cluster.commands.progress import open_operation
 from cluster.errors import Unavailable
@@ -110,6 +110,6 @@ def _what(operation: Operation) -> str:
 
 
 def _how_to_go_on(operation: Operation, args: argparse.Namespace) -> str:
-    where = target_option(args.target)
+    where = reach_options(args)
     see = f"see it: moe-cluster operations{where}"
     return f"{see}, end it: moe-cluster operations --cancel {operation.id}{where}"

@@ -39,6 +39,7 @@ from cluster.jobs.tokenizer import check_vocabulary, load_tokenizer
 from cluster.placement.placement import spread
 
 if TYPE_CHECKING:
+    from actors.transport.curve import LinkKeys
     from cluster.checkpoint.store import Found
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,9 @@ class ControlWorker:
 
     def experts(self) -> list[tuple[ExpertContact, Any]]:
         return self._crew.experts()
+
+    def link_keys(self) -> LinkKeys | None:
+        return self._crew.link_keys
 
     # -- asked by the front -------------------------------------------------------------------------------------------
 

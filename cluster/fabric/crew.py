@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -24,12 +25,14 @@ from cluster.control.coordinator import ModelFacts
 from cluster.control.heartbeats import Heartbeats
 from cluster.errors import StartupError, Unavailable
 from cluster.fabric.calls import call
+from cluster.fabric.links import link_keys
 from cluster.fabric.nodes import node_names
 from cluster.fabric.options import ROUTER, expert_options, router_options
 from cluster.fabric.workers import ExpertContact, ExpertWorker, RouterWorker
 from cluster.placement.placement import ActorSlot
 
 if TYPE_CHECKING:
+    from actors.transport.curve import LinkKeys
     from cluster.checkpoint.store import Found
 
 logger = logging.getLogger(__name__)
@@ -69,6 +72,11 @@ class Crew:
         self._next_ping_s = 0.0
         self._next_number = 0
 
+    @cached_property
+    def link_keys(self) -> LinkKeys | None:
+        """Of all links of this cluster. Made when they are first needed, so that an error is that of the start."""
+        return link_keys(self._config.links)
+
     # -- starting -----------------------------------------------------------------------------------------------------
 
     @property
@@ -102,7 +110,7 @@ class Crew:
 
     def load_experts(self, placement: Placement, names: Sequence[str]) -> None:
         """Each takes the groups it holds from the model directory; without any it is there for those that arrive."""
-        loading = {name: self._handles[name].load.remote(placement.held_by(name)) for name in names}
+        loading = {name: self._handles[name].load.remote(placement.held_by(name), self.link_keys) for name in names}
         for name, ref in loading.items():
             contact = self._started(name, ref)
             with self._lock:
@@ -112,7 +120,7 @@ class Crew:
     def load_router(self, placement: Placement, control: Any, found: Found | None, run: int) -> None:
         """After the expert actors of this placement: the trunk from the model directory, or from a checkpoint as this
         run. Only then is it watched, and taken for ready."""
-        ref = self.router.load.remote(placement, self.contacts(placement), control, found, run)
+        ref = self.router.load.remote(placement, self.contacts(placement), control, found, run, self.link_keys)
         at = self._started(ROUTER, ref)
         with self._lock:
             self._router_at = at

@@ -21,6 +21,7 @@ from cluster.fabric.options import coordinator_options
 from cluster.fabric.workers import ExpertContact
 
 if TYPE_CHECKING:
+    from actors.transport.curve import LinkKeys
     from actors.transport.message import Message
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,11 @@ class RunningCluster:
         """Where expert actor `number` listens, and a function that asks it by a Ray call instead."""
         contact, handle = call("coordinator", self.control.experts.remote(), STOP_TIMEOUT_S)[number]
         return contact, lambda question: call(contact.name, handle.handle.remote(question), CALL_TIMEOUT_S)
+
+    def link_keys(self) -> LinkKeys | None:
+        """What a link to an expert actor needs, where links are secured."""
+        keys: LinkKeys | None = call("coordinator", self.control.link_keys.remote(), STOP_TIMEOUT_S)
+        return keys
 
 
 @contextmanager

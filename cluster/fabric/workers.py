@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from actors.dispatcher import Roster
     from actors.transport.contract import Link
+    from actors.transport.curve import LinkKeys
     from actors.transport.message import Message
     from actors.transport.socket import SocketServer
     from cluster.checkpoint.manifest import Shard
@@ -60,11 +61,15 @@ class ExpertWorker:
         node: str = ray.get_runtime_context().get_node_id()
         return node
 
-    def load(self, groups: Sequence[int]) -> ExpertContact:
-        """Takes the weights of its groups and begins to serve. Without groups it is there for those that arrive."""
+    def load(self, groups: Sequence[int], keys: LinkKeys | None) -> ExpertContact:
+        """Takes the weights of its groups and begins to serve. Without groups it is there for those that arrive.
+
+        `keys`: of the cluster's links, where they are secured.
+        """
         from actors.expert import ExpertHost
         from cluster.fabric.model import model_source
 
+        self._keys = keys
         self._host = ExpertHost(
             self._name,
             model_source(self._config),
@@ -82,13 +87,18 @@ class ExpertWorker:
         from actors.transport.socket import SocketServer
 
         server = SocketServer(
-            self._name, handler, host=self._bind_host, max_bytes=self._config.links.max_message_bytes, idle=idle
+            self._name,
+            handler,
+            host=self._bind_host,
+            max_bytes=self._config.links.max_message_bytes,
+            idle=idle,
+            keys=self._keys,
         )
         server.start()
         return server
 
     def _open_peer(self, name: str, address: Address) -> Link:
-        return _open_link(name, address, self._name, self._config)
+        return _open_link(name, address, self._name, self._config, self._keys)
 
     def arrive(self, group: int, owner: ExpertContact, timeout_s: float) -> int:
         """Brings a group here from its owner, which goes on meanwhile. -> bytes that came."""
@@ -147,17 +157,24 @@ class RouterWorker:
 
     @ray.method(concurrency_group=CONTROL)
     def load(
-        self, placement: Placement, experts: Sequence[ExpertContact], control: Any, found: Found | None, run: int
+        self,
+        placement: Placement,
+        experts: Sequence[ExpertContact],
+        control: Any,
+        found: Found | None,
+        run: int,
+        keys: LinkKeys | None,
     ) -> tuple[str, int]:
         """Takes the trunk's weights, or the state of a checkpoint as this run, and opens links to the experts, who have
         theirs. Returns its node and process id.
 
         `control`: the coordinator, which is asked for another placement when expert actors are gone.
+        `keys`: as of an expert actor.
         """
         from actors.router import Router
         from cluster.fabric.model import model_source
 
-        self._control = control
+        self._control, self._keys = control, keys
         self._node_id = ray.get_runtime_context().get_node_id()
         router = Router(
             model_source(self._config),
@@ -181,7 +198,7 @@ class RouterWorker:
 
         def peer(expert: ExpertContact) -> Peer:
             return Peer(
-                lambda: _open_link(expert.name, expert.address, ROUTER, self._config),
+                lambda: _open_link(expert.name, expert.address, ROUTER, self._config, self._keys),
                 expert.exchange,
                 near=expert.node_id == self._node_id,
             )
@@ -307,7 +324,7 @@ def _import_torch(threads: int) -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
-def _open_link(peer: str, address: Address, name: str, config: ClusterConfig) -> Link:
+def _open_link(peer: str, address: Address, name: str, config: ClusterConfig, keys: LinkKeys | None) -> Link:
     from actors.transport.socket import SocketLink
 
     return SocketLink(
@@ -316,6 +333,7 @@ def _open_link(peer: str, address: Address, name: str, config: ClusterConfig) ->
         name=name,
         max_bytes=config.links.max_message_bytes,
         timeout_s=config.router.request_timeout_s,
+        keys=keys,
     )
 
 

@@ -31,6 +31,7 @@ from cluster.backend import (
 )
 from cluster.config import JobConfig
 from cluster.service import errors
+from cluster.service.access import Access, open_channel
 from cluster.service.codec import checkpoints, checks, config, jobs, ledger, loads, moves, operations, status, text
 from protos.moecluster.v1 import (
     cluster_pb2,
@@ -64,17 +65,20 @@ _OPTIONS = [
 
 class Client:
     """Talks to the front at `target` (host:port). `timeout_s` holds for every call that is given none of its own.
+    `access`: for a front with TLS or tokens; `InvalidInput` if a file of it cannot be used.
 
     Only calls that may be repeated are: `submit_job` and `scale`, thanks to their request ids, `watch_job`, which
     resumes after the last event it saw, `watch_load` and `watch_operation`. All give up after `max_retries` failures in
     a row.
     """
 
-    def __init__(self, target: str, *, timeout_s: float = 30.0, max_retries: int = 5) -> None:
+    def __init__(
+        self, target: str, *, timeout_s: float = 30.0, max_retries: int = 5, access: Access | None = None
+    ) -> None:
         self.target = target
         self._timeout_s = timeout_s
         self._max_retries = max_retries
-        self._channel = grpc.insecure_channel(target, options=_OPTIONS)
+        self._channel = open_channel(target, access or Access(), _OPTIONS)
         self._training = training_pb2_grpc.TrainingServiceStub(self._channel)
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._cluster = cluster_pb2_grpc.ClusterServiceStub(self._channel)

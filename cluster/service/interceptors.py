@@ -112,7 +112,8 @@ class FrontInterceptor(grpc.aio.ServerInterceptor):
             raise
         finally:
             elapsed_ms = (time.monotonic() - call.started_s) * 1000
-            logger.info("%s %s in %.1f ms, request %s", call.method, outcome, elapsed_ms, call.request_id)
+            by = f" by {calls.caller()}" if calls.caller() else ""
+            logger.info("%s %s in %.1f ms, request %s%s", call.method, outcome, elapsed_ms, call.request_id, by)
 
     async def _translated(self, call: Call, context: Context, respond: Respond) -> Any:
         try:

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 from contextlib import closing
 
@@ -19,11 +20,13 @@ from actors.values import Placement
 from cluster.backend import GroupMove, Job, JobEvent, JobState, Operation, OperationState, Rebalance
 from cluster.commands import heatmap, output, progress, remote
 from cluster.commands.options import TARGET_VARIABLE
-from cluster.config import JobConfig
+from cluster.config import AuthConfig, FrontConfig, JobConfig, TlsConfig
 from cluster.control.load import LoadWindow
 from cluster.errors import Unavailable
 from cluster.service.client import Client
+from cluster.service.tokens import Caller, Role, line_of, new_token, read_tokens
 from tests.fakes.backend import MemoryBackend
+from tests.fakes.certificates import Authority
 from tests.fakes.front import running_front
 
 NOBODY = "127.0.0.1:1"
@@ -97,6 +100,80 @@ class TestStatus:
         code, _, err = command("status", "--timeout", "0.2")
         assert code == 1
         assert "moe-cluster:" in only_line(err)
+
+
+class TestGuardedFront:
+    @pytest.fixture
+    def token(self, backend, monkeypatch, tmp_path):
+        """Of role infer, for the front at `MOE_CLUSTER_TARGET`."""
+        token, file = new_token(), tmp_path / "tokens"
+        file.write_text(line_of(token, Role.INFER, "alice"))
+        with running_front(backend, FrontConfig(port=0, auth=AuthConfig(str(file)))) as front:
+            monkeypatch.setenv("GUARDED", front.target)
+            yield token
+
+    def test_without_a_token(self, command, token):
+        code, out, err = command("status", "--target", os.environ["GUARDED"])
+        assert (code, out) == (1, "")
+        assert "--token-file" in only_line(err)
+
+    def test_with_one_from_a_file_or_the_environment(self, command, token, monkeypatch, tmp_path):
+        guarded = "--target", os.environ["GUARDED"]
+        (tmp_path / "own").write_text(f"{token}\n")
+        own = str(tmp_path / "own")
+        assert command("status", *guarded, "--token-file", own)[0] == 0
+        monkeypatch.setenv("MOE_CLUSTER_TOKEN", "moe_nobody")
+        assert command("status", *guarded)[0] == 1
+        assert command("status", *guarded, "--token-file", own)[0] == 0
+        monkeypatch.setenv("MOE_CLUSTER_TOKEN", f"{token}\n")
+        assert command("status", *guarded)[0] == 0
+        monkeypatch.setenv("MOE_CLUSTER_TOKEN_FILE", str(tmp_path / "nowhere"))
+        code, _, err = command("status", *guarded)
+        assert code == 2
+        assert "nowhere" in only_line(err)
+
+    def test_a_role_that_is_not_enough(self, command, token, monkeypatch):
+        monkeypatch.setenv("MOE_CLUSTER_TOKEN", token)
+        code, _, err = command("scale", "--experts", "2", "--target", os.environ["GUARDED"])
+        assert code == 1
+        assert "alice may not call" in only_line(err)
+
+    def test_tls(self, backend, command, monkeypatch, tmp_path):
+        authority, clients = Authority("front's"), Authority("clients'")
+        files = {name: str(tmp_path / name) for name in ("ca", "crt", "key", "clients", "own.crt", "own.key")}
+        authority.issue("localhost").write(tmp_path / "crt", tmp_path / "key")
+        clients.issue("alice").write(tmp_path / "own.crt", tmp_path / "own.key")
+        (tmp_path / "ca").write_bytes(authority.certificate)
+        (tmp_path / "clients").write_bytes(clients.certificate)
+        tls = TlsConfig(files["crt"], files["key"], files["clients"])
+        with running_front(backend, FrontConfig(port=0, tls=tls)) as front:
+            reach = ["--target", front.target, "--ca", files["ca"]]
+            own = ["--cert", files["own.crt"], "--key", files["own.key"]]
+            assert command("status", *reach)[0] == 1
+            assert command("status", *reach, *own)[0] == 0
+            assert command("status", *reach, *own[:2])[0] == 2
+            line = command("scale", "--experts", "2", "--detach", *reach, *own)[1]
+            assert f"operations --target {front.target} --ca {files['ca']} --cert" in line
+            for option in ("ca", "cert", "key"):
+                monkeypatch.setenv(
+                    f"MOE_CLUSTER_{option.upper()}", [*reach, *own][[*reach, *own].index(f"--{option}") + 1]
+                )
+            assert command("status", "--target", front.target)[0] == 0
+
+    def test_a_token_is_made(self, capsys, tmp_path):
+        from cluster.cli import main
+
+        assert main(["token", "--role", "train", "--name", "alice"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert main(["token", "--role", "admin", "--name", "bob", "--json"]) == 0
+        made = json.loads(capsys.readouterr().out)
+        file = tmp_path / "tokens"
+        file.write_text(f"{lines[-1]}\n{made['line']}\n")
+        table = read_tokens(file)
+        assert table.caller(lines[1]) == Caller("alice", Role.TRAIN)
+        assert table.caller(made["token"]) == Caller("bob", Role.ADMIN)
+        assert main(["token", "--role", "infer", "--name", "two words"]) == 2
+        assert "name: is not an id" in only_line(capsys.readouterr().err)
 
 
 class TestHeatmap:

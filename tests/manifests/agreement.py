@@ -84,8 +84,8 @@ def port_is_one(manifests: Sequence[Manifest]) -> Iterator[str]:
         yield f"config: front.host {config.front.host} is not reached from other pods"
     for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
         probe = container.get(kind, {}).get("grpc", {})
-        if probe.get("port") != config.front.port:
-            yield f"front: {kind} asks port {probe.get('port')}, and front.port is {config.front.port}"
+        if probe.get("port") != config.front.health_port:  # the other one is out of their reach once it speaks TLS
+            yield f"front: {kind} asks port {probe.get('port')}, and front.health_port is {config.front.health_port}"
     for service in of_kind(manifests, "Service"):
         for port in service["spec"]["ports"]:
             if port["port"] != config.front.port or port["targetPort"] not in ("grpc", config.front.port):
@@ -107,6 +107,30 @@ def hooks_find_the_front(manifests: Sequence[Manifest]) -> Iterator[str]:
             target = env(container).get("MOE_CLUSTER_TARGET")
             if target is not None and target not in targets:
                 yield f"{pod.name}: MOE_CLUSTER_TARGET {target!r} is none of {', '.join(sorted(targets))}"
+
+
+def access_files_are_mounted(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """Those that the config names, and what the drain hook needs to be let in by a front that asks for it."""
+    config = config_of(manifests).front
+    files = {config.auth.tokens_file, config.tls.certificate, config.tls.key, config.tls.client_ca} - {""}
+    yield from _unmounted("front", _front_container(manifests), pods(manifests)[0], files)
+    for pod in pods(manifests):
+        container = pod.spec["containers"][0]
+        variables = env(container)
+        if "DRAIN_TIMEOUT_S" not in variables:
+            continue
+        needed = {"MOE_CLUSTER_TOKEN_FILE": config.auth.tokens_file, "MOE_CLUSTER_CA": config.tls.certificate}
+        for variable in (name for name, file in needed.items() if file and not variables.get(name)):
+            yield f"{pod.name}: the front does not let the drain hook in without {variable}"
+        yield from _unmounted(pod.name, container, pod, {variables[name] for name in needed if variables.get(name)})
+
+
+def _unmounted(name: str, container: Manifest, pod: Pod, files: set[str]) -> Iterator[str]:
+    secrets = {volume["name"] for volume in pod.spec["volumes"] if "secret" in volume}
+    folders = {mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] in secrets}
+    for file in sorted(files):
+        if str(Path(file).parent) not in folders:
+            yield f"{name}: {file} is in no secret that is mounted"
 
 
 def probes_ask_what_the_front_tells(manifests: Sequence[Manifest]) -> Iterator[str]:
@@ -316,6 +340,7 @@ AGREEMENT_RULES: tuple[Rule, ...] = (
     head_is_where_all_look,
     port_is_one,
     hooks_find_the_front,
+    access_files_are_mounted,
     probes_ask_what_the_front_tells,
     front_has_time,
     there_is_one_front,

@@ -22,6 +22,8 @@ Rule = Callable[[Sequence[Manifest]], Iterator[str]]
 SECRETS = {
     "moe-cluster": "KubeRay makes it",
     "moe-cluster-storage": "keys of a bucket",
+    "moe-cluster-front": "the front's digests of tokens, its certificate and key",
+    "moe-cluster-client": "the token with which a node that leaves asks the front, and the front's CA",
     "moe-cluster-redis": "password of the Redis behind the head",
 }
 """Those that manifests may refer to; none is in them."""
@@ -91,11 +93,15 @@ def secrets_by_reference(manifests: Sequence[Manifest]) -> Iterator[str]:
         for container in pod.containers:
             where = f"{pod.name}/{container['name']}"
             for name in env(container):
-                if any(word in name.upper() for word in SECRET_WORDS):
+                if any(word in name.upper() for word in SECRET_WORDS) and not name.endswith("_FILE"):
                     yield f"{where}: {name} is written out"
             for name in _secrets(container):
                 if name not in SECRETS:
                     yield f"{where}: refers to the secret {name!r}; known are {', '.join(sorted(SECRETS))}"
+        for volume in pod.spec.get("volumes", []):
+            name = volume.get("secret", {}).get("secretName")
+            if name is not None and name not in SECRETS:
+                yield f"{pod.name}: mounts the secret {name!r}; known are {', '.join(sorted(SECRETS))}"
 
 
 def _secrets(container: Manifest) -> list[str]:

@@ -35,10 +35,12 @@ needs_crds = pytest.mark.skipif(
     find_crds() is None,
     reason=f"KubeRay's CRD files are neither in ${CRDS_VARIABLE} nor in ../shared/kuberay",
 )
+ADDITIONS = ("redis", "s3")
 VARIANTS = (
     *((name, ()) for name in OVERLAYS),
-    *((name, (component,)) for name in OVERLAYS for component in COMPONENTS),
-    ("gpu", COMPONENTS),
+    *((name, (component,)) for name in OVERLAYS for component in ADDITIONS),
+    ("kind", ("access",)),  # the others have it
+    ("gpu", ADDITIONS),
 )
 
 
@@ -50,7 +52,7 @@ def manifests(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 def test_what_there_is() -> None:
     assert OVERLAYS == ("gpu", "kind", "spot")
-    assert COMPONENTS == ("redis", "s3")
+    assert set(COMPONENTS) == {"access", *ADDITIONS}
 
 
 def test_built_in_kinds_have_no_unknown_or_wrong_fields(manifests: list[Manifest]) -> None:
@@ -95,6 +97,6 @@ def test_names_are_given_once(manifests: list[Manifest]) -> None:
 
 def test_a_second_cluster_is_another_namespace(tmp_path: Path) -> None:
     """As an upgrade without failed requests has it: nothing but the namespace differs, and all references hold."""
-    manifests = with_components(tmp_path, "spot", COMPONENTS, namespace="moe-cluster-green")
+    manifests = with_components(tmp_path, "spot", ADDITIONS, namespace="moe-cluster-green")
     assert {m["metadata"].get("namespace", m["metadata"]["name"]) for m in manifests} == {"moe-cluster-green"}
     assert [fault for rule in (*POD_RULES, *AGREEMENT_RULES) for fault in rule(manifests)] == []

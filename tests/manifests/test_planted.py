@@ -213,7 +213,7 @@ PODS = {
     "no claim": (pod.what_is_mounted_is_there, remove("PersistentVolumeClaim", "moe-cluster-data"), "of the claim"),
     "no config map": (
         pod.what_is_mounted_is_there,
-        put_front("moe-cluster-configs", "volumes", -1, "configMap", "name"),
+        put_front("moe-cluster-configs", "volumes", -2, "configMap", "name"),
         "config map",
     ),
     "no scratch": (pod.scratch_is_writable, put([], *EXPERT_BOX, "volumeMounts"), "cannot write to /tmp"),
@@ -231,6 +231,11 @@ PODS = {
         pod.secrets_by_reference,
         put("x", *EXPERT_BOX, "envFrom", 0, "secretRef", "name"),
         "the secret 'x'",
+    ),
+    "an unknown secret as a volume": (
+        pod.secrets_by_reference,
+        put({"name": "x", "secret": {"secretName": "y"}}, *EXPERT_POD, "volumes", "+"),
+        "mounts the secret 'y'",
     ),
     "a token for all": (pod.least_rights, drop(*EXPERT_POD, "automountServiceAccountToken"), "has the API server's"),
     "a token for the account": (
@@ -349,7 +354,7 @@ AGREEMENT = {
         put_into("RayCluster", "moe-cluster", "other", "metadata", "name"),
         "other-head-svc",
     ),
-    "another port": (agree.port_is_one, in_config("port: 50151", "port: 50152"), "front.port 50152"),
+    "another port": (agree.port_is_one, in_config(" port: 50151", " port: 50153"), "front.port 50153"),
     "loopback": (agree.port_is_one, in_config("host: 0.0.0.0", "host: 127.0.0.1"), "not reached"),
     "probe elsewhere": (agree.port_is_one, put_front({"port": 1}, *FRONT_BOX, "readinessProbe", "grpc"), "port 1,"),
     "service elsewhere": (
@@ -366,6 +371,17 @@ AGREEMENT = {
         agree.hooks_find_the_front,
         set_variable("MOE_CLUSTER_TARGET", "front:50151", *EXPERT_GROUP),
         "'front:50151'",
+    ),
+    "no tokens": (agree.access_files_are_mounted, drop_front(*FRONT_BOX, "volumeMounts", -1), "is in no secret"),
+    "a hook without a token": (
+        agree.access_files_are_mounted,
+        set_variable("MOE_CLUSTER_TOKEN_FILE", None, *EXPERT_GROUP),
+        "without MOE_CLUSTER_TOKEN_FILE",
+    ),
+    "a hook with a token elsewhere": (
+        agree.access_files_are_mounted,
+        set_variable("MOE_CLUSTER_CA", "/ca.crt", *EXPERT_GROUP),
+        "/ca.crt is in no secret",
     ),
     "killed while it recovers": (
         agree.probes_ask_what_the_front_tells,

@@ -16,7 +16,7 @@ from tests.manifests.kustomize import COMPONENTS, K8S, OVERLAYS, find_kubectl, f
 from tests.manifests.pod_rules import POD_RULES, SECRETS
 
 TEXT = (K8S / "README.md").read_text()
-COMMANDS = re.findall(r"^moe-cluster .*$", TEXT, flags=re.MULTILINE)
+COMMANDS = re.findall(r"^ *(moe-cluster .*)$", TEXT, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS)))
