@@ -256,10 +256,10 @@ class Operation:
     id: str
     request_id: str
     kind: str
-    """`scale_experts`."""
+    """`scale_experts` or `drain_node`."""
     state: OperationState
     target: int
-    """Expert actors there should be at the end."""
+    """Expert actors there should be at the end; 0 for `drain_node`."""
     progress: float
     """In [0, 1]; never falls."""
     message: str
@@ -272,6 +272,8 @@ class Operation:
     """From the request until all was prepared in the background, while steps and requests went on; 0 before the end."""
     stall_s: float = 0.0
     """Longest time that a step waited for a switch; 0 before the end."""
+    node: str = ""
+    """Node that is emptied by `drain_node`; empty otherwise."""
 
 
 @dataclass(frozen=True)
@@ -345,6 +347,14 @@ class Backend(Protocol):
 
         Idempotent: the same request id and number give the operation that exists. `AlreadyExists` if numbers differ,
         `FailedPrecondition` while another operation runs.
+        """
+
+    async def drain(self, node: str, deadline_s: float, *, request_id: str, timeout_s: float) -> Operation:
+        """Starts to empty the node within `deadline_s`, and returns: the operation goes on by itself, and succeeds only
+        if the node holds nothing of the cluster any more.
+
+        Idempotent by request id as `scale`. `InvalidInput` if there is no such node, `FailedPrecondition` while another
+        operation runs, and for the node of the router or the coordinator.
         """
 
     async def operation(self, operation_id: str, *, timeout_s: float) -> Operation: ...

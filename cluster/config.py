@@ -116,6 +116,8 @@ class FrontConfig:
     """auto: where no token is asked for."""
     health_port: int | None = None
     """Another port, with grpc.health.v1 alone and in clear text: probes of Kubernetes speak no TLS. null: none."""
+    metrics_port: int | None = None
+    """Where Prometheus reads http://HOST:PORT/metrics, in clear text and without a token. null: none."""
 
 
 OWN_FRONT = FrontConfig(port=0)

@@ -157,10 +157,12 @@ def _check_experts(config: ExpertsConfig, ray: RayConfig, check: _Check) -> None
 def _check_front(config: FrontConfig, check: _Check) -> None:
     check.that(bool(config.host), "host", "is empty", None, "name an interface, e.g. 127.0.0.1")
     check.within("port", config.port, 0, 65535)
-    if config.health_port is not None:
-        check.within("health_port", config.health_port, 0, 65535)
-        is_other = config.health_port != config.port or config.port == 0
-        check.that(is_other, "health_port", "is the front's own port", config.health_port, "use another")
+    for name, port in (("health_port", config.health_port), ("metrics_port", config.metrics_port)):
+        if port is not None:
+            check.within(name, port, 0, 65535)
+            check.that(port != config.port or port == 0, name, "is the front's own port", port, "use another")
+    is_other = config.metrics_port != config.health_port or not config.metrics_port
+    check.that(is_other, "metrics_port", "is that of front.health_port", config.metrics_port, "use another")
     check.at_least("max_receive_bytes", config.max_receive_bytes, 1 << 10)
     check.at_least("max_concurrent_rpcs", config.max_concurrent_rpcs, 1)
     check.at_least("shutdown_grace_s", config.shutdown_grace_s, 0)

@@ -30,6 +30,11 @@ def run_scale(args: argparse.Namespace, client: Client) -> int:
     operation = client.scale(args.experts, request_id=args.request_id)
     if args.detach:
         return _report(operation, args, f"{operation.id} is {operation.state.value}; {_how_to_go_on(operation, args)}")
+    return carried_out(operation, args, client)
+
+
+def carried_out(operation: Operation, args: argparse.Namespace, client: Client) -> int:
+    """Follows the operation to its end and reports it. -> exit code: 0 only if it succeeded."""
     try:
         operation = _followed(operation, args, client)
     except KeyboardInterrupt:
@@ -103,7 +108,9 @@ def _row(operation: Operation) -> tuple[str, ...]:
 
 
 def _what(operation: Operation) -> str:
-    """`4 expert actors`; the kind, for one that a newer cluster has."""
+    """`4 expert actors`, `node-2 is empty`; the kind, for one that a newer cluster has."""
+    if operation.kind == "drain_node":
+        return f"{operation.node} is empty"
     if operation.kind != "scale_experts":
         return operation.kind
     return f"{operation.target} expert actor{'' if operation.target == 1 else 's'}"

@@ -143,6 +143,11 @@ class RayBackend:
         operation: Operation = await acall(COORDINATOR, self._control.scale.remote(actors, request_id), timeout_s)
         return operation
 
+    async def drain(self, node: str, deadline_s: float, *, request_id: str, timeout_s: float) -> Operation:
+        ref = self._control.drain.remote(node, deadline_s, request_id)
+        operation: Operation = await acall(COORDINATOR, ref, timeout_s)
+        return operation
+
     async def operation(self, operation_id: str, *, timeout_s: float) -> Operation:
         operation: Operation = await acall(COORDINATOR, self._control.operation.remote(operation_id), timeout_s)
         return operation

@@ -29,6 +29,8 @@ from cluster.placement.placement import ActorSlot
 
 logger = logging.getLogger(__name__)
 
+TURN_LOOK_S = 0.05
+
 Report = Callable[[float, str], None]
 """(share that is done, what is being done); may raise to stop between two moves."""
 
@@ -54,6 +56,15 @@ class Changes:
             return False
         self._what = what
         return True
+
+    def begin_in_turn(self, what: str, deadline: float, look: Callable[[], None]) -> None:
+        """Waits for another change to end, and calls `look` meanwhile, which may raise. `FailedPrecondition` if that
+        is not before the deadline (monotonic)."""
+        while not self.try_begin(what):
+            look()
+            if time.monotonic() >= deadline:
+                raise FailedPrecondition(f"{self._what} has not ended in time")
+            time.sleep(TURN_LOOK_S)
 
     def end(self) -> None:
         self._turn.release()

@@ -28,6 +28,7 @@ from cluster.fabric.calls import call
 from cluster.fabric.changes import Changes
 from cluster.fabric.checkpoints import Checkpoints, Vault, sentence, told
 from cluster.fabric.crew import Crew
+from cluster.fabric.draining import Draining
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.jobs import JobThreads
 from cluster.fabric.options import ROUTER
@@ -75,6 +76,7 @@ class ControlWorker:
         self._scaling = Scaling(self._state, self._crew, self._changes, experts)
         self._rebalancer = Rebalancer(self._changes, experts.rebalance_every_s)
         self._autoscaler = Autoscaler(self._state, self._crew, self._changes, self._scaling, experts)
+        self._draining = Draining(self._state, self._crew, self._changes, self._scaling)
         self._checkpoints = Checkpoints(vault, self._config.checkpoint.every_steps, self._state, self._crew)
         self._recovery = Recovery(
             self._state, self._crew, self._changes, self._scaling, self._checkpoints, self._me, experts.redundancy
@@ -105,6 +107,8 @@ class ControlWorker:
 
     def stop(self) -> None:
         self._stopping.set()
+        if hasattr(self, "_draining"):
+            self._draining.stop()
         if hasattr(self, "_jobs"):
             self._jobs.stop_all()
         self._crew.end_all()
@@ -155,6 +159,9 @@ class ControlWorker:
 
     def scale(self, actors: int, request_id: str) -> Operation:
         return self._scaling.scale(actors, request_id)
+
+    def drain(self, node: str, deadline_s: float, request_id: str) -> Operation:
+        return self._draining.drain(node, deadline_s, request_id)
 
     def operation(self, operation_id: str) -> Operation:
         with self._state.reading() as coordinator:
@@ -216,6 +223,7 @@ class ControlWorker:
                     decisions = coordinator.step(time.time())
                 for decision in decisions:
                     self._carry_out(decision)
+                self._draining.look()
                 self._scaling.heal()
                 self._recovery.heal()
                 self._autoscaler.look()

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from cluster.control.heartbeats import Heartbeats
 from cluster.errors import StartupError, Unavailable
 from cluster.fabric.calls import call
 from cluster.fabric.links import link_keys
-from cluster.fabric.nodes import node_names
+from cluster.fabric.nodes import expert_room, node_names, short_name
 from cluster.fabric.options import ROUTER, expert_options, router_options
 from cluster.fabric.workers import ExpertContact, ExpertWorker, RouterWorker
 from cluster.placement.placement import ActorSlot
@@ -69,6 +69,10 @@ class Crew:
         self._busy: dict[str, deque[tuple[float, float]]] = {}
         """Time and busy seconds so far of each expert actor."""
         self._queue = (0, 0.0)
+        self.leaving: Mapping[str, str] = {}
+        """Id -> name of the nodes on which no new actor is to be started. Replaced, never changed."""
+        self._ending: list[tuple[str, str, Any]] = []
+        """Expert actors that were ended, their nodes, and what tells that the process is gone."""
         self._next_ping_s = 0.0
         self._next_number = 0
 
@@ -95,18 +99,44 @@ class Crew:
 
     def start_experts(self, count: int) -> list[ActorSlot]:
         """Processes without weights. `StartupError` if the nodes have no room for one of them."""
-        worker = ray.remote(**expert_options(self._config))(ExpertWorker)
+        where = self._create_experts(count)
+        try:
+            return [ActorSlot(name, self._started(name, ref)) for name, ref in where.items()]
+        except MoeClusterError:
+            self.end(where)
+            raise
+
+    def start_experts_where_room(self, count: int, patience_s: float) -> list[ActorSlot]:
+        """As `start_experts`, but those that have not found room and started within `patience_s` are left out."""
+        where = self._create_experts(min(count, self._most_room()))
+        ready, _ = ray.wait(list(where.values()), num_returns=len(where), timeout=patience_s) if where else ([], [])
+        started: list[ActorSlot] = []
+        for name, ref in where.items():
+            try:
+                if ref not in ready:
+                    raise StartupError(f"{name} found no room within {patience_s:.1f} s")
+                started.append(ActorSlot(name, call(name, ref, 1.0)))
+            except MoeClusterError as error:
+                logger.info("not started: %s", error)
+                self.end([name])
+        return started
+
+    def may_have_room(self) -> bool:
+        """Whether more expert actors may find a node. Of a Ray cluster that exists nobody knows: nodes may be added."""
+        return self._most_room() > 0
+
+    def _most_room(self) -> int:
+        return expert_room(self.leaving) if self._config.ray.mode == "embedded" else self._config.experts.max_actors
+
+    def _create_experts(self, count: int) -> dict[str, Any]:
+        """-> actor -> what its node's id will be told by, once it has found one."""
+        worker = ray.remote(**expert_options(self._config, self.leaving))(ExpertWorker)
         with self._lock:
             names = [f"expert-{self._next_number + i}" for i in range(count)]
             self._next_number += count
             for name in names:
                 self._handles[name] = worker.remote(name, self._config)
-        where = {name: self._handles[name].node_id.remote() for name in names}
-        try:
-            return [ActorSlot(name, self._started(name, ref)) for name, ref in where.items()]
-        except MoeClusterError:
-            self.end(names)
-            raise
+        return {name: self._handles[name].node_id.remote() for name in names}
 
     def load_experts(self, placement: Placement, names: Sequence[str]) -> None:
         """Each takes the groups it holds from the model directory; without any it is there for those that arrive."""
@@ -171,6 +201,25 @@ class Crew:
         with self._lock:
             return [(contact, self._handles[name]) for name, contact in self._experts.items()]
 
+    # -- nodes that leave ---------------------------------------------------------------------------------------------
+
+    @property
+    def router_node(self) -> str:
+        return self._router_at[0]
+
+    def num_staying(self) -> int:
+        """Expert actors on nodes that do not leave."""
+        return sum(contact.node_id not in self.leaving for contact, _ in self.experts())
+
+    def on_node(self, node_id: str) -> list[str]:
+        """Expert actors there whose processes have not ended."""
+        with self._lock:
+            refs = [ref for _, _, ref in self._ending]
+            gone, _ = ray.wait(refs, num_returns=len(refs), timeout=0) if refs else ([], [])
+            self._ending = [ending for ending in self._ending if ending[2] not in gone]
+            living = [contact.name for contact in self._experts.values() if contact.node_id == node_id]
+            return living + [name for name, node, _ in self._ending if node == node_id]
+
     # -- ending -------------------------------------------------------------------------------------------------------
 
     def end(self, names: Iterable[str]) -> None:
@@ -178,11 +227,13 @@ class Crew:
         for name in names:
             with self._lock:
                 handle = self._handles.pop(name, None)
-                self._deaths.pop(name, None)
+                death = self._deaths.pop(name, None)
                 self._pings.pop(name, None)
                 self._busy.pop(name, None)
                 self._heartbeats.forget(name)
-                self._experts.pop(name, None)
+                contact = self._experts.pop(name, None)
+                if contact is not None and death is not None:
+                    self._ending.append((name, contact.node_id, death))
             if handle is not None:
                 ray.kill(handle)
 
@@ -259,7 +310,7 @@ class Crew:
         return ActorStatus(
             id=name,
             role="expert" if expert else "router",
-            node=nodes.get(node_id, node_id[:12]),
+            node=nodes.get(node_id, short_name(node_id)),
             pid=pid,
             state="ready",
             device=self._config.experts.device if expert else self._config.router.device,

@@ -8,12 +8,13 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.cluster_utils import Cluster
 
 from cluster.config import ClusterConfig
@@ -151,7 +152,18 @@ def _isolate() -> None:
 def node_names() -> dict[str, str]:
     """Ray node id -> name, of the living nodes."""
     return {
-        node["NodeID"]: (node.get("Labels") or {}).get(NODE_LABEL, node["NodeID"][:12])
+        node["NodeID"]: (node.get("Labels") or {}).get(NODE_LABEL, short_name(node["NodeID"]))
         for node in ray.nodes()
         if node["Alive"]
     }
+
+
+def short_name(node_id: str) -> str:
+    """Of a node without a name: the end of its id, since some of Ray's node providers count there."""
+    return node_id[-12:]
+
+
+def expert_room(leaving: Collection[str]) -> int:
+    """Expert actors for which the living nodes have room now, without those that leave; up to a second old."""
+    free = available_resources_per_node()
+    return sum(int(free.get(node_id, {}).get(EXPERT_RESOURCE, 0)) for node_id in node_names().keys() - set(leaving))

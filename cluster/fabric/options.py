@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -13,6 +14,9 @@ EXPERT_RESOURCE = "moe_expert"
 """Custom resources that nodes offer: one router or expert actor takes one."""
 NODE_LABEL = "moe-cluster.io/node"
 """Name of a node, where one is set; otherwise the Ray node id stands for it."""
+
+NODE_ID_LABEL = "ray.io/node-id"
+"""Given by Ray to every node."""
 
 COORDINATOR, ROUTER = "coordinator", "router-0"
 """Names of the actors of which there is one."""
@@ -27,9 +31,11 @@ def coordinator_options(node_id: str) -> dict[str, Any]:
     return {"num_cpus": 0, "max_concurrency": 64, "max_restarts": 0, "scheduling_strategy": beside}
 
 
-def expert_options(config: ClusterConfig) -> dict[str, Any]:
+def expert_options(config: ClusterConfig, leaving: Collection[str] = ()) -> dict[str, Any]:
+    """`leaving`: ids of nodes that are not to carry it."""
     on_gpu = config.experts.device == "cuda"
     return {
+        **({"label_selector": {NODE_ID_LABEL: f"!in({','.join(sorted(leaving))})"}} if leaving else {}),
         "num_cpus": 0,
         "num_gpus": 1 if on_gpu else 0,
         "resources": {EXPERT_RESOURCE: 1},

@@ -13,7 +13,7 @@ from cluster.config import ExpertsConfig
 from cluster.control.coordinator import Coordinator
 from cluster.control.ledger import Kind
 from cluster.control.scaling import ScalingLimits, actors_to_remove, check_scale
-from cluster.errors import StartupError
+from cluster.errors import StartupError, Unavailable
 from cluster.fabric.changes import Changes, Report
 from cluster.fabric.crew import Crew
 from cluster.fabric.guarded import Guarded
@@ -114,12 +114,14 @@ class Scaling:
 
     def _is_hurt(self, coordinator: Coordinator) -> bool:
         placement = coordinator.placement
-        is_short = any(len(held) < self._config.redundancy for held in placement.holders)
+        nodes = {actor.node for actor in coordinator.actors()} - set(self._crew.leaving.values())
+        # More copies than there are nodes for must wait for actors elsewhere.
+        is_short = any(len(held) < min(self._config.redundancy, len(nodes)) for held in placement.holders)
         # Without copies a group that is lost cannot come back by moving others. Those that were ended are out of the
         # crew; who has not reported yet, as in the first moments, is in it.
         if placement.missing or coordinator.is_router_lost:
             return False
-        return is_short or len(self._crew.experts()) < self._wanted
+        return is_short or (len(self._crew.experts()) < self._wanted and self._crew.may_have_room())
 
     def _heal(self) -> None:
         try:
@@ -133,18 +135,38 @@ class Scaling:
             self._changes.end()
             self._heal_at_s = time.monotonic() + HEAL_AGAIN_S
 
-    def _resize(self, wanted: int, report: Report) -> float:
-        """-> longest wait of a step, in seconds."""
-        missing = wanted - len(self._crew.experts())
+    def empty_leaving(self, report: Report, deadline: float, patience_s: float) -> float:
+        """Nothing stays on the nodes that leave: their actors are replaced as far as others find room elsewhere within
+        `patience_s`, and those that stay take the groups. In the caller's turn of changes, until the deadline
+        (monotonic). -> longest wait of a step, in seconds."""
+        return self._resize(self._wanted, report, deadline, patience_s)
+
+    def settle(self) -> None:
+        """After a change that stopped half way: actors that got nothing end, the others stay. In the caller's turn."""
+        self._end_idle()
+        with self._state.reading() as coordinator:
+            self._wanted = max(self._wanted, len(coordinator.actors()))
+
+    def _resize(
+        self, wanted: int, report: Report, deadline: float | None = None, patience_s: float | None = None
+    ) -> float:
+        """-> longest wait of a step, in seconds. With `patience_s` as many actors as find room by then will do."""
+        missing = wanted - self._crew.num_staying()
         if missing > 0:
             report(0.0, f"starting {missing} expert actors")
-            self.start(missing)
+            self.start(missing, patience_s)
         with self._state.reading() as coordinator:
             actors, placement = coordinator.actors(), coordinator.placement
-        gone = actors_to_remove(placement, actors, wanted, self._config.redundancy) if wanted < len(actors) else ()
+        leaving = self._crew.leaving.values()
+        keep = min(wanted, sum(actor.node not in leaving for actor in actors))
+        if not keep:
+            raise Unavailable("there is no expert actor on a node that stays, and no room for one")
+        redundancy = self._config.redundancy
+        gone = actors_to_remove(placement, actors, keep, redundancy, leaving) if keep < len(actors) else ()
         stay = [actor for actor in actors if actor.id not in gone]
+        deadline = deadline or time.monotonic() + MOVE_TIMEOUT_S
         stall_s = self._changes.move_to(
-            stay, time.monotonic() + MOVE_TIMEOUT_S, lambda share, text: report(STARTED + (1 - STARTED) * share, text)
+            stay, deadline, lambda share, text: report(STARTED + (1 - STARTED) * share, text)
         )
         self._end(gone)
         return stall_s
@@ -154,9 +176,14 @@ class Scaling:
         """Expert actors there should be."""
         return self._wanted
 
-    def start(self, count: int) -> None:
-        """Actors without groups, seen alive. `StartupError` if the nodes have no room for one of them: then none is."""
-        names = [slot.id for slot in self._crew.start_experts(count)]
+    def start(self, count: int, patience_s: float | None = None) -> None:
+        """Actors without groups, seen alive. `StartupError` if the nodes have no room for one of them: then none is.
+        With `patience_s` those that find room by then will do."""
+        if patience_s is None:
+            slots = self._crew.start_experts(count)
+        else:
+            slots = self._crew.start_experts_where_room(count, patience_s)
+        names = [slot.id for slot in slots]
         try:
             with self._state.reading() as coordinator:
                 group_size = coordinator.placement.group_size

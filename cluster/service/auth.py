@@ -36,7 +36,9 @@ ROLES: Mapping[str, Role] = {
     ),
     **dict.fromkeys(_methods("ClusterService", "GetLoad", "WatchLoad", "GetLedger", "ListCheckpoints"), Role.TRAIN),
     **dict.fromkeys(_methods("ClusterService", "GetOperation", "ListOperations", "WatchOperation"), Role.TRAIN),
-    **dict.fromkeys(_methods("ClusterService", "Rebalance", "ScaleExperts", "CancelOperation"), Role.ADMIN),
+    **dict.fromkeys(
+        _methods("ClusterService", "Rebalance", "ScaleExperts", "DrainNode", "CancelOperation"), Role.ADMIN
+    ),
     **dict.fromkeys(_methods("ClusterService", "SaveCheckpoint", "ExportModel", "ImportModel"), Role.ADMIN),
 }
 """The role that a method needs."""

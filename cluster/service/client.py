@@ -67,9 +67,9 @@ class Client:
     """Talks to the front at `target` (host:port). `timeout_s` holds for every call that is given none of its own.
     `access`: for a front with TLS or tokens; `InvalidInput` if a file of it cannot be used.
 
-    Only calls that may be repeated are: `submit_job` and `scale`, thanks to their request ids, `watch_job`, which
-    resumes after the last event it saw, `watch_load` and `watch_operation`. All give up after `max_retries` failures in
-    a row.
+    Only calls that may be repeated are: `submit_job`, `scale` and `drain`, thanks to their request ids, `watch_job`,
+    which resumes after the last event it saw, `watch_load` and `watch_operation`. All give up after `max_retries`
+    failures in a row.
     """
 
     def __init__(
@@ -193,13 +193,21 @@ class Client:
         request_id = request_id if request_id is not None else str(uuid.uuid4())
         operations.check_scale(actors, request_id)
         request = cluster_pb2.ScaleExpertsRequest(actors=actors, request_id=request_id)
-        deadline_s = time.monotonic() + self._or_default(timeout_s)
+        return self._started(self._cluster.ScaleExperts, request, timeout_s)
 
-        def scale() -> Operation:
-            left_s = max(0.0, deadline_s - time.monotonic())
-            return operations.operation_from_message(self._cluster.ScaleExperts(request, timeout=left_s).operation)
-
-        return self._repeated(scale, deadline_s)
+    def drain(
+        self,
+        node: str,
+        deadline_s: float = operations.DEFAULT_DEADLINE_S,
+        *,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Operation:
+        """Starts it: see `watch_operation`. The node is to be empty within `deadline_s`, `timeout_s` is that of the
+        call. The same `request_id` (default: a fresh one) and node give the same operation."""
+        request_id = request_id if request_id is not None else str(uuid.uuid4())
+        request = operations.drain_to_message(node, deadline_s, request_id)
+        return self._started(self._cluster.DrainNode, request, timeout_s)
 
     def operation(self, operation_id: str, *, timeout_s: float | None = None) -> Operation:
         request = cluster_pb2.GetOperationRequest(operation_id=operation_id)
@@ -268,6 +276,16 @@ class Client:
                 stream.cancel()
             time.sleep(min(0.1, max(0.0, deadline_s - time.monotonic())))
         raise LinkTimeout(f"the cluster was not ready within {timeout_s:.3g} s", peer=self.target)
+
+    def _started(self, method: Callable[..., Any], request: Any, timeout_s: float | None) -> Operation:
+        """The operation of a request that may be repeated."""
+        deadline_s = time.monotonic() + self._or_default(timeout_s)
+
+        def start() -> Operation:
+            left_s = max(0.0, deadline_s - time.monotonic())
+            return operations.operation_from_message(method(request, timeout=left_s).operation)
+
+        return self._repeated(start, deadline_s)
 
     def _unary(self, method: Callable[..., Any], request: Any, timeout_s: float | None) -> Any:
         try:

@@ -49,6 +49,11 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         operation = await self._backend.scale(request.actors, request_id=request.request_id, timeout_s=remaining_s())
         return pb.ScaleExpertsResponse(operation=operations.operation_to_message(operation))
 
+    async def DrainNode(self, request: pb.DrainNodeRequest, context: Any) -> pb.DrainNodeResponse:
+        node, deadline_s = operations.drain_from_message(request)
+        operation = await self._backend.drain(node, deadline_s, request_id=request.request_id, timeout_s=remaining_s())
+        return pb.DrainNodeResponse(operation=operations.operation_to_message(operation))
+
     async def GetOperation(self, request: pb.GetOperationRequest, context: Any) -> pb.GetOperationResponse:
         checks.identifier("operation_id", request.operation_id)
         operation = await self._backend.operation(request.operation_id, timeout_s=remaining_s())

@@ -25,6 +25,7 @@ from cluster.service.cluster import ClusterServicer
 from cluster.service.health import HealthServicer
 from cluster.service.inference import InferenceServicer
 from cluster.service.interceptors import FrontInterceptor
+from cluster.service.metrics.endpoint import MetricsEndpoint
 from cluster.service.training import TrainingServicer
 from protos.moecluster.v1 import (
     cluster_pb2,
@@ -62,13 +63,16 @@ class Front:
         self._config = config or FrontConfig()
         self._health_interval_s = health_interval_s
         self._health = HealthServicer()
-        self._interceptor = FrontInterceptor(max_concurrent=self._config.max_concurrent_rpcs)
+        self._metrics = MetricsEndpoint(backend)
+        self._interceptor = FrontInterceptor(
+            max_concurrent=self._config.max_concurrent_rpcs, metrics=self._metrics.calls
+        )
         self._server: grpc.aio.Server | None = None
         self._probed: grpc.aio.Server | None = None
         self._follower: asyncio.Task[None] | None = None
         self._ready: bool | None = None
         self._was_ready = asyncio.Event()
-        self._port = self._health_port = 0
+        self._port = self._health_port = self._metrics_port = 0
 
     @property
     def port(self) -> int:
@@ -83,6 +87,11 @@ class Front:
     def health_target(self) -> str:
         """Where `front.health_port` is served, known after `start`."""
         return _address(self._config.host, self._health_port)
+
+    @property
+    def metrics_port(self) -> int:
+        """Where `front.metrics_port` is served, known after `start`."""
+        return self._metrics_port
 
     async def start(self) -> None:
         """Listens when it returns; health tells when the backend is ready. `PortInUse` if the port is taken,
@@ -100,6 +109,8 @@ class Front:
         _warn_of_strangers(self._config)
         await self._set_health(ready=False)
         await self._health.set(ALIVE, _SERVING)
+        if self._config.metrics_port is not None:
+            self._metrics_port = self._metrics.start(self._config.host, self._config.metrics_port)
         await server.start()
         if self._probed is not None:
             await self._probed.start()
@@ -120,6 +131,7 @@ class Front:
         self._interceptor.drain()
         grace_s = self._config.shutdown_grace_s if grace_s is None else grace_s
         await asyncio.gather(*(each.stop(grace_s) for each in (server, self._probed) if each is not None))
+        await self._metrics.stop()
         logger.info("front on %s has stopped", self.target)
 
     async def wait_ready(self, timeout_s: float) -> None:
@@ -149,7 +161,9 @@ class Front:
 
     def _add_servicers(self, server: grpc.aio.Server) -> None:
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(ClusterServicer(self._backend), server)
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(self._backend), server)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+            InferenceServicer(self._backend, self._metrics.calls), server
+        )
         training_pb2_grpc.add_TrainingServiceServicer_to_server(TrainingServicer(self._backend), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if not _is_reflected(self._config):
@@ -225,6 +239,8 @@ def check_front(config: FrontConfig) -> None:
     check_port(config.host, config.port)
     if config.health_port is not None:
         check_port(config.host, config.health_port, "front.health_port")
+    if config.metrics_port is not None:
+        check_port(config.host, config.metrics_port, "front.metrics_port")
     tls.server_credentials(config.tls)
     _guards(config)
 

@@ -458,6 +458,44 @@ class TestScale:
             assert caught.value.code == 2
 
 
+class TestDrain:
+    @pytest.fixture(autouse=True)
+    def quick_looks(self, monkeypatch):
+        monkeypatch.setattr("cluster.service.cluster.LOOK_S", 0.01)
+
+    def test_it_follows_the_operation_to_the_empty_node(self, backend, command):
+        code, out, err = command("drain", "--node", "node-1", "--timeout-s", "20")
+        assert (code, err) == (0, "")
+        assert out.splitlines()[-1].startswith("done: node-1 is empty; prepared in 1.5 s")
+        assert backend.timeouts_s["drain.deadline"] == 20.0
+
+    def test_json_keeps_stdout_for_the_document(self, command):
+        code, out, _ = command("drain", "--node", "node-1", "--json")
+        operation = json.loads(out)["operation"]
+        assert code == 0
+        assert (operation["kind"], operation["node"], operation["state"]) == ("drain_node", "node-1", "succeeded")
+
+    def test_a_node_that_is_not_there(self, command):
+        code, out, err = command("drain", "--node", "node-9")
+        assert (code, out) == (2, "")
+        assert "node-0" in only_line(err)
+
+    def test_what_is_not_carried_out_is_a_failure(self, command, backend):
+        backend.is_stuck = True
+        drain = "drain", "--node", "node-1", "--request-id", "r"
+        with Client(os.environ[TARGET_VARIABLE]) as client:
+            operation = client.drain("node-1", request_id="r")
+            client.cancel_operation(operation.id)
+        backend.is_stuck = False
+        code, _, err = command(*drain)
+        assert code == 1
+        assert "operation-1 cancelled" in err.splitlines()[-1]
+
+    def test_a_time_that_cannot_be(self, command):
+        with pytest.raises(SystemExit):
+            command("drain", "--node", "node-1", "--timeout-s", "0")
+
+
 class TestOperations:
     def test_list(self, backend, command, monkeypatch):
         monkeypatch.setattr("cluster.service.cluster.LOOK_S", 0.01)

@@ -93,7 +93,7 @@ def details(error: grpc.RpcError) -> dict[str, object]:
 
 class TestBytes:
     def test_every_method_is_listed(self):
-        assert len(METHODS) == 22
+        assert len(METHODS) == 23
 
     @BY_NAME
     def test_what_is_no_message_is_the_callers_mistake(self, channel, path, method):
@@ -201,6 +201,9 @@ class TestRefusals:
             (cluster_pb2.ScaleExpertsRequest(request_id="a", actors=-1), "actors"),
             (cluster_pb2.ScaleExpertsRequest(actors=1), "request_id"),
             (cluster_pb2.ScaleExpertsRequest(actors=1, request_id="a b"), "request_id"),
+            (cluster_pb2.DrainNodeRequest(request_id="a"), "node"),
+            (cluster_pb2.DrainNodeRequest(request_id="a", node="n", deadline_s=-1.0), "deadline_s"),
+            (cluster_pb2.DrainNodeRequest(node="n"), "request_id"),
             (cluster_pb2.GetOperationRequest(), "operation_id"),
             (cluster_pb2.CancelOperationRequest(operation_id="a\n"), "operation_id"),
             (cluster_pb2.GetLedgerRequest(after_entry=-1), "after_entry"),

@@ -473,6 +473,55 @@ class TestScale:
 
 
 @pytest.mark.usefixtures("quick_looks")
+class TestDrain:
+    def test_it_goes_on_by_itself_to_its_end(self, backend, client):
+        operation = client.drain("node-1", 20.0)
+        assert (operation.kind, operation.node, operation.target) == ("drain_node", "node-1", 0)
+        *_, ended = client.watch_operation(operation.id)
+        assert ended.state is OperationState.SUCCEEDED
+        assert client.operations() == run(backend.operations(timeout_s=1.0))
+        assert backend.timeouts_s["drain.deadline"] == 20.0
+        (entry,) = client.ledger().entries
+        assert (entry.kind, entry.subject) == ("drain", "node-1")
+
+    def test_it_is_idempotent_by_request_id(self, client):
+        first = client.drain("node-1", request_id="same")
+        assert client.drain("node-1", 5.0, request_id="same").id == first.id
+        with pytest.raises(AlreadyExists, match="drain_node node-1"):
+            client.drain("node-0", request_id="same")
+        with pytest.raises(AlreadyExists, match="drain_node node-1"):
+            client.scale(2, request_id="same")
+
+    def test_one_at_a_time_and_the_refusal_names_the_other(self, backend, client):
+        backend.is_stuck = True
+        client.drain("node-1")
+        with pytest.raises(FailedPrecondition, match="drain_node node-1"):
+            client.scale(3)
+
+    def test_an_unknown_node_is_named_with_those_there_are(self, client):
+        with pytest.raises(InvalidInput, match=r"node-7.*node-0.*node-1") as caught:
+            client.drain("node-7")
+        assert caught.value.field == "node"
+
+    @pytest.mark.parametrize(
+        ("node", "deadline_s", "request_id", "field"),
+        [
+            ("", 1.0, "r", "node"),
+            ("n" * 129, 1.0, "r", "node"),
+            ("node-1", 0.0, "r", "deadline_s"),
+            ("node-1", 86_401.0, "r", "deadline_s"),
+            ("node-1", float("nan"), "r", "deadline_s"),
+            ("node-1", 1.0, "", "request_id"),
+        ],
+    )
+    def test_it_is_checked_before_it_is_sent(self, backend, client, node, deadline_s, request_id, field):
+        with pytest.raises(InvalidInput) as caught:
+            client.drain(node, deadline_s, request_id=request_id)
+        assert caught.value.field == field
+        assert "drain" not in backend.timeouts_s
+
+
+@pytest.mark.usefixtures("quick_looks")
 class TestWatchOperation:
     def test_what_has_ended_is_shown_once(self, client):
         operation = client.scale(2)

@@ -33,7 +33,7 @@ from cluster.backend import (
     ScoreResult,
 )
 from cluster.config import JobConfig
-from cluster.control.ledger import Entry, Ledger
+from cluster.control.ledger import Entry, Kind, Ledger
 from cluster.control.load import LoadWindow
 from cluster.control.operations import OperationTable
 from cluster.errors import AlreadyExists, FailedPrecondition, NotFound
@@ -41,6 +41,7 @@ from cluster.errors import AlreadyExists, FailedPrecondition, NotFound
 NUM_EXPERTS = 4
 NUM_LAYERS = 2
 VOCAB_SIZE = 256
+NODES = "node-0", "node-1"
 STEP_LOAD_LE = ((10, 20, 30, 40), (0, 50, 50, 0))
 """What the experts get in every step."""
 STEP_TOKENS = 50
@@ -173,7 +174,7 @@ class MemoryBackend:
             placement_epoch=self.placement.epoch,
             owners=dict(enumerate(_owners(self.placement))),
             group_size=self.placement.group_size,
-            nodes=("node-0", "node-1"),
+            nodes=NODES,
             actors=(router, *experts),
             load_LE=((1, 2, 3, 4), (0, 0, 0, 0)),
             jobs={state.value: states.count(state) for state in JobState},
@@ -211,6 +212,13 @@ class MemoryBackend:
     async def scale(self, actors: int, *, request_id: str, timeout_s: float) -> Operation:
         await self._enter("scale", timeout_s)
         return self._operations.start("scale_experts", actors, request_id, time.time())
+
+    async def drain(self, node: str, deadline_s: float, *, request_id: str, timeout_s: float) -> Operation:
+        await self._enter("drain", timeout_s)
+        self.timeouts_s["drain.deadline"] = deadline_s
+        if node not in NODES:
+            raise InvalidInput("is no node of the cluster", field="node", value=node, remedy=f"use one of {NODES}")
+        return self._operations.start("drain_node", 0, request_id, time.time(), node)
 
     async def operation(self, operation_id: str, *, timeout_s: float) -> Operation:
         """Each look at it finds it further on."""
@@ -262,15 +270,20 @@ class MemoryBackend:
         elif operation.progress < 1.0:
             done = operation.progress + PROGRESS
             self._operations.progress(operation.id, done, f"prepared {done:.0%} of the groups")
+        elif operation.kind == "drain_node":
+            self._ended(operation, "drain", operation.node, now)
         else:
             self._scaled(operation, now)
 
     def _scaled(self, operation: Operation, now: float) -> None:
-        kind = "scale_up" if operation.target > len(self.placement.actors) else "scale_down"
+        kind: Kind = "scale_up" if operation.target > len(self.placement.actors) else "scale_down"
         holders = tuple((f"expert-{expert % operation.target}",) for expert in range(NUM_EXPERTS))
         self.placement = Placement(self.placement.epoch + 1, holders, group_size=1)
+        self._ended(operation, kind, f"{operation.target} experts", now)
+
+    def _ended(self, operation: Operation, kind: Kind, subject: str, now: float) -> None:
         self._operations.succeeded(operation.id, now, PREPARE_S, STALL_S)
-        entry = self.costs.open(kind, f"{operation.target} experts", operation.created_s)
+        entry = self.costs.open(kind, subject, operation.created_s)
         self.costs.add(entry, stall_s=STALL_S)
         self.costs.close(entry, now)
 

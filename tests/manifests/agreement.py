@@ -78,8 +78,10 @@ def head_is_where_all_look(manifests: Sequence[Manifest]) -> Iterator[str]:
 def port_is_one(manifests: Sequence[Manifest]) -> Iterator[str]:
     container, config = _front_container(manifests), config_of(manifests)
     named = {port["name"]: port["containerPort"] for port in container.get("ports", [])}
-    if named.get("grpc") != config.front.port:
-        yield f"front: port grpc is {named.get('grpc')}, and front.port {config.front.port}"
+    ports = {"grpc": "port", "health": "health_port", "front-metrics": "metrics_port"}
+    for name, key in ports.items():
+        if named.get(name) != (wanted := getattr(config.front, key)):
+            yield f"front: port {name} is {named.get(name)}, and front.{key} {wanted}"
     if config.front.host not in ("0.0.0.0", "::"):
         yield f"config: front.host {config.front.host} is not reached from other pods"
     for kind in ("startupProbe", "readinessProbe", "livenessProbe"):

@@ -257,10 +257,10 @@ def network_is_closed(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 
 def _open_to_others(pod: Pod, rule: Manifest) -> Iterator[str]:
-    """Other pods come in by named ports only: grpc to the front, metrics to all."""
+    """Other pods come in by named ports only: grpc to the front, metrics of Ray and of the front."""
     own = rule.get("from") == [{"podSelector": {"matchLabels": PART_OF}}]
     ports = {port for _, port in _ports(rule)}
-    allowed = {"grpc", "metrics"} if pod.name.endswith("-front") else {"metrics"}
+    allowed = {"metrics", "front-metrics"} | ({"grpc"} if pod.name.endswith("-front") else set())
     if not own and ("from" not in rule or not ports or not ports <= allowed):
         yield f"{pod.name}: open to others are {sorted(map(str, ports)) or 'all ports'}"
 

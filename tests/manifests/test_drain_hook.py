@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.cli import parser
 from tests.manifests.kustomize import K8S
 
 HOOK = K8S / "hooks" / "drain.sh"
@@ -42,6 +43,12 @@ def test_it_drains_its_own_node(run, tmp_path: Path) -> None:
     wanted = "moe-cluster:50151 drain --node moe-cluster-experts-worker-x7k2p --timeout-s 300\n"
     assert (tmp_path / "seen").read_text() == wanted
     assert not (tmp_path / "log").exists()
+
+
+def test_the_command_line_is_one_that_ours_takes(run, tmp_path: Path) -> None:
+    run(f'printf "%s\\n" "$@" > {tmp_path}/seen')
+    args = parser().parse_args((tmp_path / "seen").read_text().splitlines())
+    assert (args.node, args.deadline_s) == ("moe-cluster-experts-worker-x7k2p", 300)
 
 
 def test_a_drain_that_fails_is_told(run, tmp_path: Path) -> None:

@@ -337,7 +337,7 @@ PODS = {
     "the dashboard for clients": (
         pod.network_is_closed,
         put_into("NetworkPolicy", "moe-cluster-metrics", 8265, "spec", "ingress", 0, "ports", 0, "port"),
-        "open to others are ['8265']",
+        "open to others are ['8265'",
     ),
     "latest": (pod.images_are_pinned, put("moe-cluster:latest", *HEAD_BOX, "image"), "names no version"),
     "two images": (pod.images_are_pinned, put("moe-cluster:0.0.9", *HEAD_BOX, "image"), "different images"),
@@ -354,7 +354,7 @@ AGREEMENT = {
         put_into("RayCluster", "moe-cluster", "other", "metadata", "name"),
         "other-head-svc",
     ),
-    "another port": (agree.port_is_one, in_config(" port: 50151", " port: 50153"), "front.port 50153"),
+    "another port": (agree.port_is_one, in_config(" port: 50151", " port: 50160"), "front.port 50160"),
     "loopback": (agree.port_is_one, in_config("host: 0.0.0.0", "host: 127.0.0.1"), "not reached"),
     "probe elsewhere": (agree.port_is_one, put_front({"port": 1}, *FRONT_BOX, "readinessProbe", "grpc"), "port 1,"),
     "service elsewhere": (

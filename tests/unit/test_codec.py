@@ -171,7 +171,7 @@ OPERATIONS = st.builds(
     Operation,
     id=NAMES,
     request_id=NAMES,
-    kind=st.just("scale_experts"),
+    kind=st.sampled_from(["scale_experts", "drain_node"]),
     state=st.sampled_from(OperationState),
     target=SIZES,
     created_s=TIMES,
@@ -181,6 +181,7 @@ OPERATIONS = st.builds(
     error=NAMES,
     prepare_s=FLOATS,
     stall_s=FLOATS,
+    node=NAMES,
 )
 ENTRIES = st.builds(
     Entry,

@@ -10,10 +10,28 @@ from protos.moecluster.v1 import cluster_pb2 as pb
 _KINDS = pb.OperationKind.DESCRIPTOR
 _STATES = pb.OperationState.DESCRIPTOR
 
+DEFAULT_DEADLINE_S = 300.0
+MAX_DEADLINE_S = 86_400.0
+
 
 def check_scale(actors: int, request_id: str) -> None:
     checks.number("actors", actors, Range(1, MAX_INT32))
     checks.identifier("request_id", request_id)
+
+
+def drain_to_message(node: str, deadline_s: float, request_id: str) -> pb.DrainNodeRequest:
+    request = pb.DrainNodeRequest(node=node, deadline_s=deadline_s, request_id=request_id)
+    drain_from_message(request)
+    return request
+
+
+def drain_from_message(request: pb.DrainNodeRequest) -> tuple[str, float]:
+    """-> name of the node, seconds until it must be empty."""
+    checks.text("node", request.node, checks.MAX_ID_CHARS)
+    deadline_s = request.deadline_s if request.HasField("deadline_s") else DEFAULT_DEADLINE_S
+    checks.number("deadline_s", deadline_s, Range(0, MAX_DEADLINE_S, open_low=True))
+    checks.identifier("request_id", request.request_id)
+    return request.node, deadline_s
 
 
 def operation_to_message(operation: Operation) -> pb.Operation:
@@ -29,6 +47,7 @@ def operation_to_message(operation: Operation) -> pb.Operation:
         error=operation.error,
         prepare_s=operation.prepare_s,
         stall_s=operation.stall_s,
+        node=operation.node,
     )
     if operation.ended_s is not None:
         message.end_time.CopyFrom(times.to_message(operation.ended_s))
@@ -49,4 +68,5 @@ def operation_from_message(message: pb.Operation) -> Operation:
         error=message.error,
         prepare_s=message.prepare_s,
         stall_s=message.stall_s,
+        node=message.node,
     )

@@ -33,6 +33,7 @@ class OperationKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     OPERATION_KIND_UNSPECIFIED: _ClassVar[OperationKind]
     OPERATION_KIND_SCALE_EXPERTS: _ClassVar[OperationKind]
+    OPERATION_KIND_DRAIN_NODE: _ClassVar[OperationKind]
 
 class OperationState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -68,6 +69,7 @@ MOVE_KIND_MOVE: MoveKind
 MOVE_KIND_COPY: MoveKind
 OPERATION_KIND_UNSPECIFIED: OperationKind
 OPERATION_KIND_SCALE_EXPERTS: OperationKind
+OPERATION_KIND_DRAIN_NODE: OperationKind
 OPERATION_STATE_UNSPECIFIED: OperationState
 OPERATION_STATE_RUNNING: OperationState
 OPERATION_STATE_CANCELLING: OperationState
@@ -318,7 +320,7 @@ class RebalanceResponse(_message.Message):
     def __init__(self, moves: _Optional[_Iterable[_Union[GroupMove, _Mapping]]] = ..., balance_before: _Optional[float] = ..., balance_after: _Optional[float] = ..., placement_epoch: _Optional[int] = ..., done: _Optional[bool] = ..., message: _Optional[str] = ..., unmet: _Optional[_Iterable[str]] = ..., stall_s: _Optional[float] = ...) -> None: ...
 
 class Operation(_message.Message):
-    __slots__ = ("id", "request_id", "kind", "state", "target", "progress", "message", "create_time", "end_time", "error", "prepare_s", "stall_s")
+    __slots__ = ("id", "request_id", "kind", "state", "target", "progress", "message", "create_time", "end_time", "error", "prepare_s", "stall_s", "node")
     ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -331,6 +333,7 @@ class Operation(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     PREPARE_S_FIELD_NUMBER: _ClassVar[int]
     STALL_S_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
     id: str
     request_id: str
     kind: OperationKind
@@ -343,7 +346,8 @@ class Operation(_message.Message):
     error: str
     prepare_s: float
     stall_s: float
-    def __init__(self, id: _Optional[str] = ..., request_id: _Optional[str] = ..., kind: _Optional[_Union[OperationKind, str]] = ..., state: _Optional[_Union[OperationState, str]] = ..., target: _Optional[int] = ..., progress: _Optional[float] = ..., message: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., error: _Optional[str] = ..., prepare_s: _Optional[float] = ..., stall_s: _Optional[float] = ...) -> None: ...
+    node: str
+    def __init__(self, id: _Optional[str] = ..., request_id: _Optional[str] = ..., kind: _Optional[_Union[OperationKind, str]] = ..., state: _Optional[_Union[OperationState, str]] = ..., target: _Optional[int] = ..., progress: _Optional[float] = ..., message: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., error: _Optional[str] = ..., prepare_s: _Optional[float] = ..., stall_s: _Optional[float] = ..., node: _Optional[str] = ...) -> None: ...
 
 class ScaleExpertsRequest(_message.Message):
     __slots__ = ("actors", "request_id")
@@ -354,6 +358,22 @@ class ScaleExpertsRequest(_message.Message):
     def __init__(self, actors: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class ScaleExpertsResponse(_message.Message):
+    __slots__ = ("operation",)
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    operation: Operation
+    def __init__(self, operation: _Optional[_Union[Operation, _Mapping]] = ...) -> None: ...
+
+class DrainNodeRequest(_message.Message):
+    __slots__ = ("node", "deadline_s", "request_id")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    deadline_s: float
+    request_id: str
+    def __init__(self, node: _Optional[str] = ..., deadline_s: _Optional[float] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class DrainNodeResponse(_message.Message):
     __slots__ = ("operation",)
     OPERATION_FIELD_NUMBER: _ClassVar[int]
     operation: Operation

@@ -60,6 +60,11 @@ class ClusterServiceStub:
                 request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleExpertsRequest.SerializeToString,
                 response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleExpertsResponse.FromString,
                 _registered_method=True)
+        self.DrainNode = channel.unary_unary(
+                '/moecluster.v1.ClusterService/DrainNode',
+                request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.DrainNodeRequest.SerializeToString,
+                response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.DrainNodeResponse.FromString,
+                _registered_method=True)
         self.GetOperation = channel.unary_unary(
                 '/moecluster.v1.ClusterService/GetOperation',
                 request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetOperationRequest.SerializeToString,
@@ -144,6 +149,18 @@ class ClusterServiceServicer:
         """Starts to bring the expert actors to a number, and returns at once: steps and requests go on meanwhile. Idempotent:
         sending the same request id and number again returns the operation that exists. ALREADY_EXISTS if the request id
         was used with another number, FAILED_PRECONDITION while another operation runs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainNode(self, request, context):
+        """Starts to empty a node that is to be taken away, and returns at once: steps and requests go on meanwhile. Its expert
+        actors are replaced on other nodes where there is room, else the others take its groups over; no new actor is
+        started on it. The operation succeeds only if the node holds nothing of the cluster any more. Idempotent: sending
+        the same request id and node again returns the operation that exists. INVALID_ARGUMENT if there is no such node,
+        ALREADY_EXISTS if the request id was used with another node, FAILED_PRECONDITION while another operation runs, and
+        for the node of the router or the coordinator.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -241,6 +258,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.ScaleExperts,
                     request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleExpertsRequest.FromString,
                     response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleExpertsResponse.SerializeToString,
+            ),
+            'DrainNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainNode,
+                    request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.DrainNodeRequest.FromString,
+                    response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.DrainNodeResponse.SerializeToString,
             ),
             'GetOperation': grpc.unary_unary_rpc_method_handler(
                     servicer.GetOperation,
@@ -424,6 +446,33 @@ class ClusterService:
             '/moecluster.v1.ClusterService/ScaleExperts',
             protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleExpertsRequest.SerializeToString,
             protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleExpertsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ClusterService/DrainNode',
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.DrainNodeRequest.SerializeToString,
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.DrainNodeResponse.FromString,
             options,
             channel_credentials,
             insecure,
