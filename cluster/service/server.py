@@ -43,6 +43,9 @@ SERVICES = tuple(
     for module in (cluster_pb2, inference_pb2, training_pb2)
     for service in module.DESCRIPTOR.services_by_name.values()
 )
+ALIVE = "moecluster.alive"
+"""Name in grpc.health.v1 that is SERVING while the front answers, whether or not the cluster is ready: to start it anew
+would not make a cluster ready that returns to a checkpoint just now."""
 MAX_METADATA_BYTES = 16 << 10
 PROBE_HEADROOM = 16
 """Health and reflection calls that still get in when `max_concurrent_rpcs` calls of our own services run."""
@@ -105,6 +108,7 @@ class Front:
         self._probed = self._bound_for_probes()
         _warn_of_strangers(self._config)
         await self._set_health(ready=False)
+        await self._health.set(ALIVE, _SERVING)
         if self._config.metrics_port is not None:
             self._metrics_port = self._metrics.start(self._config.host, self._config.metrics_port)
         await server.start()

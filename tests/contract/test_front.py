@@ -22,7 +22,7 @@ from cluster.config import FrontConfig, JobConfig
 from cluster.errors import PortInUse, ResourceExhausted
 from cluster.service import interceptors
 from cluster.service.client import Client
-from cluster.service.server import MAX_METADATA_BYTES, SERVICES, Front
+from cluster.service.server import ALIVE, MAX_METADATA_BYTES, SERVICES, Front
 from protos.moecluster.v1 import (
     cluster_pb2,
     cluster_pb2_grpc,
@@ -321,6 +321,7 @@ class TestHealth:
             health = health_pb2_grpc.HealthStub(channel)
             for service in ("", *SERVICES):
                 assert self.check(health, service) == health_pb2.HealthCheckResponse.NOT_SERVING
+            assert self.check(health, ALIVE) == health_pb2.HealthCheckResponse.SERVING
             statuses = health.Watch(health_pb2.HealthCheckRequest(service=SERVICES[0]), timeout=WAIT_S)
             assert next(statuses).status == health_pb2.HealthCheckResponse.NOT_SERVING
             backend.ready = True
