@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from actors.errors import MoeClusterError
@@ -18,6 +22,7 @@ from cluster.service.server import Front
 from tests.fakes.backend import NUM_EXPERTS, MemoryBackend
 from tests.fakes.front import WAIT_S, run, running_front
 
+MONITORING = Path(__file__).resolve().parents[2] / "k8s" / "monitoring"
 CONFIG = FrontConfig(port=0, metrics_port=0)
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -131,6 +136,34 @@ def test_the_port_is_free_again_afterwards_and_refused_by_name_while_it_is_taken
             pass
     with running_front(backend, FrontConfig(port=0, metrics_port=taken)) as front:
         assert value(scrape(front), "up") == 1
+
+
+def names_in(text: str) -> set[str]:
+    return set(re.findall(r"moe_cluster_[a-z_]+", text))
+
+
+def expressions() -> dict[str, str]:
+    """Of every alert and every panel, by its title."""
+    alerts = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["spec"]["groups"]
+    panels = json.loads((MONITORING / "dashboard.json").read_text())["panels"]
+    found = {rule["alert"]: rule["expr"] for group in alerts for rule in group["rules"]}
+    return found | {panel["title"]: " ".join(t["expr"] for t in panel["targets"]) for panel in panels}
+
+
+def test_every_metric_that_an_alert_or_a_panel_names_is_there(backend: MemoryBackend) -> None:
+    """After a request, and in a job, of a cluster that was disturbed."""
+    backend.step_s = 0.05
+    backend.costs.open("actor_death", "expert-0", 100.0)
+    with running_front(backend, CONFIG) as front, Client(front.target) as client:
+        list(client.generate("abc", SamplingParams(max_tokens=3)))
+        job = client.submit_job(JobConfig(steps=1000))
+        with closing(client.watch_job(job.id)) as events:
+            next(event for event in events if event.kind == "step")
+        seen = {name for name, _ in scrape(front)}
+        client.cancel_job(job.id)
+    for title, expression in expressions().items():
+        assert names_in(expression), title
+        assert names_in(expression) <= seen, title
 
 
 def test_without_a_port_nothing_listens(backend: MemoryBackend) -> None:
