@@ -141,7 +141,8 @@ def perturbed(stack_E: Tensor, share: float, generator: torch.Generator) -> Tens
     noise = torch.randn(stack_E.shape, generator=generator, dtype=torch.float32)
     wide = stack_E.to("cpu", torch.promote_types(stack_E.dtype, torch.float32))
     size_E = torch.linalg.vector_norm(wide.flatten(1), dim=1) / (wide[0].numel() ** 0.5)
-    return (wide + noise.to(wide.dtype) * (share * size_E).reshape(-1, *[1] * (stack_E.ndim - 1))).to(stack_E)
+    noisy: Tensor = wide + noise.to(wide.dtype) * (share * size_E).reshape(-1, *[1] * (stack_E.ndim - 1))
+    return noisy.to(stack_E)
 
 
 def moved_share(
