@@ -201,6 +201,10 @@ class TestRefusals:
             (cluster_pb2.ScaleExpertsRequest(request_id="a", actors=-1), "actors"),
             (cluster_pb2.ScaleExpertsRequest(actors=1), "request_id"),
             (cluster_pb2.ScaleExpertsRequest(actors=1, request_id="a b"), "request_id"),
+            (cluster_pb2.GrowModelRequest(request_id="a"), "num_experts"),
+            (cluster_pb2.GrowModelRequest(num_experts=8), "request_id"),
+            (cluster_pb2.GrowModelRequest(num_experts=8, request_id="a", perturbation=float("nan")), "perturbation"),
+            (cluster_pb2.GrowModelRequest(num_experts=8, request_id="a", mode=7), "mode"),  # type: ignore[arg-type]
             (cluster_pb2.GetOperationRequest(), "operation_id"),
             (cluster_pb2.CancelOperationRequest(operation_id="a\n"), "operation_id"),
             (cluster_pb2.GetLedgerRequest(after_entry=-1), "after_entry"),
