@@ -216,13 +216,20 @@ class Grower:
 
     def _grown_rows(self, rows_ED: Tensor, inputs_TD: Tensor, splits: bool = True) -> Tensor:
         if self._splits and splits:
-            return math.split(rows_ED, inputs_TD, self._sets, self._depth(), self._generator)
+            return self._split(rows_ED, inputs_TD, self._depth())
         if self._growth.mode == "fresh":
             return torch.cat((rows_ED, math.fresh_rows(rows_ED, len(self._source_N), self._generator)))
         copies_ND = rows_ED[self._source_N]
         if not self._splits:
             copies_ND = math.perturbed(copies_ND, self._growth.perturbation, self._generator)
         return torch.cat((rows_ED, copies_ND))
+
+    def _split(self, rows: Tensor, inputs_TD: Tensor, depth: int) -> Tensor:
+        settings, text = self._routing.settings, self._before.config.get_text_config()
+        renormalises = settings.renormalises
+        if settings.kind == MODEL_GATE:
+            renormalises = getattr(text, "norm_topk_prob", None) is not False  # families without the choice do
+        return math.split(rows, inputs_TD, self._sets, depth, self._generator, renormalises=renormalises)
 
     def _depth(self) -> int:
         """How many of a token's best scores decide: with parts, M - 1 of the best may hold all the best experts."""
@@ -246,9 +253,7 @@ class Grower:
                     value=gate.settings.kind,
                     remedy=f"use mode copy and a multiple of {self._before.num_experts} experts, or another gate",
                 )
-            self._own[name] = math.split(
-                rows_GD, inputs_TD, self._sets, gate.settings.groups_per_token, self._generator
-            )
+            self._own[name] = self._split(rows_GD, inputs_TD, gate.settings.groups_per_token)
             self._rows[name] = [*range(len(rows_GD))] * self._sets
 
     def _extend_biases(

@@ -27,24 +27,33 @@ from torch import Tensor
 
 from actors.errors import InvalidInput
 
-CUT_SHARE = 0.01
+CUT_SHARE = 0.02
 """Of the tokens: those so near to a cut that their choice may change. Less needs larger rows, and 16-bit rows would
 lose what tells experts apart."""
-APART = 5.0
-"""By how much the scores of a token's own set lie above those of the others at least, in natural units: each other set
-takes exp(-5) of a softmax that is not renormalised."""
+APART = 4.0
+"""By how much the scores of a token's own set lie above those of the others at least, in natural units, where weights
+are not renormalised: each other set takes exp(-4) of the softmax from a token near the cut, and next to nothing from
+most."""
 RIDGE = 0.05
 """Of the inputs' mean variance, added before they are whitened: directions in which they hardly vary stay short."""
 MAX_MOVED = 0.02
 """Of all gate weight, see `moved_share`: a growth that would move more is refused."""
 
 
-def split(rows_ED: Tensor, inputs_TD: Tensor, num_sets: int, depth: int, generator: torch.Generator) -> Tensor:
+def split(
+    rows_ED: Tensor,
+    inputs_TD: Tensor,
+    num_sets: int,
+    depth: int,
+    generator: torch.Generator,
+    *,
+    renormalises: bool,
+) -> Tensor:
     """-> m times E rows, first those of the originals.
 
     `inputs_TD`: what the gate sees of some tokens, a few hundred at least; they set the size of the cut and its
     directions, so that every set gets its part of the tokens. `depth`: that many of a token's best experts in its own
-    set stay above all of the other sets.
+    set stay above all of the other sets. `renormalises`: weights do not depend on experts that are not chosen.
     Computed in float64 on the CPU, whatever the device and dtype of the rows.
     """
     rows, inputs = rows_ED.detach().double().cpu(), inputs_TD.detach().double().cpu()
@@ -57,7 +66,7 @@ def split(rows_ED: Tensor, inputs_TD: Tensor, num_sets: int, depth: int, generat
     directions_MD = _directions(inputs, inputs @ rows.T, num_sets, generator)
     best_T2 = (inputs @ directions_MD.T).topk(2, dim=1).values
     deep_TK = (inputs @ rows.T).topk(min(depth, len(rows)), dim=1).values
-    needed_T = (deep_TK[:, 0] - deep_TK[:, -1]).clamp_min(APART)
+    needed_T = (deep_TK[:, 0] - deep_TK[:, -1]).clamp_min(0.0 if renormalises else APART)
     size = (needed_T / (best_T2[:, 0] - best_T2[:, 1]).clamp_min(1e-30)).quantile(1 - CUT_SHARE)
     rows_FD = (rows.unsqueeze(0) + size * directions_MD.unsqueeze(1)).flatten(0, 1)
     grown_FD: Tensor = rows_FD.to(rows_ED)
@@ -130,9 +139,10 @@ def perturbed(stack_E: Tensor, share: float, generator: torch.Generator) -> Tens
     if not share:
         return stack_E.clone()
     noise = torch.randn(stack_E.shape, generator=generator, dtype=torch.float32)
-    wide = stack_E.to("cpu", torch.float64)
-    size_E = wide.square().flatten(1).mean(1).sqrt().reshape(-1, *[1] * (stack_E.ndim - 1))
-    return (wide + share * size_E * noise.double()).to(stack_E)
+    wide = stack_E.to("cpu", torch.promote_types(stack_E.dtype, torch.float32))
+    size_E = torch.linalg.vector_norm(wide.flatten(1), dim=1) / (wide[0].numel() ** 0.5)
+    noisy: Tensor = wide + noise.to(wide.dtype) * (share * size_E).reshape(-1, *[1] * (stack_E.ndim - 1))
+    return noisy.to(stack_E)
 
 
 def moved_share(

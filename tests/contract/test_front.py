@@ -204,6 +204,10 @@ class TestRefusals:
             (cluster_pb2.DrainNodeRequest(request_id="a"), "node"),
             (cluster_pb2.DrainNodeRequest(request_id="a", node="n", deadline_s=-1.0), "deadline_s"),
             (cluster_pb2.DrainNodeRequest(node="n"), "request_id"),
+            (cluster_pb2.GrowModelRequest(request_id="a"), "num_experts"),
+            (cluster_pb2.GrowModelRequest(num_experts=8), "request_id"),
+            (cluster_pb2.GrowModelRequest(num_experts=8, request_id="a", perturbation=float("nan")), "perturbation"),
+            (cluster_pb2.GrowModelRequest(num_experts=8, request_id="a", mode=7), "mode"),  # type: ignore[arg-type]
             (cluster_pb2.GetOperationRequest(), "operation_id"),
             (cluster_pb2.CancelOperationRequest(operation_id="a\n"), "operation_id"),
             (cluster_pb2.GetLedgerRequest(after_entry=-1), "after_entry"),

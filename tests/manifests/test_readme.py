@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from cluster.cli import parser
-from tests.manifests.kustomize import COMPONENTS, K8S, OVERLAYS, REPOSITORY, find_kubectl, front, parse, pods, render
+from tests.manifests.kustomize import COMPONENTS, K8S, OVERLAYS, find_kubectl, front, parse, pods, render
 from tests.manifests.pod_rules import POD_RULES, SECRETS
 
 TEXT = (K8S / "README.md").read_text()
@@ -22,14 +22,6 @@ COMMANDS = re.findall(r"^ *(moe-cluster .*)$", TEXT, flags=re.MULTILINE)
 @pytest.mark.parametrize("command", sorted(set(COMMANDS)))
 def test_commands_are_ours(command: str) -> None:
     parser().parse_args(shlex.split(command)[1:])
-
-
-def test_metrics_are_ours() -> None:
-    sources = "".join(path.read_text() for path in (REPOSITORY / "cluster" / "service" / "metrics").glob("*.py"))
-    named = {name.removesuffix("_bucket") for name in re.findall(r"moe_cluster_(\w+)", TEXT)}
-    assert len(named) == 4
-    for name in named:
-        assert f'"{name}"' in sources or f'"moe_cluster_{name}"' in sources, name
 
 
 def test_there_are_commands() -> None:

@@ -51,7 +51,7 @@ class TestSplit:
         self, num_sets: int, renormalised: bool, shift: float
     ) -> None:
         inputs, rows = inputs_and_rows(shift=shift)
-        grown = split(rows, inputs, num_sets, 2, generator(7))
+        grown = split(rows, inputs, num_sets, 2, generator(7), renormalises=renormalised)
         assert grown.shape == (num_sets * EXPERTS, WIDTH)
         before = softmax_choice(rows, inputs, 2, renormalised)
         after = softmax_choice(grown, inputs, 2, renormalised)
@@ -63,22 +63,22 @@ class TestSplit:
 
     def test_a_second_cut_divides_every_set_of_the_first(self) -> None:
         inputs, rows = inputs_and_rows()
-        once = split(rows, inputs, 2, 2, generator(1))
-        twice = split(once, inputs, 2, 2, generator(2))
+        once = split(rows, inputs, 2, 2, generator(1), renormalises=True)
+        twice = split(once, inputs, 2, 2, generator(2), renormalises=True)
         ids, _ = softmax_choice(twice, inputs, 2, True)
         tokens = Counter((ids[:, 0] // EXPERTS).tolist())
         assert min(tokens[part] for part in range(4)) > TOKENS / 4 / 3
 
     def test_equal_seeds_give_equal_rows(self) -> None:
         inputs, rows = inputs_and_rows()
-        one, same, other = (split(rows, inputs, 2, 2, generator(seed)) for seed in (1, 1, 2))
+        one, same, other = (split(rows, inputs, 2, 2, generator(seed), renormalises=True) for seed in (1, 1, 2))
         assert torch.equal(one, same)
         assert not torch.equal(one, other)
 
     def test_rows_that_are_too_narrow_are_refused(self) -> None:
         inputs, rows = inputs_and_rows()
         with pytest.raises(InvalidInput, match="rows of width 48 cannot tell 16 copies"):
-            split(rows, inputs, 16, 2, generator())
+            split(rows, inputs, 16, 2, generator(), renormalises=True)
 
 
 class TestClosed:
