@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from cluster.control.heartbeats import Heartbeats
 from cluster.errors import StartupError, Unavailable
 from cluster.fabric.calls import call
 from cluster.fabric.links import link_keys
-from cluster.fabric.nodes import expert_room, node_names, short_name
+from cluster.fabric.nodes import expert_room, node_names, nodes_with_room, short_name
 from cluster.fabric.options import ROUTER, expert_options, router_options
 from cluster.fabric.workers import ExpertContact, ExpertWorker, RouterWorker
 from cluster.placement.placement import ActorSlot
@@ -103,9 +103,9 @@ class Crew:
         facts: ModelFacts = self._started(ROUTER, self.router.facts.remote(num_experts))
         return facts
 
-    def start_experts(self, count: int) -> list[ActorSlot]:
-        """Processes without weights. `StartupError` if the nodes have no room for one of them."""
-        where = self._create_experts(count)
+    def start_experts(self, count: int, avoid: Collection[str] = ()) -> list[ActorSlot]:
+        """Processes without weights, not on the nodes with the ids `avoid`. `StartupError` if one finds no room."""
+        where = self._create_experts(count, avoid)
         try:
             return [ActorSlot(name, self._started(name, ref)) for name, ref in where.items()]
         except MoeClusterError:
@@ -127,6 +127,15 @@ class Crew:
                 self.end([name])
         return started
 
+    def occupied_nodes(self) -> set[str]:
+        """Ids of the nodes that carry an expert actor."""
+        with self._lock:
+            return {contact.node_id for contact in self._experts.values()}
+
+    def open_nodes(self) -> set[str]:
+        """Ids of the nodes that carry none and have room for one."""
+        return nodes_with_room(self.leaving) - self.occupied_nodes()
+
     def may_have_room(self) -> bool:
         """Whether more expert actors may find a node. Of a Ray cluster that exists nobody knows: nodes may be added."""
         return self._most_room() > 0
@@ -134,9 +143,9 @@ class Crew:
     def _most_room(self) -> int:
         return expert_room(self.leaving) if self._config.ray.mode == "embedded" else self._config.experts.max_actors
 
-    def _create_experts(self, count: int) -> dict[str, Any]:
+    def _create_experts(self, count: int, avoid: Collection[str] = ()) -> dict[str, Any]:
         """-> actor -> what its node's id will be told by, once it has found one."""
-        worker = ray.remote(**expert_options(self._config, self.leaving))(ExpertWorker)
+        worker = ray.remote(**expert_options(self._config, {*self.leaving, *avoid}))(ExpertWorker)
         with self._lock:
             names = [f"expert-{self._next_number + i}" for i in range(count)]
             self._next_number += count

@@ -165,5 +165,15 @@ def short_name(node_id: str) -> str:
 
 def expert_room(leaving: Collection[str]) -> int:
     """Expert actors for which the living nodes have room now, without those that leave; up to a second old."""
+    return sum(_free_places(leaving).values())
+
+
+def nodes_with_room(leaving: Collection[str]) -> set[str]:
+    """Ids of the living nodes, without those that leave, that have room for an expert actor; as fresh as that."""
+    return {node_id for node_id, free in _free_places(leaving).items() if free}
+
+
+def _free_places(leaving: Collection[str]) -> dict[str, int]:
     free = available_resources_per_node()
-    return sum(int(free.get(node_id, {}).get(EXPERT_RESOURCE, 0)) for node_id in node_names().keys() - set(leaving))
+    nodes = node_names().keys() - set(leaving)
+    return {node_id: int(free.get(node_id, {}).get(EXPERT_RESOURCE, 0)) for node_id in nodes}

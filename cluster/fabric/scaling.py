@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Collection
 
 from actors.errors import InvalidInput, MoeClusterError
 from actors.values import Placement
@@ -109,9 +110,11 @@ class Scaling:
         if time.monotonic() < self._heal_at_s:
             return
         is_few = len(self._crew.experts()) < self._wanted
-        if is_few and not self._crew.may_have_room():
-            is_few = False
-            self._heal_at_s = time.monotonic() + ROOM_LOOK_S
+        is_narrow = len(self._crew.occupied_nodes()) < self._config.redundancy
+        if is_few or is_narrow:
+            is_few = (is_few and self._crew.may_have_room()) or self._missing_nodes() > 0
+            if not is_few:
+                self._heal_at_s = time.monotonic() + ROOM_LOOK_S
         with self._state.reading() as coordinator:
             if not self._is_hurt(coordinator, is_few) or not self._changes.try_begin("healing"):
                 return
@@ -119,7 +122,7 @@ class Scaling:
         threading.Thread(target=self._heal, name="healing", daemon=True).start()
 
     def _is_hurt(self, coordinator: Coordinator, is_few: bool) -> bool:
-        """`is_few`: there are fewer actors than there should be, and there may be room for them."""
+        """`is_few`: there are too few actors, or they are on too few nodes, and there may be room."""
         placement = coordinator.placement
         nodes = {actor.node for actor in coordinator.actors()} - set(self._crew.leaving.values())
         # More copies than there are nodes for must wait for actors elsewhere.
@@ -129,6 +132,11 @@ class Scaling:
         if placement.missing or coordinator.is_router_lost:
             return False
         return is_short or is_few
+
+    def _missing_nodes(self) -> int:
+        """Nodes that copies want beyond those that carry actors, as far as there are some with room."""
+        missing = self._config.redundancy - len(self._crew.occupied_nodes() - set(self._crew.leaving))
+        return min(missing, len(self._crew.open_nodes())) if missing > 0 else 0
 
     def _heal(self) -> None:
         try:
@@ -158,7 +166,12 @@ class Scaling:
         self, wanted: int, report: Report, deadline: float | None = None, patience_s: float | None = None
     ) -> float:
         """-> longest wait of a step, in seconds. With `patience_s` as many actors as find room by then will do."""
-        missing = wanted - self._crew.num_staying()
+        missing, missing_nodes = wanted - self._crew.num_staying(), self._missing_nodes()
+        if missing_nodes:
+            # Also where there are enough: one that shares its node with another goes in exchange.
+            report(0.0, f"starting {missing_nodes} expert actors on other nodes")
+            self.start(missing_nodes, avoid=self._crew.occupied_nodes())
+            missing -= missing_nodes
         if missing > 0:
             report(0.0, f"starting {missing} expert actors")
             self.start(missing, patience_s)
@@ -183,11 +196,11 @@ class Scaling:
         """Expert actors there should be."""
         return self._wanted
 
-    def start(self, count: int, patience_s: float | None = None) -> None:
+    def start(self, count: int, patience_s: float | None = None, avoid: Collection[str] = ()) -> None:
         """Actors without groups, seen alive. `StartupError` if the nodes have no room for one of them: then none is.
-        With `patience_s` those that find room by then will do."""
+        With `patience_s` those that find room by then will do. `avoid`: ids of nodes that are not to carry them."""
         if patience_s is None:
-            slots = self._crew.start_experts(count)
+            slots = self._crew.start_experts(count, avoid)
         else:
             slots = self._crew.start_experts_where_room(count, patience_s)
         names = [slot.id for slot in slots]
