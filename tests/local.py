@@ -11,6 +11,7 @@ from actors.dispatcher import Peer, Roster
 from actors.errors import PeerLost
 from actors.expert import ExpertHost
 from actors.moe.settings import GateSettings
+from actors.pieces import PIECE_BYTES
 from actors.router import Router
 from actors.transport.contract import Handler, Link
 from actors.transport.local import LocalLink
@@ -121,6 +122,7 @@ class LocalCluster:
     wrap: LinkWrap
     timeout_s: float
     device: str
+    gate: GateSettings | None = None
     members: dict[str, Member] = field(default_factory=dict)
     router: Router = field(init=False)
     placement: Placement = field(init=False)
@@ -186,11 +188,12 @@ def cluster(
     device: str = "cpu",
     redundancy: int = 1,
     heals: bool = False,
+    piece_bytes: int = PIECE_BYTES,
 ) -> Iterator[LocalCluster]:
     """`wrap` may put a faulty link around each link as it is opened. With `heals` copies take over from the dead."""
     slots = [ActorSlot(f"expert-{i}", f"node-{i}") for i in range(num_actors)]
     placement = spread(skeleton(source).num_experts, group_size, slots, redundancy)
-    local = LocalCluster(source, group_size, links, wrap, timeout_s, device)
+    local = LocalCluster(source, group_size, links, wrap, timeout_s, device, gate)
     local.placement = placement
     for slot in slots:
         local.add(placement.held_by(slot.id))
@@ -202,6 +205,7 @@ def cluster(
         timeout_s=timeout_s,
         max_step_retries=max_step_retries,
         find_roster=local.without if heals else None,
+        piece_bytes=piece_bytes,
     )
     try:
         yield local
