@@ -256,10 +256,10 @@ class Operation:
     id: str
     request_id: str
     kind: str
-    """`scale_experts`."""
+    """`scale_experts` or `scale_routers`."""
     state: OperationState
     target: int
-    """Expert actors there should be at the end."""
+    """Expert actors, or routers, there should be at the end."""
     progress: float
     """In [0, 1]; never falls."""
     message: str
@@ -346,6 +346,9 @@ class Backend(Protocol):
         Idempotent: the same request id and number give the operation that exists. `AlreadyExists` if numbers differ,
         `FailedPrecondition` while another operation runs.
         """
+
+    async def scale_routers(self, routers: int, *, request_id: str, timeout_s: float) -> Operation:
+        """The same for the routers."""
 
     async def operation(self, operation_id: str, *, timeout_s: float) -> Operation: ...
 

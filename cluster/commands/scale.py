@@ -1,4 +1,4 @@
-"""`scale` changes the number of expert actors and watches that to its end; `operations` lists such changes."""
+"""`scale` changes the number of expert actors or routers and watches that to its end; `operations` lists them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from cluster.service.client import Client
 
 def add_parsers(subparsers: Subparsers) -> None:
     scale = add_remote(
-        subparsers, "scale", run_scale, help="change the number of expert actors while steps and requests go on"
+        subparsers, "scale", run_scale, help="change the number of expert actors or routers; steps and requests go on"
     )
-    scale.add_argument("--experts", type=int, required=True, metavar="N", help="expert actors there should be")
+    what = scale.add_mutually_exclusive_group(required=True)
+    what.add_argument("--experts", type=int, metavar="N", help="expert actors there should be")
+    what.add_argument("--routers", type=int, metavar="N", help="routers there should be")
     scale.add_argument(
         "--request-id", metavar="ID", help="the same number with the same id again watches the operation that exists"
     )
@@ -27,7 +29,10 @@ def add_parsers(subparsers: Subparsers) -> None:
 
 
 def run_scale(args: argparse.Namespace, client: Client) -> int:
-    operation = client.scale(args.experts, request_id=args.request_id)
+    if args.routers is not None:
+        operation = client.scale_routers(args.routers, request_id=args.request_id)
+    else:
+        operation = client.scale(args.experts, request_id=args.request_id)
     if args.detach:
         return _report(operation, args, f"{operation.id} is {operation.state.value}; {_how_to_go_on(operation, args)}")
     try:
@@ -104,9 +109,10 @@ def _row(operation: Operation) -> tuple[str, ...]:
 
 def _what(operation: Operation) -> str:
     """`4 expert actors`; the kind, for one that a newer cluster has."""
-    if operation.kind != "scale_experts":
+    noun = {"scale_experts": "expert actor", "scale_routers": "router"}.get(operation.kind)
+    if noun is None:
         return operation.kind
-    return f"{operation.target} expert actor{'' if operation.target == 1 else 's'}"
+    return f"{operation.target} {noun}{'' if operation.target == 1 else 's'}"
 
 
 def _how_to_go_on(operation: Operation, args: argparse.Namespace) -> str:

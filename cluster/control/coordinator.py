@@ -82,6 +82,8 @@ class Coordinator:
         self._members = Members(self._limits.heartbeat_timeout_s)
         self._loads = self._new_window()
         self._version = 0
+        self.routers_wanted = 1
+        """With fewer the cluster is not whole."""
         self.can_restore = False
         """Whether there is a checkpoint that what is lost can come back from."""
         self.is_pristine = True
@@ -335,7 +337,8 @@ class Coordinator:
             self._lose(actor_id, now, f"silent for more than {self._limits.heartbeat_timeout_s:g} s", is_dead=False)
         if self._jobs.active() is None:
             self._disturbances.idle()
-        if self._is_ready() and not self._groups_below(self._redundancy):
+        has_routers = self._members.count_ready("router") >= self.routers_wanted
+        if self._is_ready() and has_routers and not self._groups_below(self._redundancy):
             self._disturbances.whole(now)
         self._jobs.forget_old(keep=self._stopping)
         self._start_next(now)
@@ -357,7 +360,7 @@ class Coordinator:
         self._decisions.append(ActorLost(actor_id, role, groups, job_id, reason, placement))
         if record:
             self._tell_job(record, f"{role} {actor_id}", groups if must_switch else (), reason, now)
-            if role == "router" and not self.can_restore:
+            if role == "router" and not self.can_restore and not self._members.has_ready("router"):
                 self._fail(record, f"router {actor_id} was lost after step {record.job.step}: {reason}", now)
 
     def _tell_job(self, record: JobRecord, who: str, groups: Sequence[int], reason: str, now: float) -> None:
@@ -366,6 +369,8 @@ class Coordinator:
         fate = f"; copies took over {named(groups)}" if groups and not gone else ""
         if gone and self.can_restore:
             fate = f"; no actor holds {named(gone)} any more, the last checkpoint brings them back"
+        elif who.startswith("router") and self._members.has_ready("router"):
+            fate = "; the other routers go on"
         elif not groups and who.startswith("router") and self.can_restore:
             fate = "; the last checkpoint brings it back"
         record.record("note", now, message=f"{who} lost: {reason}{fate}")

@@ -33,6 +33,7 @@ from cluster.fabric.jobs import JobThreads
 from cluster.fabric.options import ROUTER
 from cluster.fabric.rebalancing import Rebalancer
 from cluster.fabric.recovery import Recovery, begin_from, load_experts
+from cluster.fabric.routers import Routers, ready_routers
 from cluster.fabric.scaling import Scaling
 from cluster.fabric.workers import ExpertContact
 from cluster.jobs.tokenizer import check_vocabulary, load_tokenizer
@@ -79,7 +80,11 @@ class ControlWorker:
             self._state, self._crew, self._changes, self._scaling, self._checkpoints, self._me, experts.redundancy
         )
         self._load(placement, [slot.id for slot in slots], found)
-        self._jobs = JobThreads(self._state, self._crew, self._config.model, self._checkpoints, self._recovery)
+        self._routers = Routers(self._state, self._crew, self._changes, self._me, self._config.router)
+        self._routers.start()
+        self._jobs = JobThreads(
+            self._state, self._crew, self._config.model, self._checkpoints, self._recovery, self._routers
+        )
         threading.Thread(target=self._loop, name="coordinator", daemon=True).start()
         if not self._state.wait_for(lambda c: c.status().ready, self._config.ray.start_timeout_s):
             raise StartupError(f"not ready in time: {self.status().message}")
@@ -97,10 +102,10 @@ class ControlWorker:
         if found is not None:
             begin_from(self._state, found)
 
-    def ready_router(self) -> Any:
-        """The router's handle, where it and the experts can answer; otherwise None."""
+    def ready_routers(self) -> dict[str, Any]:
+        """Handles of the routers by name, where they and the experts can answer."""
         with self._state.reading() as coordinator:
-            return self._crew.router if coordinator.status().ready else None
+            return ready_routers(coordinator, self._crew)
 
     def stop(self) -> None:
         self._stopping.set()
@@ -151,6 +156,9 @@ class ControlWorker:
 
     def scale(self, actors: int, request_id: str) -> Operation:
         return self._scaling.scale(actors, request_id)
+
+    def scale_routers(self, routers: int, request_id: str) -> Operation:
+        return self._routers.scale(routers, request_id)
 
     def operation(self, operation_id: str) -> Operation:
         with self._state.reading() as coordinator:
@@ -212,6 +220,7 @@ class ControlWorker:
                     decisions = coordinator.step(time.time())
                 for decision in decisions:
                     self._carry_out(decision)
+                self._routers.look()
                 self._scaling.heal()
                 self._recovery.heal()
                 self._autoscaler.look()

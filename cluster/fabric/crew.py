@@ -26,7 +26,7 @@ from cluster.errors import StartupError, Unavailable
 from cluster.fabric.calls import call
 from cluster.fabric.nodes import node_names
 from cluster.fabric.options import ROUTER, expert_options, router_options
-from cluster.fabric.workers import ExpertContact, ExpertWorker, RouterWorker
+from cluster.fabric.workers import ExpertContact, ExpertWorker, RouterContact, RouterWorker
 from cluster.placement.placement import ActorSlot
 
 if TYPE_CHECKING:
@@ -57,31 +57,80 @@ class Crew:
         self._lock = threading.RLock()
         self._handles: dict[str, Any] = {}
         self._experts: dict[str, ExpertContact] = {}
-        self._router_at = ("", 0)
+        self._routers: dict[str, RouterContact] = {}
+        """Those that have the trunk."""
+        self._leader = ROUTER
+        """Empty while none leads."""
         self._deaths: dict[str, Any] = {}
         self._pings: dict[str, Any] = {}
         self._links: dict[str, str] = {}
-        """Link kind of each expert actor, as the router last told."""
+        """Link kind of each expert actor, as a router last told."""
         self._heartbeats = Heartbeats()
         self._busy: dict[str, deque[tuple[float, float]]] = {}
         """Time and busy seconds so far of each expert actor."""
-        self._queue = (0, 0.0)
+        self._queues: dict[str, tuple[int, float]] = {}
+        """Of each router: requests that wait, how long the first has."""
         self._next_ping_s = 0.0
         self._next_number = 0
+        self._next_router = 1
 
     # -- starting -----------------------------------------------------------------------------------------------------
 
     @property
     def router(self) -> Any:
-        """`Unavailable` while there is none."""
-        return self.handle(ROUTER)
+        """That leads; `Unavailable` while none does."""
+        with self._lock:
+            if not self._leader:
+                raise Unavailable("no router leads at the moment; try again")
+            return self.handle(self._leader)
+
+    @property
+    def leader(self) -> str:
+        """Empty while no router leads."""
+        with self._lock:
+            return self._leader
+
+    def lead(self, name: str) -> None:
+        """It has been promoted."""
+        with self._lock:
+            self._leader = name
+
+    def routers(self) -> dict[str, tuple[RouterContact, Any]]:
+        """Contact and Ray handle of every router that has the trunk."""
+        with self._lock:
+            return {name: (contact, self._handles[name]) for name, contact in self._routers.items()}
+
+    def start_replicas(self, count: int, control: Any) -> list[RouterContact]:
+        """Routers that have yet to join. `StartupError` if there is no room for one of them: then none is started."""
+        worker = ray.remote(**router_options(self._config))(RouterWorker)
+        with self._lock:
+            names = [f"router-{self._next_router + i}" for i in range(count)]
+            self._next_router += count
+            for name in names:
+                self._handles[name] = worker.remote(name, self._config)
+        loading = {name: self._handles[name].load_replica.remote(control) for name in names}
+        try:
+            return [self._started(name, ref) for name, ref in loading.items()]
+        except MoeClusterError:
+            self.end(names)
+            raise
+
+    def joined(self, contact: RouterContact, leader: str) -> None:
+        """It has the trunk from this leader: it is watched from now on, and serves. `Unavailable` if that one leads no
+        more: who leads now does not know it."""
+        with self._lock:
+            if self._leader != leader:
+                raise Unavailable(f"{leader}, which {contact.name} joined, has ended")
+            self._routers[contact.name] = contact
+            self._deaths[contact.name] = self.handle(contact.name).wait_until_death.remote()
 
     def start_router(self) -> ModelFacts:
-        """Its process, in the place of the one before; `load_router` gives it its weights."""
-        self.end([ROUTER])
-        handle = ray.remote(**router_options(self._config))(RouterWorker).remote(self._config)
+        """Its process, in the place of all before; `load_router` gives it its weights."""
+        self.end([ROUTER, *self.routers()])
+        handle = ray.remote(**router_options(self._config))(RouterWorker).remote(ROUTER, self._config)
         with self._lock:
             self._handles[ROUTER] = handle
+            self._leader = ROUTER
         facts: ModelFacts = self._started(ROUTER, handle.facts.remote())
         return facts
 
@@ -113,10 +162,7 @@ class Crew:
         """After the expert actors of this placement: the trunk from the model directory, or from a checkpoint as this
         run. Only then is it watched, and taken for ready."""
         ref = self.router.load.remote(placement, self.contacts(placement), control, found, run)
-        at = self._started(ROUTER, ref)
-        with self._lock:
-            self._router_at = at
-            self._deaths[ROUTER] = self.router.wait_until_death.remote()
+        self.joined(self._started(ROUTER, ref), ROUTER)
 
     def _started(self, name: str, ref: Any) -> Any:
         try:
@@ -175,6 +221,10 @@ class Crew:
                 self._busy.pop(name, None)
                 self._heartbeats.forget(name)
                 self._experts.pop(name, None)
+                self._routers.pop(name, None)
+                self._queues.pop(name, None)
+                if name == self._leader:
+                    self._leader = ""
             if handle is not None:
                 ray.kill(handle)
 
@@ -182,10 +232,10 @@ class Crew:
         """Nobody waits any longer for an actor that does not answer and may hold its connections open for ever."""
         with self._lock:
             refs = [handle.cut.remote([name]) for other, handle in self._handles.items() if other != name]
-            contact = self._experts.get(name)
-            node_id, pid = (contact.node_id, contact.pid) if contact else self._router_at
+            contact = self._experts.get(name) or self._routers.get(name)
         ray.wait(refs, num_returns=len(refs), timeout=1.0)
-        _kill_process(node_id, pid)
+        if contact is not None:
+            _kill_process(contact.node_id, contact.pid)
 
     def end_all(self) -> None:
         for handle in self._handles.values():
@@ -228,11 +278,13 @@ class Crew:
             self._heartbeats.answered(name, now)
             self._links |= vitals.get("links", {})
             self._note_load(name, vitals, now)
+            if name == self._leader:
+                signs.dead |= {n: f"left out by {name}" for n in vitals["left_out"] if n in self._deaths}
             signs.seen.append(self._status(name, vitals, nodes))
 
     def _note_load(self, name: str, vitals: dict[str, Any], now: float) -> None:
-        if name == ROUTER:
-            self._queue = int(vitals["num_waiting"]), float(vitals["queue_s"])
+        if name in self._routers:
+            self._queues[name] = int(vitals["num_waiting"]), float(vitals["queue_s"])
             return
         history = self._busy.setdefault(name, deque())
         history.append((now, float(vitals["busy_s"])))
@@ -243,16 +295,18 @@ class Crew:
         """Share of the time that each expert actor was busy lately, requests that wait, how long the first has."""
         with self._lock:
             spans = {n: (h[-1][0] - h[0][0], h[-1][1] - h[0][1]) for n, h in self._busy.items() if n in self._experts}
-            return {name: busy / passed for name, (passed, busy) in spans.items() if passed > 0}, *self._queue
+            busy = {name: busy / passed for name, (passed, busy) in spans.items() if passed > 0}
+            waiting, queue_s = zip(*self._queues.values(), strict=True) if self._queues else ((), ())
+            return busy, sum(waiting), max(queue_s, default=0.0)
 
     def _status(self, name: str, vitals: dict[str, Any], nodes: dict[str, str]) -> ActorStatus:
         expert = self._experts.get(name)
-        node_id, pid = (expert.node_id, expert.pid) if expert else self._router_at
+        contact = expert or self._routers[name]
         return ActorStatus(
             id=name,
             role="expert" if expert else "router",
-            node=nodes.get(node_id, node_id[:12]),
-            pid=pid,
+            node=nodes.get(contact.node_id, contact.node_id[:12]),
+            pid=contact.pid,
             state="ready",
             device=self._config.experts.device if expert else self._config.router.device,
             version=int(vitals["version"]),

@@ -60,7 +60,7 @@ def _embedded(config: ClusterConfig) -> Iterator[None]:
     cluster = None
     try:
         with _keeping_sigterm():
-            cluster = _start_head()
+            cluster = _start_head(config)
             _start_nodes(cluster, config)
             _connect(cluster.address)
         _wait_for_nodes(cluster, config.ray.start_timeout_s)
@@ -71,10 +71,10 @@ def _embedded(config: ClusterConfig) -> Iterator[None]:
             cluster.shutdown()
 
 
-def _start_head() -> Cluster:
+def _start_head(config: ClusterConfig) -> Cluster:
     head = {
         "num_cpus": DATA_CPUS,
-        "resources": {ROUTER_RESOURCE: 1},
+        "resources": {ROUTER_RESOURCE: config.router.max_actors},
         "labels": {NODE_LABEL: "head"},
         "include_dashboard": False,
         "object_store_memory": OBJECT_STORE_BYTES,

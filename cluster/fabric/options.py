@@ -13,7 +13,7 @@ NODE_LABEL = "moe-cluster.io/node"
 """Name of a node, where one is set; otherwise the Ray node id stands for it."""
 
 COORDINATOR, ROUTER = "coordinator", "router-0"
-"""Names of the actors of which there is one."""
+"""Names of the coordinator and of the first router; checkpoints have the trunk under the latter, whoever leads."""
 
 TRAIN, SERVE, CONTROL = "train", "serve", "control"
 """Concurrency groups of a router actor."""

@@ -65,9 +65,9 @@ _OPTIONS = [
 class Client:
     """Talks to the front at `target` (host:port). `timeout_s` holds for every call that is given none of its own.
 
-    Only calls that may be repeated are: `submit_job` and `scale`, thanks to their request ids, `watch_job`, which
-    resumes after the last event it saw, `watch_load` and `watch_operation`. All give up after `max_retries` failures in
-    a row.
+    Only calls that may be repeated are: `submit_job`, `scale` and `scale_routers`, thanks to their request ids,
+    `watch_job`, which resumes after the last event it saw, `watch_load` and `watch_operation`. All give up after
+    `max_retries` failures in a row.
     """
 
     def __init__(self, target: str, *, timeout_s: float = 30.0, max_retries: int = 5) -> None:
@@ -194,6 +194,21 @@ class Client:
         def scale() -> Operation:
             left_s = max(0.0, deadline_s - time.monotonic())
             return operations.operation_from_message(self._cluster.ScaleExperts(request, timeout=left_s).operation)
+
+        return self._repeated(scale, deadline_s)
+
+    def scale_routers(
+        self, routers: int, *, request_id: str | None = None, timeout_s: float | None = None
+    ) -> Operation:
+        """As `scale`."""
+        request_id = request_id if request_id is not None else str(uuid.uuid4())
+        operations.check_scale(routers, request_id, "routers")
+        request = cluster_pb2.ScaleRoutersRequest(routers=routers, request_id=request_id)
+        deadline_s = time.monotonic() + self._or_default(timeout_s)
+
+        def scale() -> Operation:
+            left_s = max(0.0, deadline_s - time.monotonic())
+            return operations.operation_from_message(self._cluster.ScaleRouters(request, timeout=left_s).operation)
 
         return self._repeated(scale, deadline_s)
 

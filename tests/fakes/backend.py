@@ -212,6 +212,10 @@ class MemoryBackend:
         await self._enter("scale", timeout_s)
         return self._operations.start("scale_experts", actors, request_id, time.time())
 
+    async def scale_routers(self, routers: int, *, request_id: str, timeout_s: float) -> Operation:
+        await self._enter("scale_routers", timeout_s)
+        return self._operations.start("scale_routers", routers, request_id, time.time())
+
     async def operation(self, operation_id: str, *, timeout_s: float) -> Operation:
         """Each look at it finds it further on."""
         await self._enter("operation", timeout_s)
@@ -256,6 +260,8 @@ class MemoryBackend:
         now = time.time()
         if self._operations.is_cancelling(operation.id):
             self._operations.cancelled(operation.id, now)
+        elif operation.kind == "scale_routers":
+            self._operations.succeeded(operation.id, now, PREPARE_S, STALL_S)
         elif operation.target > NUM_EXPERTS:
             error = f"{NUM_EXPERTS} expert groups are too few for {operation.target} actors"
             self._operations.failed(operation.id, error, now)

@@ -11,8 +11,8 @@ _KINDS = pb.OperationKind.DESCRIPTOR
 _STATES = pb.OperationState.DESCRIPTOR
 
 
-def check_scale(actors: int, request_id: str) -> None:
-    checks.number("actors", actors, Range(1, MAX_INT32))
+def check_scale(actors: int, request_id: str, field: str = "actors") -> None:
+    checks.number(field, actors, Range(1, MAX_INT32))
     checks.identifier("request_id", request_id)
 
 
