@@ -12,14 +12,15 @@ from dataclasses import replace
 import pytest
 
 from cluster.backend import ActorStatus, JobEvent, OperationState, SamplingParams
-from cluster.config import OptimizerConfig
+from cluster.config import BatchConfig, OptimizerConfig
 from cluster.service.client import Client
 from tests.integration.test_resume import JOB, WAIT_S, config_in, finish, losses, running, watch_to
 
 pytestmark = pytest.mark.timeout(600)  # starting processes that import torch takes minutes on a busy machine
 
 # With the usual eps AdamW makes 1e-8 of what sums in another order differ by where a gradient is all but 0.
-STEADY = replace(JOB, optimizer=OptimizerConfig(lr=3e-3, eps=1e-4), batch=replace(JOB.batch, sequences=3))
+BATCH = BatchConfig(sequences=3, sequence_length=32, gradient_accumulation=4)
+STEADY = replace(JOB, optimizer=OptimizerConfig(lr=3e-3, eps=1e-4), batch=BATCH)
 SAMPLING = SamplingParams(max_tokens=120, temperature=0.8, top_p=0.95, seed=7)
 
 
@@ -95,18 +96,29 @@ def test_the_leader_dies_under_a_job_and_streams(client: Client, alone: list[Job
     wait_for_routers(client, 2)
 
 
-def test_a_replica_freezes_and_routers_come_and_go_under_a_job(client: Client, alone: list[JobEvent]) -> None:
+def test_routers_come_and_go_under_a_job(client: Client, alone: list[JobEvent]) -> None:
     wait_for_routers(client, 2)
     client.import_model("same")
     expected = client.score("def main(").logprobs
     job = client.submit_job(STEADY)
     watch_to(client, job.id, 3)
     scale(client, 3)
-    newest = list(routers(client).values())[-1]
-    os.kill(newest.pid, signal.SIGSTOP)
-    wait_for_routers(client, 3)
+    joined = client.get_job(job.id)
     scale(client, 1)
-    events = finish(client, job.id)
-    same(events, alone)
+    parted = client.get_job(job.id)
+    assert 3 <= joined.step < parted.step + 1 <= STEADY.steps, "the job must have outlasted both"
+    assert not joined.state.is_final
+    same(finish(client, job.id), alone)
     client.import_model("same")
     assert client.score("def main(").logprobs == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_replica_freezes_under_a_job(client: Client, alone: list[JobEvent]) -> None:
+    scale(client, 2)
+    job = client.submit_job(STEADY)
+    watch_to(client, job.id, 3)
+    replica = list(routers(client).values())[-1]
+    os.kill(replica.pid, signal.SIGSTOP)
+    same(finish(client, job.id), alone)
+    wait_for_routers(client, 2)
+    assert replica.id not in routers(client)
