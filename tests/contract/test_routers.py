@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from actors.errors import NonFinite, StepAborted
 from actors.exchange import Attempt
 from actors.moe.settings import BalanceSettings, GateSettings
 from actors.optim import OptimizerSettings
+from actors.snapshots import Key, SavedState, Snapshot
 from actors.transport.contract import Link
 from actors.transport.message import Message
 from actors.trunk.model import ModelSource
@@ -425,6 +427,38 @@ def test_a_replica_that_does_not_answer_is_cut_off(source: ModelSource, alone: N
         assert time.monotonic() - started < deadline_s / 2, "a wait ran into its deadline"
         assert group.router.replicas.lost == ["router-1"]
         same(group, reports, alone)
+
+
+def test_all_routers_go_back_to_what_was_saved(source: ModelSource, alone: Numbers) -> None:
+    with routers(source, 2) as group:
+        local = group.local
+        group.router.begin_run(OPTIMIZER)
+        reports = [step(group, number) for number in range(3)]
+        group.router.take_snapshot()
+        trunk, experts = group.router.snapshot, {name: member.host.snapshot for name, member in local.members.items()}
+        assert trunk is not None
+        step(group, 3)  # lost
+        for name, member in local.members.items():
+            snapshot = experts[name]
+            assert snapshot is not None
+            member.host.restore(local.placement.held_by(name), saved(snapshot), run=7)
+        placement = replace(local.placement, epoch=local.placement.epoch + 1)
+        group.router.restore(local.roster(placement), saved(trunk), run=7)
+        group.router.continue_run(BalanceSettings())
+        group.agree()
+        assert group.router.version == 3
+        for number in range(3, len(BATCHES)):
+            reports.append(step(group, number))
+            group.agree()
+        same(group, reports, alone)
+        assert len(group.living) == 2
+
+
+def saved(snapshot: Snapshot[Key]) -> SavedState[Key]:
+    def read(keys: Sequence[Key]) -> list[torch.Tensor]:
+        return [snapshot.tensors[key] for key in keys]
+
+    return SavedState(snapshot.version, snapshot.updates, snapshot.optimizer, frozenset(snapshot.tensors), read)
 
 
 def test_new_weights_and_a_new_job_reach_every_router(source: ModelSource, alone: Numbers) -> None:

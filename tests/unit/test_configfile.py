@@ -199,6 +199,12 @@ CLUSTER_FAULTS = {
     ),
     "room below none": (MODEL + "experts: {max_groups: -1}", "experts.max_groups", "-1", "0 or more"),
     "port": (MODEL + "front: {port: 65536}", "front.port", "65536", "from 0 to 65535"),
+    "more routers than there may be": (
+        MODEL + "router: {actors: 5}",
+        "router.max_actors",
+        "4",
+        "use 5 or more",
+    ),
     "timeout": (MODEL + "router: {request_timeout_s: 0}", "router.request_timeout_s", "0.0", "above 0"),
     "text for a list": (MODEL + "storage: {import_roots: /a}", "storage.import_roots", "'/a'", "a list"),
     "in a list": (MODEL + "storage: {import_roots: [1]}", "storage.import_roots[0]", "1", "a text"),
