@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from dataclasses import fields as fields_of
 from typing import Any
 
 import safetensors.torch
@@ -28,6 +29,7 @@ from actors.exchange import Attempt
 from actors.pieces import PIECE_BYTES, GradientPieces
 from actors.transport.contract import Link, Pending
 from actors.transport.message import Message
+from actors.values import StepReport
 
 logger = logging.getLogger(__name__)
 
@@ -134,11 +136,19 @@ class Replicas:
                 pieces.add(piece, self._required(name, pending).tensors[0])
         return own
 
-    def prepare(self, attempt: Attempt, update: Mapping[str, Any], pieces: GradientPieces, load_LE: Tensor) -> None:
+    def prepare(
+        self,
+        attempt: Attempt,
+        update: Mapping[str, float],
+        report: StepReport,
+        pieces: GradientPieces,
+        load_LE: Tensor,
+    ) -> None:
         """Every replica has the summed gradients and what to do with them. `StepAborted` if one is lost instead."""
         if not self._links:
             return
-        first = Message("prepare", {**_fields(attempt), **update}, (load_LE, pieces.present_P(), pieces.read(0)))
+        fields = {**_fields(attempt), **update, "report": _without_load(report)}
+        first = Message("prepare", fields, (load_LE, pieces.present_P(), pieces.read(0)))
         started = [(name, self._start(name, first)) for name in self.names]
         for piece in range(1, len(pieces)):
             more = Message("sum", {**_fields(attempt), "piece": piece}, (pieces.read(piece),))
@@ -246,6 +256,11 @@ class Replicas:
 
 def _fields(attempt: Attempt) -> dict[str, int]:
     return {"step": attempt.step, "attempt": attempt.number}
+
+
+def _without_load(report: StepReport) -> dict[str, Any]:
+    """Load may be too much for a header: it goes as a tensor."""
+    return {field.name: getattr(report, field.name) for field in fields_of(report) if field.name != "load_LE"}
 
 
 def _described(parts: Sequence[Part]) -> dict[str, Any]:

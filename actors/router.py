@@ -208,8 +208,7 @@ class Router:
             attempt.step, total.loss, norm, num_tokens, own.seconds, retries, load_LE.tolist(), total.balance
         )
         update = {"lr": lr, "scale": scale, "bias_speed": bias_speed}
-        told = {k: v for k, v in asdict(report).items() if k != "load_LE"}
-        self.replicas.prepare(attempt, {**update, "report": told}, self.pieces, load_LE)
+        self.replicas.prepare(attempt, update, report, self.pieces, load_LE)
         self.commit(attempt, **update)
         return report
 

@@ -423,11 +423,16 @@ class Coordinator:
             return f"expert groups without a ready holder: {', '.join(map(str, silent))}"
         if not self._members.has_ready("router"):
             return self._message_without_router()
+        return "; ".join(part for part in (self._degraded(), self.notice) if part)
+
+    def _degraded(self) -> str:
+        lacks = []
         if scarce := self._groups_below(self._redundancy):
             have = "has" if len(scarce) == 1 else "have"
-            degraded = f"degraded: {named(scarce)} {have} fewer than {self._redundancy} holders"
-            return f"{degraded}; {self.notice}" if self.notice else degraded
-        return self.notice
+            lacks.append(f"{named(scarce)} {have} fewer than {self._redundancy} holders")
+        if (count := self._members.count_ready("router")) < self.routers_wanted:
+            lacks.append(f"{count} of {self.routers_wanted} routers are ready")
+        return f"degraded: {', '.join(lacks)}" if lacks else ""
 
     def _message_without_router(self) -> str:
         if not self.is_router_lost:

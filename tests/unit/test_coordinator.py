@@ -372,6 +372,7 @@ def test_with_another_router_a_job_goes_on_without_a_checkpoint(coordinator: Coo
     assert events[-1].message == "router r0 lost: exit code -9; the other routers go on"
     (entry,) = coordinator.ledger.entries()
     assert (entry.kind, entry.recovered_s) == ("router_death", None), "there are fewer than there should be"
+    assert coordinator.status().message == "degraded: 1 of 2 routers are ready"
     beat(coordinator, 5.0, ["r2"])
     coordinator.step(5.0)
     assert coordinator.ledger.entries()[0].recovered_s == 5.0
