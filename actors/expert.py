@@ -82,6 +82,8 @@ class ExpertHost:
         self._placement = Placement(0, (), group_size)
         """None yet: until the first `place` everything here is owned here."""
         self._run = 0
+        self._term = 0
+        """Of the router that leads; commits of one before are refused."""
         self._attempt = Attempt(version, 0)
         self._prepared: Attempt | None = None
         self._touched: set[tuple[int, int]] = set()
@@ -104,6 +106,7 @@ class ExpertHost:
             "reduce": self._reduce,
             "commit": self._commit,
             "abort": self._abort,
+            "fence": self._fence,
             "begin_run": self._begin_run,
             "place": self._place,
             "retire": self._retire,
@@ -233,6 +236,8 @@ class ExpertHost:
         step = int(fields["step"])
         if step == self.version:
             return Message("ok", {"version": self.version})  # repeated: already done
+        if (term := int(fields.get("term", 0))) < self._term:
+            raise StepAborted(f"commit of step {step} by a router of term {term}, now is {self._term}")
         if self._prepared is None or self._prepared != Attempt.of(fields):
             raise StepAborted(f"commit of step {step}, prepared is {self._prepared}")
         self._take_sums(self._prepared)
@@ -254,6 +259,11 @@ class ExpertHost:
             self._attempt = Attempt(attempt.step, attempt.number + 1)
             self._drop_gradients()
         return Message("ok", {"version": self.version})
+
+    def _fence(self, question: Message) -> Message:
+        """A router has taken over: its version is what it is now, whatever the one before has sent."""
+        self._term = max(self._term, int(question.fields["term"]))  # type: ignore[arg-type]
+        return Message("ok", self.status())
 
     def _begin_run(self, question: Message) -> Message:
         """A new job: its optimizer settings, fresh moments. Groups on their way here have the old ones: dropped."""
@@ -427,6 +437,7 @@ class ExpertHost:
             "tokens": self.tokens,
             "run": self._run,
             "attempt": self._attempt.number,
+            "term": self._term,
             "memory_bytes": self._memory_bytes,
             "cache": self.holdings.cache_counters(),
         }

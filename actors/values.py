@@ -140,6 +140,15 @@ class StepReport:
 
 
 @dataclass(frozen=True)
+class Promotion:
+    """A router leads now in the place of one that died."""
+
+    version: int
+    report: StepReport | None
+    """Of the step that led to this version, where this router has taken part in it."""
+
+
+@dataclass(frozen=True)
 class Course:
     """What the steps of one job are counted from."""
 

@@ -276,10 +276,10 @@ class Operation:
     id: str
     request_id: str
     kind: str
-    """`scale_experts`, `drain_node` or `grow_model`."""
+    """`scale_experts`, `scale_routers`, `drain_node` or `grow_model`."""
     state: OperationState
     target: int
-    """Expert actors, or experts of every MoE layer, there should be at the end; 0 for `drain_node`."""
+    """Expert actors, routers, or experts of every MoE layer, there should be at the end; 0 for `drain_node`."""
     progress: float
     """In [0, 1]; never falls."""
     message: str
@@ -368,6 +368,9 @@ class Backend(Protocol):
         Idempotent: the same request id and number give the operation that exists. `AlreadyExists` if numbers differ,
         `FailedPrecondition` while another operation runs.
         """
+
+    async def scale_routers(self, routers: int, *, request_id: str, timeout_s: float) -> Operation:
+        """The same for the routers."""
 
     async def drain(self, node: str, deadline_s: float, *, request_id: str, timeout_s: float) -> Operation:
         """Starts to empty the node within `deadline_s`, and returns: the operation goes on by itself, and succeeds only

@@ -72,6 +72,11 @@ class ExpertsConfig:
 
 @dataclass(frozen=True)
 class RouterConfig:
+    actors: int = 1
+    """At the start. Each has the whole trunk, computes a part of every batch and serves; no step is lost as long as one
+    of them lives."""
+    max_actors: int = 4
+    """Bound for scaling, and what the embedded head has room for."""
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     threads: int = 2

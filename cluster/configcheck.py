@@ -35,6 +35,14 @@ def validate_cluster(config: ClusterConfig, source: str) -> ClusterConfig:
     for name in ("rise_s", "idle_s", "cool_down_s", "max_queue_s"):
         check.at_least(f"experts.autoscale.{name}", getattr(config.experts.autoscale, name), 0)
 
+    check.at_least("router.actors", config.router.actors, 1)
+    check.that(
+        config.router.max_actors >= config.router.actors,
+        "router.max_actors",
+        f"is below router.actors {config.router.actors}",
+        config.router.max_actors,
+        f"use {config.router.actors} or more",
+    )
     check.at_least("router.threads", config.router.threads, 1)
     check.above("router.request_timeout_s", config.router.request_timeout_s, 0)
     check.at_least("router.max_step_retries", config.router.max_step_retries, 0)

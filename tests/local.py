@@ -12,6 +12,7 @@ from actors.errors import PeerLost
 from actors.expert import ExpertHost
 from actors.moe.cache import CacheSettings
 from actors.moe.settings import GateSettings
+from actors.pieces import PIECE_BYTES
 from actors.router import Router
 from actors.transport.contract import Handler, Link
 from actors.transport.local import LocalLink
@@ -124,6 +125,7 @@ class LocalCluster:
     timeout_s: float
     device: str
     cache: CacheSettings | None = None
+    gate: GateSettings | None = None
     members: dict[str, Member] = field(default_factory=dict)
     router: Router = field(init=False)
     placement: Placement = field(init=False)
@@ -197,11 +199,12 @@ def cluster(
     redundancy: int = 1,
     heals: bool = False,
     cache: CacheSettings | None = None,
+    piece_bytes: int = PIECE_BYTES,
 ) -> Iterator[LocalCluster]:
     """`wrap` may put a faulty link around each link as it is opened. With `heals` copies take over from the dead."""
     slots = [ActorSlot(f"expert-{i}", f"node-{i}") for i in range(num_actors)]
     placement = spread(skeleton(source).num_experts, group_size, slots, redundancy)
-    local = LocalCluster(source, group_size, links, wrap, timeout_s, device, cache)
+    local = LocalCluster(source, group_size, links, wrap, timeout_s, device, cache, gate)
     local.placement = placement
     for slot in slots:
         local.add(placement.held_by(slot.id))
@@ -213,6 +216,7 @@ def cluster(
         timeout_s=timeout_s,
         max_step_retries=max_step_retries,
         find_roster=local.without if heals else None,
+        piece_bytes=piece_bytes,
     )
     try:
         yield local

@@ -1,4 +1,4 @@
-"""`scale` changes the number of expert actors and watches that to its end; `operations` lists such changes."""
+"""`scale` changes the number of expert actors or routers and watches that to its end; `operations` lists them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from cluster.service.client import Client
 
 def add_parsers(subparsers: Subparsers) -> None:
     scale = add_remote(
-        subparsers, "scale", run_scale, help="change the number of expert actors while steps and requests go on"
+        subparsers, "scale", run_scale, help="change the number of expert actors or routers; steps and requests go on"
     )
-    scale.add_argument("--experts", type=int, required=True, metavar="N", help="expert actors there should be")
+    what = scale.add_mutually_exclusive_group(required=True)
+    what.add_argument("--experts", type=int, metavar="N", help="expert actors there should be")
+    what.add_argument("--routers", type=int, metavar="N", help="routers there should be")
     scale.add_argument(
         "--request-id", metavar="ID", help="the same number with the same id again watches the operation that exists"
     )
@@ -27,7 +29,11 @@ def add_parsers(subparsers: Subparsers) -> None:
 
 
 def run_scale(args: argparse.Namespace, client: Client) -> int:
-    return watched(client.scale(args.experts, request_id=args.request_id), args, client)
+    if args.routers is not None:
+        operation = client.scale_routers(args.routers, request_id=args.request_id)
+    else:
+        operation = client.scale(args.experts, request_id=args.request_id)
+    return watched(operation, args, client)
 
 
 def watched(operation: Operation, args: argparse.Namespace, client: Client) -> int:
@@ -112,15 +118,15 @@ def _row(operation: Operation) -> tuple[str, ...]:
 
 
 def _what(operation: Operation) -> str:
-    """`4 expert actors`, `node-2 is empty`; the kind, for one that a newer cluster has."""
+    """`4 expert actors`, `16 experts a layer`, `node-2 is empty`; the kind, for one that a newer cluster has."""
     if operation.kind == "drain_node":
         return f"{operation.node} is empty"
-    """`4 expert actors`, `16 experts a layer`; the kind, for one that a newer cluster has."""
     if operation.kind == "grow_model":
         return f"{operation.target} experts a layer"
-    if operation.kind != "scale_experts":
+    noun = {"scale_experts": "expert actor", "scale_routers": "router"}.get(operation.kind)
+    if noun is None:
         return operation.kind
-    return f"{operation.target} expert actor{'' if operation.target == 1 else 's'}"
+    return f"{operation.target} {noun}{'' if operation.target == 1 else 's'}"
 
 
 def _how_to_go_on(operation: Operation, args: argparse.Namespace) -> str:

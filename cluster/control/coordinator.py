@@ -85,6 +85,8 @@ class Coordinator:
         self._other_counts: set[int] = set()
         """Numbers of experts that the model had, or may have before its growth is told here."""
         self._version = 0
+        self.routers_wanted = 1
+        """With fewer the cluster is not whole."""
         self.can_restore = False
         """Whether there is a checkpoint that what is lost can come back from."""
         self.is_pristine = True
@@ -386,7 +388,8 @@ class Coordinator:
             self._lose(actor_id, now, f"silent for more than {self._limits.heartbeat_timeout_s:g} s", is_dead=False)
         if self._jobs.active() is None:
             self._disturbances.idle()
-        if self._is_ready() and not self._groups_below(self._redundancy):
+        has_routers = self._members.count_ready("router") >= self.routers_wanted
+        if self._is_ready() and has_routers and not self._groups_below(self._redundancy):
             self._disturbances.whole(now)
             self._members.forget_dead("expert")
         self._jobs.forget_old(keep=self._stopping)
@@ -409,7 +412,7 @@ class Coordinator:
         self._decisions.append(ActorLost(actor_id, role, groups, job_id, reason, placement))
         if record:
             self._tell_job(record, f"{role} {actor_id}", groups if must_switch else (), reason, now)
-            if role == "router" and not self.can_restore:
+            if role == "router" and not self.can_restore and not self._members.has_ready("router"):
                 self._fail(record, f"router {actor_id} was lost after step {record.job.step}: {reason}", now)
 
     def _tell_job(self, record: JobRecord, who: str, groups: Sequence[int], reason: str, now: float) -> None:
@@ -418,6 +421,8 @@ class Coordinator:
         fate = f"; copies took over {named(groups)}" if groups and not gone else ""
         if gone and self.can_restore:
             fate = f"; no actor holds {named(gone)} any more, the last checkpoint brings them back"
+        elif who.startswith("router") and self._members.has_ready("router"):
+            fate = "; the other routers go on"
         elif not groups and who.startswith("router") and self.can_restore:
             fate = "; the last checkpoint brings it back"
         record.record("note", now, message=f"{who} lost: {reason}{fate}")
@@ -470,11 +475,16 @@ class Coordinator:
             return f"expert groups without a ready holder: {', '.join(map(str, silent))}"
         if not self._members.has_ready("router"):
             return self._message_without_router()
+        return "; ".join(part for part in (self._degraded(), self.notice) if part)
+
+    def _degraded(self) -> str:
+        lacks = []
         if scarce := self._groups_below(self._redundancy):
             have = "has" if len(scarce) == 1 else "have"
-            degraded = f"degraded: {named(scarce)} {have} fewer than {self._redundancy} holders"
-            return f"{degraded}; {self.notice}" if self.notice else degraded
-        return self.notice
+            lacks.append(f"{named(scarce)} {have} fewer than {self._redundancy} holders")
+        if (count := self._members.count_ready("router")) < self.routers_wanted:
+            lacks.append(f"{count} of {self.routers_wanted} routers are ready")
+        return f"degraded: {', '.join(lacks)}" if lacks else ""
 
     def _message_without_router(self) -> str:
         if not self.is_router_lost:

@@ -75,7 +75,10 @@ class Members:
         return actor is not None and actor.state == READY
 
     def has_ready(self, role: str) -> bool:
-        return any(actor.role == role and actor.state == READY for actor in self._actors.values())
+        return self.count_ready(role) > 0
+
+    def count_ready(self, role: str) -> int:
+        return sum(actor.role == role and actor.state == READY for actor in self._actors.values())
 
     def has_died(self, role: str) -> bool:
         """Whether one of them is dead and none is ready in its place."""

@@ -98,15 +98,16 @@ class RayBackend:
 
     async def _session(self, prompt: list[int], sampling: Sampling, deadline: float) -> AsyncGenerator[TokenEvent]:
         """One session of one router."""
-        router, session = self._reach.router, uuid.uuid4().hex
-        stream = router.generate.remote(session, prompt, sampling, deadline - time.monotonic())
-        try:
-            async with aclosing(_events(stream, deadline)) as events:
-                async for event in events:
-                    yield event
-        finally:
-            with suppress(MoeClusterError), translated(ROUTER):
-                router.end_session.remote(session)
+        session = uuid.uuid4().hex
+        with self._reach.router() as router:
+            stream = router.generate.remote(session, prompt, sampling, deadline - time.monotonic())
+            try:
+                async with aclosing(_events(stream, deadline)) as events:
+                    async for event in events:
+                        yield event
+            finally:
+                with suppress(MoeClusterError), translated(ROUTER):
+                    router.end_session.remote(session)
 
     async def score(self, prompt: Prompt, *, timeout_s: float) -> ScoreResult:
         ids = self._ids(prompt)
@@ -123,7 +124,8 @@ class RayBackend:
         deadline = time.monotonic() + timeout_s
         while True:
             try:
-                return await acall(ROUTER, ask(self._reach.router), deadline - time.monotonic())
+                with self._reach.router() as router:
+                    return await acall(ROUTER, ask(router), deadline - time.monotonic())
             except MoeClusterError as error:
                 await self._reach.after(error, deadline)
 
@@ -150,6 +152,11 @@ class RayBackend:
 
     async def grow(self, growth: Growth, *, request_id: str, timeout_s: float) -> Operation:
         operation: Operation = await acall(COORDINATOR, self._control.grow.remote(growth, request_id), timeout_s)
+        return operation
+
+    async def scale_routers(self, routers: int, *, request_id: str, timeout_s: float) -> Operation:
+        ref = self._control.scale_routers.remote(routers, request_id)
+        operation: Operation = await acall(COORDINATOR, ref, timeout_s)
         return operation
 
     async def operation(self, operation_id: str, *, timeout_s: float) -> Operation:

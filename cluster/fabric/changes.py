@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -150,7 +150,8 @@ class Changes:
 
     def switch(self, placement: Placement) -> None:
         """Without waiting: in the middle of a step the router notices by itself; between steps it need not."""
-        self._crew.router.adopt.remote(placement, self._crew.contacts(placement))
+        with suppress(Unavailable):  # whoever leads next is told then
+            self._crew.router.adopt.remote(placement, self._crew.contacts(placement))
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

@@ -263,7 +263,7 @@ class Checkpoints:
         return found
 
     def _shards(self, names: tuple[str, ...], draft: Draft, deadline: float) -> tuple[Shard, ...]:
-        refs = {name: self._crew.handle(name).write_snapshot.remote(draft) for name in names}
+        refs = {name: self._handle(name).write_snapshot.remote(draft) for name in names}
         shards: list[Shard] = []
         errors: list[MoeClusterError] = []
         for name, ref in refs.items():
@@ -276,10 +276,14 @@ class Checkpoints:
             raise min(errors, key=lambda error: not isinstance(error, StorageFull))
         return tuple(shards)
 
+    def _handle(self, name: str) -> Any:
+        """The trunk's snapshot is where it was taken, on the router that leads."""
+        return self._crew.router if name == ROUTER else self._crew.handle(name)
+
     def _drop_snapshots(self, names: tuple[str, ...]) -> None:
         for name in names:
             with suppress(Unavailable, ray.exceptions.RayError):
-                self._crew.handle(name).drop_snapshot.remote()
+                self._handle(name).drop_snapshot.remote()
 
     def _job_at(self, taken: SnapshotTaken) -> Mapping[str, Any] | None:
         with self._course_lock:

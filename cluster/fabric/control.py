@@ -35,6 +35,7 @@ from cluster.fabric.jobs import JobThreads
 from cluster.fabric.options import ROUTER
 from cluster.fabric.rebalancing import Rebalancer
 from cluster.fabric.recovery import Recovery, begin_from, load_experts
+from cluster.fabric.routers import Routers, ready_routers
 from cluster.fabric.scaling import Scaling
 from cluster.fabric.workers import ExpertContact
 from cluster.jobs.tokenizer import check_vocabulary, load_tokenizer
@@ -87,7 +88,11 @@ class ControlWorker:
         )
         self._growing = Growing(self._state, self._crew, self._changes, self._checkpoints)
         self._load(placement, [slot.id for slot in slots], found)
-        self._jobs = JobThreads(self._state, self._crew, self._config.model, self._checkpoints, self._recovery)
+        self._routers = Routers(self._state, self._crew, self._changes, self._me, self._config.router)
+        self._routers.start()
+        self._jobs = JobThreads(
+            self._state, self._crew, self._config.model, self._checkpoints, self._recovery, self._routers
+        )
         threading.Thread(target=self._loop, name="coordinator", daemon=True).start()
         if not self._state.wait_for(lambda c: c.status().ready, self._config.ray.start_timeout_s):
             raise StartupError(f"not ready in time: {self.status().message}")
@@ -105,10 +110,10 @@ class ControlWorker:
         if found is not None:
             begin_from(self._state, found)
 
-    def ready_router(self) -> Any:
-        """The router's handle, where it and the experts can answer; otherwise None."""
+    def ready_routers(self) -> dict[str, Any]:
+        """Handles of the routers by name, where they and the experts can answer."""
         with self._state.reading() as coordinator:
-            return self._crew.router if coordinator.status().ready else None
+            return ready_routers(coordinator, self._crew)
 
     def stop(self) -> None:
         self._stopping.set()
@@ -171,6 +176,9 @@ class ControlWorker:
     def grow(self, growth: Growth, request_id: str) -> Operation:
         return self._growing.grow(growth, request_id)
 
+    def scale_routers(self, routers: int, request_id: str) -> Operation:
+        return self._routers.scale(routers, request_id)
+
     def operation(self, operation_id: str) -> Operation:
         with self._state.reading() as coordinator:
             return coordinator.operations.get(operation_id)
@@ -232,6 +240,7 @@ class ControlWorker:
                 for decision in decisions:
                     self._carry_out(decision)
                 self._draining.look()
+                self._routers.look()
                 self._scaling.heal()
                 self._recovery.heal()
                 self._autoscaler.look()

@@ -28,7 +28,7 @@ from cluster.fabric.calls import call
 from cluster.fabric.links import link_keys
 from cluster.fabric.nodes import expert_room, node_names, nodes_with_room, short_name
 from cluster.fabric.options import ROUTER, expert_options, router_options
-from cluster.fabric.workers import ExpertContact, ExpertWorker, RouterWorker
+from cluster.fabric.workers import ExpertContact, ExpertWorker, RouterContact, RouterWorker
 from cluster.placement.placement import ActorSlot
 
 if TYPE_CHECKING:
@@ -60,21 +60,26 @@ class Crew:
         self._lock = threading.RLock()
         self._handles: dict[str, Any] = {}
         self._experts: dict[str, ExpertContact] = {}
-        self._router_at = ("", 0)
+        self._routers: dict[str, RouterContact] = {}
+        """Those that have the trunk."""
+        self._leader = ROUTER
+        """Empty while none leads."""
         self._deaths: dict[str, Any] = {}
         self._pings: dict[str, Any] = {}
         self._links: dict[str, str] = {}
-        """Link kind of each expert actor, as the router last told."""
+        """Link kind of each expert actor, as a router last told."""
         self._heartbeats = Heartbeats()
         self._busy: dict[str, deque[tuple[float, float]]] = {}
         """Time and busy seconds so far of each expert actor."""
-        self._queue = (0, 0.0)
+        self._queues: dict[str, tuple[int, float]] = {}
+        """Of each router: requests that wait, how long the first has."""
         self.leaving: Mapping[str, str] = {}
         """Id -> name of the nodes on which no new actor is to be started. Replaced, never changed."""
         self._ending: list[tuple[str, str, Any]] = []
         """Expert actors that were ended, their nodes, and what tells that the process is gone."""
         self._next_ping_s = 0.0
         self._next_number = 0
+        self._next_router = 1
         self.num_experts = 0
         """Of every MoE layer, for a model that has grown; 0: as the config says."""
 
@@ -87,15 +92,61 @@ class Crew:
 
     @property
     def router(self) -> Any:
-        """`Unavailable` while there is none."""
-        return self.handle(ROUTER)
+        """That leads; `Unavailable` while none does."""
+        with self._lock:
+            if not self._leader:
+                raise Unavailable("no router leads at the moment; try again")
+            return self.handle(self._leader)
+
+    @property
+    def leader(self) -> str:
+        """Empty while no router leads."""
+        with self._lock:
+            return self._leader
+
+    def lead(self, name: str) -> None:
+        """It has been promoted."""
+        with self._lock:
+            self._leader = name
+
+    def routers(self) -> dict[str, tuple[RouterContact, Any]]:
+        """Contact and Ray handle of every router that has the trunk."""
+        with self._lock:
+            return {name: (contact, self._handles[name]) for name, contact in self._routers.items()}
+
+    def start_replicas(self, count: int, control: Any) -> list[RouterContact]:
+        """Routers that have yet to join. `StartupError` if there is no room for one of them: then none is started."""
+        worker = ray.remote(**router_options(self._config))(RouterWorker)
+        with self._lock:
+            names = [f"router-{self._next_router + i}" for i in range(count)]
+            self._next_router += count
+            for name in names:
+                self._handles[name] = worker.remote(name, self._config)
+        loading = {
+            name: self._handles[name].load_replica.remote(control, self.num_experts, self.link_keys) for name in names
+        }
+        try:
+            return [self._started(name, ref) for name, ref in loading.items()]
+        except MoeClusterError:
+            self.end(names)
+            raise
+
+    def joined(self, contact: RouterContact, leader: str) -> None:
+        """It has the trunk from this leader: it is watched from now on, and serves. `Unavailable` if that one leads no
+        more: who leads now does not know it."""
+        with self._lock:
+            if self._leader != leader:
+                raise Unavailable(f"{leader}, which {contact.name} joined, has ended")
+            self._routers[contact.name] = contact
+            self._deaths[contact.name] = self.handle(contact.name).wait_until_death.remote()
 
     def start_router(self) -> ModelFacts:
-        """Its process, in the place of the one before; `load_router` gives it its weights."""
-        self.end([ROUTER])
-        handle = ray.remote(**router_options(self._config))(RouterWorker).remote(self._config)
+        """Its process, in the place of all before; `load_router` gives it its weights."""
+        self.end([ROUTER, *self.routers()])
+        handle = ray.remote(**router_options(self._config))(RouterWorker).remote(ROUTER, self._config)
         with self._lock:
             self._handles[ROUTER] = handle
+            self._leader = ROUTER
         return self.facts()
 
     def facts(self, num_experts: int = 0) -> ModelFacts:
@@ -170,10 +221,7 @@ class Crew:
         run. Only then is it watched, and taken for ready."""
         contacts = self.contacts(placement)
         ref = self.router.load.remote(placement, contacts, control, self.num_experts, found, run, self.link_keys)
-        at = self._started(ROUTER, ref)
-        with self._lock:
-            self._router_at = at
-            self._deaths[ROUTER] = self.router.wait_until_death.remote()
+        self.joined(self._started(ROUTER, ref), ROUTER)
 
     def _started(self, name: str, ref: Any) -> Any:
         try:
@@ -222,9 +270,9 @@ class Crew:
 
     # -- nodes that leave ---------------------------------------------------------------------------------------------
 
-    @property
-    def router_node(self) -> str:
-        return self._router_at[0]
+    def router_nodes(self) -> set[str]:
+        """Ids of the nodes that carry a router."""
+        return {contact.node_id for contact, _ in self.routers().values()}
 
     def num_staying(self) -> int:
         """Expert actors on nodes that do not leave."""
@@ -257,6 +305,10 @@ class Crew:
                 if contact is not None and death is not None:
                     self._forget_ended()
                     self._ending.append((name, contact.node_id, death))
+                self._routers.pop(name, None)
+                self._queues.pop(name, None)
+                if name == self._leader:
+                    self._leader = ""
             if handle is not None:
                 ray.kill(handle)
 
@@ -264,10 +316,10 @@ class Crew:
         """Nobody waits any longer for an actor that does not answer and may hold its connections open for ever."""
         with self._lock:
             refs = [handle.cut.remote([name]) for other, handle in self._handles.items() if other != name]
-            contact = self._experts.get(name)
-            node_id, pid = (contact.node_id, contact.pid) if contact else self._router_at
+            contact = self._experts.get(name) or self._routers.get(name)
         ray.wait(refs, num_returns=len(refs), timeout=1.0)
-        _kill_process(node_id, pid)
+        if contact is not None:
+            _kill_process(contact.node_id, contact.pid)
 
     def end_all(self) -> None:
         for handle in self._handles.values():
@@ -310,11 +362,13 @@ class Crew:
             self._heartbeats.answered(name, now)
             self._links |= vitals.get("links", {})
             self._note_load(name, vitals, now)
+            if name == self._leader:
+                signs.dead |= {n: f"left out by {name}" for n in vitals["left_out"] if n in self._deaths}
             signs.seen.append(self._status(name, vitals, nodes))
 
     def _note_load(self, name: str, vitals: dict[str, Any], now: float) -> None:
-        if name == ROUTER:
-            self._queue = int(vitals["num_waiting"]), float(vitals["queue_s"])
+        if name in self._routers:
+            self._queues[name] = int(vitals["num_waiting"]), float(vitals["queue_s"])
             return
         history = self._busy.setdefault(name, deque())
         history.append((now, float(vitals["busy_s"])))
@@ -325,16 +379,18 @@ class Crew:
         """Share of the time that each expert actor was busy lately, requests that wait, how long the first has."""
         with self._lock:
             spans = {n: (h[-1][0] - h[0][0], h[-1][1] - h[0][1]) for n, h in self._busy.items() if n in self._experts}
-            return {name: busy / passed for name, (passed, busy) in spans.items() if passed > 0}, *self._queue
+            busy = {name: busy / passed for name, (passed, busy) in spans.items() if passed > 0}
+            waiting, queue_s = zip(*self._queues.values(), strict=True) if self._queues else ((), ())
+            return busy, sum(waiting), max(queue_s, default=0.0)
 
     def _status(self, name: str, vitals: dict[str, Any], nodes: dict[str, str]) -> ActorStatus:
         expert = self._experts.get(name)
-        node_id, pid = (expert.node_id, expert.pid) if expert else self._router_at
+        contact = expert or self._routers[name]
         return ActorStatus(
             id=name,
             role="expert" if expert else "router",
-            node=nodes.get(node_id, short_name(node_id)),
-            pid=pid,
+            node=nodes.get(contact.node_id, short_name(contact.node_id)),
+            pid=contact.pid,
             state="ready",
             device=self._config.experts.device if expert else self._config.router.device,
             version=int(vitals["version"]),

@@ -84,7 +84,7 @@ class Draining:
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _keepers(self) -> dict[str, str]:
-        return {self._control_node: "the coordinator", self._crew.router_node: "the router"}
+        return {self._control_node: "the coordinator", **dict.fromkeys(self._crew.router_nodes(), "a router")}
 
     def _is_known(self, request_id: str) -> bool:
         with self._state.reading() as coordinator:

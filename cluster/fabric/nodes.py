@@ -64,7 +64,7 @@ def _embedded(config: ClusterConfig) -> Iterator[None]:
     _isolate()
     with ExitStack() as stack:
         with _keeping_sigterm():
-            cluster = _start_head()
+            cluster = _start_head(config)
             stack.callback(cluster.shutdown)
             stack.callback(ray.shutdown)
             _connect(cluster.address)  # while there is only the head: a driver shares the fate of the node it joins by
@@ -78,10 +78,10 @@ def _embedded(config: ClusterConfig) -> Iterator[None]:
         yield
 
 
-def _start_head() -> Cluster:
+def _start_head(config: ClusterConfig) -> Cluster:
     head = {
         "num_cpus": DATA_CPUS,
-        "resources": {ROUTER_RESOURCE: 1},
+        "resources": {ROUTER_RESOURCE: config.router.max_actors},
         "labels": {NODE_LABEL: "head"},
         "include_dashboard": False,
         "object_store_memory": OBJECT_STORE_BYTES,

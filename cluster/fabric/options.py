@@ -19,7 +19,7 @@ NODE_ID_LABEL = "ray.io/node-id"
 """Given by Ray to every node."""
 
 COORDINATOR, ROUTER = "coordinator", "router-0"
-"""Names of the actors of which there is one."""
+"""Names of the coordinator and of the first router; checkpoints have the trunk under the latter, whoever leads."""
 
 TRAIN, SERVE, CONTROL = "train", "serve", "control"
 """Concurrency groups of a router actor."""

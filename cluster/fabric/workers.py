@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from actors.values import (
     Grown,
     Growth,
     Placement,
+    Promotion,
     Sampling,
     SnapshotTaken,
     StepReport,
@@ -37,7 +38,8 @@ from cluster.jobs.batches import MicroBatch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from actors.dispatcher import Roster
+    from actors.dispatcher import Peer, Roster
+    from actors.router import Router
     from actors.transport.contract import Link
     from actors.transport.curve import LinkKeys
     from actors.transport.message import Message
@@ -57,6 +59,15 @@ class ExpertContact:
     """Where routers reach it."""
     exchange: Address
     """Where other expert actors reach it."""
+
+
+@dataclass(frozen=True)
+class RouterContact:
+    name: str
+    node_id: str
+    pid: int
+    address: Address
+    """Where the router that leads reaches it."""
 
 
 class ExpertWorker:
@@ -156,10 +167,12 @@ class ExpertWorker:
 class RouterWorker:
     """Holds a `Router`. Training, serving and control calls run in concurrency groups of their own."""
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(self, name: str, config: ClusterConfig) -> None:
         _import_torch(config.router.threads)
-        self._config = config
+        self._name, self._config = name, config
         self._sessions: set[str] = set()
+        self._bind_host = "127.0.0.1" if config.ray.mode == "embedded" else ray.util.get_node_ip_address()
+        self._node_id = ray.get_runtime_context().get_node_id()
 
     @ray.method(concurrency_group=CONTROL)
     def facts(self, num_experts: int) -> ModelFacts:
@@ -178,46 +191,97 @@ class RouterWorker:
         found: Found | None,
         run: int,
         keys: LinkKeys | None,
-    ) -> tuple[str, int]:
+    ) -> RouterContact:
         """Takes the trunk's weights, or the state of a checkpoint as this run, and opens links to the experts, who have
-        theirs. Returns its node and process id.
+        theirs. It leads from then on.
 
         `control`: the coordinator, which is asked for another placement when expert actors are gone.
         `num_experts`, `keys`: as of an expert actor; a model that has grown is in a checkpoint.
         """
+        self._control, self._keys = control, keys
+        router = self._new_router(self._roster(placement, experts), num_experts)
+        if found is not None:
+            from cluster.checkpoint.state import read_router
+
+            router.restore(self._roster(placement, experts), read_router(found), run)
+        return self._serve(router, leads=True)
+
+    @ray.method(concurrency_group=CONTROL)
+    def load_replica(self, control: Any, num_experts: int, keys: LinkKeys | None) -> RouterContact:
+        """A trunk that gets what it is to be from the router that leads, once that one lets it `join`."""
+        self._control, self._keys = control, keys
+        return self._serve(self._new_router(None, num_experts), leads=False)
+
+    def _new_router(self, roster: Roster | None, num_experts: int) -> Router:
+        from actors.pieces import PIECE_BYTES
         from actors.router import Router
         from cluster.fabric.model import model_source
 
-        self._control, self._keys = control, keys
-        self._node_id = ray.get_runtime_context().get_node_id()
-        router = Router(
+        return Router(
             model_source(self._config, num_experts),
-            self._roster(placement, experts),
+            roster,
             gate=self._config.model.gate,
             device=self._config.router.device,
             timeout_s=self._config.router.request_timeout_s,
             max_step_retries=self._config.router.max_step_retries,
             max_sessions=self._config.router.max_sessions,
             find_roster=self._find_roster,
+            piece_bytes=min(PIECE_BYTES, self._config.links.max_message_bytes // 2),
         )
-        if found is not None:
-            from cluster.checkpoint.state import read_router
 
-            router.restore(self._roster(placement, experts), read_router(found), run)
+    def _serve(self, router: Router, *, leads: bool) -> RouterContact:
+        from actors.replica import Replica
+        from actors.transport.socket import SocketServer
+
         self._router = router
-        return self._node_id, os.getpid()
+        self._replica = Replica(self._name, router, self._find_peer, leads=leads)
+        self._server = SocketServer(
+            self._name,
+            self._replica.handle,
+            host=self._bind_host,
+            max_bytes=self._config.links.max_message_bytes,
+            keys=self._keys,
+        )
+        self._server.start()
+        return RouterContact(self._name, self._node_id, os.getpid(), self._server.address)
+
+    @ray.method(concurrency_group=TRAIN)
+    def join(self, replica: RouterContact) -> None:
+        """Between two steps, which wait until it has the trunk."""
+        self._router.join(replica.name, self._open_replica(replica))
+
+    @ray.method(concurrency_group=TRAIN)
+    def part(self, name: str) -> None:
+        """A replica that is to be ended."""
+        self._router.part(name)
+
+    @ray.method(concurrency_group=TRAIN)
+    def promote(self, others: Sequence[RouterContact], term: int) -> Promotion:
+        """The router that led is dead: this one does from now on."""
+        openers = {other.name: (lambda other=other: self._open_replica(other)) for other in others}
+        return self._replica.promote(openers, term)
+
+    def _open_replica(self, replica: RouterContact) -> Link:
+        return _open_link(replica.name, replica.address, self._name, self._config, self._keys)
+
+    def _find_peer(self, name: str, contact: Mapping[str, Any]) -> Peer:
+        addresses = {key: Address(**contact[key]) for key in ("address", "exchange")}
+        return self._peer(ExpertContact(name, str(contact["node_id"]), int(contact["pid"]), **addresses))
+
+    def _peer(self, expert: ExpertContact) -> Peer:
+        from actors.dispatcher import Peer
+
+        return Peer(
+            lambda: _open_link(expert.name, expert.address, self._name, self._config, self._keys),
+            expert.exchange,
+            near=expert.node_id == self._node_id,
+            contact=asdict(expert),
+        )
 
     def _roster(self, placement: Placement, experts: Sequence[ExpertContact]) -> Roster:
-        from actors.dispatcher import Peer, Roster
+        from actors.dispatcher import Roster
 
-        def peer(expert: ExpertContact) -> Peer:
-            return Peer(
-                lambda: _open_link(expert.name, expert.address, ROUTER, self._config, self._keys),
-                expert.exchange,
-                near=expert.node_id == self._node_id,
-            )
-
-        return Roster(placement, {expert.name: peer(expert) for expert in experts})
+        return Roster(placement, {expert.name: self._peer(expert) for expert in experts})
 
     def _find_roster(self, gone: Sequence[str]) -> Roster:
         ref = self._control.without.remote(list(gone))
@@ -225,7 +289,7 @@ class RouterWorker:
 
     @ray.method(concurrency_group=CONTROL)
     def cut(self, names: Sequence[str]) -> None:
-        """Nothing is waited for from these expert actors any longer."""
+        """Nothing is waited for from these actors any longer, expert actors or routers."""
         self._router.cut(names)
 
     @ray.method(concurrency_group=TRAIN)

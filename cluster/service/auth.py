@@ -37,7 +37,10 @@ ROLES: Mapping[str, Role] = {
     **dict.fromkeys(_methods("ClusterService", "GetLoad", "WatchLoad", "GetLedger", "ListCheckpoints"), Role.TRAIN),
     **dict.fromkeys(_methods("ClusterService", "GetOperation", "ListOperations", "WatchOperation"), Role.TRAIN),
     **dict.fromkeys(
-        _methods("ClusterService", "Rebalance", "ScaleExperts", "DrainNode", "GrowModel", "CancelOperation"), Role.ADMIN
+        _methods(
+            "ClusterService", "Rebalance", "ScaleExperts", "ScaleRouters", "DrainNode", "GrowModel", "CancelOperation"
+        ),
+        Role.ADMIN,
     ),
     **dict.fromkeys(_methods("ClusterService", "SaveCheckpoint", "ExportModel", "ImportModel"), Role.ADMIN),
 }

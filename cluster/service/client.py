@@ -68,9 +68,9 @@ class Client:
     """Talks to the front at `target` (host:port). `timeout_s` holds for every call that is given none of its own.
     `access`: for a front with TLS or tokens; `InvalidInput` if a file of it cannot be used.
 
-    Only calls that may be repeated are: `submit_job`, `scale`, `drain` and `grow`, thanks to their request ids,
-    `watch_job`, which resumes after the last event it saw, `watch_load` and `watch_operation`. All give up after
-    `max_retries` failures in a row.
+    Only calls that may be repeated are: `submit_job`, `scale`, `scale_routers`, `drain` and `grow`, thanks to their
+    request ids, `watch_job`, which resumes after the last event it saw, `watch_load` and `watch_operation`. All give up
+    after `max_retries` failures in a row.
     """
 
     def __init__(
@@ -215,6 +215,15 @@ class Client:
         same operation."""
         request = operations.growth_to_message(growth, request_id if request_id is not None else str(uuid.uuid4()))
         return self._started(self._cluster.GrowModel, request, timeout_s)
+
+    def scale_routers(
+        self, routers: int, *, request_id: str | None = None, timeout_s: float | None = None
+    ) -> Operation:
+        """As `scale`."""
+        request_id = request_id if request_id is not None else str(uuid.uuid4())
+        operations.check_scale(routers, request_id, "routers")
+        request = cluster_pb2.ScaleRoutersRequest(routers=routers, request_id=request_id)
+        return self._started(self._cluster.ScaleRouters, request, timeout_s)
 
     def operation(self, operation_id: str, *, timeout_s: float | None = None) -> Operation:
         request = cluster_pb2.GetOperationRequest(operation_id=operation_id)

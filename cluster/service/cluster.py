@@ -59,6 +59,13 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         operation = await self._backend.grow(growth, request_id=request.request_id, timeout_s=remaining_s())
         return pb.GrowModelResponse(operation=operations.operation_to_message(operation))
 
+    async def ScaleRouters(self, request: pb.ScaleRoutersRequest, context: Any) -> pb.ScaleRoutersResponse:
+        operations.check_scale(request.routers, request.request_id, "routers")
+        operation = await self._backend.scale_routers(
+            request.routers, request_id=request.request_id, timeout_s=remaining_s()
+        )
+        return pb.ScaleRoutersResponse(operation=operations.operation_to_message(operation))
+
     async def GetOperation(self, request: pb.GetOperationRequest, context: Any) -> pb.GetOperationResponse:
         checks.identifier("operation_id", request.operation_id)
         operation = await self._backend.operation(request.operation_id, timeout_s=remaining_s())

@@ -389,6 +389,16 @@ class TestScale:
         assert lines[-1] == ("done: 2 expert actors; prepared in 1.5 s in the background; steps waited 12.5 ms at most")
         assert backend.placement.actors == ("expert-0", "expert-1")
 
+    def test_routers(self, backend, command):
+        code, out, _ = command("scale", "--routers", "3")
+        assert code == 0
+        assert out.splitlines()[-1].startswith("done: 3 routers; prepared in 1.5 s")
+        code, _, err = command("scale", "--routers", "0")
+        assert code == 2
+        assert "routers" in only_line(err)
+        with pytest.raises(SystemExit):
+            command("scale", "--routers", "2", "--experts", "2")
+
     def test_json_keeps_stdout_for_the_document(self, command):
         code, out, err = command("scale", "--experts", "1", "--json")
         operation = json.loads(out)["operation"]

@@ -57,7 +57,7 @@ def secured(
 
 def test_they_reach_each_other(config, secured):
     experts, contacts, keys = secured
-    router = RouterWorker(config)
+    router = RouterWorker("router-0", config)
     router.load(PLACEMENT, contacts, None, 0, None, 0, keys)
     logprobs, version = router.score([1, 2, 3, 4])
     assert len(logprobs) == 3

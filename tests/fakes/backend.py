@@ -230,6 +230,10 @@ class MemoryBackend:
         self.growths.append(growth)
         return self._operations.start("grow_model", growth.num_experts, request_id, time.time())
 
+    async def scale_routers(self, routers: int, *, request_id: str, timeout_s: float) -> Operation:
+        await self._enter("scale_routers", timeout_s)
+        return self._operations.start("scale_routers", routers, request_id, time.time())
+
     async def operation(self, operation_id: str, *, timeout_s: float) -> Operation:
         """Each look at it finds it further on."""
         await self._enter("operation", timeout_s)
@@ -282,7 +286,7 @@ class MemoryBackend:
             self._operations.progress(operation.id, done, f"prepared {done:.0%} of the groups")
         elif operation.kind == "drain_node":
             self._ended(operation, "drain", operation.node, now)
-        elif operation.kind == "grow_model":
+        elif operation.kind in ("grow_model", "scale_routers"):
             self._operations.succeeded(operation.id, now, PREPARE_S, STALL_S)
         else:
             self._scaled(operation, now)

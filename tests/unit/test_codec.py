@@ -183,7 +183,7 @@ OPERATIONS = st.builds(
     Operation,
     id=NAMES,
     request_id=NAMES,
-    kind=st.sampled_from(["scale_experts", "drain_node", "grow_model"]),
+    kind=st.sampled_from(["scale_experts", "scale_routers", "drain_node", "grow_model"]),
     state=st.sampled_from(OperationState),
     target=SIZES,
     created_s=TIMES,

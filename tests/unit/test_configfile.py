@@ -232,6 +232,12 @@ CLUSTER_FAULTS = {
     "reflection": (MODEL + "front: {reflection: maybe}", "front.reflection", "'maybe'", "one of auto, on, off"),
     "secure links": (MODEL + "links: {secure: 1}", "links.secure", "1", "one of auto, on, off"),
     "bool for a kind": (MODEL + "links: {kind: on}", "links.kind", "True", "one of auto, local, socket"),
+    "more routers than there may be": (
+        MODEL + "router: {actors: 5}",
+        "router.max_actors",
+        "4",
+        "use 5 or more",
+    ),
     "timeout": (MODEL + "router: {request_timeout_s: 0}", "router.request_timeout_s", "0.0", "above 0"),
     "text for a list": (MODEL + "storage: {import_roots: /a}", "storage.import_roots", "'/a'", "a list"),
     "in a list": (MODEL + "storage: {import_roots: [1]}", "storage.import_roots[0]", "1", "a text"),

@@ -359,6 +359,30 @@ def test_a_lost_router_comes_back_from_a_checkpoint_and_its_job_goes_on(coordina
     assert entry.recovered_s == 4.1
 
 
+def test_with_another_router_a_job_goes_on_without_a_checkpoint(coordinator: Coordinator) -> None:
+    coordinator.routers_wanted = 2
+    beat(coordinator, 0.5, ["r1"])
+    job_id = start(coordinator)
+    commit(coordinator, job_id, 1)
+    coordinator.actor_lost("r0", 3.0, "exit code -9")
+    assert coordinator.step(3.0) == [ActorLost("r0", "router", (), job_id, "exit code -9")]
+    assert coordinator.job(job_id).state is JobState.RUNNING
+    assert (coordinator.is_router_lost, coordinator.can_return, coordinator.status().ready) == (False, False, True)
+    events, _ = coordinator.job_events(job_id, 0, 100)
+    assert events[-1].message == "router r0 lost: exit code -9; the other routers go on"
+    (entry,) = coordinator.ledger.entries()
+    assert (entry.kind, entry.recovered_s) == ("router_death", None), "there are fewer than there should be"
+    assert coordinator.status().message == "degraded: 1 of 2 routers are ready"
+    beat(coordinator, 5.0, ["r2"])
+    coordinator.step(5.0)
+    assert coordinator.ledger.entries()[0].recovered_s == 5.0
+    coordinator.actor_lost("r1", 6.0, "exit code -9")
+    coordinator.actor_lost("r2", 6.0, "exit code -9")
+    coordinator.step(6.0)
+    assert coordinator.job(job_id).state is JobState.FAILED
+    assert coordinator.is_router_lost
+
+
 def test_without_a_checkpoint_only_untouched_weights_can_be_loaded_again(coordinator: Coordinator) -> None:
     coordinator.actor_lost("r0", 3.0, "exit code -9")
     assert coordinator.can_return

@@ -19,8 +19,8 @@ DEFAULT_DEADLINE_S = 300.0
 MAX_DEADLINE_S = 86_400.0
 
 
-def check_scale(actors: int, request_id: str) -> None:
-    checks.number("actors", actors, Range(1, MAX_INT32))
+def check_scale(actors: int, request_id: str, field: str = "actors") -> None:
+    checks.number(field, actors, Range(1, MAX_INT32))
     checks.identifier("request_id", request_id)
 
 

@@ -35,6 +35,7 @@ class OperationKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OPERATION_KIND_SCALE_EXPERTS: _ClassVar[OperationKind]
     OPERATION_KIND_DRAIN_NODE: _ClassVar[OperationKind]
     OPERATION_KIND_GROW_MODEL: _ClassVar[OperationKind]
+    OPERATION_KIND_SCALE_ROUTERS: _ClassVar[OperationKind]
 
 class OperationState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -79,6 +80,7 @@ OPERATION_KIND_UNSPECIFIED: OperationKind
 OPERATION_KIND_SCALE_EXPERTS: OperationKind
 OPERATION_KIND_DRAIN_NODE: OperationKind
 OPERATION_KIND_GROW_MODEL: OperationKind
+OPERATION_KIND_SCALE_ROUTERS: OperationKind
 OPERATION_STATE_UNSPECIFIED: OperationState
 OPERATION_STATE_RUNNING: OperationState
 OPERATION_STATE_CANCELLING: OperationState
@@ -411,6 +413,20 @@ class GrowModelResponse(_message.Message):
     def __init__(self, operation: _Optional[_Union[Operation, _Mapping]] = ...) -> None: ...
 
 class ScaleExpertsResponse(_message.Message):
+    __slots__ = ("operation",)
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    operation: Operation
+    def __init__(self, operation: _Optional[_Union[Operation, _Mapping]] = ...) -> None: ...
+
+class ScaleRoutersRequest(_message.Message):
+    __slots__ = ("routers", "request_id")
+    ROUTERS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    routers: int
+    request_id: str
+    def __init__(self, routers: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class ScaleRoutersResponse(_message.Message):
     __slots__ = ("operation",)
     OPERATION_FIELD_NUMBER: _ClassVar[int]
     operation: Operation

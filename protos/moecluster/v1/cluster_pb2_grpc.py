@@ -60,6 +60,11 @@ class ClusterServiceStub:
                 request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleExpertsRequest.SerializeToString,
                 response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleExpertsResponse.FromString,
                 _registered_method=True)
+        self.ScaleRouters = channel.unary_unary(
+                '/moecluster.v1.ClusterService/ScaleRouters',
+                request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleRoutersRequest.SerializeToString,
+                response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleRoutersResponse.FromString,
+                _registered_method=True)
         self.DrainNode = channel.unary_unary(
                 '/moecluster.v1.ClusterService/DrainNode',
                 request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.DrainNodeRequest.SerializeToString,
@@ -154,6 +159,14 @@ class ClusterServiceServicer:
         """Starts to bring the expert actors to a number, and returns at once: steps and requests go on meanwhile. Idempotent:
         sending the same request id and number again returns the operation that exists. ALREADY_EXISTS if the request id
         was used with another number, FAILED_PRECONDITION while another operation runs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ScaleRouters(self, request, context):
+        """The same for routers: those that join take the trunk from one that is there, and streams at one that leaves go on
+        at another.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -272,6 +285,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.ScaleExperts,
                     request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleExpertsRequest.FromString,
                     response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleExpertsResponse.SerializeToString,
+            ),
+            'ScaleRouters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScaleRouters,
+                    request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleRoutersRequest.FromString,
+                    response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleRoutersResponse.SerializeToString,
             ),
             'DrainNode': grpc.unary_unary_rpc_method_handler(
                     servicer.DrainNode,
@@ -465,6 +483,33 @@ class ClusterService:
             '/moecluster.v1.ClusterService/ScaleExperts',
             protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleExpertsRequest.SerializeToString,
             protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleExpertsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScaleRouters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ClusterService/ScaleRouters',
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleRoutersRequest.SerializeToString,
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleRoutersResponse.FromString,
             options,
             channel_credentials,
             insecure,
