@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
 from actors.errors import InvalidInput, MoeClusterError, StepAborted
-from actors.values import Placement, Promotion
-from cluster.config import RouterConfig
+from actors.values import Course, Placement, Promotion, StepReport
+from cluster.config import OptimizerConfig, RouterConfig
 from cluster.control.coordinator import Coordinator, ModelFacts
 from cluster.errors import Unavailable
+from cluster.fabric import jobs
 from cluster.fabric import routers as module
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.routers import Routers
@@ -46,13 +50,14 @@ class Cast:
         self.switched.append(placement)
 
 
-def of(cast: Cast, monkeypatch: pytest.MonkeyPatch) -> Routers:
-    def call(who: str, answer: Any, timeout_s: float) -> Any:
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+def answer_of(who: str, answer: Any, timeout_s: float) -> Any:
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
-    monkeypatch.setattr(module, "call", call)
+
+def of(cast: Cast, monkeypatch: pytest.MonkeyPatch) -> Routers:
+    monkeypatch.setattr(module, "call", answer_of)
     state = Guarded(Coordinator(ModelFacts("m", 1, 2, 1, 1, 8, 8), Placement(1, (("expert-0",),), 2)))
     crew: Any = cast
     return Routers(state, crew, crew, None, RouterConfig(actors=2, max_actors=3))
@@ -96,3 +101,69 @@ def test_one_that_only_seems_dead_is_not_waited_for_long(monkeypatch: pytest.Mon
 def test_numbers_that_cannot_be(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     with pytest.raises(InvalidInput, match=r"1 to router\.max_actors 3"):
         of(Cast(), monkeypatch).scale(count, "r")
+
+
+REPORT = StepReport(step=4, loss=2.0, grad_norm=1.0, num_tokens=8, seconds=0.1, retries=0, load_LE=[[1]])
+
+
+class Stage:
+    """A leader that dies at its first step, one that takes its place, and what the job asks them."""
+
+    def __init__(self, promotion: Promotion) -> None:
+        self.leader = "first"
+        self.promotion = promotion
+        self.asked: list[str] = []
+
+    @property
+    def router(self) -> Any:
+        name = self.leader
+
+        def train_step(*args: object) -> StepReport | Unavailable:
+            self.asked.append(name)
+            return death() if name == "first" else REPORT
+
+        return SimpleNamespace(
+            begin_run=SimpleNamespace(remote=lambda *args: Course(run=1, version=3)),
+            train_step=SimpleNamespace(remote=train_step),
+        )
+
+    def after(self, leader: str, error: Unavailable) -> Promotion:
+        self.leader = "second"
+        return self.promotion
+
+    def job_begins(self, job_id: str, begin: Callable[[], Course], step: int) -> Course:
+        return begin()
+
+
+def death() -> Unavailable:
+    error = Unavailable("the router is not there")
+    error.__cause__ = RayActorError()
+    return error
+
+
+@pytest.mark.parametrize(
+    ("promotion", "asked", "retries"),
+    [
+        (Promotion(3, None), ["first", "second"], 1),
+        (Promotion(3, replace(REPORT, step=3)), ["first", "second"], 1),
+        (Promotion(4, REPORT), ["first"], 0),
+    ],
+)
+def test_a_step_that_counts_already_is_not_run_again(
+    monkeypatch: pytest.MonkeyPatch, promotion: Promotion, asked: list[str], retries: int
+) -> None:
+    stage: Any = Stage(promotion)
+    monkeypatch.setattr(jobs, "call", answer_of)
+    router = jobs._JobRouter(stage, stage, stage, "job-1", 0)
+    router.begin_run(OptimizerConfig())
+    report = router.train_step([[[1, 2]]], lr=1e-3, clip_norm=1.0)
+    assert (report.step, report.retries, stage.asked) == (4, retries, asked)
+
+
+def test_a_step_that_nobody_can_tell_of_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage: Any = Stage(Promotion(4, None))
+    monkeypatch.setattr(jobs, "call", answer_of)
+    router = jobs._JobRouter(stage, stage, stage, "job-1", 0)
+    router.begin_run(OptimizerConfig())
+    with pytest.raises(MoeClusterError, match="step to version 4"):
+        router.train_step([[[1, 2]]], lr=1e-3, clip_norm=1.0)
