@@ -140,6 +140,13 @@ class Crew:
             self._routers[contact.name] = contact
             self._deaths[contact.name] = self.handle(contact.name).wait_until_death.remote()
 
+    def status_of(self, name: str) -> ActorStatus:
+        """Asked now. `Unavailable` if it has ended."""
+        vitals = call(name, self.handle(name).vitals.remote(), ASK_TIMEOUT_S)
+        with self._lock:
+            _found(self._deaths, name)
+            return self._status(name, vitals, node_names())
+
     def start_router(self) -> ModelFacts:
         """Its process, in the place of all before; `load_router` gives it its weights."""
         self.end([ROUTER, *self.routers()])

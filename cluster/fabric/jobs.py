@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from actors.errors import MoeClusterError
@@ -183,6 +184,8 @@ class _JobRouter:
         self._crew, self._routers = crew, routers
         self._checkpoints, self._job_id, self._step = checkpoints, job_id, step
         self._version = 0
+        self._num_again = 0
+        """Tries at the step at hand that ended with a leader's death."""
 
     def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings = NO_BALANCE) -> Course:
         def begin() -> Course:
@@ -193,7 +196,7 @@ class _JobRouter:
             return course
 
         course = self._checkpoints.job_begins(self._job_id, begin, self._step)
-        self._version = course.version
+        self._version, self._num_again = course.version, 0
         return course
 
     def train_step(
@@ -203,10 +206,12 @@ class _JobRouter:
             lambda handle: handle.train_step.remote(list(microbatches), lr, clip_norm, bias_speed), self._done_before
         )
         self._version = report.step
-        return report
+        num_again, self._num_again = self._num_again, 0
+        return replace(report, retries=report.retries + num_again)
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
         result: tuple[float, int] = self._ask(lambda handle: handle.evaluate.remote(list(batches)))
+        self._num_again = 0
         return result
 
     def _ask(
@@ -223,6 +228,7 @@ class _JobRouter:
                 promotion = self._routers.after(leader, error)
                 if (report := answered(promotion)) is not None:
                     return report
+                self._num_again += 1
 
     def _done_before(self, promotion: Promotion) -> StepReport | None:
         """The step at hand, if it counts already."""

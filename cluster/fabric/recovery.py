@@ -13,6 +13,7 @@ import ray
 
 from actors.errors import InvalidInput, LinkError, MoeClusterError, StepAborted
 from actors.values import Placement
+from cluster.control.coordinator import Coordinator
 from cluster.control.rebalancing import named
 from cluster.errors import StartupError, Unavailable
 from cluster.fabric.calls import call
@@ -76,14 +77,18 @@ class Recovery:
         checkpoint."""
         if not isinstance(error, LinkError | StepAborted | Unavailable):
             return False
-        return self._state.wait_for(lambda c: c.can_restore and c.can_return, NOTICED_S)
+        return self._state.wait_for(lambda c: c.can_restore and self._is_needed(c), NOTICED_S)
+
+    def _is_needed(self, coordinator: Coordinator) -> bool:
+        """A router that has just joined may not have been heard of yet; it will lead."""
+        return coordinator.can_return and bool(coordinator.placement.missing or not self._crew.routers())
 
     def heal(self) -> None:
         """To be called often: begins where no job will."""
         if self._thread is not None and self._thread.is_alive():
             return
         with self._state.reading() as coordinator:
-            if coordinator.active_job() or not coordinator.can_return:
+            if coordinator.active_job() or not self._is_needed(coordinator):
                 return
         self._thread = threading.Thread(target=self._heal, name="recovery", daemon=True)
         self._thread.start()
@@ -123,7 +128,8 @@ class Recovery:
 
     def _go_back(self, job_id: str | None) -> int | None:
         with self._state.reading() as coordinator:
-            before, needs_router = coordinator.placement, coordinator.is_router_lost
+            before = coordinator.placement
+            needs_router = coordinator.is_router_lost and not self._crew.routers()
             has_checkpoint = coordinator.can_restore
         if not has_checkpoint:
             self._start_router()

@@ -187,6 +187,9 @@ class Routers:
                 call(leader, self._crew.router.join.remote(contact), JOIN_TIMEOUT_S)
                 self._crew.joined(contact, leader)
                 took_s.append(time.monotonic() - begun)
+                seen = self._crew.status_of(contact.name)
+                with self._state.changing() as coordinator:
+                    coordinator.actor_seen(seen, time.time())
         except MoeClusterError:
             self._crew.end({contact.name for contact in contacts} - set(self._crew.routers()))
             raise

@@ -122,3 +122,6 @@ def test_a_replica_freezes_under_a_job(client: Client, alone: list[JobEvent]) ->
     same(finish(client, job.id), alone)
     wait_for_routers(client, 2)
     assert replica.id not in routers(client)
+    # Whoever leads saves.
+    assert "router-0" not in routers(client)
+    assert client.save_checkpoint().version == client.status().version
