@@ -211,6 +211,8 @@ class Recovery:
     ) -> int | None:
         saved = job_in(found)
         steps = {saved.id: saved.step} if saved and saved.id == job_id else {}
+        if job_id and not steps and self._checkpoints.begun_at(job_id) == found.manifest.version:
+            steps = {job_id: 0}  # it died before its first checkpoint, and these are the weights that it began with
         with self._state.changing() as coordinator:
             if coordinator.placement != before:
                 raise Unavailable("an actor died meanwhile")
