@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,10 +126,15 @@ class Bench:
 
 
 @pytest.fixture(autouse=True)
-def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(edge, "call", lambda who, ref, timeout_s: ref())
     monkeypatch.setattr(edge, "ROOM_AGAIN_S", 0.02)
     monkeypatch.setattr(edge, "AFTER_FAILURE_S", 0.2)
+    yield
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join(WAIT_S)
+            assert not thread.is_alive(), "it would go on with Ray's calls"
 
 
 def test_every_so_many_steps_with_the_step_of_the_job() -> None:
