@@ -34,6 +34,7 @@ from actors.optim import OptimizerSettings
 from actors.snapshots import ExpertKey, SavedState, Snapshot
 from actors.transaction import Transaction
 from actors.transport.message import Message, error_answer
+from actors.transport.turns import Lane
 from actors.trunk.checkpoint import CheckpointReader
 from actors.trunk.init import initial_experts
 from actors.trunk.model import ModelSource, Skeleton, skeleton
@@ -142,6 +143,11 @@ class ExpertHost:
             except Exception as error:  # the host must live on, whatever one message does
                 logger.exception("%s failed in %s of %s", self.name, question.op, peer)
                 return error_answer(error)
+
+    @staticmethod
+    def lane(question: Message) -> Lane:
+        """Whose turn it takes, where several questions wait."""
+        return "serving" if question.op == "forward" and not question.fields.get("keep") else "training"
 
     def idle(self) -> bool:
         """Does one piece of deferred work, between questions. False when none is left."""

@@ -68,6 +68,9 @@ class ExpertsConfig:
     cache_dir: str = ""
     """Where they are then: a directory on a local disk of each node, for files that go with the actor; empty: host
     memory."""
+    serving_weight: int = 4
+    """Questions of requests that an actor answers before the next one of training, where both wait. More: requests wait
+    less, and training more."""
 
 
 @dataclass(frozen=True)

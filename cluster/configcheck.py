@@ -147,6 +147,7 @@ def _check_experts(config: ExpertsConfig, ray: RayConfig, check: _Check) -> None
     check.at_least("redundancy", config.redundancy, 1)
     check.at_least("max_groups", config.max_groups, 0)
     check.at_least("expert_cache_size", config.expert_cache_size, 0)
+    check.at_least("serving_weight", config.serving_weight, 1)
     check.that(
         not config.cache_dir or config.expert_cache_size > 0,
         "cache_dir",

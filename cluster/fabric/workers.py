@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from actors.transport.curve import LinkKeys
     from actors.transport.message import Message
     from actors.transport.socket import SocketServer
+    from actors.transport.turns import Lane
     from cluster.checkpoint.manifest import Shard
     from cluster.checkpoint.store import Draft, Found
 
@@ -103,11 +104,16 @@ class ExpertWorker:
             timeout_s=self._config.router.request_timeout_s,
             cache=CacheSettings(experts.expert_cache_size, experts.cache_dir) if experts.expert_cache_size else None,
         )
-        self._server = self._serve(self._host.handle, self._host.idle)
+        self._server = self._serve(self._host.handle, self._host.idle, self._host.lane)
         self._exchange = self._serve(self._host.exchange.handle)
         return ExpertContact(self._name, self.node_id(), os.getpid(), self._server.address, self._exchange.address)
 
-    def _serve(self, handler: Any, idle: Callable[[], bool] = lambda: False) -> SocketServer:
+    def _serve(
+        self,
+        handler: Any,
+        idle: Callable[[], bool] = lambda: False,
+        lane: Callable[[Message], Lane] = lambda question: "training",
+    ) -> SocketServer:
         from actors.transport.socket import SocketServer
 
         server = SocketServer(
@@ -117,6 +123,8 @@ class ExpertWorker:
             max_bytes=self._config.links.max_message_bytes,
             idle=idle,
             keys=self._keys,
+            lane=lane,
+            serving_weight=self._config.experts.serving_weight,
         )
         server.start()
         return server

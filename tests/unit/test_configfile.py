@@ -207,6 +207,7 @@ CLUSTER_FAULTS = {
         "at most 2, or set ray.nodes to 3 or more",
     ),
     "room below none": (MODEL + "experts: {max_groups: -1}", "experts.max_groups", "-1", "0 or more"),
+    "no turn for requests": (MODEL + "experts: {serving_weight: 0}", "experts.serving_weight", "0", "1 or more"),
     "a cache below none": (
         MODEL + "experts: {expert_cache_size: -1}",
         "experts.expert_cache_size",
