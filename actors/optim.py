@@ -21,6 +21,8 @@ class OptimizerSettings:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
+    staleness: int = 0
+    """Steps that the experts' weights may be behind when a step is computed; 0: none, the trunk's never are."""
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self)
