@@ -767,9 +767,10 @@ class Router:
     def embed(self, ids: Sequence[int]) -> tuple[list[float], int]:
         """Mean of the last hidden states [D]."""
         self._check_prompt(ids)
-        with self._version_guard(len(ids)) as version, torch.no_grad():
+        with self._version_guard(len(ids)) as used_version, torch.no_grad():
             base: nn.Module = self._view.base_model
             hidden_BSD = base(input_ids=torch.tensor([ids], device=self._device), use_cache=False).last_hidden_state
+            version = used_version()
         return hidden_BSD[0].float().mean(0).tolist(), version
 
     def evaluate(self, batches: Sequence[Tensor]) -> tuple[float, int]:
@@ -784,17 +785,20 @@ class Router:
         return total / max(count, 1), count
 
     def _logits(self, ids_BS: Tensor) -> tuple[Tensor, int]:
-        with self._version_guard(ids_BS.shape[1]) as version, torch.no_grad():
-            return self._view(input_ids=ids_BS.to(self._device), use_cache=False).logits, version
+        with self._version_guard(ids_BS.shape[1]) as used_version, torch.no_grad():
+            return self._view(input_ids=ids_BS.to(self._device), use_cache=False).logits, used_version()
 
     @contextmanager
-    def _version_guard(self, sequence_length: int = 1, pasts: Sequence[GatePast] | None = None) -> Iterator[int]:
-        """One forward at a time on the serving links, none while a commit goes out."""
+    def _version_guard(
+        self, sequence_length: int = 1, pasts: Sequence[GatePast] | None = None
+    ) -> Iterator[Callable[[], int]]:
+        """One forward at a time on the serving links, none while a commit goes out. -> tells, after the forward, the
+        least version of the experts that it used."""
         with self._serving_lock, self._gate.reading():
             self._serving.reopen()
             self._bring_commit()
             self._serving.begin(Purpose(min_version=self.version, sequence_length=sequence_length, pasts=pasts))
-            yield self.version
+            yield lambda: self._serving.used_version
 
     def _bring_commit(self) -> None:
         """The last commit, once more over the serving links: there it may have overtaken the training links, or be the

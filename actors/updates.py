@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.errors import InvalidInput, MoeClusterError, StepAborted
+from actors.errors import InvalidInput, StepAborted
 from actors.holdings import Holdings, LayerStep
 from actors.moe.experts import Weights
 
@@ -122,7 +122,7 @@ class Updates:
     def __init__(self, name: str, holdings: Callable[[], Holdings], device: torch.device, *, timeout_s: float) -> None:
         self.num_merged = 0
         """Committed updates that were not made by themselves, but as part of one that was made instead."""
-        self.brake = Brake()
+        self._brake = Brake()
         self.busy_s = 0.0
         """Time spent on updates since the start."""
         self.on_made: Callable[[], None] = lambda: None
@@ -139,6 +139,16 @@ class Updates:
         self._closed = False
         self._thread: threading.Thread | None = None
         self._beside = _Beside(device)
+
+    @property
+    def brake(self) -> Brake:
+        return self._brake
+
+    @brake.setter
+    def brake(self, brake: Brake) -> None:
+        with self._changed:
+            self._brake = brake
+            self._changed.notify_all()
 
     # -- for forwards -------------------------------------------------------------------------------------------------
 
@@ -177,7 +187,8 @@ class Updates:
     def check(self) -> None:
         """Raises if an update could not be made: nothing that is computed here would be right."""
         if self._failure is not None:
-            raise MoeClusterError(f"an update of {self._name} failed: {self._failure}") from self._failure
+            kind = type(self._failure).__name__
+            raise StepAborted(f"an update of {self._name} failed with {kind}: {self._failure}") from self._failure
 
     # -- for commits, and whatever changes groups ---------------------------------------------------------------------
 
