@@ -309,6 +309,6 @@ def test_bounds_that_no_job_can_have(source: ModelSource, staleness: int) -> Non
 
 
 def test_an_expert_cache_refuses_it(source: ModelSource) -> None:
-    with cluster(source, 2, cache=CacheSettings(1)) as local:
-        with pytest.raises(InvalidInput, match=r"optimizer\.staleness: .*expert_cache_size is set"):
-            local.router.begin_run(OptimizerSettings(staleness=1))
+    refusal = pytest.raises(InvalidInput, match=r"optimizer\.staleness: .*expert_cache_size is set")
+    with cluster(source, 2, cache=CacheSettings(1)) as local, refusal:
+        local.router.begin_run(OptimizerSettings(staleness=1))
