@@ -4,24 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
 from actors.errors import InvalidInput
 
+Experts = Literal["adamw", "muon"]
+Sparse = Literal["off", "exact", "skip"]
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW (Loshchilov & Hutter 2019). `weight_decay` acts on matrices, not on norms and biases."""
+    """AdamW (Loshchilov & Hutter 2019). `weight_decay` acts on matrices, not on norms and biases.
+
+    What stands below `weight_decay` is about experts; the trunk is always AdamW's, and every parameter of it is stepped.
+    """
 
     lr: float = 3e-4
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
+    experts: Experts = "adamw"
+    """`muon`: their matrices by Muon, with the same learning rate and decay; their biases by AdamW."""
+    momentum: float = 0.95
+    """Muon's."""
+    sparse: Sparse = "off"
+    """What becomes of an expert without a gradient, see `actors.updating`."""
+    delay_correction: float = 0.0
+    """Strength of what is added to gradients of older weights, see `actors.moe.delay`."""
 
-    def to_dict(self) -> dict[str, float]:
+    def __post_init__(self) -> None:
+        if self.experts == "muon" and self.sparse == "exact":
+            raise InvalidInput(
+                "under Muon a step without a gradient is as long and as dear as any other",
+                field="optimizer.sparse",
+                value=self.sparse,
+                remedy="use skip, which leaves experts without tokens alone, or off",
+            )
+
+    def to_dict(self) -> dict[str, float | str]:
         return asdict(self)
 
 
