@@ -12,6 +12,7 @@ residency alone. Not thread-safe: the host's lock is around every call.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,14 +21,26 @@ from torch import Tensor, nn
 
 from actors.errors import InvalidInput
 from actors.moe.cache import CacheSettings
-from actors.moe.experts import ExpertStack
-from actors.optim import OptimizerSettings, adamw, scale_gradients, set_lr, square_sum
+from actors.moe.experts import ExpertStack, Weights
+from actors.optim import OptimizerSettings, adamw, scale_gradients, set_lr, square_sum_of, standing_for
 from actors.residency import residency
 from actors.snapshots import KINDS, ExpertKey, SavedState, Snapshot, to_host
 from actors.trunk.model import Skeleton
 
 LoadLayer = Callable[[int, Sequence[int]], Mapping[str, Tensor]]
 """(layer, groups) -> stacked parameters of these groups' experts, in that order."""
+
+
+@dataclass(frozen=True)
+class LayerStep:
+    """One optimizer step of one layer of a group."""
+
+    gradients: Sequence[Tensor]
+    """By name. They are scaled in place."""
+    lr: float
+    scale: float
+    merged: int = 1
+    """Committed updates that it stands for."""
 
 
 @dataclass
@@ -116,18 +129,14 @@ class Holdings:
         Experts without a token have a gradient too: zero. Without one the optimizer would pass them over, and neither
         their moments nor their weights would decay as they do in one process.
         """
-        place, parameters = self._places.index(group), self._groups[group].parameters[layer]
-        for name in parameters:
-            parameters[name].grad = self._residency.gradient(place, layer, name)
-        return [grad for name in parameters if (grad := parameters[name].grad) is not None]
+        place = self._places.index(group)
+        return [self._residency.gradient(place, layer, name) for name in self.stacks[layer].names]
 
     def square_sum(self, groups: Iterable[int]) -> float:
         """Of all gradients of these groups, for the global norm."""
         total = 0.0
         for group in groups:
-            for layer in range(len(self.stacks)):
-                self.gradients(group, layer)
-            total += square_sum(self._parameters(group))
+            total += square_sum_of(g for layer in range(len(self.stacks)) for g in self.gradients(group, layer))
         return total
 
     def update(self, lr: float, scale: float) -> None:
@@ -135,23 +144,65 @@ class Holdings:
         self._residency.settle()
         for group in self.groups:
             for layer in range(len(self.stacks)):
-                self.gradients(group, layer)
+                self._use(group, layer, self.gradients(group, layer))
             self._step(group, lr, scale)
+            self._use_none(group)
         self._residency.changed(self._places.index(group) for group in self.groups)
         self.drop_gradients()
 
     def update_layer(self, group: int, layer: int, gradients: Sequence[Tensor], lr: float, scale: float) -> None:
         """One optimizer step of one layer of an arriving group, with the gradients its owner stepped with."""
-        parameters = self._groups[group].parameters
+        parameters = self._groups[group].parameters[layer].values()
+        own = [g.to(p.device, copy=True) for g, p in zip(gradients, parameters, strict=True)]
+        self._use(group, layer, own)
+        self._step(group, lr, scale)
+        self._use_none(group)
+
+    def take_gradients(self) -> list[Mapping[int, list[Tensor]]]:
+        """By layer, of each held group by name: the caller's. What comes from now on is accumulated elsewhere.
+
+        `InvalidInput` with an expert cache, which has one memory for them.
+        """
+        taken = self._residency.take_gradients()
+        spans = {group: self._span(group) for group in self.groups}
+        return [
+            {group: [stacked[name][span] for name in stack.names] for group, span in spans.items()}
+            for stack, stacked in zip(self.stacks, taken, strict=True)
+        ]
+
+    def updated(self, layer: int, steps: Mapping[int, Sequence[LayerStep]]) -> Weights:
+        """Copy-on-write: the layer's weights after these steps of each group, one after the other, in new tensors.
+
+        Forwards and backwards may go on beside it, in other threads, with the weights of before: until the caller lets
+        the stack `switch`, which has to be next. Nothing else may touch the layer's weights and moments meanwhile.
+        """
+        stack = self.stacks[layer]
+        fresh = {name: tensor.clone() for name, tensor in stack.weights.items()}
+        for group, ordered in steps.items():
+            span = self._span(group)
+            for name, parameter in self._groups[group].parameters[layer].items():
+                parameter.data = fresh[name][span]
+            for step in ordered:
+                self._use(group, layer, step.gradients)
+                self._step(group, step.lr, step.scale, step.merged)
+            self._use_none(group)
+        return fresh
+
+    def _span(self, group: int) -> slice:
+        place = self._places.index(group)
+        return slice(place * self._group_size, (place + 1) * self._group_size)
+
+    def _use(self, group: int, layer: int, gradients: Sequence[Tensor]) -> None:
+        parameters = self._groups[group].parameters[layer]
+        for name, gradient in zip(self.stacks[layer].names, gradients, strict=True):
+            parameters[name].grad = gradient
+
+    def _use_none(self, group: int) -> None:
         for parameter in self._parameters(group):
             parameter.grad = None
-        for name, gradient in zip(self.stacks[layer].names, gradients, strict=True):
-            parameters[layer][name].grad = gradient.to(parameters[layer][name].device, copy=True)
-        self._step(group, lr, scale)
-        for name in self.stacks[layer].names:
-            parameters[layer][name].grad = None
 
-    def _step(self, group: int, lr: float, scale: float) -> None:
+    def _step(self, group: int, lr: float, scale: float, merged: int = 1) -> None:
+        """Of the parameters that have a gradient."""
         optimizer = self._groups[group].optimizer
         for layer, parameters in enumerate(self._groups[group].parameters):
             for name, parameter in parameters.items():
@@ -159,7 +210,8 @@ class Holdings:
                     self._new_state(group, layer, name, 0)
         scale_gradients(self._parameters(group), scale)
         set_lr(optimizer, lr)
-        optimizer.step()
+        with standing_for(optimizer, merged) if merged > 1 else nullcontext():
+            optimizer.step()
 
     def _new_state(self, group: int, layer: int, name: str, updates: int) -> tuple[Tensor, Tensor]:
         """AdamW's of one parameter, as AdamW makes it. -> both moments, zeros."""

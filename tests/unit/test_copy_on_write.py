@@ -1,0 +1,140 @@
+"""Updates that write new tensors: whoever computes with the weights of before has them whole, and the numbers are those
+of updates in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from actors.errors import InvalidInput
+from actors.holdings import Holdings, LayerStep
+from actors.moe.cache import CacheSettings
+from actors.moe.experts import ExpertStack, Work
+from actors.optim import OptimizerSettings, adamw, standing_for
+from actors.trunk.init import initial_experts
+from actors.trunk.model import ModelSource, Skeleton, skeleton
+from tests.families import FAMILIES
+
+T, E = 12, 4
+COUNTS = [5, 0, 9, 3]
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("max_pairs", [4, 1000])
+def test_backward_uses_the_weights_of_its_forward(family: str, max_pairs: int) -> None:
+    torch.manual_seed(0)
+    layer = skeleton(ModelSource(values={"model_type": family, **FAMILIES[family]}, dtype="float64")).layers[0]
+    old, new = ({n: torch.randn(E, *s).double() for n, s in layer.shapes().items()} for _ in range(2))
+    pairs = sum(COUNTS)
+    work = Work(torch.randint(0, T, (pairs,)), COUNTS, torch.rand(pairs).double())
+    x_TD, grad_y = torch.randn(T, 32).double(), torch.randn(T, 32).double()
+
+    def pass_of(stack: ExpertStack, between: dict[str, Tensor] | None) -> list[Tensor]:
+        y_TD, saved = stack(x_TD, work, keep=True)
+        if between is not None:
+            stack.switch(between)
+        grad_x, grad_weight, part = stack.backward(saved, grad_y)
+        if part is not None:
+            stack.accumulate(part)
+        return [y_TD, grad_x, grad_weight, *(stack.gradient(name) for name in stack.names)]
+
+    undisturbed = ExpertStack(layer.template, old, max_pairs=max_pairs)
+    switched = ExpertStack(layer.template, old, max_pairs=max_pairs)
+    expected = pass_of(undisturbed, None)
+    for mine, theirs in zip(pass_of(switched, new), expected, strict=True):
+        assert torch.equal(mine, theirs)
+    y_new, _ = switched(x_TD, work, keep=False)
+    assert torch.equal(y_new, ExpertStack(layer.template, new, max_pairs=max_pairs)(x_TD, work, keep=False)[0])
+    assert not torch.equal(y_new, expected[0])
+    y_old, _ = switched(x_TD, work, keep=False, weights=undisturbed.weights)
+    assert torch.equal(y_old, expected[0]), "a version that somebody holds can still be computed with"
+
+
+@pytest.fixture(scope="module")
+def model() -> Skeleton:
+    return skeleton(ModelSource(values={"model_type": "mixtral", **FAMILIES["mixtral"]}, dtype="float32"))
+
+
+def held(model: Skeleton, groups: Sequence[int], cache: CacheSettings | None = None) -> Holdings:
+    def load(layer: int, groups: Sequence[int]) -> dict[str, Tensor]:
+        return initial_experts(model, layer, groups, 2, 0)
+
+    holdings = Holdings(model, 2, torch.device("cpu"), groups, load, cache)
+    holdings.begin_run(OptimizerSettings(lr=1e-2))
+    return holdings
+
+
+def fill(holdings: Holdings, seed: int) -> None:
+    """Gradients, the same for a group wherever it is."""
+    for group in holdings.groups:
+        for layer in range(len(holdings.stacks)):
+            generator = torch.Generator().manual_seed(1000 * seed + 10 * group + layer)
+            for gradient in holdings.gradients(group, layer):
+                gradient.copy_(torch.randn(gradient.shape, generator=generator))
+
+
+def test_the_numbers_are_those_of_updates_in_place(model: Skeleton) -> None:
+    here, beside = held(model, (0, 2)), held(model, (2, 0))
+    for seed in range(3):
+        for holdings in (here, beside):
+            fill(holdings, seed)
+        here.update(1e-2, 0.5)
+        before = [stack.weights for stack in beside.stacks]
+        copies = [{name: t.clone() for name, t in weights.items()} for weights in before]
+        for layer, gradients in enumerate(beside.take_gradients()):
+            steps = {group: [LayerStep(parts, 1e-2, 0.5)] for group, parts in gradients.items()}
+            beside.stacks[layer].switch(beside.updated(layer, steps))
+        for weights, copy in zip(before, copies, strict=True):
+            assert all(torch.equal(weights[name], copy[name]) for name in copy), "nobody writes to these any more"
+        assert not any(g.any() for g in beside.gradients(0, 0)), "the next step's gradients begin at zero"
+        for group in (0, 2):
+            for layer in range(len(here.stacks)):
+                (mine, count), (theirs, other) = beside.read(group, layer), here.read(group, layer)
+                assert count == other == seed + 1
+                assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_gradients_that_were_given_back_are_used_again(model: Skeleton) -> None:
+    stack = held(model, (0, 1)).stacks[0]
+    taken = stack.take_gradients()
+    for gradient in taken.values():
+        gradient.zero_()
+    stack.give_back(taken)
+    between = stack.take_gradients()
+    assert not any(between[name] is taken[name] for name in stack.names)
+    assert all(stack.gradient(name) is taken[name] for name in stack.names)
+
+
+def test_an_expert_cache_has_one_version(model: Skeleton) -> None:
+    with pytest.raises(InvalidInput, match="expert_cache_size"):
+        held(model, (0, 1), CacheSettings(1)).take_gradients()
+
+
+def test_one_step_in_the_place_of_several_keeps_moments_and_count() -> None:
+    """With the same gradient k times the averages and their bias correction are those after k steps."""
+    gradient = torch.randn(5, 3, dtype=torch.float64)
+    parameters = [nn.Parameter(torch.ones(5, 3, dtype=torch.float64)) for _ in range(2)]
+    settings = OptimizerSettings(weight_decay=0.0)
+    one, several = (adamw([("w", parameter)], settings) for parameter in parameters)
+    for optimizer, parameter in zip((one, several), parameters, strict=True):
+        parameter.grad = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        optimizer.step()
+        parameter.grad = gradient
+    for group in one.param_groups:
+        group["lr"] = 3 * settings.lr
+    with standing_for(one, 3):
+        one.step()
+    assert one.param_groups[0]["betas"] == (settings.beta1, settings.beta2)
+    for _ in range(3):
+        several.step()
+    mine, theirs = one.state[parameters[0]], several.state[parameters[1]]
+    assert int(mine["step"]) == int(theirs["step"]) == 4
+    for kind in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(mine[kind], theirs[kind], rtol=1e-6, atol=0)
+    corrected = [mine["exp_avg"] / (1 - settings.beta1**4), mine["exp_avg_sq"] / (1 - settings.beta2**4)]
+    before = parameters[0].detach() + 3 * settings.lr * corrected[0] / (corrected[1].sqrt() + settings.eps)
+    first = 1 - settings.lr * torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).sign()
+    torch.testing.assert_close(before, first, rtol=1e-5, atol=0)
