@@ -163,6 +163,7 @@ class ExpertHost:
         work = Work(token_P.to(self._device), list(fields["counts_E"]), weight_P.to(self._device))
         self._check_tokens(x_TD)
         work.check(x_TD.shape[0], len(self.experts))
+        self.holdings.catch_up(layer, work.counts_E)
         placed = Work(work.token_P, self.holdings.by_place(work.counts_E), work.weight_P)
         y_TD, saved = stack(x_TD.to(self._device), placed, keep=keep)
         if saved is not None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -87,31 +86,6 @@ def square_sum_of(gradients: Iterable[Tensor]) -> float:
     for gradient in gradients:
         total += float(torch.linalg.vector_norm(gradient, dtype=_wide(gradient.dtype))) ** 2
     return total
-
-
-@contextmanager
-def standing_for(optimizer: torch.optim.AdamW, num_updates: int) -> Iterator[None]:
-    """The step inside, of parameters with a gradient, stands for so many updates with the same gradient: averages decay
-    by beta ** num_updates, and the count, which corrects their bias, goes on by as many.
-
-    That keeps an average's memory in updates what it was, as in the rule for Adam's larger batches of Malladi et al.
-    2022 ("On the SDEs and Scaling Rules for Adaptive Gradient Algorithms"), there to the first order.
-    """
-    betas = [group["betas"] for group in optimizer.param_groups]
-    states = [optimizer.state[p] for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-    counts = [state["step"].clone() for state in states]
-    for group in optimizer.param_groups:
-        group["betas"] = tuple(beta**num_updates for beta in group["betas"])
-    for state in states:
-        # AdamW adds 1 and corrects by 1 - (beta ** n) ** count: with count = (c + n) / n that is 1 - beta ** (c + n).
-        state["step"].add_(num_updates).div_(num_updates).sub_(1)
-    try:
-        yield
-    finally:
-        for group, own in zip(optimizer.param_groups, betas, strict=True):
-            group["betas"] = own
-        for state, count in zip(states, counts, strict=True):
-            state["step"].copy_(count + num_updates)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
