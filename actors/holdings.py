@@ -248,9 +248,9 @@ class Holdings:
             raise InvalidInput("a group is on its way here", field="group", value=self.arriving)
         self._residency.train()
         self.free_leaving()
-        for group in self._groups:
+        for number in self._groups:
             for layer in range(len(self.stacks)):
-                self._catch_up(group, layer)
+                self._catch_up(number, layer)
         self.settings = settings
         self.drop_gradients()
         for number, group in self._groups.items():

@@ -19,7 +19,7 @@ Sparse = Literal["off", "exact", "skip"]
 class OptimizerSettings:
     """AdamW (Loshchilov & Hutter 2019). `weight_decay` acts on matrices, not on norms and biases.
 
-    What stands below `weight_decay` is about experts; the trunk is always AdamW's, and every parameter of it is stepped.
+    What stands below `weight_decay` is about experts; the trunk is AdamW's, and every parameter of it is stepped.
     """
 
     lr: float = 3e-4

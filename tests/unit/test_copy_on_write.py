@@ -120,7 +120,7 @@ def test_one_step_in_the_place_of_several_keeps_moments_and_count() -> None:
     settings = OptimizerSettings(weight_decay=0.0)
     weights = [nn.Parameter(torch.ones(5, 3, 2, dtype=torch.float64)) for _ in range(2)]
     one, several = (
-        GroupOptimizer(settings, [{"w": w}], lambda layer, name: (torch.zeros_like(w), torch.zeros_like(w)))
+        GroupOptimizer(settings, [{"w": w}], lambda layer, name: (torch.zeros_like(first), torch.zeros_like(first)))
         for w in weights
     )
     for optimizer in (one, several):
@@ -131,7 +131,8 @@ def test_one_step_in_the_place_of_several_keeps_moments_and_count() -> None:
         several.step(0, {"w": gradient.clone()}, settings.lr, 1.0)
     assert one.updates(0) == several.updates(0) == 4
     mine, theirs = one.moments(0, "w"), several.moments(0, "w")
-    assert mine is not None and theirs is not None
+    assert mine is not None
+    assert theirs is not None
     torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=0)
     average, square = mine[0] / (1 - settings.beta1**4), mine[1] / (1 - settings.beta2**4)
     moved = 3 * settings.lr * average / (square.sqrt() + settings.eps)

@@ -97,7 +97,8 @@ def test_exact_puts_steps_off_until_they_are_wanted() -> None:
     assert not ours.optimizer.step(0, ours.gradients(3, []), 1e-2, 1.0), "nothing was written"
     assert ours.optimizer.updates(0) == 4
     ours.optimizer.catch_up(0, [2])
-    assert ours.optimizer.is_behind(0) and not ours.optimizer.is_behind(0, [2])
+    assert ours.optimizer.is_behind(0)
+    assert not ours.optimizer.is_behind(0, [2])
     for name, w in ours.weights.items():
         assert [torch.equal(w[e], before[name][e]) for e in range(E)] == [True, True, False, True]
 
@@ -182,7 +183,8 @@ def test_directions_are_nearly_orthogonal_and_nothing_stays_nothing() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 16, 40) * torch.tensor([1e-4, 1e3]).view(2, 1, 1)
     values = torch.linalg.svdvals(orthogonal(x).float())
-    assert values.min() > 0.5 and values.max() < 1.3
+    assert values.min() > 0.5
+    assert values.max() < 1.3
     assert not orthogonal(torch.zeros(1, 4, 4)).any()
 
 
@@ -206,7 +208,7 @@ def test_a_state_that_is_taken_elsewhere_goes_on_the_same(settings: Mapping[str,
     unbroken.train()
     first.train(TOUCHED[:4])
     weights, moments = first.state()[:3], first.state()[3:]
-    for (name, parameter), weight in zip(second.weights.items(), weights, strict=True):
+    for (_, parameter), weight in zip(second.weights.items(), weights, strict=True):
         parameter.data.copy_(weight)
     pairs = {name: [m.clone() for m in moments[2 * i : 2 * i + 2]] for i, name in enumerate(second.weights)}
     second.optimizer.set(0, pairs, first.optimizer.updates(0))
