@@ -97,6 +97,10 @@ class Holdings:
         return self._in_state("arriving")
 
     @property
+    def leaving(self) -> tuple[int, ...]:
+        return self._in_state("leaving")
+
+    @property
     def experts(self) -> list[int]:
         """Numbers of the experts of `groups`, in that order: the local order of every message."""
         return self.experts_of(self.groups)

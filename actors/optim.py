@@ -35,6 +35,8 @@ class OptimizerSettings:
     """What becomes of an expert without a gradient, see `actors.updating`."""
     delay_correction: float = 0.0
     """Strength of what is added to gradients of older weights, see `actors.moe.delay`."""
+    staleness: int = 0
+    """Steps that the experts' weights may be behind when a step is computed; 0: none, the trunk's never are."""
 
     def __post_init__(self) -> None:
         if self.experts == "muon" and self.sparse == "exact":
@@ -43,6 +45,13 @@ class OptimizerSettings:
                 field="optimizer.sparse",
                 value=self.sparse,
                 remedy="use skip, which leaves experts without tokens alone, or off",
+            )
+        if self.staleness and self.sparse == "exact":
+            raise InvalidInput(
+                "beside forwards nobody makes steps that were put off",
+                field="optimizer.sparse",
+                value=self.sparse,
+                remedy="use skip or off, or optimizer.staleness 0",
             )
 
     def to_dict(self) -> dict[str, float | str]:

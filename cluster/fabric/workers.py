@@ -103,11 +103,16 @@ class ExpertWorker:
             timeout_s=self._config.router.request_timeout_s,
             cache=CacheSettings(experts.expert_cache_size, experts.cache_dir) if experts.expert_cache_size else None,
         )
-        self._server = self._serve(self._host.handle, self._host.idle)
+        self._server = self._serve(self._host.handle, self._host.idle, self._host.ready)
         self._exchange = self._serve(self._host.exchange.handle)
         return ExpertContact(self._name, self.node_id(), os.getpid(), self._server.address, self._exchange.address)
 
-    def _serve(self, handler: Any, idle: Callable[[], bool] = lambda: False) -> SocketServer:
+    def _serve(
+        self,
+        handler: Any,
+        idle: Callable[[], bool] = lambda: False,
+        ready: Callable[[Message], bool] = lambda question: True,
+    ) -> SocketServer:
         from actors.transport.socket import SocketServer
 
         server = SocketServer(
@@ -116,6 +121,8 @@ class ExpertWorker:
             host=self._bind_host,
             max_bytes=self._config.links.max_message_bytes,
             idle=idle,
+            ready=ready,
+            keep_s=self._config.router.request_timeout_s,
             keys=self._keys,
         )
         server.start()
