@@ -32,7 +32,7 @@ from actors.exchange import Attempt, Exchange, PeerOpener
 from actors.followers import Followers
 from actors.holdings import Holdings, LoadLayer
 from actors.moe.cache import CacheSettings
-from actors.moe.experts import Work
+from actors.moe.experts import Weights, Work
 from actors.optim import OptimizerSettings
 from actors.residency import beside_a_cache
 from actors.snapshots import ExpertKey, SavedState, Snapshot
@@ -207,6 +207,7 @@ class ExpertHost:
         work = Work(token_P.to(self._device), list(fields["counts_E"]), weight_P.to(self._device))
         self._check_tokens(x_TD)
         work.check(x_TD.shape[0], len(self.experts))
+        self.holdings.catch_up(layer, work.counts_E)
         placed = Work(work.token_P, self.holdings.by_place(work.counts_E), work.weight_P)
         self.updates.check()
         weights, lag = self.updates.read(layer)
@@ -215,6 +216,7 @@ class ExpertHost:
         y_TD, saved = stack(x_TD.to(self._device), placed, keep=keep, weights=weights)
         if saved is not None:
             self._step.keep(int(fields["microbatch"]), layer, saved)
+            self._step.weights[layer] = weights
             self._step.spread.note(lag, sum(count > 0 for count in work.counts_E))
             self._touch(layer, work.counts_E)
         self.tokens += x_TD.shape[0]
@@ -283,8 +285,11 @@ class ExpertHost:
         """The gradients of this step go; those of the next begin at zero."""
         followed = self._followers.groups
         mergeable = frozenset(group for group in self._copies.alone(self.groups) if group not in followed)
+        then: dict[int, Weights] = {}
+        if self.holdings.settings.delay_correction:  # each update has its own
+            mergeable, then = frozenset(), dict(self._step.weights)
         self._merged_before = self.updates.num_merged
-        self.updates.put(PendingUpdate(step, lr, scale, self.holdings.take_gradients(), mergeable))
+        self.updates.put(PendingUpdate(step, lr, scale, self.holdings.take_gradients(), mergeable, then))
 
     def _drained(self) -> Holdings:
         """With every committed update in them."""

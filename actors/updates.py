@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -58,11 +58,13 @@ class PendingUpdate:
     """By layer, of each group, by name; of this update alone."""
     mergeable: frozenset[int]
     """Groups that nobody else has to update alike."""
+    then: Mapping[int, Weights] = field(default_factory=dict)
+    """By layer: that the gradients were computed with. Without the job's delay correction there are none."""
     summed: Any = None
     """On a GPU: the event after which the gradients are complete."""
 
     def of(self, layer: int, group: int) -> LayerStep:
-        return LayerStep(self.gradients[layer][group], self.lr, self.scale)
+        return LayerStep(self.gradients[layer][group], self.lr, self.scale, then=self.then.get(layer))
 
 
 @torch.no_grad()

@@ -116,6 +116,8 @@ class ExpertStack(nn.Module):
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor))
         self.names = tuple(sorted(tensors))
+        self.touched: set[int] = set()
+        """Experts that may have a gradient other than zero; who takes or zeroes the gradients clears it."""
         self._weights = self._bound()
 
     @property
@@ -258,6 +260,7 @@ class ExpertStack(nn.Module):
     def accumulate(self, part: WeightGradients) -> None:
         """Adds the weights' gradients of one micro-batch into `.grad`."""
         saved, counts_E = part.saved, self._padded(part.saved.work.counts_E, self.num_experts)
+        self.touched.update(expert for expert, count in enumerate(counts_E) if count)
         act_PI = saved.act_PI.detach()
         self._accumulate_matrix(self._in, saved.rows_PD, part.grad_pre_PH, counts_E)
         self._accumulate_matrix(self._out, act_PI, part.grad_out_PD, counts_E)
