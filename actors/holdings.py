@@ -12,7 +12,6 @@ residency alone. Not thread-safe: the host's lock is around every call.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,10 +21,11 @@ from torch import Tensor, nn
 from actors.errors import InvalidInput
 from actors.moe.cache import CacheSettings
 from actors.moe.experts import ExpertStack, Weights
-from actors.optim import OptimizerSettings, adamw, scale_gradients, set_lr, square_sum_of, standing_for
+from actors.optim import OptimizerSettings, square_sum_of
 from actors.residency import residency
 from actors.snapshots import KINDS, ExpertKey, SavedState, Snapshot, to_host
 from actors.trunk.model import Skeleton
+from actors.updating import GroupOptimizer
 
 LoadLayer = Callable[[int, Sequence[int]], Mapping[str, Tensor]]
 """(layer, groups) -> stacked parameters of these groups' experts, in that order."""
@@ -41,13 +41,15 @@ class LayerStep:
     scale: float
     merged: int = 1
     """Committed updates that it stands for."""
+    then: Weights | None = None
+    """Of the layer, that the gradients were computed with: for the delay correction."""
 
 
 @dataclass
 class _Group:
     parameters: list[dict[str, nn.Parameter]]
     """By layer."""
-    optimizer: torch.optim.AdamW
+    optimizer: GroupOptimizer
     state: Literal["held", "arriving", "leaving"] = "held"
     """Only what is held is computed with. What leaves is kept until nobody can ask for it any more."""
 
@@ -95,6 +97,10 @@ class Holdings:
         return self._in_state("arriving")
 
     @property
+    def leaving(self) -> tuple[int, ...]:
+        return self._in_state("leaving")
+
+    @property
     def experts(self) -> list[int]:
         """Numbers of the experts of `groups`, in that order: the local order of every message."""
         return self.experts_of(self.groups)
@@ -113,9 +119,7 @@ class Holdings:
 
     def num_bytes(self) -> int:
         """Of parameters, gradients and optimizer state."""
-        states = [state for group in self._groups.values() for state in group.optimizer.state.values()]
-        tensors: list[Tensor] = [t for state in states for t in state.values()]
-        return self._residency.num_bytes() + sum(t.numel() * t.element_size() for t in tensors)
+        return self._residency.num_bytes() + sum(group.optimizer.num_bytes() for group in self._groups.values())
 
     def cache_counters(self) -> dict[str, Any]:
         """Of the expert cache; empty without one. From any thread."""
@@ -126,9 +130,13 @@ class Holdings:
     def gradients(self, group: int, layer: int) -> list[Tensor]:
         """Of the group's parameters by name, as views: what is written there is what the update uses.
 
-        Experts without a token have a gradient too: zero. Without one the optimizer would pass them over, and neither
-        their moments nor their weights would decay as they do in one process.
+        Experts without a token have a gradient too: zero. What an update does with those is the job's choice.
         """
+        span = self._span(group)
+        self.stacks[layer].touched.update(range(span.start, span.stop))  # the caller may write there
+        return self._gradients(group, layer)
+
+    def _gradients(self, group: int, layer: int) -> list[Tensor]:
         place = self._places.index(group)
         return [self._residency.gradient(place, layer, name) for name in self.stacks[layer].names]
 
@@ -136,27 +144,64 @@ class Holdings:
         """Of all gradients of these groups, for the global norm."""
         total = 0.0
         for group in groups:
-            total += square_sum_of(g for layer in range(len(self.stacks)) for g in self.gradients(group, layer))
+            layers = [i for i in range(len(self.stacks)) if self._candidates(group, i) != []]
+            total += square_sum_of(g for layer in layers for g in self._gradients(group, layer))
         return total
 
     def update(self, lr: float, scale: float) -> None:
         """One optimizer step of every held group with its gradients times `scale`; then they are zero."""
         self._residency.settle()
+        changed: list[int] = []
         for group in self.groups:
-            for layer in range(len(self.stacks)):
-                self._use(group, layer, self.gradients(group, layer))
-            self._step(group, lr, scale)
-            self._use_none(group)
-        self._residency.changed(self._places.index(group) for group in self.groups)
-        self.drop_gradients()
+            layers = [self._step(group, i, self._gradients(group, i), lr, scale) for i in range(len(self.stacks))]
+            if any(layers):
+                changed.append(self._places.index(group))
+        self._residency.changed(changed)
+        self._drop_used()
 
     def update_layer(self, group: int, layer: int, gradients: Sequence[Tensor], lr: float, scale: float) -> None:
         """One optimizer step of one layer of an arriving group, with the gradients its owner stepped with."""
-        parameters = self._groups[group].parameters[layer].values()
-        own = [g.to(p.device, copy=True) for g, p in zip(gradients, parameters, strict=True)]
-        self._use(group, layer, own)
-        self._step(group, lr, scale)
-        self._use_none(group)
+        held = self._groups[group]
+        parameters = held.parameters[layer].items()
+        own = {name: g.to(p.device, copy=True) for g, (name, p) in zip(gradients, parameters, strict=True)}
+        held.optimizer.step(layer, own, lr, scale)
+
+    def _step(self, group: int, layer: int, gradients: Sequence[Tensor], lr: float, scale: float) -> bool:
+        named = dict(zip(self.stacks[layer].names, gradients, strict=True))
+        return self._groups[group].optimizer.step(layer, named, lr, scale, candidates=self._candidates(group, layer))
+
+    def _candidates(self, group: int, layer: int) -> list[int] | None:
+        """Experts of the group that may have a gradient; None: no matter."""
+        if self.settings.sparse == "off":
+            return None
+        span, touched = self._span(group), self.stacks[layer].touched
+        return [i - span.start for i in range(span.start, span.stop) if i in touched]
+
+    def _drop_used(self) -> None:
+        """All gradients are zero then, and those that were are not written."""
+        if self.settings.sparse == "off":
+            self.drop_gradients()
+            return
+        for layer, stack in enumerate(self.stacks):
+            for place, row in (divmod(i, self._group_size) for i in sorted(stack.touched)):
+                for name in stack.names:
+                    self._residency.gradient(place, layer, name)[row].zero_()
+            stack.touched.clear()
+
+    def catch_up(self, layer: int, counts_E: Sequence[int]) -> None:
+        """Before tokens are sent to `experts`, so many to each: makes the steps that were put off for want of them."""
+        if self.settings.sparse != "exact":
+            return
+        size = self._group_size
+        for i, group in enumerate(self.groups):
+            self._catch_up(group, layer, [e for e, n in enumerate(counts_E[i * size : (i + 1) * size]) if n])
+
+    def _catch_up(self, group: int, layer: int, experts: Sequence[int] | None = None) -> None:
+        optimizer = self._groups[group].optimizer
+        if optimizer.is_behind(layer, experts):
+            self._residency.settle()
+            optimizer.catch_up(layer, experts)
+            self._residency.changed([self._places.index(group)])
 
     def take_gradients(self) -> list[Mapping[int, list[Tensor]]]:
         """By layer, of each held group by name: the caller's. What comes from now on is accumulated elsewhere.
@@ -164,6 +209,8 @@ class Holdings:
         `InvalidInput` with an expert cache, which has one memory for them.
         """
         taken = self._residency.take_gradients()
+        for stack in self.stacks:
+            stack.touched.clear()
         spans = {group: self._span(group) for group in self.groups}
         return [
             {group: [stacked[name][span] for name in stack.names] for group, span in spans.items()}
@@ -183,48 +230,21 @@ class Holdings:
             for name, parameter in self._groups[group].parameters[layer].items():
                 parameter.data = fresh[name][span]
             for step in ordered:
-                self._use(group, layer, step.gradients)
-                self._step(group, step.lr, step.scale, step.merged)
-            self._use_none(group)
+                then = None if step.then is None else {name: step.then[name][span] for name in stack.names}
+                gradients = dict(zip(stack.names, step.gradients, strict=True))
+                self._groups[group].optimizer.step(
+                    layer, gradients, step.lr, step.scale, num_updates=step.merged, then=then
+                )
         return fresh
 
     def _span(self, group: int) -> slice:
         place = self._places.index(group)
         return slice(place * self._group_size, (place + 1) * self._group_size)
 
-    def _use(self, group: int, layer: int, gradients: Sequence[Tensor]) -> None:
-        parameters = self._groups[group].parameters[layer]
-        for name, gradient in zip(self.stacks[layer].names, gradients, strict=True):
-            parameters[name].grad = gradient
-
-    def _use_none(self, group: int) -> None:
-        for parameter in self._parameters(group):
-            parameter.grad = None
-
-    def _step(self, group: int, lr: float, scale: float, merged: int = 1) -> None:
-        """Of the parameters that have a gradient."""
-        optimizer = self._groups[group].optimizer
-        for layer, parameters in enumerate(self._groups[group].parameters):
-            for name, parameter in parameters.items():
-                if parameter.grad is not None and parameter not in optimizer.state:
-                    self._new_state(group, layer, name, 0)
-        scale_gradients(self._parameters(group), scale)
-        set_lr(optimizer, lr)
-        with standing_for(optimizer, merged) if merged > 1 else nullcontext():
-            optimizer.step()
-
-    def _new_state(self, group: int, layer: int, name: str, updates: int) -> tuple[Tensor, Tensor]:
-        """AdamW's of one parameter, as AdamW makes it. -> both moments, zeros."""
-        held = self._groups[group]
-        parameter = held.parameters[layer][name]
-        first, second = self._residency.moments(self._places.index(group), layer, name)
-        # The fused step wants the count on the parameter's device.
-        step = torch.tensor(float(updates), dtype=torch.float32, device=parameter.device)
-        held.optimizer.state[parameter] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
-        return first, second
-
     def drop_gradients(self) -> None:
         self._residency.drop_gradients()
+        for stack in self.stacks:
+            stack.touched.clear()
 
     def begin_run(self, settings: OptimizerSettings) -> None:
         """Fresh moments. `InvalidInput` while a group is on its way, since its moments are those of the run before."""
@@ -232,10 +252,13 @@ class Holdings:
             raise InvalidInput("a group is on its way here", field="group", value=self.arriving)
         self._residency.train()
         self.free_leaving()
+        for number in self._groups:
+            for layer in range(len(self.stacks)):
+                self._catch_up(number, layer)
         self.settings = settings
         self.drop_gradients()
-        for group in self._groups.values():
-            group.optimizer = self._new_optimizer(group.parameters)
+        for number, group in self._groups.items():
+            group.optimizer = self._new_optimizer(number, group.parameters)
 
     # -- groups come and go -------------------------------------------------------------------------------------------
 
@@ -273,15 +296,12 @@ class Holdings:
 
     def _tensors(self, group: int, layer: int) -> tuple[list[Tensor], int]:
         tensors: list[Tensor] = []
-        updates = 0
+        self._catch_up(group, layer)
         held = self._groups[group]
-        for name in self.stacks[layer].names:
-            parameter = held.parameters[layer][name]
-            state = held.optimizer.state.get(parameter)
+        for name, parameter in held.parameters[layer].items():
             zeros = torch.zeros_like(parameter)
-            tensors += [parameter, *((state["exp_avg"], state["exp_avg_sq"]) if state else (zeros, zeros))]
-            updates = int(state["step"]) if state else 0
-        return tensors, updates
+            tensors += [parameter, *(held.optimizer.moments(layer, name) or (zeros, zeros))]
+        return tensors, held.optimizer.updates(layer)
 
     def reserve(self, group: int, settings: OptimizerSettings) -> None:
         """A place for a group that is about to arrive."""
@@ -310,12 +330,10 @@ class Holdings:
             raise InvalidInput("other tensors than a group of this model has", field="tensors")
         self._residency.settle()
         with torch.no_grad():
-            for number, name in enumerate(names):
-                weight, *moments = tensors[3 * number : 3 * number + 3]
+            for name, weight in zip(names, tensors[::3], strict=True):
                 held.parameters[layer][name].copy_(weight)
-                if updates:
-                    for mine, moment in zip(self._new_state(group, layer, name, updates), moments, strict=True):
-                        mine.copy_(moment)
+        moments = {name: tensors[3 * i + 1 : 3 * i + 3] for i, name in enumerate(names)}
+        held.optimizer.set(layer, moments, updates)
         self._residency.changed([self._places.index(group)])
 
     def hold(self, groups: Collection[int]) -> None:
@@ -360,10 +378,13 @@ class Holdings:
             {name: nn.Parameter(weight(place, layer, name)) for name in stack.names}
             for layer, stack in enumerate(self.stacks)
         ]
-        return _Group(parameters, self._new_optimizer(parameters))
+        return _Group(parameters, self._new_optimizer(group, parameters))
 
-    def _new_optimizer(self, parameters: list[dict[str, nn.Parameter]]) -> torch.optim.AdamW:
-        return adamw([(f"{i}.{n}", p) for i, layer in enumerate(parameters) for n, p in layer.items()], self.settings)
+    def _new_optimizer(self, group: int, parameters: list[dict[str, nn.Parameter]]) -> GroupOptimizer:
+        def new_moments(layer: int, name: str) -> tuple[Tensor, Tensor]:
+            return self._residency.moments(self._places.index(group), layer, name)
+
+        return GroupOptimizer(self.settings, parameters, new_moments)
 
     def _rebind(self) -> None:
         """The stacks lie elsewhere now; parameters stay the same objects, as the optimizers know them."""
@@ -372,10 +393,6 @@ class Holdings:
             for layer, parameters in enumerate(group.parameters):
                 for name, parameter in parameters.items():
                     parameter.data = self._residency.weight(place, layer, name)
-                    parameter.grad = None
-
-    def _parameters(self, group: int) -> list[nn.Parameter]:
-        return [p for layer in self._groups[group].parameters for p in layer.values()]
 
 
 def _keys(layer: int, expert: int, names: Sequence[str]) -> list[ExpertKey]:

@@ -2,27 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from actors.errors import InvalidInput
 
+Experts = Literal["adamw", "muon"]
+Sparse = Literal["off", "exact", "skip"]
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW (Loshchilov & Hutter 2019). `weight_decay` acts on matrices, not on norms and biases."""
+    """AdamW (Loshchilov & Hutter 2019). `weight_decay` acts on matrices, not on norms and biases.
+
+    What stands below `weight_decay` is about experts; the trunk is AdamW's, and every parameter of it is stepped.
+    """
 
     lr: float = 3e-4
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
+    experts: Experts = "adamw"
+    """`muon`: their matrices by Muon, with the same learning rate and decay; their biases by AdamW."""
+    momentum: float = 0.95
+    """Muon's."""
+    sparse: Sparse = "off"
+    """What becomes of an expert without a gradient, see `actors.updating`."""
+    delay_correction: float = 0.0
+    """Strength of what is added to gradients of older weights, see `actors.moe.delay`."""
+    staleness: int = 0
+    """Steps that the experts' weights may be behind when a step is computed; 0: none, the trunk's never are."""
 
-    def to_dict(self) -> dict[str, float]:
+    def __post_init__(self) -> None:
+        if self.experts == "muon" and self.sparse == "exact":
+            raise InvalidInput(
+                "under Muon a step without a gradient is as long and as dear as any other",
+                field="optimizer.sparse",
+                value=self.sparse,
+                remedy="use skip, which leaves experts without tokens alone, or off",
+            )
+        if self.staleness and self.sparse == "exact":
+            raise InvalidInput(
+                "beside forwards nobody makes steps that were put off",
+                field="optimizer.sparse",
+                value=self.sparse,
+                remedy="use skip or off, or optimizer.staleness 0",
+            )
+
+    def to_dict(self) -> dict[str, float | str]:
         return asdict(self)
 
 
@@ -63,31 +95,6 @@ def square_sum_of(gradients: Iterable[Tensor]) -> float:
     for gradient in gradients:
         total += float(torch.linalg.vector_norm(gradient, dtype=_wide(gradient.dtype))) ** 2
     return total
-
-
-@contextmanager
-def standing_for(optimizer: torch.optim.AdamW, num_updates: int) -> Iterator[None]:
-    """The step inside, of parameters with a gradient, stands for so many updates with the same gradient: averages decay
-    by beta ** num_updates, and the count, which corrects their bias, goes on by as many.
-
-    That keeps an average's memory in updates what it was, as in the rule for Adam's larger batches of Malladi et al.
-    2022 ("On the SDEs and Scaling Rules for Adaptive Gradient Algorithms"), there to the first order.
-    """
-    betas = [group["betas"] for group in optimizer.param_groups]
-    states = [optimizer.state[p] for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-    counts = [state["step"].clone() for state in states]
-    for group in optimizer.param_groups:
-        group["betas"] = tuple(beta**num_updates for beta in group["betas"])
-    for state in states:
-        # AdamW adds 1 and corrects by 1 - (beta ** n) ** count: with count = (c + n) / n that is 1 - beta ** (c + n).
-        state["step"].add_(num_updates).div_(num_updates).sub_(1)
-    try:
-        yield
-    finally:
-        for group, own in zip(optimizer.param_groups, betas, strict=True):
-            group["betas"] = own
-        for state, count in zip(states, counts, strict=True):
-            state["step"].copy_(count + num_updates)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

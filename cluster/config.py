@@ -208,6 +208,14 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     """Global gradient norm limit over trunk and experts; 0 switches clipping off."""
+    experts: Literal["adamw", "muon"] = "adamw"
+    """What steps the experts' matrices; all else is AdamW's."""
+    momentum: float = 0.95
+    """Muon's."""
+    sparse: Literal["off", "exact", "skip"] = "off"
+    """Experts without tokens in a step: stepped like the others; so too, but when they are wanted; or left alone."""
+    delay_correction: float = 0.0
+    """Strength of DC-ASGD's correction of gradients that were computed with older experts; 0 switches it off."""
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,15 @@ def _check_optimizer(config: OptimizerConfig, check: _Check) -> None:
     check.above("eps", config.eps, 0)
     check.at_least("weight_decay", config.weight_decay, 0)
     check.at_least("clip_norm", config.clip_norm, 0)
+    check.below_one("momentum", config.momentum)
+    check.at_least("delay_correction", config.delay_correction, 0)
+    check.that(
+        config.experts != "muon" or config.sparse != "exact",
+        "sparse",
+        "under Muon a step without a gradient is as long and as dear as any other",
+        config.sparse,
+        "use skip, which leaves experts without tokens alone, or off",
+    )
 
 
 def _check_data(config: DataConfig, check: _Check) -> None:

@@ -116,7 +116,8 @@ class ExpertStack(nn.Module):
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor))
         self.names = tuple(sorted(tensors))
-        self._spare: dict[str, Tensor] = {}
+        self.touched: set[int] = set()
+        """Experts that may have a gradient other than zero; who takes or zeroes the gradients clears it."""
         self._weights = self._bound()
 
     @property
@@ -151,14 +152,8 @@ class ExpertStack(nn.Module):
         """What was accumulated, by name, is the caller's; what comes from now on is added up elsewhere."""
         taken = {name: self.gradient(name) for name in self.names}
         for name in self.names:
-            self._parameter(name).grad = self._spare.pop(name, None)
+            self._parameter(name).grad = None
         return taken
-
-    def give_back(self, gradients: Mapping[str, Tensor]) -> None:
-        """Of `take_gradients`, for another use: zeros by now. Those of another shape are dropped."""
-        for name, gradient in gradients.items():
-            if gradient.shape == self._parameter(name).shape:
-                self._spare[name] = gradient
 
     def zero_gradients(self) -> None:
         for name in self.names:
@@ -181,7 +176,6 @@ class ExpertStack(nn.Module):
             new = nn.Parameter(change(old))
             new.grad = None if old.grad is None else change(old.grad)
             self.register_parameter(name, new)
-        self._spare.clear()
         self._weights = self._bound()
 
     @property
@@ -266,6 +260,7 @@ class ExpertStack(nn.Module):
     def accumulate(self, part: WeightGradients) -> None:
         """Adds the weights' gradients of one micro-batch into `.grad`."""
         saved, counts_E = part.saved, self._padded(part.saved.work.counts_E, self.num_experts)
+        self.touched.update(expert for expert, count in enumerate(counts_E) if count)
         act_PI = saved.act_PI.detach()
         self._accumulate_matrix(self._in, saved.rows_PD, part.grad_pre_PH, counts_E)
         self._accumulate_matrix(self._out, act_PI, part.grad_out_PD, counts_E)

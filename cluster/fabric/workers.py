@@ -104,7 +104,7 @@ class ExpertWorker:
             timeout_s=self._config.router.request_timeout_s,
             cache=CacheSettings(experts.expert_cache_size, experts.cache_dir) if experts.expert_cache_size else None,
         )
-        self._server = self._serve(self._host.handle, self._host.idle, self._host.lane)
+        self._server = self._serve(self._host.handle, self._host.idle, self._host.ready, self._host.lane)
         self._exchange = self._serve(self._host.exchange.handle)
         return ExpertContact(self._name, self.node_id(), os.getpid(), self._server.address, self._exchange.address)
 
@@ -112,6 +112,7 @@ class ExpertWorker:
         self,
         handler: Any,
         idle: Callable[[], bool] = lambda: False,
+        ready: Callable[[Message], bool] = lambda question: True,
         lane: Callable[[Message], Lane] = lambda question: "training",
     ) -> SocketServer:
         from actors.transport.socket import SocketServer
@@ -122,6 +123,8 @@ class ExpertWorker:
             host=self._bind_host,
             max_bytes=self._config.links.max_message_bytes,
             idle=idle,
+            ready=ready,
+            keep_s=self._config.router.request_timeout_s,
             keys=self._keys,
             lane=lane,
             serving_weight=self._config.experts.serving_weight,

@@ -392,9 +392,9 @@ def test_a_stream_goes_on_at_another_router_with_the_same_tokens(source: ModelSo
     with routers(source, 2) as group:
         run(group)
         first, second = group.living.values()
-        whole = [event.token for event in first.generate([5, 6, 7], sampling, timeout_s=10)]
+        whole = [event.token for event in first.serving.generate([5, 6, 7], sampling, timeout_s=10)]
         begun = whole[:5]
-        rest = second.generate([5, 6, 7, *begun], Sampling(max_tokens=7, temperature=0.8, seed=3), timeout_s=10)
+        rest = second.serving.generate([5, 6, 7, *begun], Sampling(max_tokens=7, temperature=0.8, seed=3), timeout_s=10)
         assert [*begun, *(event.token for event in rest)] == whole
 
 
@@ -402,12 +402,12 @@ def test_who_was_left_out_gives_no_answer_of_two_versions(source: ModelSource) -
     with routers(source, 2) as group:
         run(group)
         outsider = group.seats["router-1"].router
-        outsider.logits(IDS)
+        outsider.serving.logits(IDS)
         group.router.replicas.leave_out("router-1", "the test says so")
         step(group, 0)
         group.router.serving.logits(IDS)
         with pytest.raises(StepAborted, match="is at version"):
-            outsider.logits(IDS)
+            outsider.serving.logits(IDS)
 
 
 def test_a_replica_that_does_not_answer_is_cut_off(source: ModelSource, alone: Numbers) -> None:

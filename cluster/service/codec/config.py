@@ -30,6 +30,8 @@ MAXIMA: Mapping[str, int] = {
     "optimizer.eps": 1,
     "optimizer.weight_decay": 100,
     "optimizer.clip_norm": 10**9,
+    "optimizer.momentum": 1,
+    "optimizer.delay_correction": 10**9,
     "schedule.warmup_steps": 10**9,
     "schedule.min_lr_ratio": 1,
     "data.seed": checks.MAX_INT64,
