@@ -66,13 +66,21 @@ class Purpose:
     """S of the tokens [B * S, D]; for gates that see a token in its sequence."""
     pasts: Sequence[GatePast] | None = None
     """What such gates keep of a decoding session, by layer."""
+    max_behind: int = 0
+    """Committed updates that the experts may still have to make; serving only."""
+    pin: str = ""
+    """Of a version that is kept; `min_version` is its number."""
 
     @property
     def keep(self) -> bool:
         return self.step > 0
 
     def fields(self, layer: int) -> dict[str, Any]:
+        if self.pin:
+            return {"layer": layer, "pin": self.pin}
+        serving = {} if self.keep else {"max_behind": self.max_behind}
         return {
+            **serving,
             "layer": layer,
             "keep": self.keep,
             "step": self.step,
@@ -163,7 +171,8 @@ class Dispatcher:
     def begin(self, purpose: Purpose) -> None:
         """Before each pass through the layers."""
         self.purpose, self.used_version = purpose, max(purpose.min_version, purpose.step - 1)
-        self._backlog.refresh(self._names)
+        if not purpose.pin:  # what is pinned must not depend, by a rounding, on how holders share the work
+            self._backlog.refresh(self._names)
 
     def _build_table(self) -> None:
         self._names = list(self.links)

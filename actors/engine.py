@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,38 +38,41 @@ def generator_at(seed: int, position: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-class DecodeEngine:
-    """Streams of a trunk view. `guard` is entered for every forward, with its number of tokens and what the gates keep
-    of the session (`new_pasts`); it gives what tells, after the forward, the version that was computed with.
+Guard = Callable[[int, Sequence[GatePast] | None], AbstractContextManager[Callable[[], int]]]
+"""Entered for every forward, with its number of tokens and what the gates keep of the session; gives what tells, after
+the forward, the version that was computed with."""
 
-    At most `max_sessions` streams decode in turns; more wait. A stream's tokens do not depend on the other streams.
+
+@dataclass(frozen=True)
+class Served:
+    """What forwards of requests run on: the newest version or a pinned one."""
+
+    model: Callable[[], PreTrainedModel]
+    """The view, asked for inside `guard`: a growth puts another in its place. Sessions go on then: their caches are
+    those of layers that are the same."""
+    guard: Guard
+    new_pasts: Callable[[], Sequence[GatePast] | None] = lambda: None
+    """For one session."""
+
+
+class DecodeEngine:
+    """At most `max_sessions` streams decode in turns; more wait. A stream's tokens do not depend on the other streams.
+
+    `model`: any view of the model's family.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        guard: Callable[[int, Sequence[GatePast] | None], AbstractContextManager[Callable[[], int]]],
-        new_pasts: Callable[[], Sequence[GatePast] | None] = lambda: None,
-        *,
-        max_sessions: int,
-        max_positions: int,
-        end_ids: Sequence[int],
+        self, model: PreTrainedModel, *, max_sessions: int, max_positions: int, end_ids: Sequence[int]
     ) -> None:
-        self._model = model
-        self._guard = guard
-        self._new_pasts = new_pasts
         self._slots = threading.BoundedSemaphore(max_sessions)
         self._waiting_since: dict[int, float] = {}
         self._max_positions = max_positions
         self._end_ids = frozenset(end_ids)
         self._keep_last = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    def use(self, model: PreTrainedModel) -> None:
-        """Another view of the same trunk from the next forward on, inside what the guard keeps apart. Sessions go on:
-        their caches are those of layers that are the same."""
-        self._model = model
-
-    def stream(self, prompt: Sequence[int], sampling: Sampling, timeout_s: float) -> Iterator[TokenEvent]:
+    def stream(
+        self, served: Served, prompt: Sequence[int], sampling: Sampling, timeout_s: float
+    ) -> Iterator[TokenEvent]:
         """Tokens as they come. Closing the iterator ends the session and frees its cache."""
         budget = min(sampling.max_tokens, self._max_positions - len(prompt))
         if budget < 1:
@@ -80,7 +84,7 @@ class DecodeEngine:
         if not self._take_turn(timeout_s):
             raise TimeoutError("no decode slot became free before the deadline")
         try:
-            yield from self._decode(prompt, sampling, budget)
+            yield from self._decode(served, prompt, sampling, budget)
         finally:
             self._slots.release()
 
@@ -97,14 +101,14 @@ class DecodeEngine:
         finally:
             del self._waiting_since[me]
 
-    def _decode(self, prompt: Sequence[int], sampling: Sampling, budget: int) -> Iterator[TokenEvent]:
-        device = self._model.get_input_embeddings().weight.device
-        tokens, cache, pasts = list(prompt), None, self._new_pasts()
+    def _decode(self, served: Served, prompt: Sequence[int], sampling: Sampling, budget: int) -> Iterator[TokenEvent]:
+        device = served.model().get_input_embeddings().weight.device
+        tokens, cache, pasts = list(prompt), None, served.new_pasts()
         for number in range(budget):
             ids = torch.tensor([tokens], device=device)
             extra = {"logits_to_keep": 1} if self._keep_last else {}
-            with self._guard(len(tokens), pasts) as used_version, torch.no_grad():
-                out = self._model(input_ids=ids, past_key_values=cache, use_cache=True, **extra)
+            with served.guard(len(tokens), pasts) as used_version, torch.no_grad():
+                out = served.model()(input_ids=ids, past_key_values=cache, use_cache=True, **extra)
                 version = used_version()
             cache = out.past_key_values
             token = choose(out.logits[0, -1], sampling, generator_at(sampling.seed, len(prompt) + number))

@@ -67,6 +67,10 @@ class StepAborted(MoeClusterError):
     """A training step could not be completed; its gradients were dropped on every actor that lives."""
 
 
+class VersionGone(MoeClusterError):
+    """A version that is not kept, or not any longer. Says which are there."""
+
+
 class NonFinite(MoeClusterError):
     """A loss or gradient norm that is not finite. The step was aborted: weights are those of `step` - 1."""
 

@@ -31,6 +31,7 @@ from actors.errors import InvalidInput, LinkError, MoeClusterError, StepAborted
 from actors.exchange import Attempt, Exchange, PeerOpener
 from actors.followers import Followers
 from actors.holdings import Holdings, LoadLayer
+from actors.kept import KeptVersions
 from actors.moe.cache import CacheSettings
 from actors.moe.experts import Weights, Work
 from actors.optim import OptimizerSettings
@@ -101,6 +102,8 @@ class ExpertHost:
         self._arrivals = Arrivals(self.exchange, self._drained)
         self.snapshot: Snapshot[ExpertKey] | None = None
         """The last one that was asked for, until `drop_snapshot`."""
+        self._kept = KeptVersions()
+        self._pinned_bytes = 0
         self._timeout_s = timeout_s
         self._handlers: dict[str, Callable[[Message], Message]] = {
             "forward": self._forward,
@@ -118,6 +121,8 @@ class ExpertHost:
             "export_layer": self._export_layer,
             "snapshot": self._take_snapshot,
             "load": self._load_model,
+            "pin": self._pin,
+            "keep_pins": self._keep_pins,
         }
 
     @property
@@ -164,11 +169,15 @@ class ExpertHost:
         return need is None or self.updates.admits(*need)
 
     def _need(self, question: Message) -> tuple[int, int] | None:
-        """(layer, how many updates it may be behind) of a question that may have to wait: a training forward.
+        """(layer, how many updates it may be behind) of a question that may have to wait: a forward.
 
         `prepare` is another, so that on an actor that gets no tokens no more updates are pending than elsewhere.
         """
         fields: Any = question.fields
+        if self.lane(question) == "serving":
+            layer, max_behind = fields.get("layer"), fields.get("max_behind")
+            is_known = type(layer) is int and 0 <= layer < len(self.holdings.stacks)
+            return (layer, max_behind) if self._staleness and is_known and type(max_behind) is int else None
         waits = question.op == "prepare" or (question.op == "forward" and fields.get("keep"))
         if not waits or not self._staleness or fields.get("step") != self.version + 1:
             return None
@@ -203,6 +212,8 @@ class ExpertHost:
         `used` of the answer is the version of the weights, `version` that of the last commit.
         """
         fields: Any = question.fields
+        if "pin" in fields:
+            return self._forward_pinned(question)
         layer, keep = self._layer(fields), bool(fields.get("keep"))
         self._check_epoch(fields)
         if keep:
@@ -228,6 +239,20 @@ class ExpertHost:
         self.tokens += x_TD.shape[0]
         self.pairs += len(token_P)
         return Message("ok", {"version": self.version, "used": self.version - lag, "pairs": self.pairs}, (y_TD,))
+
+    def _forward_pinned(self, question: Message) -> Message:
+        """The same of a version that is kept, by the placement of that time."""
+        fields: Any = question.fields
+        kept, layer = self._kept.get(str(fields["pin"])), self._layer(fields)
+        x_TD, token_P, weight_P = question.tensors
+        work = Work(token_P.to(self._device), list(fields["counts_E"]), weight_P.to(self._device))
+        self._check_tokens(x_TD)
+        work.check(x_TD.shape[0], len(kept.experts))
+        stack = self.holdings.stacks[layer]
+        y_TD, _ = stack(x_TD.to(self._device), kept.placed(work), keep=False, weights=kept.layers[layer])
+        self.tokens += x_TD.shape[0]
+        self.pairs += len(token_P)
+        return Message("ok", {"version": kept.version, "used": kept.version, "pairs": self.pairs}, (y_TD,))
 
     def _backward(self, question: Message) -> Message:
         self._enter(question.fields)
@@ -304,6 +329,7 @@ class ExpertHost:
 
     def _measure(self) -> None:
         self._memory_bytes = self.holdings.num_bytes()
+        self._pinned_bytes = self._kept.num_bytes(self.holdings)
 
     def _abort(self, question: Message) -> Message:
         if self._step.aborts(Attempt.of(question.fields), self.version):
@@ -451,6 +477,7 @@ class ExpertHost:
             "attempt": self._step.attempt.number,
             "term": self._term,
             "memory_bytes": self._memory_bytes,
+            "pinned_bytes": self._pinned_bytes,
             "cache": self.holdings.cache_counters(),
         }
 
@@ -479,6 +506,32 @@ class ExpertHost:
         self.holdings.close()
         self.holdings = holdings
         return Message("ok", {"version": self.version})
+
+    # -- pins ---------------------------------------------------------------------------------------------------------
+
+    def _pin(self, question: Message) -> Message:
+        """Keeps the version that is asked for, which is the newest, under a name."""
+        if self._cache is not None:
+            raise InvalidInput(
+                "a version is kept by references to its weights, and experts.expert_cache_size is set, where all are "
+                "written in place",
+                field="pin",
+                remedy="set experts.expert_cache_size to 0",
+            )
+        fields: Any = question.fields
+        version = int(fields["version"])
+        if version != self.version:
+            raise StepAborted(f"version {version} is to be pinned, {self.version} is here")
+        kept = self._kept.add(str(fields["name"]), self._drained(), version)
+        self._measure()
+        return Message("ok", {"experts": list(kept.experts), "version": version})
+
+    def _keep_pins(self, question: Message) -> Message:
+        """These and no others."""
+        fields: Any = question.fields
+        self._kept.keep({str(name) for name in fields["names"]}, self._drained())
+        self._measure()
+        return Message("ok", {"names": self._kept.names})
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -514,7 +567,7 @@ class ExpertHost:
             self.holdings.close()
             self.holdings = holdings
             self.version, self._step.attempt = saved.version, Attempt(saved.version, 0)
-            self._memory_bytes = holdings.num_bytes()
+            self._measure()
 
     def _clear(self, run: int) -> None:
         """Before what is saved is read, so that there is memory for it."""
@@ -526,7 +579,7 @@ class ExpertHost:
         self.snapshot = None
         self.holdings.close()
         self.holdings = self._holdings_of((), lambda layer, groups: {})
-        self._memory_bytes = 0
+        self._measure()
 
     def _blank(self, layer: int, num_groups: int) -> dict[str, Tensor]:
         count = num_groups * self.group_size

@@ -70,6 +70,8 @@ class Holdings:
         """Group at each place of the stacks."""
         self._residency = residency(skeleton, group_size, device, len(groups), lambda i: load(i, groups), cache)
         self._groups = {group: self._new_group(group) for group in groups}
+        self._shared: set[int] = set()
+        """Layers whose weights somebody else keeps: they are not written to, but copied first."""
 
     @property
     def stacks(self) -> Sequence[ExpertStack]:
@@ -117,6 +119,26 @@ class Holdings:
                 counts[place * size : (place + 1) * size] = [next(rest) for _ in range(size)]
         return counts
 
+    def share(self) -> list[Weights]:
+        """By layer, the weights of all places as they are now, the caller's to keep: what is written from now on is
+        written elsewhere, layer by layer, when it comes to that. Not with an expert cache."""
+        for group in self._groups:
+            for layer in range(len(self.stacks)):
+                self._catch_up(group, layer)
+        self._shared = set(range(len(self.stacks)))
+        return [stack.weights for stack in self.stacks]
+
+    def share_no_more(self) -> None:
+        """Nobody keeps what `share` gave."""
+        self._shared.clear()
+
+    def _own(self, layer: int) -> None:
+        """Before weights are written in place."""
+        if layer in self._shared:
+            self._shared.discard(layer)
+            self.stacks[layer].switch({name: t.clone() for name, t in self.stacks[layer].weights.items()})
+            self._rebind()
+
     def num_bytes(self) -> int:
         """Of parameters, gradients and optimizer state."""
         return self._residency.num_bytes() + sum(group.optimizer.num_bytes() for group in self._groups.values())
@@ -151,6 +173,8 @@ class Holdings:
     def update(self, lr: float, scale: float) -> None:
         """One optimizer step of every held group with its gradients times `scale`; then they are zero."""
         self._residency.settle()
+        for layer in range(len(self.stacks)):
+            self._own(layer)
         changed: list[int] = []
         for group in self.groups:
             layers = [self._step(group, i, self._gradients(group, i), lr, scale) for i in range(len(self.stacks))]
@@ -161,6 +185,7 @@ class Holdings:
 
     def update_layer(self, group: int, layer: int, gradients: Sequence[Tensor], lr: float, scale: float) -> None:
         """One optimizer step of one layer of an arriving group, with the gradients its owner stepped with."""
+        self._own(layer)
         held = self._groups[group]
         parameters = held.parameters[layer].items()
         own = {name: g.to(p.device, copy=True) for g, (name, p) in zip(gradients, parameters, strict=True)}
@@ -200,6 +225,7 @@ class Holdings:
         optimizer = self._groups[group].optimizer
         if optimizer.is_behind(layer, experts):
             self._residency.settle()
+            self._own(layer)
             optimizer.catch_up(layer, experts)
             self._residency.changed([self._places.index(group)])
 
@@ -224,6 +250,7 @@ class Holdings:
         the stack `switch`, which has to be next. Nothing else may touch the layer's weights and moments meanwhile.
         """
         stack = self.stacks[layer]
+        self._shared.discard(layer)
         fresh = {name: tensor.clone() for name, tensor in stack.weights.items()}
         for group, ordered in steps.items():
             span = self._span(group)
@@ -329,6 +356,7 @@ class Holdings:
         if [t.shape for t in tensors] != wanted:
             raise InvalidInput("other tensors than a group of this model has", field="tensors")
         self._residency.settle()
+        self._own(layer)
         with torch.no_grad():
             for name, weight in zip(names, tensors[::3], strict=True):
                 held.parameters[layer][name].copy_(weight)

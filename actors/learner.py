@@ -21,7 +21,10 @@ from actors.trunk.model import ModelSource, second_view, skeleton
 
 _OPTIMIZER = "optimizer."
 """Prefix of the moments' names in a snapshot."""
+_TRUNK = "trunk."
 _ROUTING = "routing."
+_OPENING = "opening."
+"""Of experts that a growth lets in: between `_ROUTING` and the name."""
 
 
 class Learner:
@@ -74,11 +77,30 @@ class Learner:
 
     def state(self) -> dict[str, Tensor]:
         """Trunk and gates, without moments; what is tied counts once."""
-        own = {f"trunk.{name}": tensor for name, tensor in self.trunk.state_dict(keep_vars=True).items()}
+        own = {f"{_TRUNK}{name}": tensor for name, tensor in self.trunk.state_dict(keep_vars=True).items()}
         own |= {f"{_ROUTING}{name}": tensor for name, tensor in self.routing.tensors().items()}
         if self.routing.opening is not None:
             own |= {f"{_ROUTING}{name}": tensor for name, tensor in self.routing.opening.tensors().items()}
         return {name: own[name] for name in {id(tensor): name for name, tensor in reversed(own.items())}.values()}
+
+    def copied(self) -> dict[str, Tensor]:
+        """`state` as it is now, to be kept."""
+        return {name: tensor.detach().clone() for name, tensor in self.state().items()}
+
+    def view_of(self, tensors: Mapping[str, Tensor], num_experts: int) -> tuple[PreTrainedModel, Routing]:
+        """A view and gates over what was `copied` at another version, and over nothing that is trained.
+
+        `num_experts`: of every layer then; the model may have grown since.
+        """
+        is_same = num_experts == self.skeleton.num_experts
+        settings = self.routing.settings
+        blueprint = Blueprint(self.source, self.skeleton, settings) if is_same else self.blueprint(num_experts)
+        trunk = {n.removeprefix(_TRUNK): t for n, t in tensors.items() if n.startswith(_TRUNK)}
+        gates = {n.removeprefix(_ROUTING): t for n, t in tensors.items() if n.startswith(_ROUTING)}
+        view = second_view(blueprint.source, self.trunk, trunk)
+        routing = Routing(view, blueprint.skeleton, blueprint.gate, blueprint.source.seed)
+        copy_all(routing.tensors(), {n: t for n, t in gates.items() if not n.startswith(_OPENING)})
+        return view, routing
 
     def moments(self) -> dict[str, Tensor]:
         return moments(self.optimizer, self._named_parameters())
@@ -88,7 +110,7 @@ class Learner:
         found = dict(tensors)
         optimizer = {name: found.pop(name) for name in tensors if name.startswith(_OPTIMIZER)}
         self._reshape(num_experts)
-        opening = {name: tensor for name, tensor in found.items() if name.startswith(f"{_ROUTING}opening.")}
+        opening = {name: tensor for name, tensor in found.items() if name.startswith(f"{_ROUTING}{_OPENING}")}
         self.routing.opening = None
         copy_all(self.state(), {name: tensor for name, tensor in found.items() if name not in opening})
         self.routing.opening = Opening.of({name.removeprefix(_ROUTING): t for name, t in opening.items()})

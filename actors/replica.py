@@ -18,6 +18,7 @@ from actors.errors import InvalidInput, LinkError, MoeClusterError, NonFinite, P
 from actors.exchange import Attempt
 from actors.moe.settings import BalanceSettings
 from actors.optim import OptimizerSettings
+from actors.pinning import of_fields
 from actors.replicas import parts_in
 from actors.router import Router
 from actors.transport.message import Message, error_answer
@@ -77,6 +78,8 @@ class Replica:
             "continue_run": self._continue_run,
             "state": self._state,
             "fence": self._fence,
+            "pin": self._pin,
+            "keep_pins": self._keep_pins,
         }
 
     def handle(self, peer: str, question: Message) -> Message:
@@ -237,7 +240,11 @@ class Replica:
         if (ticket := fields["ticket"]) is not None:
             content = torch.cat(self._incoming).numpy().tobytes()
             self._incoming.clear()
-            self._take(safetensors.torch.load(content), ticket)
+            tensors = safetensors.torch.load(content)
+            if (pin := ticket.get("pin")) is not None:
+                self.router.pinning.take(pin, tensors, self._find_peer)
+            else:
+                self._take(tensors, ticket)
         return Message("ok")
 
     def _take(self, tensors: Mapping[str, Tensor], ticket: Mapping[str, Any]) -> None:
@@ -255,6 +262,18 @@ class Replica:
         placement = Placement(int(fields["epoch"]), held, int(fields["group_size"]))
         peers = {name: self._find_peer(name, contact) for name, contact in fields["contacts"].items()}
         self.router.follow(Roster(placement, peers), fields["held"])
+
+    def _pin(self, question: Message) -> Message:
+        pinned = of_fields(question.fields)
+        if pinned.version != self.router.version:
+            raise StepAborted(f"version {pinned.version} is to be pinned, {self.router.version} is here")
+        self.router.pinning.follow(pinned, self.router.peers)
+        return Message("ok")
+
+    def _keep_pins(self, question: Message) -> Message:
+        fields: Any = question.fields
+        self.router.serving.pins.keep(set(fields["names"]))
+        return Message("ok")
 
     def _fence(self, question: Message) -> Message:
         """Another replica leads now; what is left of the leader before was refused by the term already."""

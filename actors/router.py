@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from actors.commits import LastCommit
-from actors.dispatcher import Dispatcher, Purpose, Roster
+from actors.dispatcher import Dispatcher, Peer, Purpose, Roster
 from actors.division import Part
 from actors.errors import InvalidInput, LinkError, MoeClusterError, NonFinite, PeerLost, StepAborted
 from actors.exchange import Attempt
@@ -25,6 +25,7 @@ from actors.losses import token_losses
 from actors.moe.settings import BalanceSettings, GateSettings
 from actors.optim import OptimizerSettings, square_sum
 from actors.pieces import PIECE_BYTES
+from actors.pinning import Pinning
 from actors.replicas import Replicas, Tally
 from actors.routing import Routing
 from actors.serving import Serving
@@ -35,7 +36,7 @@ from actors.transport.message import Message
 from actors.trunk.checkpoint import CheckpointReader
 from actors.trunk.export import export_model
 from actors.trunk.model import ModelSource, connect
-from actors.values import Course, Grown, Growth, Placement, SnapshotTaken, StepReport
+from actors.values import Course, Grown, Growth, Pinned, Placement, SnapshotTaken, StepReport
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ class Router:
         """The last one that was taken, until `drop_snapshot`."""
         self.replicas = Replicas(timeout_s, piece_bytes)
         self.replicas.on_experts_lost = self._training.close_links
+        self.pinning = Pinning(self.learner, self._training, self.replicas, self.serving.pins, timeout_s)
         self._roster = Roster(Placement(0, (), 1), {})
         self._settled = True
         if roster is not None:
@@ -293,6 +295,7 @@ class Router:
     def cut(self, names: Sequence[str]) -> None:
         """Every wait for these actors ends now, as if their connections had ended. From any thread."""
         self.replicas.cut(names)
+        self.serving.pins.cut(names)
         for dispatcher in (self._training, self._serving):
             for name in names:
                 if (link := dispatcher.links.get(name)) is not None:
@@ -415,7 +418,19 @@ class Router:
         layers = range(len(self.learner.skeleton.layers))
         connect(self.learner.trunk, [self.routing.layer_function(i, self._training) for i in layers])
         connect(self.learner.view, [self.routing.layer_function(i, self._serving) for i in layers])
-        self.serving.use_view()
+
+    # -- pins: between two steps --------------------------------------------------------------------------------------
+
+    def pin(self, name: str) -> Pinned:
+        """The newest version stays available to requests under this name, and keeps its outputs, until `keep_pins`
+        leaves it out; replaces a pin of the same name. `InvalidInput` where expert actors cannot keep one."""
+        self._reach_all()
+        return self.pinning.pin(name, self.version, self._roster.peers)
+
+    def keep_pins(self, names: Collection[str]) -> None:
+        """These and no others. It may be repeated after an error."""
+        self._reach_all()
+        self.pinning.keep(names)
 
     # -- checkpoints: between two steps -------------------------------------------------------------------------------
 
@@ -479,6 +494,7 @@ class Router:
         self._give_state([name])
         if name not in self.replicas.names:
             raise PeerLost("it did not take over the trunk", peer=name)
+        self.pinning.give(name)
 
     def part(self, name: str) -> None:
         """A replica is ended on purpose; between two steps."""
@@ -532,6 +548,11 @@ class Router:
     def load_LE(self) -> Tensor:
         """Pairs routed to each expert in the step at hand."""
         return self._training.load_LE
+
+    @property
+    def peers(self) -> Mapping[str, Peer]:
+        """Of the placement in use."""
+        return self._roster.peers
 
     @property
     def placement(self) -> Placement:
@@ -618,6 +639,8 @@ class Router:
             "version": self.version,
             "run": self._run,
             "memory_bytes": self.learner.memory_bytes,
+            "pinned_bytes": self.serving.pins.num_bytes(),
+            "pins": self.serving.pins.names,
             "links": {name: link.kind for name, link in list(self._training.links.items())},
             "left_out": self.replicas.lost,
         }
@@ -652,6 +675,7 @@ class Router:
     def close(self) -> None:
         self._training.close()
         self._serving.close()
+        self.serving.pins.close()
         self.replicas.close()
 
     def _take_over(self) -> tuple[int, int]:
@@ -664,6 +688,7 @@ class Router:
         attempt = max(int(fields["attempt"]) for fields in answers)
         self.replicas.term = max(int(fields["term"]) for fields in answers)
         self._training.ask_all("abort", {"step": version + 1, "attempt": attempt})
+        self._training.ask_all("keep_pins", {"names": []})  # their trunks are gone
         self._attempt = attempt + 1
         return version, run
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 
 from actors.commits import LastCommit
 from actors.dispatcher import Dispatcher, Purpose
-from actors.engine import DecodeEngine
+from actors.engine import DecodeEngine, Served
 from actors.errors import InvalidInput
 from actors.learner import Learner
 from actors.losses import token_losses
 from actors.moe.gating import GatePast
-from actors.values import Sampling, TokenEvent
+from actors.pinned import PinnedModels
+from actors.values import NEWEST, Sampling, TokenEvent, VersionChoice
 from actors.versions import VersionGate
 
 
@@ -40,10 +42,9 @@ class Serving:
         text = learner.skeleton.config.get_text_config()
         self.vocab_size = int(text.vocab_size)
         self.max_positions = int(getattr(text, "max_position_embeddings", 1 << 20))
+        self.pins = PinnedModels()
         self._engine = DecodeEngine(
             learner.view,
-            self.reading,
-            lambda: learner.routing.new_pasts(),
             max_sessions=max_sessions,
             max_positions=self.max_positions,
             end_ids=_end_ids(learner.skeleton.config),
@@ -51,28 +52,33 @@ class Serving:
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
-    def generate(self, prompt: Sequence[int], sampling: Sampling, *, timeout_s: float) -> Iterator[TokenEvent]:
-        self._check_prompt(prompt)
-        return self._engine.stream(prompt, sampling, timeout_s)
+    # `choice`: `VersionGone` if nothing keeps that version.
 
-    def score(self, ids: Sequence[int]) -> tuple[list[float], int]:
+    def generate(
+        self, prompt: Sequence[int], sampling: Sampling, *, timeout_s: float, choice: VersionChoice = NEWEST
+    ) -> Iterator[TokenEvent]:
+        self._check_prompt(prompt)
+        return self._engine.stream(self._served(choice), prompt, sampling, timeout_s)
+
+    def score(self, ids: Sequence[int], choice: VersionChoice = NEWEST) -> tuple[list[float], int]:
         """Natural log-probability of each token but the first, and the version they are of."""
         self._check_prompt(ids, least=2)
-        logits_BSV, version = self._logits(torch.tensor([ids]))
+        logits_BSV, version = self._logits(torch.tensor([ids]), choice)
         logprobs_SV = torch.log_softmax(logits_BSV[0, :-1].float(), dim=-1)
         next_S1 = torch.tensor(ids[1:], device=logprobs_SV.device).unsqueeze(1)
         return logprobs_SV.gather(1, next_S1).squeeze(1).tolist(), version
 
-    def logits(self, ids_BS: Tensor) -> Tensor:
+    def logits(self, ids_BS: Tensor, choice: VersionChoice = NEWEST) -> Tensor:
         """[B, S, V] of the serving view."""
         self.check_ids(ids_BS, least=1)
-        return self._logits(ids_BS)[0]
+        return self._logits(ids_BS, choice)[0]
 
-    def embed(self, ids: Sequence[int]) -> tuple[list[float], int]:
+    def embed(self, ids: Sequence[int], choice: VersionChoice = NEWEST) -> tuple[list[float], int]:
         """Mean of the last hidden states [D]."""
         self._check_prompt(ids)
-        with self.reading(len(ids)) as used_version, torch.no_grad():
-            base: nn.Module = self._learner.view.base_model
+        served = self._served(choice)
+        with served.guard(len(ids), None) as used_version, torch.no_grad():
+            base: nn.Module = served.model().base_model
             ids_BS = torch.tensor([ids], device=self._learner.device)
             hidden_BSD = base(input_ids=ids_BS, use_cache=False).last_hidden_state
             version = used_version()
@@ -92,15 +98,24 @@ class Serving:
         """Streams that wait for their turn, and how long the first of them has, in seconds."""
         return self._engine.queue()
 
-    def _logits(self, ids_BS: Tensor) -> tuple[Tensor, int]:
-        with self.reading(ids_BS.shape[1]) as used_version, torch.no_grad():
-            logits_BSV = self._learner.view(input_ids=ids_BS.to(self._learner.device), use_cache=False).logits
+    def _served(self, choice: VersionChoice) -> Served:
+        if not choice.is_newest:
+            return self.pins.choose(choice, self._version()).served
+        guard = partial(self.reading, max_behind=choice.max_behind)
+        return Served(lambda: self._learner.view, guard, lambda: self._learner.routing.new_pasts())
+
+    def _logits(self, ids_BS: Tensor, choice: VersionChoice = NEWEST) -> tuple[Tensor, int]:
+        served = self._served(choice)
+        with served.guard(ids_BS.shape[1], None) as used_version, torch.no_grad():
+            logits_BSV = served.model()(input_ids=ids_BS.to(self._learner.device), use_cache=False).logits
             return logits_BSV, used_version()
 
     # -- what keeps forwards and updates apart ------------------------------------------------------------------------
 
     @contextmanager
-    def reading(self, sequence_length: int = 1, pasts: Sequence[GatePast] | None = None) -> Iterator[Callable[[], int]]:
+    def reading(
+        self, sequence_length: int = 1, pasts: Sequence[GatePast] | None = None, *, max_behind: int = 0
+    ) -> Iterator[Callable[[], int]]:
         """One forward at a time on the serving links, none while a commit goes out.
 
         -> tells, after the forward, the least version of the experts that it used.
@@ -108,7 +123,8 @@ class Serving:
         with self._lock, self._gate.reading():
             self.reach()
             version = self._version()
-            self._dispatcher.begin(Purpose(min_version=version, sequence_length=sequence_length, pasts=pasts))
+            purpose = Purpose(min_version=version, sequence_length=sequence_length, pasts=pasts, max_behind=max_behind)
+            self._dispatcher.begin(purpose)
             yield lambda: self._dispatcher.used_version
 
     def reach(self) -> None:
@@ -125,10 +141,6 @@ class Serving:
         """Forwards wait inside, and the links are free for other questions."""
         with self._lock, self._gate.writing():
             yield
-
-    def use_view(self) -> None:
-        """The learner's view is another one now. Inside `stopped`, or where nothing is served yet."""
-        self._engine.use(self._learner.view)
 
     # -- input --------------------------------------------------------------------------------------------------------
 

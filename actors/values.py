@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 
@@ -110,6 +110,41 @@ class Sampling:
     top_p: float = 1.0
     """Smallest set of tokens whose probability reaches this (Holtzman et al. 2020)."""
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class VersionChoice:
+    """Which version a request is computed with; as it is, the newest that is committed."""
+
+    pin: str = ""
+    """Name of a pin."""
+    pinned: int | None = None
+    """A version that a pin keeps."""
+    max_behind: int = 0
+    """Of the newest: updates that experts may still have to make. Asynchronous jobs leave some for a while."""
+
+    @property
+    def is_newest(self) -> bool:
+        return not self.pin and self.pinned is None
+
+
+NEWEST = VersionChoice()
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """What a pin has kept, and where."""
+
+    name: str
+    version: int
+    held: Mapping[str, tuple[int, ...]]
+    """Expert actor -> experts of it whose weights it keeps."""
+    num_experts: int
+    """Of every MoE layer then."""
+
+    def is_whole(self, actors: Collection[str]) -> bool:
+        """Whether these actors together have every expert."""
+        return len({e for actor in actors for e in self.held.get(actor, ())}) == self.num_experts
 
 
 @dataclass(frozen=True)

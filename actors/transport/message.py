@@ -17,7 +17,7 @@ import msgpack
 import torch
 from torch import Tensor
 
-from actors.errors import InvalidInput, MoeClusterError, NonFinite, ProtocolError, RemoteError, StepAborted
+from actors.errors import InvalidInput, MoeClusterError, NonFinite, ProtocolError, RemoteError, StepAborted, VersionGone
 
 WIRE_VERSION = 1
 MAX_HEADER_BYTES = 64 << 10
@@ -145,6 +145,7 @@ _ERROR_KINDS: Mapping[str, type[MoeClusterError]] = {
     "step_aborted": StepAborted,
     "non_finite": NonFinite,
     "protocol": ProtocolError,
+    "version_gone": VersionGone,
 }
 
 
@@ -164,4 +165,6 @@ def raise_if_error(answer: Message, peer: str) -> Message:
         raise InvalidInput(f"{text} (said {peer})")
     if kind == "step_aborted":
         raise StepAborted(f"{text} (said {peer})")
+    if kind == "version_gone":
+        raise VersionGone(f"{text} (said {peer})")
     raise RemoteError(f"{kind}: {text}", peer=peer)

@@ -398,7 +398,7 @@ class RouterWorker:
 
     @ray.method(concurrency_group=SERVE)
     def logits(self, ids: MicroBatch) -> Any:
-        return self._router.serving.logits(*_tensors([ids])).cpu()
+        return self._router.serving.logits(_tensors([ids])[0]).cpu()
 
     @ray.method(concurrency_group=CONTROL)
     def export(self, directory: str) -> list[str]:

@@ -57,6 +57,7 @@ TABLE: Mapping[type[MoeClusterError], Rule] = {
     actor_errors.RemoteError: _INTERNAL,
     actor_errors.StepAborted: Rule(Code.ABORTED, retry_after_s=1.0),
     actor_errors.NonFinite: Rule(Code.FAILED_PRECONDITION),
+    actor_errors.VersionGone: Rule(Code.FAILED_PRECONDITION),
     cluster_errors.ConfigError: Rule(Code.INVALID_ARGUMENT),
     cluster_errors.NotFound: Rule(Code.NOT_FOUND),
     cluster_errors.AlreadyExists: Rule(Code.ALREADY_EXISTS),

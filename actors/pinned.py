@@ -1,0 +1,148 @@
+"""Versions that a router keeps beside the newest: a copy of trunk and gates, and links of its own to the experts.
+
+Expert actors keep their part by the placement of the time (`actors.kept`). So a pinned version is computed as it was
+then, wherever groups have gone since, and its forwards wait for no commit.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from actors.dispatcher import Dispatcher, Peer, Purpose
+from actors.engine import Served
+from actors.errors import LinkError, StepAborted, VersionGone
+from actors.learner import Learner
+from actors.moe.gating import GatePast
+from actors.trunk.model import connect
+from actors.values import Pinned, VersionChoice
+
+logger = logging.getLogger(__name__)
+
+
+class PinnedModel:
+    """One version, called by any number of threads; one forward at a time."""
+
+    def __init__(
+        self,
+        pinned: Pinned,
+        learner: Learner,
+        tensors: Mapping[str, Tensor],
+        peers: Mapping[str, Peer],
+        *,
+        timeout_s: float,
+    ) -> None:
+        """`tensors`: what `Learner.copied` gave at that version. `peers`: every actor of
+        `pinned.held`, as far as it lives."""
+        self.pinned, self.peers, self.tensors = pinned, dict(peers), dict(tensors)
+        self._view, routing = learner.view_of(tensors, pinned.num_experts)
+        num_layers = len(learner.skeleton.layers)
+        self._dispatcher = Dispatcher(num_layers, pinned.num_experts, timeout_s=timeout_s, reroutes=True)
+        connect(self._view, [routing.layer_function(i, self._dispatcher) for i in range(num_layers)])
+        self._lock = threading.Lock()
+        self._is_gone = self._is_linked = False
+        self.served = Served(lambda: self._view, self.reading, routing.new_pasts)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @contextmanager
+    def reading(self, sequence_length: int = 1, pasts: Sequence[GatePast] | None = None) -> Iterator[Callable[[], int]]:
+        """One forward. `VersionGone` once it is given up; `StepAborted` while nobody that lives keeps an expert."""
+        version = self.pinned.version
+        with self._lock:
+            if self._is_gone:
+                raise VersionGone(f"pin {self.pinned.name} of version {version} was given up")
+            self._link()
+            purpose = Purpose(min_version=version, sequence_length=sequence_length, pasts=pasts, pin=self.pinned.name)
+            self._dispatcher.begin(purpose)
+            try:
+                yield lambda: version
+            except StepAborted:
+                self._is_linked = False  # the next one looks whether those that are lost are back
+                raise
+
+    def _link(self) -> None:
+        """To those that live."""
+        if not self._is_linked:
+            living: dict[str, Peer] = {}
+            self._dispatcher.connect({})
+            for name, peer in self.peers.items():
+                try:
+                    self._dispatcher.connect({**living, name: peer})
+                    living[name] = peer
+                except LinkError as error:
+                    logger.info("pin %s does without %s: %s", self.pinned.name, name, error)
+            self._dispatcher.connect(living)
+            held = {name: list(experts) for name, experts in self.pinned.held.items()}
+            self._dispatcher.use(0, held, self.pinned.num_experts)
+            self._is_linked = True
+        self._dispatcher.reopen()
+
+    def close(self) -> None:
+        """After the forward at hand."""
+        with self._lock:
+            self._is_gone = True
+            self._dispatcher.close()
+
+    def cut(self, names: Collection[str]) -> None:
+        """Nothing is waited for from these actors. From any thread."""
+        for name in names:
+            if (link := self._dispatcher.links.get(name)) is not None:
+                link.cut()
+
+
+class PinnedModels:
+    """Of one router. Pins are added and given up by one thread at a time, and chosen by any."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, PinnedModel] = {}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._by_name)
+
+    def all(self) -> list[PinnedModel]:
+        return list(self._by_name.values())
+
+    def add(self, model: PinnedModel) -> None:
+        """In the place of one of the same name."""
+        name = model.pinned.name
+        self.keep([other for other in self.names if other != name])
+        self._by_name[name] = model
+
+    def keep(self, names: Collection[str]) -> None:
+        """All others are given up."""
+        for name in [name for name in self._by_name if name not in names]:
+            self._by_name.pop(name).close()
+
+    def choose(self, choice: VersionChoice, newest: int) -> PinnedModel:
+        """`VersionGone`, with what is there, if no pin keeps it. `newest`: the version that is committed now."""
+        found = self.all()
+        if choice.pin:
+            found = [model for model in found if model.pinned.name == choice.pin]
+        if choice.pinned is not None:
+            found = [model for model in found if model.pinned.version == choice.pinned]
+        if not found:
+            wanted = f"pin {choice.pin}" if choice.pin else f"version {choice.pinned}"
+            raise VersionGone(f"{wanted} is not kept; there are {self._listed(newest)}")
+        return found[-1]
+
+    def cut(self, names: Collection[str]) -> None:
+        for model in self.all():
+            model.cut(names)
+
+    def num_bytes(self) -> int:
+        return sum(model.num_bytes for model in self.all())
+
+    def close(self) -> None:
+        self.keep(())
+
+    def _listed(self, newest: int) -> str:
+        pinned = [f"version {model.pinned.version} (pin {model.pinned.name})" for model in self.all()]
+        return ", ".join([*pinned, f"the newest, {newest}"])
