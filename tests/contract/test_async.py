@@ -138,9 +138,11 @@ def test_the_bound_is_never_broken(source: ModelSource, links: str, redundancy: 
     assert redundancy == 1 or num_merged == 0, "copies make every update by itself"
 
 
-def test_copies_stay_equal_bit_for_bit(source: ModelSource) -> None:
+@pytest.mark.parametrize("delay_correction", [0.0, 1.0])
+def test_copies_stay_equal_bit_for_bit(source: ModelSource, delay_correction: float) -> None:
+    """Though one of them is behind, and computes with older weights."""
     with cluster(source, 2, redundancy=2) as local:
-        start(local, 4)
+        local.router.begin_run(OptimizerSettings(staleness=4, delay_correction=delay_correction))
         local.hosts[1].updates.brake = Brake(sleep_s=0.05)
         for number in range(len(BATCHES)):
             step(local, number)
@@ -169,7 +171,9 @@ def test_others_are_answered_while_a_forward_waits(source: ModelSource) -> None:
             answer = other.call(Message("echo", {}, (torch.ones(1),)), 5.0)
             assert answer.fields["version"] == 2
             other.close()
-            assert local.router.score([1, 2, 3])[1] == 0, "it tells the least version of the experts that it used"
+            assert local.router.serving.score([1, 2, 3])[1] == 0, (
+                "it tells the least version of the experts that it used"
+            )
             assert not losses
         finally:
             local.hosts[1].updates.brake = Brake()
@@ -204,7 +208,7 @@ def test_who_reads_or_moves_groups_gets_every_update(source: ModelSource, tmp_pa
         local.router.export(tmp_path / "exported")
         assert behind(local) == [0, 0]
         exported = Reference(str(tmp_path / "exported"), dtype="float64")
-        torch.testing.assert_close(local.router.logits(IDS), exported.logits(IDS), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(local.router.serving.logits(IDS), exported.logits(IDS), rtol=1e-9, atol=1e-12)
         step(local, 3)
         taken = weights_of(local)  # without the update that is pending
         local.adopt("1", "0", "1", "0")
