@@ -422,10 +422,11 @@ class Router:
     # -- pins: between two steps --------------------------------------------------------------------------------------
 
     def pin(self, name: str) -> Pinned:
-        """The newest version stays available to requests under this name, and keeps its outputs, until `keep_pins`
-        leaves it out; replaces a pin of the same name. `InvalidInput` where expert actors cannot keep one."""
+        """The newest version stays available to requests under this name (empty: `v` and the version), and keeps its
+        outputs, until `keep_pins` leaves it out. It replaces a pin of the same name. `InvalidInput` where expert actors
+        cannot keep one."""
         self._reach_all()
-        return self.pinning.pin(name, self.version, self._roster.peers)
+        return self.pinning.pin(name or f"v{self.version}", self.version, self._roster.peers)
 
     def keep_pins(self, names: Collection[str]) -> None:
         """These and no others. It may be repeated after an error."""

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from actors.values import Growth
+from actors.values import NEWEST, Growth, VersionChoice
 from cluster.config import JobConfig
 from cluster.control.ledger import Entry, Kind, Summary
 
@@ -148,6 +148,20 @@ class ActorStatus:
     """Of an expert actor whose device does not hold all its groups."""
     merged_updates: int = 0
     """Committed updates that were made as part of others, since it was behind (expert actors)."""
+    pinned_bytes: int = 0
+    """Bytes beside those, for pinned versions alone."""
+
+
+@dataclass(frozen=True)
+class Pin:
+    """A version that is kept while training goes on."""
+
+    name: str
+    version: int
+    created_s: float
+    """Unix time, as is the end."""
+    expires_s: float | None = None
+    """When it is given up by itself; None: never."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +194,8 @@ class ClusterStatus:
     staleness_mean: float = 0.0
     """Committed updates that were not in the experts which the last step was computed on; the mean over them."""
     staleness_max: int = 0
+    pins: tuple[Pin, ...] = ()
+    """Versions that are kept beside the newest, oldest pin first."""
 
 
 @dataclass(frozen=True)
@@ -351,12 +367,14 @@ class Backend(Protocol):
     ) -> tuple[Sequence[JobEvent], Job]:
         """Events with a number above `after`, oldest first; waits up to `wait_s` for the first. Empty if none came."""
 
-    def generate(self, prompt: Prompt, params: SamplingParams, *, timeout_s: float) -> AsyncIterator[GenerateChunk]:
-        """Closing the iterator ends the generation on the router."""
+    def generate(
+        self, prompt: Prompt, params: SamplingParams, choice: VersionChoice = NEWEST, *, timeout_s: float
+    ) -> AsyncIterator[GenerateChunk]:
+        """Closing the iterator ends the generation on the router. `VersionGone` if no pin keeps what is chosen."""
 
-    async def score(self, prompt: Prompt, *, timeout_s: float) -> ScoreResult: ...
+    async def score(self, prompt: Prompt, choice: VersionChoice = NEWEST, *, timeout_s: float) -> ScoreResult: ...
 
-    async def embed(self, prompt: Prompt, *, timeout_s: float) -> EmbedResult: ...
+    async def embed(self, prompt: Prompt, choice: VersionChoice = NEWEST, *, timeout_s: float) -> EmbedResult: ...
 
     async def status(self, *, timeout_s: float) -> ClusterStatus: ...
 
@@ -408,6 +426,16 @@ class Backend(Protocol):
 
     async def checkpoints(self, *, timeout_s: float) -> Sequence[Checkpoint]:
         """Those that are kept, newest first."""
+
+    async def pin_version(self, name: str, ttl_s: float, *, timeout_s: float) -> Pin:
+        """Keeps the newest version for requests that choose it, for `ttl_s` seconds or, with 0, until it is unpinned.
+
+        `name` may be empty. Idempotent while no step is committed; `AlreadyExists` if the name is that of an earlier
+        version, `FailedPrecondition` if there are as many pins as may be, `InvalidInput` where none can be kept.
+        """
+
+    async def unpin_version(self, name: str, *, timeout_s: float) -> None:
+        """`NotFound` if there is no such pin."""
 
     async def export_model(self, path: str, *, timeout_s: float) -> ModelDirectory:
         """Writes a Hugging Face model directory to `path` below the storage root."""

@@ -89,6 +89,8 @@ class RouterConfig:
     """How often one batch is run again after an aborted step before the job fails."""
     max_sessions: int = 16
     """Generate streams that decode at the same time; more wait their turn."""
+    max_pins: int = 2
+    """Versions that may be kept beside the newest: each takes up to another copy of all weights. 0: none."""
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ def validate_cluster(config: ClusterConfig, source: str) -> ClusterConfig:
     check.above("router.request_timeout_s", config.router.request_timeout_s, 0)
     check.at_least("router.max_step_retries", config.router.max_step_retries, 0)
     check.at_least("router.max_sessions", config.router.max_sessions, 1)
+    check.at_least("router.max_pins", config.router.max_pins, 0)
 
     check.at_least("links.max_message_bytes", config.links.max_message_bytes, 1 << 16)
     _check_front(config.front, check.below("front"))

@@ -9,6 +9,7 @@ import sys
 from cluster.backend import Prompt, SamplingParams
 from cluster.commands.options import Subparsers, add_remote, token_ids
 from cluster.commands.output import print_json, print_line
+from cluster.commands.pin import add_version_options, version_of
 from cluster.service.client import Client
 
 _DEFAULTS = SamplingParams()
@@ -41,7 +42,7 @@ def run_generate(args: argparse.Namespace, client: Client) -> int:
         stop=tuple(args.stop),
     )
     chunks = []
-    for chunk in client.generate(_prompt(args), params):
+    for chunk in client.generate(_prompt(args), params, version_of(args)):
         chunks.append(chunk)
         if not args.json:
             print(chunk.text, end="", flush=True)
@@ -61,7 +62,7 @@ def run_generate(args: argparse.Namespace, client: Client) -> int:
 
 
 def run_score(args: argparse.Namespace, client: Client) -> int:
-    result = client.score(_prompt(args))
+    result = client.score(_prompt(args), version_of(args))
     num_scored = len(result.logprobs)
     nats = -sum(result.logprobs) / num_scored if num_scored else 0.0
     if args.json:
@@ -77,6 +78,7 @@ def run_score(args: argparse.Namespace, client: Client) -> int:
 def _add_prompt(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("prompt", nargs="?", metavar="TEXT", help="the text; - reads it from standard input")
+    add_version_options(parser)
     prompt.add_argument("--token-ids", type=token_ids, metavar="ID,ID,...", help="tokens instead of text")
 
 

@@ -7,6 +7,7 @@ import argparse
 from cluster.backend import ActorStatus, ClusterStatus, ExpertCache
 from cluster.commands.options import Subparsers, add_remote
 from cluster.commands.output import print_json, print_line, print_table, size
+from cluster.commands.pin import print_pins
 from cluster.service.client import MODEL_TIMEOUT_S, Client
 
 
@@ -77,6 +78,10 @@ def _print_status(status: ClusterStatus) -> None:
         print_line(
             f"experts of the last step were {status.staleness_mean:.2f} updates behind, at most {status.staleness_max}"
         )
+    if status.pins:
+        print_pins(status.pins)
+        pinned = sum(actor.pinned_bytes for actor in status.actors)
+        print_line(f"pinned versions take {size(pinned)} beside the actors' memory above")
     jobs = ", ".join(f"{number} {state}" for state, number in status.jobs.items() if number)
     print_line(f"jobs: {jobs or 'none'}")
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from actors.errors import InvalidInput, MoeClusterError
-from actors.values import Growth, Sampling, TokenEvent
+from actors.values import NEWEST, Growth, Sampling, TokenEvent, VersionChoice
 from cluster.backend import (
     Checkpoint,
     ClusterStatus,
@@ -22,6 +22,7 @@ from cluster.backend import (
     LoadReport,
     ModelDirectory,
     Operation,
+    Pin,
     Prompt,
     Rebalance,
     SamplingParams,
@@ -68,12 +69,13 @@ class RayBackend:
         return found
 
     async def generate(
-        self, prompt: Prompt, params: SamplingParams, *, timeout_s: float
+        self, prompt: Prompt, params: SamplingParams, choice: VersionChoice = NEWEST, *, timeout_s: float
     ) -> AsyncIterator[GenerateChunk]:
         deadline = time.monotonic() + timeout_s
         ids = self._ids(prompt)
         text = TextStream(self._tokenizer, params.stop, num_prompt_tokens=len(ids))
-        tokens = self._tokens(ids, Sampling(params.max_tokens, params.temperature, params.top_p, params.seed), deadline)
+        sampling = Sampling(params.max_tokens, params.temperature, params.top_p, params.seed)
+        tokens = self._tokens(ids, sampling, choice, deadline)
         async with aclosing(tokens):
             async for event in tokens:
                 chunk = text.push(event)
@@ -81,14 +83,16 @@ class RayBackend:
                 if chunk.finish_reason:
                     return
 
-    async def _tokens(self, prompt: list[int], sampling: Sampling, deadline: float) -> AsyncGenerator[TokenEvent]:
+    async def _tokens(
+        self, prompt: list[int], sampling: Sampling, choice: VersionChoice, deadline: float
+    ) -> AsyncGenerator[TokenEvent]:
         """When the router dies, or every holder of an expert group, the stream goes on from its prompt and its tokens
         so far as soon as that is mended."""
         so_far: list[int] = []
         while True:
             left = replace(sampling, max_tokens=sampling.max_tokens - len(so_far))
             try:
-                async with aclosing(self._session([*prompt, *so_far], left, deadline)) as events:
+                async with aclosing(self._session([*prompt, *so_far], left, choice, deadline)) as events:
                     async for event in events:
                         so_far.append(event.token)
                         yield event
@@ -96,11 +100,13 @@ class RayBackend:
             except MoeClusterError as error:
                 await self._reach.after(error, deadline)
 
-    async def _session(self, prompt: list[int], sampling: Sampling, deadline: float) -> AsyncGenerator[TokenEvent]:
+    async def _session(
+        self, prompt: list[int], sampling: Sampling, choice: VersionChoice, deadline: float
+    ) -> AsyncGenerator[TokenEvent]:
         """One session of one router."""
         session = uuid.uuid4().hex
         with self._reach.router() as router:
-            stream = router.generate.remote(session, prompt, sampling, deadline - time.monotonic())
+            stream = router.generate.remote(session, prompt, sampling, choice, deadline - time.monotonic())
             try:
                 async with aclosing(_events(stream, deadline)) as events:
                     async for event in events:
@@ -109,14 +115,14 @@ class RayBackend:
                 with suppress(MoeClusterError), translated(ROUTER):
                     router.end_session.remote(session)
 
-    async def score(self, prompt: Prompt, *, timeout_s: float) -> ScoreResult:
+    async def score(self, prompt: Prompt, choice: VersionChoice = NEWEST, *, timeout_s: float) -> ScoreResult:
         ids = self._ids(prompt)
-        logprobs, version = await self._ask(lambda router: router.score.remote(ids), timeout_s)
+        logprobs, version = await self._ask(lambda router: router.score.remote(ids, choice), timeout_s)
         return ScoreResult(tuple(ids), tuple(logprobs), version)
 
-    async def embed(self, prompt: Prompt, *, timeout_s: float) -> EmbedResult:
+    async def embed(self, prompt: Prompt, choice: VersionChoice = NEWEST, *, timeout_s: float) -> EmbedResult:
         ids = self._ids(prompt)
-        embedding, version = await self._ask(lambda router: router.embed.remote(ids), timeout_s)
+        embedding, version = await self._ask(lambda router: router.embed.remote(ids, choice), timeout_s)
         return EmbedResult(tuple(embedding), len(ids), version)
 
     async def _ask(self, ask: Callable[[Any], Any], timeout_s: float) -> Any:
@@ -183,6 +189,13 @@ class RayBackend:
     async def checkpoints(self, *, timeout_s: float) -> Sequence[Checkpoint]:
         found: Sequence[Checkpoint] = await acall(COORDINATOR, self._control.checkpoints.remote(), timeout_s)
         return found
+
+    async def pin_version(self, name: str, ttl_s: float, *, timeout_s: float) -> Pin:
+        pin: Pin = await acall(COORDINATOR, self._control.pin_version.remote(name, ttl_s, timeout_s), timeout_s)
+        return pin
+
+    async def unpin_version(self, name: str, *, timeout_s: float) -> None:
+        await acall(COORDINATOR, self._control.unpin_version.remote(name, timeout_s), timeout_s)
 
     async def export_model(self, path: str, *, timeout_s: float) -> ModelDirectory:
         result: ModelDirectory = await acall(COORDINATOR, self._control.export.remote(path, timeout_s), timeout_s)

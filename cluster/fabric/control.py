@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,17 @@ import ray
 
 from actors.errors import InvalidInput
 from actors.values import Growth, Placement
-from cluster.backend import Checkpoint, ClusterStatus, Job, JobEvent, LoadReport, ModelDirectory, Operation, Rebalance
+from cluster.backend import (
+    Checkpoint,
+    ClusterStatus,
+    Job,
+    JobEvent,
+    LoadReport,
+    ModelDirectory,
+    Operation,
+    Pin,
+    Rebalance,
+)
 from cluster.config import ClusterConfig, JobConfig
 from cluster.configcheck import validate_job_on
 from cluster.control.coordinator import Coordinator
@@ -34,6 +45,7 @@ from cluster.fabric.growing import Growing
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.jobs import JobThreads
 from cluster.fabric.options import ROUTER
+from cluster.fabric.pins import Pins
 from cluster.fabric.rebalancing import Rebalancer
 from cluster.fabric.recovery import Recovery, begin_from, load_experts
 from cluster.fabric.routers import Routers, ready_routers
@@ -91,6 +103,7 @@ class ControlWorker:
         self._load(placement, [slot.id for slot in slots], found)
         self._routers = Routers(self._state, self._crew, self._changes, self._me, self._config.router)
         self._routers.start()
+        self._pins = Pins(self._crew, self._config.router.max_pins)
         self._jobs = JobThreads(
             self._state, self._crew, self._config.model, self._checkpoints, self._recovery, self._routers
         )
@@ -160,7 +173,16 @@ class ControlWorker:
 
     def status(self) -> ClusterStatus:
         with self._state.reading() as coordinator:
-            return coordinator.status()
+            status = coordinator.status()
+        return replace(status, pins=self._pins.all())
+
+    def pin_version(self, name: str, ttl_s: float, timeout_s: float) -> Pin:
+        with self._state.reading() as coordinator:
+            version = coordinator.status().version
+        return self._pins.pin(name, ttl_s, version, timeout_s)
+
+    def unpin_version(self, name: str, timeout_s: float) -> None:
+        self._pins.unpin(name, timeout_s)
 
     def load_report(self) -> LoadReport:
         with self._state.reading() as coordinator:
@@ -247,6 +269,7 @@ class ControlWorker:
                 self._recovery.heal()
                 self._autoscaler.look()
                 self._rebalancer.look()
+                self._pins.look()
             except Exception:  # the loop must survive: without it no job starts and no death is noticed
                 logger.exception("the coordinator's loop stumbled")
 

@@ -73,6 +73,8 @@ class Crew:
         """Time and busy seconds so far of each expert actor."""
         self._queues: dict[str, tuple[int, float]] = {}
         """Of each router: requests that wait, how long the first has."""
+        self._pins: dict[str, tuple[float, tuple[str, ...]]] = {}
+        """Of each router: when it last told, by `time.monotonic`, which pins it has."""
         self.leaving: Mapping[str, str] = {}
         """Id -> name of the nodes on which no new actor is to be started. Replaced, never changed."""
         self._ending: list[tuple[str, str, Any]] = []
@@ -314,6 +316,7 @@ class Crew:
                     self._ending.append((name, contact.node_id, death))
                 self._routers.pop(name, None)
                 self._queues.pop(name, None)
+                self._pins.pop(name, None)
                 if name == self._leader:
                     self._leader = ""
             if handle is not None:
@@ -376,11 +379,17 @@ class Crew:
     def _note_load(self, name: str, vitals: dict[str, Any], now: float) -> None:
         if name in self._routers:
             self._queues[name] = int(vitals["num_waiting"]), float(vitals["queue_s"])
+            self._pins[name] = now, tuple(vitals["pins"])
             return
         history = self._busy.setdefault(name, deque())
         history.append((now, float(vitals["busy_s"])))
         while history[0][0] < now - LOAD_WINDOW_S:
             history.popleft()
+
+    def pins_of(self, router: str) -> tuple[float, tuple[str, ...]] | None:
+        """When it last told which pins it has, by `time.monotonic`, and their names."""
+        with self._lock:
+            return self._pins.get(router)
 
     def demand(self) -> tuple[dict[str, float], int, float]:
         """Share of the time that each expert actor was busy lately, requests that wait, how long the first has."""
@@ -402,6 +411,7 @@ class Crew:
             device=self._config.experts.device if expert else self._config.router.device,
             version=int(vitals.get("used", vitals["version"])),
             memory_bytes=int(vitals["memory_bytes"]),
+            pinned_bytes=int(vitals["pinned_bytes"]),
             tokens=int(vitals.get("tokens", 0)),
             link=self._links.get(name, ""),
             cache=ExpertCache(**vitals["cache"]) if vitals.get("cache") else None,

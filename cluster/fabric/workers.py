@@ -22,12 +22,14 @@ from actors.values import (
     Course,
     Grown,
     Growth,
+    Pinned,
     Placement,
     Promotion,
     Sampling,
     SnapshotTaken,
     StepReport,
     TokenEvent,
+    VersionChoice,
 )
 from cluster.config import ClusterConfig, OptimizerConfig
 from cluster.control.coordinator import ModelFacts
@@ -318,6 +320,21 @@ class RouterWorker:
         """Between two steps: it takes its turn with them."""
         return self._router.grow(growth)
 
+    @ray.method(concurrency_group=TRAIN)
+    def pin(self, name: str) -> Pinned:
+        """Between two steps: it takes its turn with them."""
+        return self._router.pin(name)
+
+    @ray.method(concurrency_group=TRAIN)
+    def keep_pins(self, names: Sequence[str]) -> None:
+        """These and no others, here and at all actors that this router leads."""
+        self._router.keep_pins(names)
+
+    @ray.method(concurrency_group=CONTROL)
+    def keep_pins_here(self, names: Sequence[str]) -> None:
+        """At once, on this router alone: what requests ask for is gone."""
+        self._router.serving.pins.keep(names)
+
     @ray.method(concurrency_group=CONTROL)
     def wait_until_death(self) -> None:
         threading.Event().wait()
@@ -368,11 +385,11 @@ class RouterWorker:
 
     @ray.method(concurrency_group=SERVE, num_returns="streaming")
     def generate(
-        self, session: str, prompt: Sequence[int], sampling: Sampling, timeout_s: float
+        self, session: str, prompt: Sequence[int], sampling: Sampling, choice: VersionChoice, timeout_s: float
     ) -> Iterator[TokenEvent]:
         self._sessions.add(session)
         try:
-            for event in self._router.serving.generate(prompt, sampling, timeout_s=timeout_s):
+            for event in self._router.serving.generate(prompt, sampling, timeout_s=timeout_s, choice=choice):
                 if session not in self._sessions:
                     return
                 yield event
@@ -385,12 +402,12 @@ class RouterWorker:
         self._sessions.discard(session)
 
     @ray.method(concurrency_group=SERVE)
-    def score(self, ids: Sequence[int]) -> tuple[list[float], int]:
-        return self._router.serving.score(ids)
+    def score(self, ids: Sequence[int], choice: VersionChoice) -> tuple[list[float], int]:
+        return self._router.serving.score(ids, choice)
 
     @ray.method(concurrency_group=SERVE)
-    def embed(self, ids: Sequence[int]) -> tuple[list[float], int]:
-        return self._router.serving.embed(ids)
+    def embed(self, ids: Sequence[int], choice: VersionChoice) -> tuple[list[float], int]:
+        return self._router.serving.embed(ids, choice)
 
     @ray.method(concurrency_group=CONTROL)
     def vitals(self) -> dict[str, Any]:

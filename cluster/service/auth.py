@@ -43,6 +43,7 @@ ROLES: Mapping[str, Role] = {
         Role.ADMIN,
     ),
     **dict.fromkeys(_methods("ClusterService", "SaveCheckpoint", "ExportModel", "ImportModel"), Role.ADMIN),
+    **dict.fromkeys(_methods("ClusterService", "PinVersion", "UnpinVersion"), Role.ADMIN),
 }
 """The role that a method needs."""
 

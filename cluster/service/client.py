@@ -13,7 +13,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from actors.errors import LinkTimeout
-from actors.values import Growth
+from actors.values import NEWEST, Growth, VersionChoice
 from cluster.backend import (
     Checkpoint,
     ClusterStatus,
@@ -25,6 +25,7 @@ from cluster.backend import (
     LoadReport,
     ModelDirectory,
     Operation,
+    Pin,
     Prompt,
     Rebalance,
     SamplingParams,
@@ -33,7 +34,19 @@ from cluster.backend import (
 from cluster.config import JobConfig
 from cluster.service import errors
 from cluster.service.access import Access, open_channel
-from cluster.service.codec import checkpoints, checks, config, jobs, ledger, loads, moves, operations, status, text
+from cluster.service.codec import (
+    checkpoints,
+    checks,
+    config,
+    jobs,
+    ledger,
+    loads,
+    moves,
+    operations,
+    pins,
+    status,
+    text,
+)
 from protos.moecluster.v1 import (
     cluster_pb2,
     cluster_pb2_grpc,
@@ -151,21 +164,38 @@ class Client:
 
     # Inference
 
+    # `choice`: the version to compute with; by default the newest that is committed.
+
     def generate(
-        self, prompt: Prompt | str, params: SamplingParams | None = None, *, timeout_s: float | None = None
+        self,
+        prompt: Prompt | str,
+        params: SamplingParams | None = None,
+        choice: VersionChoice = NEWEST,
+        *,
+        timeout_s: float | None = None,
     ) -> Generator[GenerateChunk, None, None]:
         """Starts at the first `next`; closing the iterator ends the generation. `timeout_s` holds for all of it."""
         request = inference_pb2.GenerateRequest(
-            prompt=text.prompt_to_message(_prompt(prompt)), params=text.params_to_message(params or SamplingParams())
+            prompt=text.prompt_to_message(_prompt(prompt)),
+            params=text.params_to_message(params or SamplingParams()),
+            version=pins.choice_to_message(choice),
         )
         return self._chunks(request, self._or_default(timeout_s))
 
-    def score(self, prompt: Prompt | str, *, timeout_s: float | None = None) -> ScoreResult:
-        request = inference_pb2.ScoreRequest(prompt=text.prompt_to_message(_prompt(prompt)))
+    def score(
+        self, prompt: Prompt | str, choice: VersionChoice = NEWEST, *, timeout_s: float | None = None
+    ) -> ScoreResult:
+        request = inference_pb2.ScoreRequest(
+            prompt=text.prompt_to_message(_prompt(prompt)), version=pins.choice_to_message(choice)
+        )
         return text.score_from_message(self._unary(self._inference.Score, request, timeout_s))
 
-    def embed(self, prompt: Prompt | str, *, timeout_s: float | None = None) -> EmbedResult:
-        request = inference_pb2.EmbedRequest(prompt=text.prompt_to_message(_prompt(prompt)))
+    def embed(
+        self, prompt: Prompt | str, choice: VersionChoice = NEWEST, *, timeout_s: float | None = None
+    ) -> EmbedResult:
+        request = inference_pb2.EmbedRequest(
+            prompt=text.prompt_to_message(_prompt(prompt)), version=pins.choice_to_message(choice)
+        )
         return text.embed_from_message(self._unary(self._inference.Embed, request, timeout_s))
 
     # Cluster
@@ -268,6 +298,17 @@ class Client:
         """Those that are kept, newest first."""
         response = self._unary(self._cluster.ListCheckpoints, cluster_pb2.ListCheckpointsRequest(), timeout_s)
         return list(map(checkpoints.checkpoint_from_message, response.checkpoints))
+
+    def pin_version(self, name: str = "", ttl_s: float = 0.0, *, timeout_s: float | None = None) -> Pin:
+        """Keeps the newest version, for `ttl_s` seconds or, with 0, until it is unpinned. Without a name it has its
+        version's."""
+        pins.check_pin(name, ttl_s)
+        request = cluster_pb2.PinVersionRequest(name=name, ttl_s=ttl_s)
+        return pins.pin_from_message(self._unary(self._cluster.PinVersion, request, timeout_s).pin)
+
+    def unpin_version(self, name: str, *, timeout_s: float | None = None) -> None:
+        """`NotFound` if there is no such pin."""
+        self._unary(self._cluster.UnpinVersion, cluster_pb2.UnpinVersionRequest(name=name), timeout_s)
 
     def export_model(self, path: str, *, timeout_s: float = MODEL_TIMEOUT_S) -> ModelDirectory:
         request = cluster_pb2.ExportModelRequest(path=path)

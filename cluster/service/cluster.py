@@ -9,7 +9,7 @@ from typing import Any
 from cluster.backend import Backend, LedgerReport, Operation
 from cluster.control.ledger import summed_up
 from cluster.service.call import remaining_s
-from cluster.service.codec import checkpoints, checks, ledger, loads, moves, operations, status
+from cluster.service.codec import checkpoints, checks, ledger, loads, moves, operations, pins, status
 from protos.moecluster.v1 import cluster_pb2 as pb
 from protos.moecluster.v1 import cluster_pb2_grpc
 
@@ -106,6 +106,16 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
     async def ListCheckpoints(self, request: pb.ListCheckpointsRequest, context: Any) -> pb.ListCheckpointsResponse:
         found = await self._backend.checkpoints(timeout_s=remaining_s())
         return pb.ListCheckpointsResponse(checkpoints=map(checkpoints.checkpoint_to_message, found))
+
+    async def PinVersion(self, request: pb.PinVersionRequest, context: Any) -> pb.PinVersionResponse:
+        name, ttl_s = pins.pin_request_from_message(request)
+        pin = await self._backend.pin_version(name, ttl_s, timeout_s=remaining_s())
+        return pb.PinVersionResponse(pin=pins.pin_to_message(pin))
+
+    async def UnpinVersion(self, request: pb.UnpinVersionRequest, context: Any) -> pb.UnpinVersionResponse:
+        checks.identifier("name", request.name)
+        await self._backend.unpin_version(request.name, timeout_s=remaining_s())
+        return pb.UnpinVersionResponse()
 
     async def ExportModel(self, request: pb.ExportModelRequest, context: Any) -> pb.ExportModelResponse:
         checks.path("path", request.path)

@@ -753,6 +753,32 @@ class TestInference:
         assert json.loads(command("score", "abc", "--json")[1])["logprobs"] == [-0.1, -0.2]
 
 
+class TestPins:
+    def test_pin_ask_and_unpin(self, command):
+        code, out, _ = command("pin", "--name", "prod", "--ttl", "3600")
+        assert code == 0
+        assert only_line(out).startswith("pinned version 0 as prod until ")
+        assert json.loads(command("pin", "--json")[1])["name"] == "v0"
+        assert re.search(r"prod .* 0 .*\n.*v0 .* 0 .* never", command("status")[1])
+        for version in ("0", "prod"):
+            assert json.loads(command("score", "abc", "--version", version, "--json")[1])["version"] == 0
+            assert command("generate", "ab", "--max-tokens", "3", "--version", version)[1] == "aba\n"
+        assert only_line(command("unpin", "prod")[1]) == "unpinned prod"
+        assert json.loads(command("status", "--json")[1])["pins"][0]["name"] == "v0"
+
+    def test_one_that_is_gone(self, command):
+        code, _, err = command("score", "abc", "--version", "prod")
+        assert (code, "prod is not kept" in err) == (1, True)
+        assert command("unpin", "prod")[0] == 1
+
+    def test_behind(self, command, capsys):
+        assert command("score", "abc", "--max-behind", "2")[0] == 0
+        code, _, err = command("score", "abc", "--max-behind", "-1")
+        assert (code, "max_behind" in err) == (2, True)
+        with pytest.raises(SystemExit):
+            command("score", "abc", "--max-behind", "2", "--version", "prod")
+
+
 class TestModel:
     def test_export_and_import(self, command):
         assert "/storage/out: 2 files, 4.0 KiB" in command("export", "out")[1]

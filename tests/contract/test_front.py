@@ -94,7 +94,7 @@ def details(error: grpc.RpcError) -> dict[str, object]:
 
 class TestBytes:
     def test_every_method_is_listed(self):
-        assert len(METHODS) == 25
+        assert len(METHODS) == 27
 
     @BY_NAME
     def test_what_is_no_message_is_the_callers_mistake(self, channel, path, method):

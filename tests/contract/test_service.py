@@ -11,8 +11,8 @@ from contextlib import closing
 
 import pytest
 
-from actors.errors import CheckpointError, InvalidInput, LinkTimeout, PeerLost, RemoteError, StepAborted
-from actors.values import Growth, Placement
+from actors.errors import CheckpointError, InvalidInput, LinkTimeout, PeerLost, RemoteError, StepAborted, VersionGone
+from actors.values import Growth, Placement, VersionChoice
 from cluster.backend import GenerateChunk, GroupMove, Job, JobState, OperationState, Prompt, SamplingParams
 from cluster.config import FrontConfig, JobConfig, OptimizerConfig
 from cluster.control.ledger import Summary
@@ -652,6 +652,46 @@ class TestCheckpoints:
     def test_writing_is_given_as_long_as_a_model_is(self, backend, client):
         client.save_checkpoint()
         assert backend.timeouts_s["save_checkpoint"] == pytest.approx(MODEL_TIMEOUT_S, rel=0.01)
+
+
+class TestPins:
+    def test_a_pinned_version_answers_while_the_newest_goes_on(self, backend, client):
+        pin = client.pin_version("prod", 60.0)
+        assert (pin.name, pin.version, pin.expires_s - pin.created_s) == ("prod", 0, 60.0)
+        finished(client)
+        assert client.status().pins == (pin,)
+        for choice, version in ((VersionChoice(), 3), (VersionChoice(pinned=0), 0), (VersionChoice(pin="prod"), 0)):
+            assert client.score("abc", choice).version == version
+            assert client.embed("abc", choice).version == version
+            assert {c.version for c in client.generate("ab", SamplingParams(max_tokens=2), choice)} == {version}
+
+    def test_one_that_is_gone_says_which_are_there(self, client):
+        client.pin_version("prod")
+        client.unpin_version("prod")
+        client.pin_version("test")
+        for choice in (VersionChoice(pinned=7), VersionChoice(pin="prod")):
+            with pytest.raises(VersionGone, match="there are test"):
+                client.score("abc", choice)
+            with pytest.raises(VersionGone, match="there are test"):
+                list(client.generate("ab", choice=choice))
+
+    def test_too_many_and_unknown_ones(self, client):
+        for name in ("a", "b"):
+            client.pin_version(name)
+        with pytest.raises(FailedPrecondition, match=r"router\.max_pins"):
+            client.pin_version("c")
+        with pytest.raises(NotFound):
+            client.unpin_version("c")
+        with pytest.raises(InvalidInput, match="name"):
+            client.pin_version("not a name")
+
+    def test_a_name_keeps_its_version(self, client):
+        first = client.pin_version()
+        assert client.pin_version() == first
+        client.pin_version("prod")
+        finished(client)
+        with pytest.raises(AlreadyExists, match="prod keeps version 0"):
+            client.pin_version("prod")
 
 
 class TestDeadlines:

@@ -12,8 +12,8 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 
-from actors.errors import CheckpointError, InvalidInput
-from actors.values import Growth, Placement
+from actors.errors import CheckpointError, InvalidInput, VersionGone
+from actors.values import NEWEST, Growth, Placement, VersionChoice
 from cluster.backend import (
     ActorStatus,
     Checkpoint,
@@ -28,6 +28,7 @@ from cluster.backend import (
     LoadReport,
     ModelDirectory,
     Operation,
+    Pin,
     Prompt,
     Rebalance,
     SamplingParams,
@@ -49,6 +50,7 @@ STEP_TOKENS = 50
 STEP_TIME_S = 1e9
 GROUP_BYTES = 1_500_000
 STALL_S = 0.0125
+MAX_PINS = 2
 PREPARE_S = 1.5
 PROGRESS = 0.25
 """What an operation gets done from one look at it to the next."""
@@ -82,6 +84,7 @@ class MemoryBackend:
         """Operations get nothing done."""
         self.growths: list[Growth] = []
         """That were asked for."""
+        self.pins: dict[str, Pin] = {}
         self.costs = Ledger()
         self._operations = OperationTable()
         self._loads = LoadWindow(2, NUM_LAYERS, NUM_EXPERTS)
@@ -141,7 +144,7 @@ class MemoryBackend:
         return events[after : after + max_events], self._jobs[job_id]
 
     async def generate(
-        self, prompt: Prompt, params: SamplingParams, *, timeout_s: float
+        self, prompt: Prompt, params: SamplingParams, choice: VersionChoice = NEWEST, *, timeout_s: float
     ) -> AsyncIterator[GenerateChunk]:
         token_ids = self._tokens(prompt)
         try:
@@ -151,18 +154,19 @@ class MemoryBackend:
             for index, token_id in enumerate(echoed, start=1):
                 await asyncio.sleep(self.token_s)
                 reason = "length" if index == len(echoed) else ""
-                yield GenerateChunk(chr(token_id), (token_id,), self.version, reason, len(token_ids))
+                version = self._version(choice)
+                yield GenerateChunk(chr(token_id), (token_id,), version, reason, len(token_ids))
         finally:
             self.generation_closed.set()
 
-    async def score(self, prompt: Prompt, *, timeout_s: float) -> ScoreResult:
+    async def score(self, prompt: Prompt, choice: VersionChoice = NEWEST, *, timeout_s: float) -> ScoreResult:
         await self._enter("score", timeout_s)
         token_ids = self._tokens(prompt)
-        return ScoreResult(token_ids, tuple(-i / 10 for i in range(1, len(token_ids))), self.version)
+        return ScoreResult(token_ids, tuple(-i / 10 for i in range(1, len(token_ids))), self._version(choice))
 
-    async def embed(self, prompt: Prompt, *, timeout_s: float) -> EmbedResult:
+    async def embed(self, prompt: Prompt, choice: VersionChoice = NEWEST, *, timeout_s: float) -> EmbedResult:
         await self._enter("embed", timeout_s)
-        return EmbedResult((0.5, -0.25), len(self._tokens(prompt)), self.version)
+        return EmbedResult((0.5, -0.25), len(self._tokens(prompt)), self._version(choice))
 
     async def status(self, *, timeout_s: float) -> ClusterStatus:
         await self._enter("status", timeout_s)
@@ -187,6 +191,7 @@ class MemoryBackend:
             max_positions=512,
             vocab_size=VOCAB_SIZE,
             copies={group: held[1:] for group, held in enumerate(self.placement.holders) if held[1:]},
+            pins=tuple(self.pins.values()),
         )
 
     async def load_report(self, *, timeout_s: float) -> LoadReport:
@@ -263,6 +268,23 @@ class MemoryBackend:
     async def checkpoints(self, *, timeout_s: float) -> Sequence[Checkpoint]:
         await self._enter("checkpoints", timeout_s)
         return list(self.saved)
+
+    async def pin_version(self, name: str, ttl_s: float, *, timeout_s: float) -> Pin:
+        await self._enter("pin_version", timeout_s)
+        name = name or f"v{self.version}"
+        made = Pin(name, self.version, STEP_TIME_S, STEP_TIME_S + ttl_s if ttl_s else None)
+        if self.pins.setdefault(name, made).version != self.version:
+            raise AlreadyExists(f"pin {name} keeps version {self.pins[name].version}")
+        if len(self.pins) > MAX_PINS:
+            del self.pins[name]
+            raise FailedPrecondition(f"there are {MAX_PINS} pins, and router.max_pins is {MAX_PINS}")
+        return self.pins[name]
+
+    async def unpin_version(self, name: str, *, timeout_s: float) -> None:
+        await self._enter("unpin_version", timeout_s)
+        if name not in self.pins:
+            raise NotFound(f"no pin {name}")
+        del self.pins[name]
 
     async def export_model(self, path: str, *, timeout_s: float) -> ModelDirectory:
         await self._enter("export_model", timeout_s)
@@ -364,6 +386,14 @@ class MemoryBackend:
         self._events[job_id].append(event)
         async with self._changed:
             self._changed.notify_all()
+
+    def _version(self, choice: VersionChoice) -> int:
+        if choice.is_newest:
+            return self.version
+        for pin in self.pins.values():
+            if choice.pin == pin.name or choice.pinned == pin.version:
+                return pin.version
+        raise VersionGone(f"{choice.pin or choice.pinned} is not kept; there are {', '.join(self.pins)}")
 
     def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
         token_ids = prompt.token_ids if prompt.token_ids is not None else tuple((prompt.text or "").encode())

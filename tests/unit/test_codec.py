@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.errors import InvalidInput
-from actors.values import Growth
+from actors.values import Growth, VersionChoice
 from cluster.backend import (
     ActorStatus,
     Checkpoint,
@@ -29,6 +29,7 @@ from cluster.backend import (
     ModelDirectory,
     Operation,
     OperationState,
+    Pin,
     Prompt,
     Rebalance,
     SamplingParams,
@@ -36,7 +37,7 @@ from cluster.backend import (
 )
 from cluster.config import BatchConfig, DataConfig, EvalConfig, JobConfig, OptimizerConfig, ScheduleConfig
 from cluster.control.ledger import KINDS, Entry, Summary
-from cluster.service.codec import checkpoints, config, jobs, ledger, loads, moves, operations, status, text
+from cluster.service.codec import checkpoints, config, jobs, ledger, loads, moves, operations, pins, status, text
 from cluster.service.codec.checks import MAX_INT32, MAX_INT64, Range
 from protos.moecluster.v1 import cluster_pb2, inference_pb2, training_pb2
 
@@ -117,7 +118,9 @@ ACTORS = st.builds(
         device_bytes=COUNTS,
     ),
     merged_updates=COUNTS,
+    pinned_bytes=COUNTS,
 )
+PINS = st.builds(Pin, name=NAMES, version=COUNTS, created_s=TIMES, expires_s=st.none() | TIMES)
 FLOATS = st.floats(allow_nan=False)
 STATUSES = st.builds(
     ClusterStatus,
@@ -139,6 +142,7 @@ STATUSES = st.builds(
     max_positions=SIZES,
     vocab_size=SIZES,
     shared_share=FLOATS,
+    pins=st.lists(PINS, max_size=3).map(tuple),
     copies=st.dictionaries(SIZES, st.lists(NAMES, max_size=3).map(tuple), max_size=4),
     staleness_mean=FLOATS,
     staleness_max=COUNTS,
@@ -404,6 +408,46 @@ class TestScale:
         for after_entry in (-1, MAX_INT64 + 1):
             with pytest.raises(InvalidInput, match="after_entry"):
                 ledger.check_after_entry(after_entry)
+
+
+class TestVersions:
+    @given(
+        st.builds(VersionChoice, pinned=COUNTS)
+        | st.builds(VersionChoice, pin=st.from_regex(r"[A-Za-z0-9._:\-]{1,20}", fullmatch=True))
+        | st.builds(VersionChoice, max_behind=SIZES)
+    )
+    def test_a_choice_crosses_whole(self, choice):
+        assert pins.choice_from_message(pins.choice_to_message(choice)) == choice
+
+    def test_unset_is_the_newest(self):
+        assert pins.choice_from_message(inference_pb2.VersionChoice()) == VersionChoice()
+        assert VersionChoice().is_newest
+
+    @pytest.mark.parametrize(
+        ("message", "field"),
+        [
+            ({"pinned": -1}, "version.pinned"),
+            ({"pin": ""}, "version.pin"),
+            ({"pin": "a b"}, "version.pin"),
+            ({"max_behind": -1}, "version.max_behind"),
+        ],
+    )
+    def test_what_is_wrong_is_named(self, message, field):
+        with pytest.raises(InvalidInput) as caught:
+            pins.choice_from_message(inference_pb2.VersionChoice(**message))
+        assert caught.value.field == field
+
+    def test_only_one_of_them(self):
+        with pytest.raises(InvalidInput, match="more than one"):
+            pins.choice_to_message(VersionChoice(pin="prod", max_behind=2))
+
+    @pytest.mark.parametrize(
+        ("name", "ttl_s", "field"), [("a/b", 0.0, "name"), ("", -1.0, "ttl_s"), ("", 1e9, "ttl_s")]
+    )
+    def test_pins_are_checked_before_they_are_sent(self, name, ttl_s, field):
+        with pytest.raises(InvalidInput) as caught:
+            pins.check_pin(name, ttl_s)
+        assert caught.value.field == field
 
 
 class TestPages:

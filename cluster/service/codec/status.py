@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 
 from cluster.backend import ActorStatus, ClusterStatus, ExpertCache, ModelDirectory
-from cluster.service.codec import enums
+from cluster.service.codec import enums, pins
 from protos.moecluster.v1 import cluster_pb2 as pb
 
 _ROLES = pb.ActorRole.DESCRIPTOR
@@ -33,6 +33,7 @@ def status_to_message(status: ClusterStatus) -> pb.ClusterStatus:
         vocab_size=status.vocab_size,
         shared_share=status.shared_share,
         copies={group: pb.GroupCopies(actors=actors) for group, actors in status.copies.items()},
+        pins=map(pins.pin_to_message, status.pins),
         staleness_mean=status.staleness_mean,
         staleness_max=status.staleness_max,
     )
@@ -59,6 +60,7 @@ def status_from_message(message: pb.ClusterStatus) -> ClusterStatus:
         vocab_size=message.vocab_size,
         shared_share=message.shared_share,
         copies={group: tuple(copies.actors) for group, copies in message.copies.items()},
+        pins=tuple(map(pins.pin_from_message, message.pins)),
         staleness_mean=message.staleness_mean,
         staleness_max=message.staleness_max,
     )
@@ -89,6 +91,7 @@ def _actor_to_message(actor: ActorStatus) -> pb.ActorStatus:
         link=actor.link,
         cache=pb.ExpertCache(**asdict(actor.cache)) if actor.cache else None,
         merged_updates=actor.merged_updates,
+        pinned_bytes=actor.pinned_bytes,
     )
 
 
@@ -107,6 +110,7 @@ def _actor_from_message(message: pb.ActorStatus) -> ActorStatus:
         link=message.link,
         cache=_cache_from_message(message.cache) if message.HasField("cache") else None,
         merged_updates=message.merged_updates,
+        pinned_bytes=message.pinned_bytes,
     )
 
 

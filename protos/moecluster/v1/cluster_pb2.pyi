@@ -104,7 +104,7 @@ LEDGER_KIND_STORAGE_FULL: LedgerKind
 LEDGER_KIND_GROW: LedgerKind
 
 class ActorStatus(_message.Message):
-    __slots__ = ("id", "role", "node", "pid", "state", "device", "version", "groups", "memory_bytes", "tokens", "link", "cache", "merged_updates")
+    __slots__ = ("id", "role", "node", "pid", "state", "device", "version", "groups", "memory_bytes", "tokens", "link", "cache", "merged_updates", "pinned_bytes")
     ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
@@ -118,6 +118,7 @@ class ActorStatus(_message.Message):
     LINK_FIELD_NUMBER: _ClassVar[int]
     CACHE_FIELD_NUMBER: _ClassVar[int]
     MERGED_UPDATES_FIELD_NUMBER: _ClassVar[int]
+    PINNED_BYTES_FIELD_NUMBER: _ClassVar[int]
     id: str
     role: ActorRole
     node: str
@@ -131,7 +132,20 @@ class ActorStatus(_message.Message):
     link: str
     cache: ExpertCache
     merged_updates: int
-    def __init__(self, id: _Optional[str] = ..., role: _Optional[_Union[ActorRole, str]] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[_Union[ActorState, str]] = ..., device: _Optional[str] = ..., version: _Optional[int] = ..., groups: _Optional[_Iterable[int]] = ..., memory_bytes: _Optional[int] = ..., tokens: _Optional[int] = ..., link: _Optional[str] = ..., cache: _Optional[_Union[ExpertCache, _Mapping]] = ..., merged_updates: _Optional[int] = ...) -> None: ...
+    pinned_bytes: int
+    def __init__(self, id: _Optional[str] = ..., role: _Optional[_Union[ActorRole, str]] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[_Union[ActorState, str]] = ..., device: _Optional[str] = ..., version: _Optional[int] = ..., groups: _Optional[_Iterable[int]] = ..., memory_bytes: _Optional[int] = ..., tokens: _Optional[int] = ..., link: _Optional[str] = ..., cache: _Optional[_Union[ExpertCache, _Mapping]] = ..., merged_updates: _Optional[int] = ..., pinned_bytes: _Optional[int] = ...) -> None: ...
+
+class Pin(_message.Message):
+    __slots__ = ("name", "version", "create_time", "expire_time")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    EXPIRE_TIME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: int
+    create_time: _timestamp_pb2.Timestamp
+    expire_time: _timestamp_pb2.Timestamp
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class ExpertCache(_message.Message):
     __slots__ = ("hits", "misses", "loaded_ahead", "loaded_bytes", "wait_s", "device_bytes")
@@ -162,7 +176,7 @@ class GroupCopies(_message.Message):
     def __init__(self, actors: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ClusterStatus(_message.Message):
-    __slots__ = ("model", "num_parameters", "num_experts", "num_moe_layers", "top_k", "version", "placement_epoch", "owners", "group_size", "nodes", "actors", "load", "jobs", "ready", "message", "max_positions", "vocab_size", "shared_share", "copies", "staleness_mean", "staleness_max")
+    __slots__ = ("model", "num_parameters", "num_experts", "num_moe_layers", "top_k", "version", "placement_epoch", "owners", "group_size", "nodes", "actors", "load", "jobs", "ready", "message", "max_positions", "vocab_size", "shared_share", "copies", "staleness_mean", "staleness_max", "pins")
     class OwnersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -205,6 +219,7 @@ class ClusterStatus(_message.Message):
     COPIES_FIELD_NUMBER: _ClassVar[int]
     STALENESS_MEAN_FIELD_NUMBER: _ClassVar[int]
     STALENESS_MAX_FIELD_NUMBER: _ClassVar[int]
+    PINS_FIELD_NUMBER: _ClassVar[int]
     model: str
     num_parameters: int
     num_experts: int
@@ -226,7 +241,8 @@ class ClusterStatus(_message.Message):
     copies: _containers.MessageMap[int, GroupCopies]
     staleness_mean: float
     staleness_max: int
-    def __init__(self, model: _Optional[str] = ..., num_parameters: _Optional[int] = ..., num_experts: _Optional[int] = ..., num_moe_layers: _Optional[int] = ..., top_k: _Optional[int] = ..., version: _Optional[int] = ..., placement_epoch: _Optional[int] = ..., owners: _Optional[_Mapping[int, str]] = ..., group_size: _Optional[int] = ..., nodes: _Optional[_Iterable[str]] = ..., actors: _Optional[_Iterable[_Union[ActorStatus, _Mapping]]] = ..., load: _Optional[_Iterable[_Union[LayerLoad, _Mapping]]] = ..., jobs: _Optional[_Mapping[str, int]] = ..., ready: _Optional[bool] = ..., message: _Optional[str] = ..., max_positions: _Optional[int] = ..., vocab_size: _Optional[int] = ..., shared_share: _Optional[float] = ..., copies: _Optional[_Mapping[int, GroupCopies]] = ..., staleness_mean: _Optional[float] = ..., staleness_max: _Optional[int] = ...) -> None: ...
+    pins: _containers.RepeatedCompositeFieldContainer[Pin]
+    def __init__(self, model: _Optional[str] = ..., num_parameters: _Optional[int] = ..., num_experts: _Optional[int] = ..., num_moe_layers: _Optional[int] = ..., top_k: _Optional[int] = ..., version: _Optional[int] = ..., placement_epoch: _Optional[int] = ..., owners: _Optional[_Mapping[int, str]] = ..., group_size: _Optional[int] = ..., nodes: _Optional[_Iterable[str]] = ..., actors: _Optional[_Iterable[_Union[ActorStatus, _Mapping]]] = ..., load: _Optional[_Iterable[_Union[LayerLoad, _Mapping]]] = ..., jobs: _Optional[_Mapping[str, int]] = ..., ready: _Optional[bool] = ..., message: _Optional[str] = ..., max_positions: _Optional[int] = ..., vocab_size: _Optional[int] = ..., shared_share: _Optional[float] = ..., copies: _Optional[_Mapping[int, GroupCopies]] = ..., staleness_mean: _Optional[float] = ..., staleness_max: _Optional[int] = ..., pins: _Optional[_Iterable[_Union[Pin, _Mapping]]] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()
@@ -583,6 +599,30 @@ class SaveCheckpointResponse(_message.Message):
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     checkpoint: Checkpoint
     def __init__(self, checkpoint: _Optional[_Union[Checkpoint, _Mapping]] = ...) -> None: ...
+
+class PinVersionRequest(_message.Message):
+    __slots__ = ("name", "ttl_s")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    ttl_s: float
+    def __init__(self, name: _Optional[str] = ..., ttl_s: _Optional[float] = ...) -> None: ...
+
+class PinVersionResponse(_message.Message):
+    __slots__ = ("pin",)
+    PIN_FIELD_NUMBER: _ClassVar[int]
+    pin: Pin
+    def __init__(self, pin: _Optional[_Union[Pin, _Mapping]] = ...) -> None: ...
+
+class UnpinVersionRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class UnpinVersionResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class ListCheckpointsRequest(_message.Message):
     __slots__ = ()

@@ -110,6 +110,16 @@ class ClusterServiceStub:
                 request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ListCheckpointsRequest.SerializeToString,
                 response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ListCheckpointsResponse.FromString,
                 _registered_method=True)
+        self.PinVersion = channel.unary_unary(
+                '/moecluster.v1.ClusterService/PinVersion',
+                request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.PinVersionRequest.SerializeToString,
+                response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.PinVersionResponse.FromString,
+                _registered_method=True)
+        self.UnpinVersion = channel.unary_unary(
+                '/moecluster.v1.ClusterService/UnpinVersion',
+                request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.UnpinVersionRequest.SerializeToString,
+                response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.UnpinVersionResponse.FromString,
+                _registered_method=True)
         self.ExportModel = channel.unary_unary(
                 '/moecluster.v1.ClusterService/ExportModel',
                 request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ExportModelRequest.SerializeToString,
@@ -243,6 +253,24 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PinVersion(self, request, context):
+        """Keeps the newest version for requests that ask for it, while training goes on: their outputs stay the same. Its
+        experts take no memory until the next update, then one copy of the weights in each expert actor; its trunk takes a
+        copy in each router. Idempotent: the same name gives the pin that exists as long as no step was committed since.
+        ALREADY_EXISTS if the name is that of an earlier version, FAILED_PRECONDITION if there are as many pins as
+        router.max_pins allows. GetStatus lists them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnpinVersion(self, request, context):
+        """Gives a pin up, and its memory. Streams that use it end with FAILED_PRECONDITION. NOT_FOUND if there is none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ExportModel(self, request, context):
         """Writes the model as a Hugging Face model directory.
         """
@@ -335,6 +363,16 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.ListCheckpoints,
                     request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ListCheckpointsRequest.FromString,
                     response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ListCheckpointsResponse.SerializeToString,
+            ),
+            'PinVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinVersion,
+                    request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.PinVersionRequest.FromString,
+                    response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.PinVersionResponse.SerializeToString,
+            ),
+            'UnpinVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnpinVersion,
+                    request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.UnpinVersionRequest.FromString,
+                    response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.UnpinVersionResponse.SerializeToString,
             ),
             'ExportModel': grpc.unary_unary_rpc_method_handler(
                     servicer.ExportModel,
@@ -753,6 +791,60 @@ class ClusterService:
             '/moecluster.v1.ClusterService/ListCheckpoints',
             protos_dot_moecluster_dot_v1_dot_cluster__pb2.ListCheckpointsRequest.SerializeToString,
             protos_dot_moecluster_dot_v1_dot_cluster__pb2.ListCheckpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ClusterService/PinVersion',
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.PinVersionRequest.SerializeToString,
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.PinVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnpinVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ClusterService/UnpinVersion',
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.UnpinVersionRequest.SerializeToString,
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.UnpinVersionResponse.FromString,
             options,
             channel_credentials,
             insecure,

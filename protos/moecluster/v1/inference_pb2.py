@@ -24,33 +24,35 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$protos/moecluster/v1/inference.proto\x12\rmoecluster.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"Q\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x17.moecluster.v1.TokenIdsH\x00\x42\t\n\x07\x63ontent\"\xaa\x01\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x03H\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\x05 \x03(\tB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seed\"g\n\x0fGenerateRequest\x12%\n\x06prompt\x18\x01 \x01(\x0b\x32\x15.moecluster.v1.Prompt\x12-\n\x06params\x18\x02 \x01(\x0b\x32\x1d.moecluster.v1.SamplingParams\"\x8f\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\x32\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1b.moecluster.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x05 \x01(\x05\"5\n\x0cScoreRequest\x12%\n\x06prompt\x18\x01 \x01(\x0b\x32\x15.moecluster.v1.Prompt\"E\n\rScoreResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x10\n\x08logprobs\x18\x02 \x03(\x01\x12\x0f\n\x07version\x18\x03 \x01(\x03\"5\n\x0c\x45mbedRequest\x12%\n\x06prompt\x18\x01 \x01(\x0b\x32\x15.moecluster.v1.Prompt\"G\n\rEmbedResponse\x12\x11\n\tembedding\x18\x01 \x03(\x02\x12\x12\n\nnum_tokens\x18\x02 \x01(\x05\x12\x0f\n\x07version\x18\x03 \x01(\x03*~\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x01\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x02\x12\x1d\n\x19\x46INISH_REASON_END_OF_TEXT\x10\x03\x32\xe9\x01\n\x10InferenceService\x12M\n\x08Generate\x12\x1e.moecluster.v1.GenerateRequest\x1a\x1f.moecluster.v1.GenerateResponse0\x01\x12\x42\n\x05Score\x12\x1b.moecluster.v1.ScoreRequest\x1a\x1c.moecluster.v1.ScoreResponse\x12\x42\n\x05\x45mbed\x12\x1b.moecluster.v1.EmbedRequest\x1a\x1c.moecluster.v1.EmbedResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$protos/moecluster/v1/inference.proto\x12\rmoecluster.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"Q\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x17.moecluster.v1.TokenIdsH\x00\x42\t\n\x07\x63ontent\"\xaa\x01\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x03H\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\x05 \x03(\tB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seed\"P\n\rVersionChoice\x12\x10\n\x06pinned\x18\x01 \x01(\x03H\x00\x12\r\n\x03pin\x18\x02 \x01(\tH\x00\x12\x14\n\nmax_behind\x18\x03 \x01(\x05H\x00\x42\x08\n\x06\x63hoice\"\x96\x01\n\x0fGenerateRequest\x12%\n\x06prompt\x18\x01 \x01(\x0b\x32\x15.moecluster.v1.Prompt\x12-\n\x06params\x18\x02 \x01(\x0b\x32\x1d.moecluster.v1.SamplingParams\x12-\n\x07version\x18\x03 \x01(\x0b\x32\x1c.moecluster.v1.VersionChoice\"\x8f\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\x32\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1b.moecluster.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x05 \x01(\x05\"d\n\x0cScoreRequest\x12%\n\x06prompt\x18\x01 \x01(\x0b\x32\x15.moecluster.v1.Prompt\x12-\n\x07version\x18\x02 \x01(\x0b\x32\x1c.moecluster.v1.VersionChoice\"E\n\rScoreResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x10\n\x08logprobs\x18\x02 \x03(\x01\x12\x0f\n\x07version\x18\x03 \x01(\x03\"d\n\x0c\x45mbedRequest\x12%\n\x06prompt\x18\x01 \x01(\x0b\x32\x15.moecluster.v1.Prompt\x12-\n\x07version\x18\x02 \x01(\x0b\x32\x1c.moecluster.v1.VersionChoice\"G\n\rEmbedResponse\x12\x11\n\tembedding\x18\x01 \x03(\x02\x12\x12\n\nnum_tokens\x18\x02 \x01(\x05\x12\x0f\n\x07version\x18\x03 \x01(\x03*~\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x01\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x02\x12\x1d\n\x19\x46INISH_REASON_END_OF_TEXT\x10\x03\x32\xe9\x01\n\x10InferenceService\x12M\n\x08Generate\x12\x1e.moecluster.v1.GenerateRequest\x1a\x1f.moecluster.v1.GenerateResponse0\x01\x12\x42\n\x05Score\x12\x1b.moecluster.v1.ScoreRequest\x1a\x1c.moecluster.v1.ScoreResponse\x12\x42\n\x05\x45mbed\x12\x1b.moecluster.v1.EmbedRequest\x1a\x1c.moecluster.v1.EmbedResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.moecluster.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=841
-  _globals['_FINISHREASON']._serialized_end=967
+  _globals['_FINISHREASON']._serialized_start=1065
+  _globals['_FINISHREASON']._serialized_end=1191
   _globals['_TOKENIDS']._serialized_start=55
   _globals['_TOKENIDS']._serialized_end=78
   _globals['_PROMPT']._serialized_start=80
   _globals['_PROMPT']._serialized_end=161
   _globals['_SAMPLINGPARAMS']._serialized_start=164
   _globals['_SAMPLINGPARAMS']._serialized_end=334
-  _globals['_GENERATEREQUEST']._serialized_start=336
-  _globals['_GENERATEREQUEST']._serialized_end=439
-  _globals['_GENERATERESPONSE']._serialized_start=442
-  _globals['_GENERATERESPONSE']._serialized_end=585
-  _globals['_SCOREREQUEST']._serialized_start=587
-  _globals['_SCOREREQUEST']._serialized_end=640
-  _globals['_SCORERESPONSE']._serialized_start=642
-  _globals['_SCORERESPONSE']._serialized_end=711
-  _globals['_EMBEDREQUEST']._serialized_start=713
-  _globals['_EMBEDREQUEST']._serialized_end=766
-  _globals['_EMBEDRESPONSE']._serialized_start=768
-  _globals['_EMBEDRESPONSE']._serialized_end=839
-  _globals['_INFERENCESERVICE']._serialized_start=970
-  _globals['_INFERENCESERVICE']._serialized_end=1203
+  _globals['_VERSIONCHOICE']._serialized_start=336
+  _globals['_VERSIONCHOICE']._serialized_end=416
+  _globals['_GENERATEREQUEST']._serialized_start=419
+  _globals['_GENERATEREQUEST']._serialized_end=569
+  _globals['_GENERATERESPONSE']._serialized_start=572
+  _globals['_GENERATERESPONSE']._serialized_end=715
+  _globals['_SCOREREQUEST']._serialized_start=717
+  _globals['_SCOREREQUEST']._serialized_end=817
+  _globals['_SCORERESPONSE']._serialized_start=819
+  _globals['_SCORERESPONSE']._serialized_end=888
+  _globals['_EMBEDREQUEST']._serialized_start=890
+  _globals['_EMBEDREQUEST']._serialized_end=990
+  _globals['_EMBEDRESPONSE']._serialized_start=992
+  _globals['_EMBEDRESPONSE']._serialized_end=1063
+  _globals['_INFERENCESERVICE']._serialized_start=1194
+  _globals['_INFERENCESERVICE']._serialized_end=1427
 # @@protoc_insertion_point(module_scope)

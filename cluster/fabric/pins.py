@@ -1,0 +1,124 @@
+"""The pins of a cluster: how many, until when, and whether what they keep is still there."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from actors.errors import MoeClusterError
+from actors.values import Pinned
+from cluster.backend import Pin
+from cluster.errors import AlreadyExists, FailedPrecondition, NotFound
+from cluster.fabric.calls import call
+from cluster.fabric.crew import Crew
+
+logger = logging.getLogger(__name__)
+
+TOLD_AFTER_S = 2.0
+"""What a router said of its pins may be from before a pin that is younger."""
+
+
+@dataclass(frozen=True)
+class _Kept:
+    pin: Pin
+    pinned: Pinned
+    since: float
+    """By `time.monotonic`."""
+
+
+class Pins:
+    """Called by any thread; `look` by the coordinator's loop."""
+
+    def __init__(self, crew: Crew, max_pins: int) -> None:
+        self._crew, self._max_pins = crew, max_pins
+        self._kept: dict[str, _Kept] = {}
+        self._turn = threading.Lock()
+        """Of who changes them."""
+
+    def all(self) -> tuple[Pin, ...]:
+        """Oldest first."""
+        return tuple(kept.pin for kept in list(self._kept.values()))
+
+    def pin(self, name: str, ttl_s: float, version: int, timeout_s: float) -> Pin:
+        """Of the newest version; `version`: what that was when it was asked for. Errors as of `Backend.pin_version`."""
+        deadline = time.monotonic() + timeout_s
+        with self._turn:
+            known = self._kept.get(name or f"v{version}")
+            if known is not None and known.pin.version == version:
+                return known.pin
+            if name and known is not None:
+                raise AlreadyExists(
+                    f"pin {name} keeps version {known.pin.version}; unpin it first, or choose another name"
+                )
+            self._check_room()
+            pinned = self._make(name, max(0.001, deadline - time.monotonic()))
+            now = time.time()
+            pin = Pin(pinned.name, pinned.version, now, now + ttl_s if ttl_s else None)
+            self._kept[pinned.name] = _Kept(pin, pinned, time.monotonic())
+            logger.info("pinned version %d as %s", pin.version, pin.name)
+            return pin
+
+    def _make(self, name: str, timeout_s: float) -> Pinned:
+        """Between two steps."""
+        leader, router = self._crew.leader, self._crew.router
+        try:
+            pinned: Pinned = call(leader, router.pin.remote(name), timeout_s)
+        except MoeClusterError:
+            router.keep_pins.remote(list(self._kept))  # it may be made after all, when nobody waits for it
+            raise
+        return pinned
+
+    def unpin(self, name: str, timeout_s: float) -> None:
+        """Memory is given back at every actor when it returns."""
+        with self._turn:
+            if name not in self._kept:
+                names = ", ".join(self._kept) or "none"
+                raise NotFound(f"no pin {name}; there are {names}")
+            del self._kept[name]
+            self._forget_on_routers()
+            call(self._crew.leader, self._crew.router.keep_pins.remote(list(self._kept)), timeout_s)
+
+    def look(self) -> None:
+        """Gives up what has expired, and what is no longer whole. Waits for nobody."""
+        if not self._turn.acquire(blocking=False):
+            return
+        try:
+            living = {contact.name for contact, _ in self._crew.experts()}
+            for name, kept in list(self._kept.items()):
+                if reason := self._end_of(kept, living):
+                    logger.warning("gave up pin %s of version %d: %s", name, kept.pin.version, reason)
+                    del self._kept[name]
+                    self._forget_on_routers()
+                    self._crew.router.keep_pins.remote(list(self._kept))
+        except MoeClusterError as error:  # no router leads: the next one is told with the next pin, or has none
+            logger.info("pins are not told: %s", error)
+        finally:
+            self._turn.release()
+
+    def _end_of(self, kept: _Kept, living: Collection[str]) -> str:
+        """Empty if it goes on."""
+        if kept.pin.expires_s is not None and time.time() >= kept.pin.expires_s:
+            return "its time is over"
+        if not kept.pinned.is_whole(living):
+            return "an expert actor has ended that kept experts of it alone"
+        told = self._crew.pins_of(self._crew.leader)
+        if told is not None and told[0] > kept.since + TOLD_AFTER_S and kept.pin.name not in told[1]:
+            return "no router has its trunk any longer"
+        return ""
+
+    def _forget_on_routers(self) -> None:
+        names = list(self._kept)
+        for _, handle in self._crew.routers().values():
+            handle.keep_pins_here.remote(names)
+
+    def _check_room(self) -> None:
+        if len(self._kept) < self._max_pins:
+            return
+        listed = ", ".join(f"{kept.pin.name} (version {kept.pin.version})" for kept in self._kept.values())
+        raise FailedPrecondition(
+            f"there are {len(self._kept)} pins, and router.max_pins is {self._max_pins}: {listed or 'none'}; "
+            "unpin one, or raise it"
+        )
