@@ -226,7 +226,7 @@ class TestInference:
         class Backend(MemoryBackend):
             stream = Endless()
 
-            def generate(self, prompt, params, *, timeout_s):
+            def generate(self, prompt, params, choice, *, timeout_s):
                 return self.stream
 
         backend = Backend()
