@@ -142,11 +142,16 @@ class Holdings:
 
     def square_sum(self, groups: Iterable[int]) -> float:
         """Of all gradients of these groups, for the global norm."""
-        total = 0.0
-        for group in groups:
-            layers = [i for i in range(len(self.stacks)) if self._candidates(group, i) != []]
-            total += square_sum_of(g for layer in layers for g in self._gradients(group, layer))
-        return total
+        return square_sum_of(
+            gradient for group in groups for layer in range(len(self.stacks)) for gradient in self._parts(group, layer)
+        )
+
+    def _parts(self, group: int, layer: int) -> list[Tensor]:
+        """Gradients, or those parts of them that may be other than zero."""
+        candidates, gradients = self._candidates(group, layer), self._gradients(group, layer)
+        if candidates is None or (candidates and self.settings.sparse == "exact"):
+            return gradients  # whole, so that the sum is to the bit that of `off`
+        return [gradient[expert] for gradient in gradients for expert in candidates]
 
     def update(self, lr: float, scale: float) -> None:
         """One optimizer step of every held group with its gradients times `scale`; then they are zero."""
