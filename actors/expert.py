@@ -32,16 +32,17 @@ from actors.exchange import Attempt, Exchange, PeerOpener
 from actors.followers import Followers
 from actors.holdings import Holdings, LoadLayer
 from actors.moe.cache import CacheSettings
-from actors.moe.experts import Weights, Work
+from actors.moe.experts import Work
 from actors.optim import OptimizerSettings
 from actors.residency import beside_a_cache
 from actors.snapshots import ExpertKey, SavedState, Snapshot
+from actors.staleness import check_staleness
 from actors.transaction import Transaction
 from actors.transport.message import Message, error_answer
 from actors.trunk.checkpoint import CheckpointReader
 from actors.trunk.init import initial_experts
 from actors.trunk.model import ModelSource, Skeleton, skeleton
-from actors.updates import PendingUpdate, Updates, check_staleness
+from actors.updates import PendingUpdate, Updates
 from actors.values import Address, Placement
 
 logger = logging.getLogger(__name__)
@@ -283,13 +284,10 @@ class ExpertHost:
 
     def _put_update(self, step: int, lr: float, scale: float) -> None:
         """The gradients of this step go; those of the next begin at zero."""
-        followed = self._followers.groups
-        mergeable = frozenset(group for group in self._copies.alone(self.groups) if group not in followed)
-        then: dict[int, Weights] = {}
-        if self.holdings.settings.delay_correction:  # each update has its own
-            mergeable, then = frozenset(), dict(self._step.weights)
+        own = frozenset(self._copies.alone(self.groups)) - self._followers.groups
+        then = dict(self._step.weights) if self.holdings.settings.delay_correction else {}
         self._merged_before = self.updates.num_merged
-        self.updates.put(PendingUpdate(step, lr, scale, self.holdings.take_gradients(), mergeable, then))
+        self.updates.put(PendingUpdate(step, lr, scale, self.holdings.take_gradients(), own, then))
 
     def _drained(self) -> Holdings:
         """With every committed update in them."""

@@ -1,10 +1,27 @@
-"""How old the experts were that a step was computed on. No torch here."""
+"""How old experts may be that a step is computed on, and how old they were. No torch here."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from actors.errors import InvalidInput
+
+MAX_STALENESS = 64
+"""Each pending update holds gradients of all experts of the actor."""
+
+
+def check_staleness(value: object) -> int:
+    """`InvalidInput` if no job can have it."""
+    if type(value) is not int or not 0 <= value <= MAX_STALENESS:
+        raise InvalidInput(
+            "is no number of steps that experts may be behind",
+            field="optimizer.staleness",
+            value=value,
+            remedy=f"use 0 to {MAX_STALENESS}; 0: every forward sees every update",
+        )
+    return value
 
 
 @dataclass

@@ -25,26 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.errors import InvalidInput, MoeClusterError, StepAborted
+from actors.errors import StepAborted
 from actors.holdings import Holdings, LayerStep
 from actors.moe.experts import Weights
 
 logger = logging.getLogger(__name__)
-
-MAX_STALENESS = 64
-"""Each pending update holds gradients of all experts of the actor."""
-
-
-def check_staleness(value: object) -> int:
-    """`InvalidInput` if no job can have it."""
-    if type(value) is not int or not 0 <= value <= MAX_STALENESS:
-        raise InvalidInput(
-            "is no number of steps that experts may be behind",
-            field="optimizer.staleness",
-            value=value,
-            remedy=f"use 0 to {MAX_STALENESS}; 0: every forward sees every update",
-        )
-    return value
 
 
 @dataclass(frozen=True)
@@ -56,15 +41,21 @@ class PendingUpdate:
     scale: float
     gradients: Sequence[Mapping[int, Sequence[Tensor]]]
     """By layer, of each group, by name; of this update alone."""
-    mergeable: frozenset[int]
-    """Groups that nobody else has to update alike."""
+    own: frozenset[int]
+    """Groups that nobody else has to update alike: they may be merged, or corrected for what was computed with here."""
     then: Mapping[int, Weights] = field(default_factory=dict)
     """By layer: that the gradients were computed with. Without the job's delay correction there are none."""
     summed: Any = None
     """On a GPU: the event after which the gradients are complete."""
 
     def of(self, layer: int, group: int) -> LayerStep:
-        return LayerStep(self.gradients[layer][group], self.lr, self.scale, then=self.then.get(layer))
+        then = self.then.get(layer) if group in self.own else None
+        return LayerStep(self.gradients[layer][group], self.lr, self.scale, then=then)
+
+    @property
+    def mergeable(self) -> frozenset[int]:
+        """Each update has its own correction."""
+        return frozenset() if self.then else self.own
 
 
 @torch.no_grad()
@@ -124,7 +115,7 @@ class Updates:
     def __init__(self, name: str, holdings: Callable[[], Holdings], device: torch.device, *, timeout_s: float) -> None:
         self.num_merged = 0
         """Committed updates that were not made by themselves, but as part of one that was made instead."""
-        self.brake = Brake()
+        self._brake = Brake()
         self.busy_s = 0.0
         """Time spent on updates since the start."""
         self.on_made: Callable[[], None] = lambda: None
@@ -141,6 +132,16 @@ class Updates:
         self._closed = False
         self._thread: threading.Thread | None = None
         self._beside = _Beside(device)
+
+    @property
+    def brake(self) -> Brake:
+        return self._brake
+
+    @brake.setter
+    def brake(self, brake: Brake) -> None:
+        with self._changed:
+            self._brake = brake
+            self._changed.notify_all()
 
     # -- for forwards -------------------------------------------------------------------------------------------------
 
@@ -179,7 +180,8 @@ class Updates:
     def check(self) -> None:
         """Raises if an update could not be made: nothing that is computed here would be right."""
         if self._failure is not None:
-            raise MoeClusterError(f"an update of {self._name} failed: {self._failure}") from self._failure
+            kind = type(self._failure).__name__
+            raise StepAborted(f"an update of {self._name} failed with {kind}: {self._failure}") from self._failure
 
     # -- for commits, and whatever changes groups ---------------------------------------------------------------------
 

@@ -92,7 +92,8 @@ def run_job(
             )
         except NonFinite as error:
             raise NonFinite(f"step {step}: {error}", step=step) from error
-        reporter.step_committed(step, _metrics(report, lr, time.monotonic() - started), report.load_LE)
+        metrics = _metrics(report, lr, time.monotonic() - started, config.optimizer.staleness)
+        reporter.step_committed(step, metrics, report.load_LE)
         if config.eval.every_steps and (step % config.eval.every_steps == 0 or step == config.steps):
             _evaluate(router, heldout, reporter, step)
         after_step(step)
@@ -104,7 +105,8 @@ def _evaluate(router: RouterPort, heldout: list[MicroBatch], reporter: Reporter,
         reporter.evaluated(step, {"heldout_loss": loss, "heldout_tokens": float(count)})
 
 
-def _metrics(report: StepReport, lr: float, seconds: float) -> dict[str, float]:
+def _metrics(report: StepReport, lr: float, seconds: float, staleness: int) -> dict[str, float]:
+    """`staleness`: that the job allows."""
     metrics = {
         "loss": report.loss,
         "grad_norm": report.grad_norm,
@@ -114,7 +116,13 @@ def _metrics(report: StepReport, lr: float, seconds: float) -> dict[str, float]:
         "load_max_over_mean": max_over_mean(report.load_LE),
         "retries": float(report.retries),
     }
-    return metrics | {"balance_loss": report.balance_loss} if report.balance_loss else metrics
+    if report.balance_loss:
+        metrics["balance_loss"] = report.balance_loss
+    if staleness:
+        metrics["staleness_mean"] = report.staleness_mean
+        metrics["staleness_max"] = float(report.staleness_max)
+        metrics["merged_updates"] = float(report.merged_updates)
+    return metrics
 
 
 def max_over_mean(load_LE: Sequence[Sequence[int]]) -> float:

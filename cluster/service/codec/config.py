@@ -32,6 +32,7 @@ MAXIMA: Mapping[str, int] = {
     "optimizer.clip_norm": 10**9,
     "optimizer.momentum": 1,
     "optimizer.delay_correction": 10**9,
+    "optimizer.staleness": 10**9,
     "schedule.warmup_steps": 10**9,
     "schedule.min_lr_ratio": 1,
     "data.seed": checks.MAX_INT64,

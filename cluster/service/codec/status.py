@@ -33,6 +33,8 @@ def status_to_message(status: ClusterStatus) -> pb.ClusterStatus:
         vocab_size=status.vocab_size,
         shared_share=status.shared_share,
         copies={group: pb.GroupCopies(actors=actors) for group, actors in status.copies.items()},
+        staleness_mean=status.staleness_mean,
+        staleness_max=status.staleness_max,
     )
 
 
@@ -57,6 +59,8 @@ def status_from_message(message: pb.ClusterStatus) -> ClusterStatus:
         vocab_size=message.vocab_size,
         shared_share=message.shared_share,
         copies={group: tuple(copies.actors) for group, copies in message.copies.items()},
+        staleness_mean=message.staleness_mean,
+        staleness_max=message.staleness_max,
     )
 
 
@@ -84,6 +88,7 @@ def _actor_to_message(actor: ActorStatus) -> pb.ActorStatus:
         tokens=actor.tokens,
         link=actor.link,
         cache=pb.ExpertCache(**asdict(actor.cache)) if actor.cache else None,
+        merged_updates=actor.merged_updates,
     )
 
 
@@ -101,6 +106,7 @@ def _actor_from_message(message: pb.ActorStatus) -> ActorStatus:
         tokens=message.tokens,
         link=message.link,
         cache=_cache_from_message(message.cache) if message.HasField("cache") else None,
+        merged_updates=message.merged_updates,
     )
 
 

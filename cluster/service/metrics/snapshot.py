@@ -60,6 +60,9 @@ def _actors(status: ClusterStatus) -> Iterator[Metric]:
     staleness = GaugeMetricFamily(
         "moe_cluster_actor_staleness_steps", "Steps that its weights are behind the newest.", labels=labels
     )
+    merged = CounterMetricFamily(
+        "moe_cluster_actor_merged_updates", "Committed updates that were made as part of others.", labels=labels
+    )
     groups = GaugeMetricFamily("moe_cluster_actor_groups", "Expert groups it owns or has a copy of.", labels=labels)
     tokens = CounterMetricFamily("moe_cluster_actor_tokens", "Tokens received since it started.", labels=labels)
     for actor in status.actors:
@@ -71,7 +74,8 @@ def _actors(status: ClusterStatus) -> Iterator[Metric]:
         if actor.role == "expert":
             groups.add_metric(names, len(actor.groups))
             tokens.add_metric(names, actor.tokens)
-    yield from (ready, memory, version, staleness, groups, tokens)
+            merged.add_metric(names, actor.merged_updates)
+    yield from (ready, memory, version, staleness, groups, tokens, merged)
 
 
 def _load(load: LoadReport) -> Iterator[Metric]:
@@ -125,6 +129,8 @@ def _training(step: JobEvent) -> Iterator[Metric]:
         ("grad_norm", "train_grad_norm", "Global gradient norm of its last step."),
         ("tokens_per_s", "train_tokens_per_second", "Of its last step."),
         ("lr", "train_learning_rate", "Of its last step."),
+        ("staleness_mean", "train_staleness_mean_steps", "Of the experts its last step was computed on."),
+        ("staleness_max", "train_staleness_max_steps", "Of the experts its last step was computed on."),
     ):
         if key in step.metrics:
             yield _gauge(name, text, step.metrics[key])

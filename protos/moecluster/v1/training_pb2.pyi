@@ -118,7 +118,7 @@ class BatchConfig(_message.Message):
     def __init__(self, sequences: _Optional[int] = ..., sequence_length: _Optional[int] = ..., gradient_accumulation: _Optional[int] = ...) -> None: ...
 
 class OptimizerConfig(_message.Message):
-    __slots__ = ("name", "lr", "beta1", "beta2", "eps", "weight_decay", "clip_norm", "experts", "momentum", "sparse", "delay_correction")
+    __slots__ = ("name", "lr", "beta1", "beta2", "eps", "weight_decay", "clip_norm", "staleness", "experts", "momentum", "sparse", "delay_correction")
     NAME_FIELD_NUMBER: _ClassVar[int]
     LR_FIELD_NUMBER: _ClassVar[int]
     BETA1_FIELD_NUMBER: _ClassVar[int]
@@ -126,6 +126,7 @@ class OptimizerConfig(_message.Message):
     EPS_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_DECAY_FIELD_NUMBER: _ClassVar[int]
     CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     MOMENTUM_FIELD_NUMBER: _ClassVar[int]
     SPARSE_FIELD_NUMBER: _ClassVar[int]
@@ -137,11 +138,12 @@ class OptimizerConfig(_message.Message):
     eps: float
     weight_decay: float
     clip_norm: float
+    staleness: int
     experts: ExpertOptimizer
     momentum: float
     sparse: SparseUpdates
     delay_correction: float
-    def __init__(self, name: _Optional[_Union[OptimizerName, str]] = ..., lr: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ..., eps: _Optional[float] = ..., weight_decay: _Optional[float] = ..., clip_norm: _Optional[float] = ..., experts: _Optional[_Union[ExpertOptimizer, str]] = ..., momentum: _Optional[float] = ..., sparse: _Optional[_Union[SparseUpdates, str]] = ..., delay_correction: _Optional[float] = ...) -> None: ...
+    def __init__(self, name: _Optional[_Union[OptimizerName, str]] = ..., lr: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ..., eps: _Optional[float] = ..., weight_decay: _Optional[float] = ..., clip_norm: _Optional[float] = ..., staleness: _Optional[int] = ..., experts: _Optional[_Union[ExpertOptimizer, str]] = ..., momentum: _Optional[float] = ..., sparse: _Optional[_Union[SparseUpdates, str]] = ..., delay_correction: _Optional[float] = ...) -> None: ...
 
 class ScheduleConfig(_message.Message):
     __slots__ = ("kind", "warmup_steps", "min_lr_ratio")
