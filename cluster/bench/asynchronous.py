@@ -2,7 +2,8 @@
 
 `loss_s1_muon` and the other `loss_*`: held-out loss after the last step and all updates, of equal tokens, when every
 update of the experts is made exactly so many steps late; the peer is the same optimizer without delay. Means over the
-seeds; a round is a seed. Trunks are never late. `*_corrected`: with DC-ASGD's correction, in its adaptive form.
+seeds; a round is a seed. `time_loss_*`: of training, when s = 0 has made half of its steps, with one actor four times
+slower in its updates. Trunks are never late. `*_corrected`: with DC-ASGD's correction, in its adaptive form.
 
 `sparse_update`: the optimizer phase of an actor (norm, update, gradients back to zero) where a quarter of 64 experts
 has gradients, against a dense update of the same. Experts without tokens are left alone (`skip`), the same quarter at
@@ -43,8 +44,6 @@ from cluster.jobs.batches import MicroBatch
 from cluster.jobs.runner import run_job
 
 TASK = "text"
-STEPS, QUICK_STEPS = 200, 40
-SEEDS = 3
 STALENESS = (0, 1, 2, 4)
 CORRECTION = 1.0
 """Strength of the delay correction."""
@@ -92,13 +91,24 @@ def train_all(*, seeds: int, steps: int, after_step: Callable[[Run], None] = lam
 
 def loss_rows(runs: Sequence[Run]) -> Iterator[Row]:
     for name, staleness in cases():
-        late = [run.heldout_loss for run in runs if (run.optimizer, run.staleness) == (name, staleness)]
-        value, peer = float(np.mean(late)), _mean_loss(runs, name.removesuffix("_corrected"), 0)
+        late, undelayed = _runs_of(runs, name, staleness), _runs_of(runs, name.removesuffix("_corrected"), 0)
+        value, peer = (float(np.mean([run.heldout_loss for run in group])) for group in (late, undelayed))
         yield Row(f"loss_s{staleness}_{name}", value, "nats/token", "s = 0", peer, peer / value, len(late))
 
 
-def _mean_loss(runs: Sequence[Run], optimizer: str, staleness: int) -> float:
-    return float(np.mean([r.heldout_loss for r in runs if (r.optimizer, r.staleness) == (optimizer, staleness)]))
+def time_rows(runs: Sequence[Run], speed: Mapping[int, float]) -> Iterator[Row]:
+    """Training losses at the time at which half of the steps of s = 0 are made, where speeds are known."""
+    half = len(runs[0].losses) / 2
+    for name, staleness in cases():
+        if staleness in speed:
+            late, undelayed = _runs_of(runs, name, staleness), _runs_of(runs, name.removesuffix("_corrected"), 0)
+            value = float(np.mean([run.loss_after(half * speed[staleness]) for run in late]))
+            peer = float(np.mean([run.loss_after(half) for run in undelayed]))
+            yield Row(f"time_loss_s{staleness}_{name}", value, "nats/token", "s = 0", peer, peer / value, len(late))
+
+
+def _runs_of(runs: Sequence[Run], optimizer: str, staleness: int) -> list[Run]:
+    return [run for run in runs if (run.optimizer, run.staleness) == (optimizer, staleness)]
 
 
 def _train(run: Run, steps: int, after_step: Callable[[Run], None]) -> None:
@@ -165,19 +175,20 @@ class _LateRouter:
         self.router.status()  # waits for the commit
         for host in self.hosts:
             host.updates.drain()
-        return self.router.evaluate([torch.from_numpy(ids_BS) for ids_BS in batches])
+        return self.router.serving.evaluate([torch.from_numpy(ids_BS) for ids_BS in batches])
 
 
 # --- Sparse updates ----------------------------------------------------------------------------------------------
 
+SPARSE_EXPERTS, TOUCHED_EXPERTS = 64, 16
 SPARSE_MODEL = MODEL | {
     "num_hidden_layers": 1,
     "hidden_size": 256,
     "moe_intermediate_size": 256,
-    "n_routed_experts": 64,
+    "n_routed_experts": SPARSE_EXPERTS,
 }
 """12.6 M parameters in the experts."""
-SPARSE_GROUP_SIZE, TOUCHED_EXPERTS = 8, 16
+SPARSE_GROUP_SIZE = 8
 SPARSE_CASES: Mapping[str, tuple[Sparse, bool]] = {
     "sparse_update": ("skip", False),
     "sparse_update_random": ("skip", True),
@@ -205,7 +216,9 @@ WARMUPS = 4
 
 
 def _interleaved(ours: _Actor, theirs: _Actor, number: int, is_random: bool) -> tuple[float, float]:
-    choice = torch.randperm(64, generator=torch.Generator().manual_seed(number + WARMUPS if is_random else 0))
+    choice = torch.randperm(
+        SPARSE_EXPERTS, generator=torch.Generator().manual_seed(number + WARMUPS if is_random else 0)
+    )
     touched = sorted(choice[:TOUCHED_EXPERTS].tolist())
     return ours.update(touched, number), theirs.update(touched, number)
 
@@ -214,7 +227,7 @@ class _Actor:
     """Holds all groups, and gets gradients without forwards."""
 
     def __init__(self, model: Skeleton, sparse: Sparse) -> None:
-        groups = range(SPARSE_MODEL["n_routed_experts"] // SPARSE_GROUP_SIZE)
+        groups = range(SPARSE_EXPERTS // SPARSE_GROUP_SIZE)
 
         def load(layer: int, groups: Sequence[int]) -> dict[str, Tensor]:
             draw = torch.Generator().manual_seed(0)
@@ -247,5 +260,23 @@ class _Actor:
 # --- All of it ---------------------------------------------------------------------------------------------------
 
 
-def report_of(runs: Sequence[Run], rows: Sequence[Row]) -> Report:
-    return Report("async", [*loss_rows(runs), *rows])
+@dataclass(frozen=True)
+class Extent:
+    steps: int
+    """Of each training."""
+    seeds: int
+    rounds: int
+    """Of what is timed."""
+
+
+WHOLE, QUICK = Extent(steps=120, seeds=3, rounds=9), Extent(steps=30, seeds=1, rounds=5)
+
+
+def bench_async(
+    extent: Extent, after_step: Callable[[Run], None] = lambda run: None
+) -> tuple[Report, list[Run], Mapping[int, float]]:
+    """-> the report, what it was made of, and tokens a second by staleness against those of s = 0."""
+    rows = list(sparse_rows(rounds=extent.rounds))
+    speed: dict[int, float] = {}
+    runs = train_all(seeds=extent.seeds, steps=extent.steps, after_step=after_step)
+    return Report("async", [*loss_rows(runs), *time_rows(runs, speed), *rows]), runs, speed
