@@ -45,6 +45,16 @@ class LayerStep:
     """Of the layer, that the gradients were computed with: for the delay correction."""
 
 
+@dataclass(frozen=True)
+class TakenGradients:
+    """Of one layer."""
+
+    groups: Mapping[int, list[Tensor]]
+    """Of each held group by name, as views."""
+    stacked: dict[str, Tensor]
+    """Of all places."""
+
+
 @dataclass
 class _Group:
     parameters: list[dict[str, nn.Parameter]]
@@ -128,15 +138,18 @@ class Holdings:
         self._shared = set(range(len(self.stacks)))
         return [stack.weights for stack in self.stacks]
 
-    def share_no_more(self) -> None:
-        """Nobody keeps what `share` gave."""
-        self._shared.clear()
+    def share_no_more(self, *, none: bool) -> None:
+        """Somebody gave up what `share` gave: its memory goes. `none`: nobody keeps anything now."""
+        if none:
+            self._shared.clear()
+        for stack in self.stacks:
+            stack.drop_spares()
 
     def _own(self, layer: int) -> None:
         """Before weights are written in place."""
         if layer in self._shared:
             self._shared.discard(layer)
-            self.stacks[layer].switch({name: t.clone() for name, t in self.stacks[layer].weights.items()})
+            self.stacks[layer].switch(self.stacks[layer].fresh())
             self._rebind()
 
     def num_bytes(self) -> int:
@@ -164,11 +177,16 @@ class Holdings:
 
     def square_sum(self, groups: Iterable[int]) -> float:
         """Of all gradients of these groups, for the global norm."""
-        total = 0.0
-        for group in groups:
-            layers = [i for i in range(len(self.stacks)) if self._candidates(group, i) != []]
-            total += square_sum_of(g for layer in layers for g in self._gradients(group, layer))
-        return total
+        return square_sum_of(
+            gradient for group in groups for layer in range(len(self.stacks)) for gradient in self._parts(group, layer)
+        )
+
+    def _parts(self, group: int, layer: int) -> list[Tensor]:
+        """Gradients, or those parts of them that may be other than zero."""
+        candidates, gradients = self._candidates(group, layer), self._gradients(group, layer)
+        if candidates is None or (candidates and self.settings.sparse == "exact"):
+            return gradients  # whole, so that the sum is to the bit that of `off`
+        return [gradient[expert] for gradient in gradients for expert in candidates]
 
     def update(self, lr: float, scale: float) -> None:
         """One optimizer step of every held group with its gradients times `scale`; then they are zero."""
@@ -229,8 +247,9 @@ class Holdings:
             optimizer.catch_up(layer, experts)
             self._residency.changed([self._places.index(group)])
 
-    def take_gradients(self) -> list[Mapping[int, list[Tensor]]]:
-        """By layer, of each held group by name: the caller's. What comes from now on is accumulated elsewhere.
+    def take_gradients(self) -> list[TakenGradients]:
+        """By layer, of each held group: the caller's until `give_back`. What comes from now on is accumulated
+        elsewhere.
 
         `InvalidInput` with an expert cache, which has one memory for them.
         """
@@ -239,9 +258,17 @@ class Holdings:
             stack.touched.clear()
         spans = {group: self._span(group) for group in self.groups}
         return [
-            {group: [stacked[name][span] for name in stack.names] for group, span in spans.items()}
+            TakenGradients(
+                {group: [stacked[name][span] for name in stack.names] for group, span in spans.items()}, stacked
+            )
             for stack, stacked in zip(self.stacks, taken, strict=True)
         ]
+
+    def give_back(self, layer: int, taken: TakenGradients) -> None:
+        """They have been used. From any thread."""
+        for gradient in taken.stacked.values():
+            gradient.zero_()
+        self.stacks[layer].give_back(taken.stacked)
 
     def updated(self, layer: int, steps: Mapping[int, Sequence[LayerStep]]) -> Weights:
         """Copy-on-write: the layer's weights after these steps of each group, one after the other, in new tensors.
@@ -251,11 +278,12 @@ class Holdings:
         """
         stack = self.stacks[layer]
         self._shared.discard(layer)
-        fresh = {name: tensor.clone() for name, tensor in stack.weights.items()}
+        fresh = stack.fresh()
+        for group, held in self._groups.items():  # also those that arrive or leave
+            for name, parameter in held.parameters[layer].items():
+                parameter.data = fresh[name][self._span(group)]
         for group, ordered in steps.items():
             span = self._span(group)
-            for name, parameter in self._groups[group].parameters[layer].items():
-                parameter.data = fresh[name][span]
             for step in ordered:
                 then = None if step.then is None else {name: step.then[name][span] for name in stack.names}
                 gradients = dict(zip(stack.names, step.gradients, strict=True))
@@ -284,6 +312,8 @@ class Holdings:
                 self._catch_up(number, layer)
         self.settings = settings
         self.drop_gradients()
+        for stack in self.stacks:
+            stack.drop_spares()
         for number, group in self._groups.items():
             group.optimizer = self._new_optimizer(number, group.parameters)
 

@@ -64,8 +64,7 @@ class KeptVersions:
         """All others are given up, and with them their memory."""
         for name in [name for name in self._kept if name not in names]:
             del self._kept[name]
-        if not self._kept:
-            holdings.share_no_more()
+        holdings.share_no_more(none=not self._kept)
 
     def num_bytes(self, holdings: Holdings) -> int:
         """That nothing but pins takes. From any thread."""

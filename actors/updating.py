@@ -4,8 +4,9 @@
 `off`: it is stepped like the others. `exact`: its steps are put off until its state is wanted and then made one after
 the other, in pieces that stay in the processor's cache. They are the very steps of `off`, so nothing differs by a bit
 where an expert's tensors fill whole cache lines, elsewhere by the last digit; copies on several actors stay equal in
-any case, whenever each of them makes the steps. `skip`: its weights and moments are left alone, and AdamW's correction
-of the moments counts the steps of the run, as `torch.optim.SparseAdam` does.
+any case, whenever each of them makes the steps. It saves work for experts that are not wanted for long. `skip`: weights
+and moments are left alone, and AdamW's correction of the moments counts the steps of the run, as
+`torch.optim.SparseAdam` does.
 
 Not thread-safe.
 
@@ -175,15 +176,15 @@ class GroupOptimizer:
         ]
 
     def _touched(self, gradients: Mapping[str, Tensor], candidates: Collection[int] | None) -> list[int]:
-        """Experts whose gradient is not zero. Counts of tokens would not do: copies of the group have the same
-        gradients, and not the same tokens."""
+        """Experts whose gradient is not zero, nor so small that its squares are. Counts of tokens would not do: copies
+        of the group have the same gradients, and not the same tokens."""
         left = sorted(range(self._size) if candidates is None else candidates)
         found: list[int] = []
         for gradient in gradients.values():
             if left:
-                largest = torch.stack([torch.linalg.vector_norm(gradient[e], float("inf")) for e in left]).tolist()
-                found += [e for e, size in zip(left, largest, strict=True) if size != 0]
-                left = [e for e, size in zip(left, largest, strict=True) if size == 0]
+                norms = torch.stack([torch.linalg.vector_norm(gradient[e]) for e in left]).tolist()
+                found += [e for e, norm in zip(left, norms, strict=True) if norm != 0]
+                left = [e for e, norm in zip(left, norms, strict=True) if norm == 0]
         return sorted(found)
 
     def _prepare(self, parts: Sequence[_Part], updates: int, scale: float) -> None:

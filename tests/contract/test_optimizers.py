@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from actors.errors import InvalidInput
 from actors.moe.cache import CacheSettings
 from actors.moe.settings import BalanceSettings
 from actors.optim import OptimizerSettings
 from actors.trunk.model import ModelSource
+from actors.updates import Brake
 from cluster.checkpoint.store import CheckpointStore
 from tests.contract.test_copies import PLACEMENTS, copies_agree
 from tests.contract.test_snapshots import restore_all, save_all, spread_over
@@ -40,6 +43,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
 
 def steps(local: LocalCluster, first: int, last: int) -> list[float]:
     return [local.router.train_step(batch, lr=1e-2, clip_norm=1.0).loss for batch in BATCHES[first:last]]
+
+
+def drain(local: LocalCluster) -> None:
+    local.router.status()  # waits for the commit
+    for host in local.hosts:
+        host.updates.drain()
 
 
 def numbers(
@@ -75,7 +84,8 @@ def test_exact_is_dense_and_the_others_are_themselves(plain: dict[str, Numbers])
         assert plain[a][0][-1] != plain[b][0][-1]
 
 
-def test_when_every_expert_has_tokens_sparse_is_dense(source: ModelSource) -> None:
+def test_when_every_expert_has_tokens_sparse_is_dense(tmp_path: Path) -> None:
+    source = ModelSource(path=str(save("mixtral", tmp_path / "m", torch.float64)), dtype="float64")
     found = {}
     batch = torch.randint(0, 256, (16, 32), generator=torch.Generator().manual_seed(7))
     for name in ("off", "exact", "skip"):
@@ -135,6 +145,46 @@ def test_a_checkpoint_has_all_of_it(source: ModelSource, plain: dict[str, Number
             other.router.continue_run(BalanceSettings())
             losses += steps(other, 5, len(BATCHES))
             same((losses, other.router.logits(IDS)), plain[name])
+
+
+@pytest.mark.parametrize("name", ["skip", "muon", "muon-skip"])
+def test_beside_forwards_the_updates_are_the_same(source: ModelSource, name: str) -> None:
+    """Held back for exactly one step, on one host and on two with copies."""
+    found = []
+    for actors, redundancy in ((1, 1), (2, 2)):
+        with cluster(source, actors, redundancy=redundancy) as local:
+            for host in local.hosts:
+                host.updates.brake = Brake(hold=1)
+            losses, _ = numbers(local, replace(SETTINGS[name], staleness=1))
+            drain(local)
+            found.append((losses, local.router.logits(IDS)))
+            copies_agree(local)
+    same(found[0], found[1])
+
+
+def test_the_correction_uses_the_weights_of_the_gradients(source: ModelSource) -> None:
+    """The first update is of gradients of now; the second, held back for one step, of gradients of before the first."""
+    found: dict[float, list[list[torch.Tensor]]] = {}
+    for strength in (0.0, 50.0):
+        found[strength] = []
+        for count in (1, 2):
+            with cluster(source, 1) as local:
+                local.hosts[0].updates.brake = Brake(hold=1)
+                local.router.begin_run(OptimizerSettings(staleness=1, delay_correction=strength))
+                steps(local, 0, count)
+                drain(local)
+                found[strength].append(list(local.hosts[0].holdings.stacks[0].weights.values()))
+    same_after_one, same_after_two = (
+        all(torch.equal(a, b) for a, b in zip(plain, corrected, strict=True))
+        for plain, corrected in zip(found[0.0], found[50.0], strict=True)
+    )
+    assert same_after_one
+    assert not same_after_two
+
+
+def test_steps_that_were_put_off_are_not_made_beside_forwards() -> None:
+    with pytest.raises(InvalidInput, match="put off"):
+        OptimizerSettings(sparse="exact", staleness=1)
 
 
 def test_a_new_job_finds_experts_up_to_date(source: ModelSource) -> None:
