@@ -29,7 +29,7 @@ from actors.trunk.checkpoint import CheckpointReader
 from actors.trunk.export import export_model
 from actors.trunk.load import load_trunk, load_weights
 from actors.trunk.model import ModelSource, connect, second_view, skeleton
-from actors.values import Course, Sampling, SnapshotTaken, StepReport, TokenEvent
+from actors.values import Course, Placement, Sampling, SnapshotTaken, StepReport, TokenEvent
 from actors.versions import VersionGate
 
 logger = logging.getLogger(__name__)
@@ -297,6 +297,11 @@ class Router:
         self._training.connect(roster.peers)
         self._training.tell_living("retire", {})
         return waited
+
+    @property
+    def placement(self) -> Placement:
+        """In use."""
+        return self._roster.placement
 
     def cut(self, names: Sequence[str]) -> None:
         """Every wait for these actors ends now, as if their connections had ended. From any thread."""

@@ -14,14 +14,15 @@ from cluster.configfile import job_from_dict, to_dict
 from cluster.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted
 
 _NEXT: dict[JobState, frozenset[JobState]] = {
-    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.CANCELLED}),
+    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.CANCELLED, JobState.FAILED}),
     JobState.RUNNING: frozenset({JobState.CANCELLING, JobState.SUCCEEDED, JobState.FAILED}),
     JobState.CANCELLING: frozenset({JobState.CANCELLED, JobState.SUCCEEDED, JobState.FAILED}),
 }
 
 
 class JobRecord:
-    """One job: its current value, and its newest events numbered from 1 without gaps."""
+    """One job: its current value, and its newest events. Their numbers rise from 1, without gaps but where the
+    coordinator died: there some may have been told that nobody remembers."""
 
     def __init__(self, job: Job, max_events: int) -> None:
         self.job = job
@@ -90,17 +91,32 @@ class JobTable:
         return record.job
 
     def adopt(self, job: Job, message: str, now: float) -> None:
-        """A job of before a restart of everything, in an empty table. It keeps its id and its request id, and its
-        events go on with the next number; one that was running is the next to start, after its step."""
+        """A job of before a restart. It keeps its id and its request id, and its events go on with the next number; one
+        that was running is the next to start, after its step: those that are adopted or recalled later wait for it."""
         if job.state is JobState.CANCELLING:
             job = dataclasses.replace(job, state=JobState.CANCELLED, ended_s=now)
         elif not job.state.is_final:
             job = dataclasses.replace(job, state=JobState.QUEUED)
+        self._keep(job).record("note", now, message=message)
+
+    def recall(self, jobs: Sequence[Job]) -> None:
+        """Those that ended before a restart, and those that never began, oldest first. They keep their ids."""
+        for job in jobs:
+            self._keep(job)
+
+    def _keep(self, job: Job) -> JobRecord:
         record = JobRecord(job, self._max_events)
-        record.record("note", now, message=message)
         self._records[job.id] = record
         self._id_of_request[job.request_id] = job.id
-        self._num_submitted = int(job.id.rpartition("-")[2])
+        self._num_submitted = max(self._num_submitted, int(job.id.rpartition("-")[2]))
+        return record
+
+    def resuming(self) -> JobRecord | None:
+        """A job that goes on after the steps it has done, and waits for the cluster to be ready."""
+        return next((r for r in self._records.values() if r.job.state is JobState.QUEUED and r.job.step), None)
+
+    def oldest_first(self) -> tuple[Job, ...]:
+        return tuple(record.job for record in self._records.values())
 
     def __getitem__(self, job_id: str) -> JobRecord:
         try:

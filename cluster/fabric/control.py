@@ -10,26 +10,30 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 
-from actors.errors import InvalidInput
+from actors.errors import InvalidInput, MoeClusterError
 from actors.values import Placement
 from cluster.backend import ClusterStatus, Job, JobEvent, LoadReport, ModelDirectory, Operation, Rebalance
 from cluster.config import ClusterConfig, JobConfig
-from cluster.control.coordinator import Coordinator
+from cluster.control.coordinator import Coordinator, ModelFacts, Past
 from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
+from cluster.control.journal import Journal
 from cluster.control.ledger import Entry
-from cluster.errors import StartupError
+from cluster.errors import StartupError, Unavailable
 from cluster.fabric.autoscaling import Autoscaler
 from cluster.fabric.calls import call
 from cluster.fabric.changes import Changes
-from cluster.fabric.checkpoints import CheckpointEntry, Checkpoints, Vault, entry, sentence
-from cluster.fabric.crew import Crew
+from cluster.fabric.checkpoints import CheckpointEntry, Checkpoints, Vault, entry, sentence, vault_url
+from cluster.fabric.comeback import find_survivors, on_their_way, tell_losses, weigh, worth_keeping
+from cluster.fabric.crew import Crew, Survivors
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.jobs import JobThreads
+from cluster.fabric.journal import Keeper, read_journal
 from cluster.fabric.options import ROUTER
 from cluster.fabric.rebalancing import Rebalancer
 from cluster.fabric.recovery import Recovery, begin_from, load_experts
@@ -44,46 +48,79 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BEAT_S = 0.1
+AGAIN_S = 2.0
+"""After an attempt to come back that failed."""
 FIRST_RUN = 1
 """Of a router that starts from a checkpoint; the next job's is one more."""
 
 
-class ControlWorker:
-    """Created once a cluster; `start` brings up the actors, `stop` ends them."""
+@dataclass(frozen=True)
+class Desk:
+    """What a coordinator works with, from the moment that it knows the state of the cluster."""
 
-    def __init__(self, config: ClusterConfig) -> None:
-        self._config = config
+    state: Guarded
+    changes: Changes
+    scaling: Scaling
+    rebalancer: Rebalancer
+    autoscaler: Autoscaler
+    checkpoints: Checkpoints
+    recovery: Recovery
+    jobs: JobThreads
+    keeper: Keeper
+
+
+class ControlWorker:
+    """Created once a cluster; `start` brings up the actors, `stop` ends them.
+
+    Ray starts another process in the place of one that died. It finds the actors as they are, which went on meanwhile;
+    until it knows all of them its calls raise `Unavailable`.
+    """
+
+    def __init__(self, config: ClusterConfig, cluster: str) -> None:
+        """`cluster`: a name that no other one on this Ray cluster has."""
+        self._config, self._cluster = config, cluster
         self._stopping = threading.Event()
-        self._crew = Crew(config)
+        self._crew = Crew(config, cluster)
+        self._seat: Desk | None = None
+        context = ray.get_runtime_context()
+        self._me = context.current_actor
+        if context.was_current_actor_reconstructed:
+            threading.Thread(target=self._come_back, name="comeback", daemon=True).start()
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
     def start(self) -> Any:
         """Starts every actor and returns the router's handle. `StartupError` or `InvalidInput` if that cannot be."""
-        self._me = ray.get_runtime_context().current_actor
+        self._begin()
+        if not self._state.wait_for(lambda c: c.status().ready, self._config.ray.start_timeout_s):
+            raise StartupError(f"not ready in time: {self.status().message}")
+        return self._crew.router
+
+    def _begin(self) -> None:
         experts = self._config.experts
         model = self._crew.start_router()
         vault = Vault(self._config, model)
         found = vault.newest() if self._config.checkpoint.resume else None
+        past = self._past_of(read_journal(vault.url), model) if self._config.checkpoint.resume else Past()
         check_vocabulary(load_tokenizer(self._config.model), model.vocab_size)
         slots = self._crew.start_experts(experts.actors)
         placement = spread(model.num_experts, experts.group_size, slots, experts.redundancy)
         coordinator = Coordinator(model, placement, redundancy=experts.redundancy, max_groups=experts.max_groups)
-        self._state = Guarded(coordinator)
-        self._changes = Changes(self._state, self._crew)
-        self._scaling = Scaling(self._state, self._crew, self._changes, experts)
-        self._rebalancer = Rebalancer(self._changes, experts.rebalance_every_s)
-        self._autoscaler = Autoscaler(self._state, self._crew, self._changes, self._scaling, experts)
-        self._checkpoints = Checkpoints(vault, self._config.checkpoint.every_steps, self._state, self._crew)
-        self._recovery = Recovery(
-            self._state, self._crew, self._changes, self._scaling, self._checkpoints, self._me, experts.redundancy
-        )
+        desk = self._desk(coordinator, vault, experts.actors)
         self._load(placement, [slot.id for slot in slots], found)
-        self._jobs = JobThreads(self._state, self._crew, self._config.model, self._checkpoints, self._recovery)
-        threading.Thread(target=self._loop, name="coordinator", daemon=True).start()
-        if not self._state.wait_for(lambda c: c.status().ready, self._config.ray.start_timeout_s):
-            raise StartupError(f"not ready in time: {self.status().message}")
-        return self._crew.router
+        if found is not None:
+            begin_from(desk.state, found, past)
+        else:
+            coordinator.recalled(past, None, "", time.time())
+        self._sit_down(desk)
+
+    def _past_of(self, journal: Journal | None, model: ModelFacts) -> Past:
+        if journal is None:
+            return Past()
+        if journal.model != model:
+            logger.warning("the journal is of another model, %s: its jobs are not taken over", journal.model.name)
+            return Past()
+        return Past(journal.jobs, journal.operations, journal.entries)
 
     def _load(self, placement: Placement, names: Sequence[str], found: Found | None) -> None:
         """From the model directory, or from a checkpoint."""
@@ -94,8 +131,102 @@ class ControlWorker:
             self._crew.load_experts(Placement(0, (), placement.group_size), names)
             load_experts(self._crew, placement, found, FIRST_RUN)
         self._crew.load_router(placement, self._me, found, FIRST_RUN)
-        if found is not None:
-            begin_from(self._state, found)
+
+    def _desk(self, coordinator: Coordinator, vault: Vault, wanted: int) -> Desk:
+        experts, state, crew = self._config.experts, Guarded(coordinator), self._crew
+        changes = Changes(state, crew)
+        scaling = Scaling(state, crew, changes, experts, wanted)
+        checkpoints = Checkpoints(vault, self._config.checkpoint.every_steps, state, crew)
+        recovery = Recovery(state, crew, changes, scaling, checkpoints, self._me, experts.redundancy)
+
+        def take() -> Journal:
+            with state.reading() as coordinator:
+                return journal_of(coordinator, self._cluster, scaling.wanted_if_cut_off, crew)
+
+        return Desk(
+            state,
+            changes,
+            scaling,
+            Rebalancer(changes, experts.rebalance_every_s),
+            Autoscaler(state, crew, changes, scaling, experts),
+            checkpoints,
+            recovery,
+            JobThreads(state, crew, self._config.model, checkpoints, recovery),
+            Keeper(vault.url, take, lambda journal: not journal.is_empty or journal.wanted != experts.actors),
+        )
+
+    def _sit_down(self, desk: Desk) -> None:
+        self._seat = desk
+        desk.keeper.start()
+        threading.Thread(target=self._loop, args=(desk,), name="coordinator", daemon=True).start()
+
+    def _come_back(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self._find_everybody()
+                return
+            except MoeClusterError as error:
+                logger.error("the coordinator is not back yet: %s", error)
+            except Exception:
+                logger.exception("the coordinator's return stumbled")
+            self._stopping.wait(AGAIN_S)
+
+    def _find_everybody(self) -> None:
+        journal = read_journal(vault_url(self._config))
+        if journal is not None and journal.cluster != self._cluster:
+            journal = None  # of a life before, which had nothing to do with these actors
+        found = find_survivors(self._cluster, journal)
+        if found.router is None and not found.experts:
+            logger.error("nobody outlived the coordinator; all begins anew")
+            self._begin()
+            return
+        now, experts = time.time(), self._config.experts
+        model = self._facts(found, journal)
+        vault = Vault(self._config, model)
+        findings = weigh(found, journal, model, experts.group_size, saved=bool(vault.all()))
+        wanted = journal.wanted if journal else max(len(found.experts), experts.min_actors)
+        kept = worth_keeping(found, findings, wanted)
+        coordinator = Coordinator.restored_from(
+            model,
+            findings.placement,
+            Past(journal.jobs, journal.operations, journal.entries) if journal else Past(),
+            findings.standing,
+            now,
+            findings.since_s,
+            redundancy=experts.redundancy,
+            max_groups=experts.max_groups,
+        )
+        tell_losses(coordinator, findings, now)
+        self._crew.take_over(kept, journal.next_number if journal else 0)
+        self._crew.leave_off(on_their_way(kept, findings.placement))
+        desk = self._desk(coordinator, vault, wanted)
+        if (job := findings.standing.job) is not None and kept.router is not None:
+            desk.checkpoints.job_goes_on(job.id, kept.router[1].course)
+        logger.warning(
+            "the coordinator is back: version %d, expert actors %s%s",
+            findings.standing.version,
+            ", ".join(kept.experts) or "none",
+            "" if journal else "; there is no journal, so that jobs and operations of before are forgotten",
+        )
+        self._sit_down(desk)
+
+    def _facts(self, found: Survivors, journal: Journal | None) -> ModelFacts:
+        if journal is not None:
+            return journal.model
+        if found.router is None:  # another one is started, and started again when it can be loaded
+            return self._crew.start_router()
+        facts: ModelFacts = call(ROUTER, found.router[0].facts.remote(), self._config.ray.start_timeout_s)
+        return facts
+
+    @property
+    def _at(self) -> Desk:
+        if self._seat is None:
+            raise Unavailable("the coordinator has just come back and looks around; try again")
+        return self._seat
+
+    @property
+    def _state(self) -> Guarded:
+        return self._at.state
 
     def ready_router(self) -> Any:
         """The router's handle, where it and the experts can answer; otherwise None."""
@@ -104,8 +235,9 @@ class ControlWorker:
 
     def stop(self) -> None:
         self._stopping.set()
-        if hasattr(self, "_jobs"):
-            self._jobs.stop_all()
+        if (desk := self._seat) is not None:
+            desk.jobs.stop_all()
+            desk.keeper.close()
         self._crew.end_all()
 
     def experts(self) -> list[tuple[ExpertContact, Any]]:
@@ -115,7 +247,9 @@ class ControlWorker:
 
     def submit(self, config: JobConfig, request_id: str) -> Job:
         with self._state.changing() as coordinator:
-            return coordinator.submit(config, request_id, time.time())
+            job = coordinator.submit(config, request_id, time.time())
+        self._at.keeper.write_now()
+        return job
 
     def job(self, job_id: str) -> Job:
         with self._state.reading() as coordinator:
@@ -127,7 +261,9 @@ class ControlWorker:
 
     def cancel(self, job_id: str) -> Job:
         with self._state.changing() as coordinator:
-            return coordinator.cancel(job_id, time.time())
+            job = coordinator.cancel(job_id, time.time())
+        self._at.keeper.write_now()
+        return job
 
     def job_events(self, job_id: str, after: int, max_events: int, wait_s: float) -> tuple[Sequence[JobEvent], Job]:
         def is_there(coordinator: Coordinator) -> bool:
@@ -147,10 +283,12 @@ class ControlWorker:
             return coordinator.load_report()
 
     def rebalance(self, dry_run: bool, timeout_s: float) -> Rebalance:
-        return self._changes.rebalance(dry_run, timeout_s)
+        return self._at.changes.rebalance(dry_run, timeout_s)
 
     def scale(self, actors: int, request_id: str) -> Operation:
-        return self._scaling.scale(actors, request_id)
+        operation = self._at.scaling.scale(actors, request_id)
+        self._at.keeper.write_now()
+        return operation
 
     def operation(self, operation_id: str) -> Operation:
         with self._state.reading() as coordinator:
@@ -186,61 +324,77 @@ class ControlWorker:
         call(ROUTER, self._crew.router.replace_weights.remote(str(directory)), timeout_s)
         with self._state.changing() as coordinator:
             coordinator.imported()
-        self._checkpoints.after_import()
+        self._at.checkpoints.after_import()
         return self.status()
 
     def save_checkpoint(self, timeout_s: float) -> CheckpointEntry:
         """Steps wait for the copying alone. `StorageFull`, or `Unavailable` while another is written for too long."""
-        return entry(self._checkpoints.save(timeout_s))
+        return entry(self._at.checkpoints.save(timeout_s))
 
     def checkpoints(self) -> Sequence[CheckpointEntry]:
         """Newest first."""
-        return [entry(found) for found in self._checkpoints.vault.all()]
+        return [entry(found) for found in self._at.checkpoints.vault.all()]
 
     # -- asked by the router ------------------------------------------------------------------------------------------
 
     def without(self, gone: Sequence[str]) -> tuple[Placement, list[ExpertContact]]:
-        return self._changes.without(gone)
+        return self._at.changes.without(gone)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
-    def _loop(self) -> None:
+    def _loop(self, desk: Desk) -> None:
         while not self._stopping.wait(BEAT_S):
             try:
-                self._look()
-                with self._state.changing() as coordinator:
+                self._look(desk)
+                with desk.state.changing() as coordinator:
                     decisions = coordinator.step(time.time())
                 for decision in decisions:
-                    self._carry_out(decision)
-                self._scaling.heal()
-                self._recovery.heal()
-                self._autoscaler.look()
-                self._rebalancer.look()
+                    self._carry_out(desk, decision)
+                desk.scaling.heal()
+                desk.recovery.heal()
+                desk.autoscaler.look()
+                desk.rebalancer.look()
             except Exception:  # the loop must survive: without it no job starts and no death is noticed
                 logger.exception("the coordinator's loop stumbled")
 
-    def _look(self) -> None:
+    def _look(self, desk: Desk) -> None:
         signs = self._crew.look()
-        with self._state.changing() as coordinator:
+        with desk.state.changing() as coordinator:
             for status in signs.seen:
                 coordinator.actor_seen(status, time.time())
         for name, reason in signs.dead.items():
             logger.error("lost %s: %s", name, reason)
-            self._changes.bury(name, reason)
+            desk.changes.bury(name, reason)
         for name, silent_s in signs.frozen.items():
             self._crew.cut_off(name)
-            self._changes.bury(name, f"no answer for {silent_s:.1f} s", silent_s)
+            desk.changes.bury(name, f"no answer for {silent_s:.1f} s", silent_s)
 
-    def _carry_out(self, decision: Decision) -> None:
+    def _carry_out(self, desk: Desk, decision: Decision) -> None:
         match decision:
             case StartJob(job_id, config, start_step):
-                self._jobs.start(job_id, config, start_step)
+                desk.jobs.start(job_id, config, start_step)
             case StopJob(job_id, _):
-                self._jobs.stop(job_id)
+                desk.jobs.stop(job_id)
             case ActorLost(placement=Placement() as placement) if not placement.missing:
-                self._changes.switch(placement)
+                desk.changes.switch(placement)
             case ActorLost():
                 pass
+
+
+def journal_of(coordinator: Coordinator, cluster: str, wanted: int, crew: Crew) -> Journal:
+    past = coordinator.past
+    return Journal(
+        cluster,
+        time.time(),
+        coordinator.model,
+        coordinator.placement,
+        wanted,
+        crew.next_number,
+        past.jobs,
+        past.operations,
+        past.entries,
+        crew.processes(),
+    )
 
 
 def _below(roots: Sequence[Path], path: str, field: str) -> Path:

@@ -8,6 +8,7 @@ import re
 import signal
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,11 +23,12 @@ from cluster.backend import ActorStatus
 from cluster.config import ClusterConfig
 from cluster.control.coordinator import ModelFacts
 from cluster.control.heartbeats import Heartbeats
+from cluster.control.journal import Process
 from cluster.errors import StartupError, Unavailable
 from cluster.fabric.calls import call
 from cluster.fabric.nodes import node_names
-from cluster.fabric.options import ROUTER, expert_options, router_options
-from cluster.fabric.workers import ExpertContact, ExpertWorker, RouterWorker
+from cluster.fabric.options import ROUTER, expert_options, lasting, router_options
+from cluster.fabric.workers import ExpertContact, ExpertStanding, ExpertWorker, RouterStanding, RouterWorker
 from cluster.placement.placement import ActorSlot
 
 if TYPE_CHECKING:
@@ -49,11 +51,20 @@ class Signs:
     """Actor -> seconds for which it has not answered; its process may live."""
 
 
+@dataclass(frozen=True)
+class Survivors:
+    """Actors that outlived a coordinator: handles, and what they say of themselves."""
+
+    router: tuple[Any, RouterStanding] | None
+    experts: dict[str, tuple[Any, ExpertStanding]]
+
+
 class Crew:
     """Thread-safe."""
 
-    def __init__(self, config: ClusterConfig) -> None:
-        self._config = config
+    def __init__(self, config: ClusterConfig, cluster: str) -> None:
+        """`cluster`: what its actors are named after; see `options.lasting`."""
+        self._config, self._cluster = config, cluster
         self._lock = threading.RLock()
         self._handles: dict[str, Any] = {}
         self._experts: dict[str, ExpertContact] = {}
@@ -79,7 +90,10 @@ class Crew:
     def start_router(self) -> ModelFacts:
         """Its process, in the place of the one before; `load_router` gives it its weights."""
         self.end([ROUTER])
-        handle = ray.remote(**router_options(self._config))(RouterWorker).remote(self._config)
+        worker = ray.remote(**router_options(self._config))(RouterWorker)
+        # A name is free again only some time after its actor has ended.
+        name = lasting(self._cluster, f"{ROUTER}/{uuid.uuid4().hex[:8]}")
+        handle = worker.options(**name).remote(self._config)
         with self._lock:
             self._handles[ROUTER] = handle
         facts: ModelFacts = self._started(ROUTER, handle.facts.remote())
@@ -91,8 +105,10 @@ class Crew:
         with self._lock:
             names = [f"expert-{self._next_number + i}" for i in range(count)]
             self._next_number += count
-            for name in names:
-                self._handles[name] = worker.remote(name, self._config)
+        # Without the lock: while Ray's head is away, an actor with a name keeps whoever creates it waiting.
+        handles = {name: worker.options(**lasting(self._cluster, name)).remote(name, self._config) for name in names}
+        with self._lock:
+            self._handles |= handles
         where = {name: self._handles[name].node_id.remote() for name in names}
         try:
             return [ActorSlot(name, self._started(name, ref)) for name, ref in where.items()]
@@ -117,6 +133,36 @@ class Crew:
         with self._lock:
             self._router_at = at
             self._deaths[ROUTER] = self.router.wait_until_death.remote()
+
+    def take_over(self, found: Survivors, next_number: int) -> None:
+        """Actors that another coordinator started, loaded all of them, and watched from now on."""
+        with self._lock:
+            self._next_number = max([next_number, *(number_of(name) + 1 for name in found.experts)])
+            for name, (handle, expert) in found.experts.items():
+                self._handles[name], self._experts[name] = handle, expert.contact
+            if found.router is not None:
+                self._handles[ROUTER], router = found.router
+                self._router_at = router.node_id, router.pid
+            for name, handle in self._handles.items():
+                self._deaths[name] = handle.wait_until_death.remote()
+
+    def processes(self) -> tuple[Process, ...]:
+        with self._lock:
+            known = [Process(ROUTER, *self._router_at)] if ROUTER in self._deaths else []
+            return *known, *(Process(c.name, c.node_id, c.pid) for c in self._experts.values())
+
+    @property
+    def next_number(self) -> int:
+        """Of the next expert actor."""
+        return self._next_number
+
+    def leave_off(self, groups: dict[str, Sequence[int]]) -> None:
+        """These are not awaited any more by these expert actors, and copies of state for checkpoints are dropped."""
+        with self._lock:
+            for name, on_their_way in groups.items():
+                self._handles[name].leave_off.remote(on_their_way)
+            for handle in self._handles.values():
+                handle.drop_snapshot.remote()
 
     def _started(self, name: str, ref: Any) -> Any:
         try:
@@ -185,7 +231,7 @@ class Crew:
             contact = self._experts.get(name)
             node_id, pid = (contact.node_id, contact.pid) if contact else self._router_at
         ray.wait(refs, num_returns=len(refs), timeout=1.0)
-        _kill_process(node_id, pid)
+        end_process(node_id, pid)
 
     def end_all(self) -> None:
         for handle in self._handles.values():
@@ -278,7 +324,12 @@ def _found(table: dict[str, Any], name: str) -> Any:
     return table[name]
 
 
-def _kill_process(node_id: str, pid: int) -> None:
+def number_of(expert: str) -> int:
+    """In the name of an expert actor."""
+    return int(expert.rpartition("-")[2])
+
+
+def end_process(node_id: str, pid: int) -> None:
     """Fencing: a frozen process does not hear Ray's own kill, and must not come back with old weights."""
     strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
     options = {"num_cpus": 0, "scheduling_strategy": strategy, "max_retries": 0}

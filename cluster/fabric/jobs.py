@@ -6,11 +6,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from actors.errors import MoeClusterError
 from actors.moe.settings import BalanceSettings
 from actors.values import Course, StepReport
+from cluster.backend import Job
 from cluster.config import JobConfig, ModelConfig, OptimizerConfig
 from cluster.control.coordinator import Coordinator
 from cluster.fabric.calls import call
@@ -85,7 +87,7 @@ class JobThreads:
     def _run_steps(self, job_id: str, config: JobConfig, step: int, stop: threading.Event) -> None:
         run_job(
             config,
-            _JobRouter(self._crew.router, self._checkpoints, job_id, step),
+            _JobRouter(self._crew.router, self._checkpoints, self._job(job_id, step)),
             self._documents(config),
             _Reporter(self._state, job_id),
             stop.is_set,
@@ -114,6 +116,10 @@ class JobThreads:
     def _end(self, report: Callable[[Coordinator, float], None]) -> None:
         with self._state.changing() as coordinator:
             report(coordinator, time.time())
+
+    def _job(self, job_id: str, step: int) -> Job:
+        with self._state.reading() as coordinator:
+            return replace(coordinator.job(job_id), step=step)
 
     def _documents(self, config: JobConfig) -> Documents:
         from cluster.fabric.data import open_tokens  # Ray Data: a second of importing that only jobs need
@@ -168,17 +174,19 @@ class RayRouter:
 
 
 class _JobRouter(RayRouter):
-    """Of a job that has done `step` steps; checkpoints learn which job the router's steps belong to."""
+    """Of a job that has done so many steps; checkpoints and the router itself learn whose its steps are."""
 
-    def __init__(self, handle: Any, checkpoints: Checkpoints, job_id: str, step: int) -> None:
+    def __init__(self, handle: Any, checkpoints: Checkpoints, job: Job) -> None:
         super().__init__(handle)
-        self._checkpoints, self._job_id, self._step = checkpoints, job_id, step
+        self._checkpoints, self._job = checkpoints, job
 
     def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings = NO_BALANCE) -> Course:
         def begin() -> Course:
-            if self._step == 0:
-                return RayRouter.begin_run(self, optimizer, balance)
-            course: Course = call(ROUTER, self._handle.continue_run.remote(balance), STEP_TIMEOUT_S)
+            if self._job.step == 0:
+                ref = self._handle.begin_run.remote(optimizer, balance, self._job)
+            else:
+                ref = self._handle.continue_run.remote(balance, self._job)
+            course: Course = call(ROUTER, ref, STEP_TIMEOUT_S)
             return course
 
-        return self._checkpoints.job_begins(self._job_id, begin, self._step)
+        return self._checkpoints.job_begins(self._job.id, begin, self._job.step)

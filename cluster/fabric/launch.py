@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from actors.errors import MoeClusterError
 from cluster.config import ClusterConfig
 from cluster.fabric.backend import RayBackend
 from cluster.fabric.calls import call
+from cluster.fabric.comeback import end_all
 from cluster.fabric.control import ControlWorker
 from cluster.fabric.jobs import RayRouter
 from cluster.fabric.nodes import connected
@@ -46,10 +48,19 @@ class RunningCluster:
 def launched(config: ClusterConfig) -> Iterator[RunningCluster]:
     """A ready cluster; on leaving, also by an error or Ctrl-C, every process it started has ended."""
     with connected(config):
-        control: Any = ray.remote(**coordinator_options())(ControlWorker).remote(config)
+        cluster = uuid.uuid4().hex[:12]
+        control: Any = ray.remote(**coordinator_options())(ControlWorker).remote(config, cluster)
         try:
             router = call("coordinator", control.start.remote(), 3 * config.ray.start_timeout_s)
             yield RunningCluster(RayBackend(control, router, config.model), RayRouter(router), control)
         finally:
-            with suppress(MoeClusterError):
-                call("coordinator", control.stop.remote(), STOP_TIMEOUT_S)
+            _end(control, cluster)
+
+
+def _end(control: Any, cluster: str) -> None:
+    try:
+        call("coordinator", control.stop.remote(), STOP_TIMEOUT_S)
+    except MoeClusterError as error:
+        logger.warning("the coordinator does not end its actors: %s", error)
+    ray.kill(control)
+    end_all(cluster)  # it may have died a moment ago, and have left some

@@ -12,6 +12,9 @@ EXPERT_RESOURCE = "moe_expert"
 NODE_LABEL = "moe-cluster.io/node"
 """Name of a node, where one is set; otherwise the Ray node id stands for it."""
 
+NAMESPACE = "moe-cluster"
+"""Of all clusters that run on one Ray cluster."""
+
 COORDINATOR, ROUTER = "coordinator", "router-0"
 """Names of the actors of which there is one."""
 
@@ -20,7 +23,14 @@ TRAIN, SERVE, CONTROL = "train", "serve", "control"
 
 
 def coordinator_options() -> dict[str, Any]:
-    return {"num_cpus": 0, "max_concurrency": 64, "max_restarts": 0}
+    """It comes back whenever it dies, and the others go on meanwhile."""
+    return {"num_cpus": 0, "max_concurrency": 64, "max_restarts": -1}
+
+
+def lasting(cluster: str, name: str) -> dict[str, Any]:
+    """Of an actor that outlives the coordinator that has started it, and that the next one finds. `name`: of this
+    process; the one that takes its place has another."""
+    return {"name": f"{cluster}/{name}", "namespace": NAMESPACE, "lifetime": "detached"}
 
 
 def expert_options(config: ClusterConfig) -> dict[str, Any]:

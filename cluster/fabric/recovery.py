@@ -13,6 +13,7 @@ import ray
 
 from actors.errors import InvalidInput, LinkError, MoeClusterError, StepAborted
 from actors.values import Placement
+from cluster.control.coordinator import Past
 from cluster.control.rebalancing import named
 from cluster.errors import StartupError, Unavailable
 from cluster.fabric.calls import call
@@ -194,8 +195,10 @@ class Recovery:
 
     def _report(self, before: Placement, placement: Placement, found: Found, job_id: str | None) -> int | None:
         saved = job_in(found)
-        steps = {saved.id: saved.step} if saved and saved.id == job_id else {}
         with self._state.changing() as coordinator:
+            waiting = coordinator.waiting_job()
+            of = job_id or (waiting.id if waiting else None)
+            steps = {saved.id: saved.step} if saved and saved.id == of else {}
             if coordinator.placement != before:
                 raise Unavailable("an actor died meanwhile")
             lost = coordinator.status().version - found.manifest.version
@@ -210,9 +213,9 @@ class Recovery:
             coordinator.notice = notice
 
 
-def begin_from(state: Guarded, found: Found) -> None:
-    """At the start: what the checkpoint says of version and job becomes the coordinator's."""
+def begin_from(state: Guarded, found: Found, past: Past) -> None:
+    """At the start: what the checkpoint says of version and job becomes the coordinator's, and what it knew before."""
     job: Any = job_in(found)
     with state.changing() as coordinator:
         coordinator.can_restore = True
-        coordinator.resumed(found.manifest.version, job, f"resumed {sentence(found)}", time.time())
+        coordinator.resumed(found.manifest.version, job, f"resumed {sentence(found)}", time.time(), past)

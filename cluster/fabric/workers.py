@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +20,10 @@ import ray
 
 from actors.moe.settings import BalanceSettings
 from actors.values import Address, Course, Placement, Sampling, SnapshotTaken, StepReport, TokenEvent
+from cluster.backend import Job
 from cluster.config import ClusterConfig, OptimizerConfig
 from cluster.control.coordinator import ModelFacts
+from cluster.control.jobtable import job_of_dict
 from cluster.fabric.calls import call
 from cluster.fabric.options import CONTROL, COORDINATOR, ROUTER, SERVE, TRAIN
 from cluster.jobs.batches import MicroBatch
@@ -33,6 +37,10 @@ if TYPE_CHECKING:
     from actors.transport.socket import SocketServer
     from cluster.checkpoint.manifest import Shard
     from cluster.checkpoint.store import Draft, Found
+
+MAX_REPORTS = 64
+UNTOLD_S = 2.0
+"""A step's report reaches those who watch its job within this time."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +56,59 @@ class ExpertContact:
     """Where other expert actors reach it."""
 
 
+@dataclass(frozen=True)
+class ExpertStanding:
+    """What an expert actor says of itself to a coordinator that is new to it."""
+
+    contact: ExpertContact
+    vitals: dict[str, Any]
+    heard_s: float
+    """When the coordinator asked the last time (Unix)."""
+
+
+@dataclass(frozen=True)
+class RouterStanding:
+    """As of an expert actor, between two steps."""
+
+    node_id: str
+    pid: int
+    placement: Placement
+    """In use."""
+    vitals: dict[str, Any]
+    job: Job | None
+    """The last one that began, or went on; as it was then."""
+    course: Course
+    """What its steps are counted from."""
+    reports: tuple[tuple[float, StepReport], ...]
+    """Of its last steps, with the time (Unix) of each: all that may not have been told any more."""
+    heard_s: float
+    """As of an expert actor."""
+
+
+class Watch:
+    """Lets one coordinator wait for the end of this process: the next one takes it over."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self.heard_s = time.time()
+
+    def wait(self) -> None:
+        """Until somebody else waits. Each wait takes a thread of the actor, which has few."""
+        with self._lock:
+            self._over.set()
+            over = self._over = threading.Event()
+        over.wait()
+
+
 class ExpertWorker:
     """Holds an `ExpertHost` and serves its links from threads of their own; Ray calls only look after it."""
 
     def __init__(self, name: str, config: ClusterConfig) -> None:
         _import_torch(config.experts.threads)
         self._name, self._config = name, config
+        self._watch = Watch()
+        self._contact: ExpertContact | None = None
         self._bind_host = "127.0.0.1" if config.ray.mode == "embedded" else ray.util.get_node_ip_address()
 
     def node_id(self) -> str:
@@ -76,7 +131,17 @@ class ExpertWorker:
         )
         self._server = self._serve(self._host.handle, self._host.idle)
         self._exchange = self._serve(self._host.exchange.handle)
-        return ExpertContact(self._name, self.node_id(), os.getpid(), self._server.address, self._exchange.address)
+        self._contact = ExpertContact(
+            self._name, self.node_id(), os.getpid(), self._server.address, self._exchange.address
+        )
+        return self._contact
+
+    def standing(self) -> ExpertStanding | None:
+        """None as long as it has not been loaded."""
+        if self._contact is None:
+            return None
+        heard_s = self._watch.heard_s
+        return ExpertStanding(self._contact, self.vitals(), heard_s)
 
     def _serve(self, handler: Any, idle: Callable[[], bool] = lambda: False) -> SocketServer:
         from actors.transport.socket import SocketServer
@@ -123,11 +188,13 @@ class ExpertWorker:
         return self._host.handle("ray", question)
 
     def vitals(self) -> dict[str, Any]:
+        self._watch.heard_s = time.time()
         return {**self._host.status(), "busy_s": self._server.busy_s}
 
     def wait_until_death(self) -> None:
-        """Never returns: the caller's reference fails the moment this process is gone."""
-        threading.Event().wait()
+        """Does not return: the caller's reference fails the moment this process is gone. Only when another coordinator
+        waits here it ends."""
+        self._watch.wait()
 
 
 class RouterWorker:
@@ -137,6 +204,11 @@ class RouterWorker:
         _import_torch(config.router.threads)
         self._config = config
         self._sessions: set[str] = set()
+        self._watch = Watch()
+        self._is_loaded = False
+        self._job: Job | None = None
+        self._course = Course(0, 0)
+        self._reports: deque[tuple[float, StepReport]] = deque(maxlen=MAX_REPORTS)
 
     @ray.method(concurrency_group=CONTROL)
     def facts(self) -> ModelFacts:
@@ -174,6 +246,9 @@ class RouterWorker:
 
             router.restore(self._roster(placement, experts), read_router(found), run)
         self._router = router
+        if found is not None:
+            self._follow_saved(found)
+        self._is_loaded = True
         return self._node_id, os.getpid()
 
     def _roster(self, placement: Placement, experts: Sequence[ExpertContact]) -> Roster:
@@ -204,19 +279,53 @@ class RouterWorker:
 
     @ray.method(concurrency_group=CONTROL)
     def wait_until_death(self) -> None:
-        threading.Event().wait()
+        """As of an expert actor."""
+        self._watch.wait()
 
     @ray.method(concurrency_group=TRAIN)
-    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings) -> Course:
+    def standing(self) -> RouterStanding | None:
+        """After the step at hand, and all else that the coordinator before had asked for. None: not loaded."""
+        if not self._is_loaded:
+            return None
+        return RouterStanding(
+            self._node_id,
+            os.getpid(),
+            self._router.placement,
+            self._router.vitals(),
+            self._job,
+            self._course,
+            tuple(self._reports),
+            self._watch.heard_s,
+        )
+
+    @ray.method(concurrency_group=CONTROL)
+    def ping(self) -> None:
+        """Answers, whatever the step at hand takes."""
+
+    def _follow_saved(self, found: Found) -> None:
+        values = found.manifest.job
+        job = None if values is None else job_of_dict(values, found.url)
+        self._follow(job, self._router.course, job.step if job else 0)
+
+    def _follow(self, job: Job | None, course: Course, step: int) -> Course:
+        """Whose steps come now: `course` is that after `step` of them."""
+        self._job, self._course = job, replace(course, version=course.version - step)
+        self._reports.clear()
+        return course
+
+    @ray.method(concurrency_group=TRAIN)
+    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings, job: Job | None = None) -> Course:
+        """`job`: whose run it is, for a coordinator that comes to know it from here."""
         from actors.optim import OptimizerSettings
 
         values = asdict(optimizer)
         settings = OptimizerSettings(**{k: values[k] for k in OptimizerSettings().to_dict()})
-        return self._router.begin_run(settings, balance)
+        return self._follow(job, self._router.begin_run(settings, balance), 0)
 
     @ray.method(concurrency_group=TRAIN)
-    def continue_run(self, balance: BalanceSettings) -> Course:
-        return self._router.continue_run(balance)
+    def continue_run(self, balance: BalanceSettings, job: Job) -> Course:
+        """Of a job that goes on after the step that it has done."""
+        return self._follow(job, self._router.continue_run(balance), job.step)
 
     @ray.method(concurrency_group=TRAIN)
     def take_snapshot(self) -> SnapshotTaken:
@@ -239,12 +348,22 @@ class RouterWorker:
         from cluster.checkpoint.state import read_router
 
         self._router.restore(self._roster(placement, experts), read_router(found), run)
+        self._follow_saved(found)
 
     @ray.method(concurrency_group=TRAIN)
     def train_step(
         self, microbatches: Sequence[MicroBatch], lr: float, clip_norm: float, bias_speed: float
     ) -> StepReport:
-        return self._router.train_step(_tensors(microbatches), lr=lr, clip_norm=clip_norm, bias_speed=bias_speed)
+        report = self._router.train_step(_tensors(microbatches), lr=lr, clip_norm=clip_norm, bias_speed=bias_speed)
+        self._remember(report)
+        return report
+
+    def _remember(self, report: StepReport) -> None:
+        """A coordinator that dies may take the news of its last steps with it."""
+        now = time.time()
+        self._reports.append((now, report))
+        while self._reports[0][0] < now - UNTOLD_S:
+            self._reports.popleft()
 
     @ray.method(concurrency_group=TRAIN)
     def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
@@ -278,6 +397,7 @@ class RouterWorker:
 
     @ray.method(concurrency_group=CONTROL)
     def vitals(self) -> dict[str, Any]:
+        self._watch.heard_s = time.time()
         return self._router.vitals()
 
     @ray.method(concurrency_group=SERVE)

@@ -92,7 +92,7 @@ def run_job(
             )
         except NonFinite as error:
             raise NonFinite(f"step {step}: {error}", step=step) from error
-        reporter.step_committed(step, _metrics(report, lr, time.monotonic() - started), report.load_LE)
+        reporter.step_committed(step, metrics_of(report, lr, time.monotonic() - started), report.load_LE)
         if config.eval.every_steps and (step % config.eval.every_steps == 0 or step == config.steps):
             _evaluate(router, heldout, reporter, step)
         after_step(step)
@@ -104,7 +104,8 @@ def _evaluate(router: RouterPort, heldout: list[MicroBatch], reporter: Reporter,
         reporter.evaluated(step, {"heldout_loss": loss, "heldout_tokens": float(count)})
 
 
-def _metrics(report: StepReport, lr: float, seconds: float) -> dict[str, float]:
+def metrics_of(report: StepReport, lr: float, seconds: float) -> dict[str, float]:
+    """What is told of a step, which took so long in all."""
     metrics = {
         "loss": report.loss,
         "grad_norm": report.grad_norm,

@@ -1,0 +1,112 @@
+"""Over Ray: the coordinator's process is killed at any moment. Steps and streams go on, and nothing is forgotten."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import psutil
+import pytest
+
+from cluster.backend import JobState, OperationState, SamplingParams
+from cluster.service.client import Client
+from tests.integration.test_resume import JOB, STEPS, WAIT_S, config_in, finish, losses, running, watch_to
+
+pytestmark = pytest.mark.timeout(600)  # starting processes that import torch takes minutes on a busy machine
+
+SAMPLING = SamplingParams(max_tokens=300, temperature=0.8, top_p=0.95, seed=7)
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    with running(config_in(tmp_path_factory.mktemp("s"))) as client:
+        processes = psutil.Process().children(recursive=True)
+        yield client
+        processes += psutil.Process().children(recursive=True)
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    assert not alive
+
+
+def coordinator() -> psutil.Process:
+    """The one that runs now, of the cluster that this process has started."""
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        for process in psutil.Process().children(recursive=True):
+            try:
+                if process.cmdline()[:1] == ["ray::ControlWorker"] and process.is_running():
+                    return process
+            except (psutil.Error, IndexError):
+                continue
+        time.sleep(0.1)
+    raise AssertionError("no coordinator came back")
+
+
+def wait_until_back(client: Client) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        try:
+            if (status := client.status()).ready and not status.message:
+                return
+        except Exception as error:
+            status = error
+        assert time.monotonic() < deadline, status
+        time.sleep(0.1)
+
+
+def tokens(client: Client, kill_after: int | None = None) -> list[int]:
+    found: list[int] = []
+    for chunk in client.generate("def main(", SAMPLING, timeout_s=WAIT_S):
+        found += chunk.token_ids
+        if len(found) == kill_after:
+            coordinator().kill()
+    return found
+
+
+def test_a_stream_does_not_notice(client: Client) -> None:
+    expected = tokens(client)
+    assert tokens(client, kill_after=10) == expected
+    wait_until_back(client)
+    entry = client.ledger().entries[-1]
+    assert entry.kind == "coordinator_restart"
+
+
+def test_a_job_ends_as_if_nothing_had_been_and_jobs_behind_it_run(client: Client) -> None:
+    client.import_model(client.export_model("same").path)
+    first = finish(client, client.submit_job(JOB).id)
+    version = client.status().version
+    client.import_model("same")
+    job = client.submit_job(JOB, request_id="mine")
+    queued = client.submit_job(replace(JOB, steps=2), request_id="behind")
+    seen = watch_to(client, job.id, 25)
+    streamed: list[int] = []
+    stream = threading.Thread(target=lambda: streamed.extend(tokens(client)))
+    stream.start()
+    coordinator().kill()
+    seen += client.watch_job(job.id, after=seen[-1].number)
+    stream.join(WAIT_S)
+    assert len(streamed) == SAMPLING.max_tokens
+    numbers = [event.number for event in seen]
+    assert numbers == sorted(set(numbers))
+    assert losses(seen) == pytest.approx(losses(first), rel=1e-9)
+    assert client.get_job(job.id).state is JobState.SUCCEEDED
+    assert any("the coordinator died and is back" in event.message for event in seen)
+    assert client.submit_job(JOB, request_id="mine").id == job.id
+    list(client.watch_job(queued.id))
+    assert client.get_job(queued.id).state is JobState.SUCCEEDED
+    assert client.status().version == version + STEPS + 2, "no step was done twice"
+    entry = client.ledger().entries[-1]
+    assert entry.kind == "coordinator_restart"
+    assert entry.recovered_s is not None
+
+
+def test_afterwards_the_cluster_scales(client: Client) -> None:
+    done = list(client.watch_operation(client.scale(3).id))[-1]
+    assert done.state is OperationState.SUCCEEDED
+    coordinator().kill()
+    wait_until_back(client)
+    assert client.operation(done.id) == done
+    assert sum(actor.role == "expert" for actor in client.status().actors) == 3
+    done = list(client.watch_operation(client.scale(2).id))[-1]
+    assert done.state is OperationState.SUCCEEDED
