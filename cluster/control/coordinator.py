@@ -479,7 +479,7 @@ class Coordinator:
         """What to do now, in order. Each decision is given out once."""
         for actor_id in self._members.silent(now):
             self._lose(actor_id, now, f"silent for more than {self._limits.heartbeat_timeout_s:g} s", is_dead=False)
-        if self._jobs.active() is None:
+        if self._jobs.active() is None and self._jobs.resuming() is None:
             self._disturbances.idle()
         if self._is_ready() and not self._groups_below(self._redundancy):
             self._disturbances.whole(now)
