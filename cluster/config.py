@@ -19,6 +19,12 @@ class RayConfig:
     nodes: int = 2
     """Simulated nodes that carry expert actors when embedded (the head takes none)."""
     start_timeout_s: float = 60.0
+    detached: bool = False
+    """existing: the cluster goes on when the process that has started it ends or is killed. `moe-cluster up` with the
+    same checkpoint folder attaches to it, `moe-cluster down` ends it."""
+    orphan_timeout_s: float = 60.0
+    """existing: router and expert actors end themselves when no coordinator has asked after them for so long. Ray must
+    be able to start it again within that time, also when its head was away."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,7 +47,7 @@ def find_survivors(cluster: str, journal: Journal | None) -> Survivors:
                 if expert is not None:
                     experts[role] = handle, expert
                     continue
-            elif router is None and (standing := _router_standing(handle, ref)) is not None:
+            elif router is None and (standing := _router_standing(ref, handle, handles.values())) is not None:
                 router = handle, standing
                 continue
             logger.warning("%s was being started, and is ended", role)
@@ -70,13 +70,16 @@ def _handles(cluster: str) -> dict[str, Any]:
     return found
 
 
-def _router_standing(handle: Any, ref: Any) -> RouterStanding | None:
+def _router_standing(ref: Any, router: Any, everybody: Iterable[Any]) -> RouterStanding | None:
+    """When the step at hand is over. Meanwhile all are told that there is a coordinator again."""
     while True:
         ready, _ = ray.wait([ref], timeout=1.0)
         if ready:
             standing: RouterStanding | None = call(ROUTER, ref, ANSWER_S)
             return standing
-        call(ROUTER, handle.ping.remote(), ANSWER_S)
+        for handle in everybody:
+            handle.ping.remote()
+        call(ROUTER, router.ping.remote(), ANSWER_S)
 
 
 def _end(handle: Any, role: str, journal: Journal | None) -> None:

@@ -25,6 +25,7 @@ from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
 from cluster.control.journal import Journal
 from cluster.control.ledger import Entry
 from cluster.errors import StartupError, Unavailable
+from cluster.fabric.attaching import check_same
 from cluster.fabric.autoscaling import Autoscaler
 from cluster.fabric.calls import call
 from cluster.fabric.changes import Changes
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BEAT_S = 0.1
+PING_EVERY_S = 2.0
 AGAIN_S = 2.0
 """After an attempt to come back that failed."""
 FIRST_RUN = 1
@@ -82,8 +84,10 @@ class ControlWorker:
         self._stopping = threading.Event()
         self._crew = Crew(config, cluster)
         self._seat: Desk | None = None
+        self._starting = threading.Lock()
         context = ray.get_runtime_context()
         self._me = context.current_actor
+        threading.Thread(target=self._ping, name="pings", daemon=True).start()
         if context.was_current_actor_reconstructed:
             threading.Thread(target=self._come_back, name="comeback", daemon=True).start()
 
@@ -91,10 +95,19 @@ class ControlWorker:
 
     def start(self) -> Any:
         """Starts every actor and returns the router's handle. `StartupError` or `InvalidInput` if that cannot be."""
-        self._begin()
+        with self._starting:
+            if self._seat is None:
+                self._begin()
         if not self._state.wait_for(lambda c: c.status().ready, self._config.ray.start_timeout_s):
             raise StartupError(f"not ready in time: {self.status().message}")
         return self._crew.router
+
+    def attach(self, config: ClusterConfig) -> Any:
+        """For another front: the router's handle, or None while it or an expert actor is not there. `InvalidInput` that
+        names the first value in which its config is not that of the cluster; `Unavailable` before the start is over."""
+        check_same(self._config, config)
+        with self._at.state.reading() as coordinator:
+            return self._crew.router if coordinator.status().ready else None
 
     def _begin(self) -> None:
         experts = self._config.experts
@@ -339,6 +352,11 @@ class ControlWorker:
 
     def without(self, gone: Sequence[str]) -> tuple[Placement, list[ExpertContact]]:
         return self._at.changes.without(gone)
+
+    def _ping(self) -> None:
+        """Beside all else: loading takes minutes, in which nobody is asked how it is."""
+        while not self._stopping.wait(PING_EVERY_S):
+            self._crew.ping()
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 

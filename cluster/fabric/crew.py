@@ -237,6 +237,12 @@ class Crew:
         for handle in self._handles.values():
             ray.kill(handle)
 
+    def ping(self) -> None:
+        """Tells all, also those that are being loaded, that there is a coordinator."""
+        with self._lock:
+            for handle in self._handles.values():
+                handle.ping.remote()
+
     # -- watching -----------------------------------------------------------------------------------------------------
 
     def look(self) -> Signs:

@@ -24,6 +24,7 @@ from cluster.backend import Job
 from cluster.config import ClusterConfig, OptimizerConfig
 from cluster.control.coordinator import ModelFacts
 from cluster.control.jobtable import job_of_dict
+from cluster.control.orphans import Silence
 from cluster.fabric.calls import call
 from cluster.fabric.options import CONTROL, COORDINATOR, ROUTER, SERVE, TRAIN
 from cluster.jobs.batches import MicroBatch
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from cluster.checkpoint.manifest import Shard
     from cluster.checkpoint.store import Draft, Found
 
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 1.0
 MAX_REPORTS = 64
 UNTOLD_S = 2.0
 """A step's report reaches those who watch its job within this time."""
@@ -86,12 +90,22 @@ class RouterStanding:
 
 
 class Watch:
-    """Lets one coordinator wait for the end of this process: the next one takes it over."""
+    """Lets one coordinator wait for the end of this process, the next one takes it over; without any it ends itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: ClusterConfig) -> None:
         self._lock = threading.Lock()
         self._over = threading.Event()
         self.heard_s = time.time()
+        self._silence = Silence(time.monotonic(), 2 * LOOK_EVERY_S)
+        if config.ray.mode == "existing":  # an embedded cluster ends with its nodes
+            threading.Thread(target=self._run, args=(config.ray.orphan_timeout_s,), name="watch", daemon=True).start()
+
+    def vitals_asked(self) -> None:
+        self.heard_s = time.time()
+        self.pinged()
+
+    def pinged(self) -> None:
+        self._silence.heard()
 
     def wait(self) -> None:
         """Until somebody else waits. Each wait takes a thread of the actor, which has few."""
@@ -100,6 +114,12 @@ class Watch:
             over = self._over = threading.Event()
         over.wait()
 
+    def _run(self, timeout_s: float) -> None:
+        while (silent_s := self._silence.look(time.monotonic())) < timeout_s:
+            time.sleep(LOOK_EVERY_S)
+        logger.error("no coordinator has asked for %.0f s; this actor ends", silent_s)
+        os._exit(1)
+
 
 class ExpertWorker:
     """Holds an `ExpertHost` and serves its links from threads of their own; Ray calls only look after it."""
@@ -107,7 +127,7 @@ class ExpertWorker:
     def __init__(self, name: str, config: ClusterConfig) -> None:
         _import_torch(config.experts.threads)
         self._name, self._config = name, config
-        self._watch = Watch()
+        self._watch = Watch(config)
         self._contact: ExpertContact | None = None
         self._bind_host = "127.0.0.1" if config.ray.mode == "embedded" else ray.util.get_node_ip_address()
 
@@ -135,6 +155,10 @@ class ExpertWorker:
             self._name, self.node_id(), os.getpid(), self._server.address, self._exchange.address
         )
         return self._contact
+
+    def ping(self) -> None:
+        """There is a coordinator."""
+        self._watch.pinged()
 
     def standing(self) -> ExpertStanding | None:
         """None as long as it has not been loaded."""
@@ -188,7 +212,7 @@ class ExpertWorker:
         return self._host.handle("ray", question)
 
     def vitals(self) -> dict[str, Any]:
-        self._watch.heard_s = time.time()
+        self._watch.vitals_asked()
         return {**self._host.status(), "busy_s": self._server.busy_s}
 
     def wait_until_death(self) -> None:
@@ -204,7 +228,7 @@ class RouterWorker:
         _import_torch(config.router.threads)
         self._config = config
         self._sessions: set[str] = set()
-        self._watch = Watch()
+        self._watch = Watch(config)
         self._is_loaded = False
         self._job: Job | None = None
         self._course = Course(0, 0)
@@ -301,6 +325,7 @@ class RouterWorker:
     @ray.method(concurrency_group=CONTROL)
     def ping(self) -> None:
         """Answers, whatever the step at hand takes."""
+        self._watch.pinged()
 
     def _follow_saved(self, found: Found) -> None:
         values = found.manifest.job
@@ -397,7 +422,7 @@ class RouterWorker:
 
     @ray.method(concurrency_group=CONTROL)
     def vitals(self) -> dict[str, Any]:
-        self._watch.heard_s = time.time()
+        self._watch.vitals_asked()
         return self._router.vitals()
 
     @ray.method(concurrency_group=SERVE)
