@@ -70,6 +70,8 @@ class Crew:
         self._experts: dict[str, ExpertContact] = {}
         self._router_at = ("", 0)
         self._deaths: dict[str, Any] = {}
+        self._nodes: dict[str, str] = {}
+        """Names of those that have or had an actor: asked for when one starts, since Ray's head may be away later."""
         self._pings: dict[str, Any] = {}
         self._links: dict[str, str] = {}
         """Link kind of each expert actor, as the router last told."""
@@ -121,6 +123,7 @@ class Crew:
         loading = {name: self._handles[name].load.remote(placement.held_by(name)) for name in names}
         for name, ref in loading.items():
             contact = self._started(name, ref)
+            self._learn_nodes()
             with self._lock:
                 self._experts[name] = contact
                 self._deaths[name] = self._handles[name].wait_until_death.remote()
@@ -130,12 +133,14 @@ class Crew:
         run. Only then is it watched, and taken for ready."""
         ref = self.router.load.remote(placement, self.contacts(placement), control, found, run)
         at = self._started(ROUTER, ref)
+        self._learn_nodes()
         with self._lock:
             self._router_at = at
             self._deaths[ROUTER] = self.router.wait_until_death.remote()
 
     def take_over(self, found: Survivors, next_number: int) -> None:
         """Actors that another coordinator started, loaded all of them, and watched from now on."""
+        self._learn_nodes()
         with self._lock:
             self._next_number = max([next_number, *(number_of(name) + 1 for name in found.experts)])
             for name, (handle, expert) in found.experts.items():
@@ -163,6 +168,11 @@ class Crew:
                 self._handles[name].leave_off.remote(on_their_way)
             for handle in self._handles.values():
                 handle.drop_snapshot.remote()
+
+    def _learn_nodes(self) -> None:
+        names = node_names()
+        with self._lock:
+            self._nodes |= names
 
     def _started(self, name: str, ref: Any) -> Any:
         try:
@@ -270,7 +280,6 @@ class Crew:
     def _read_answers(self, signs: Signs, now: float) -> None:
         refs = list(self._pings.values())
         ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0) if refs else ([], [])
-        nodes = node_names() if ready else {}
         for name in [n for n, ref in self._pings.items() if ref in ready]:
             try:
                 vitals = call(name, self._pings.pop(name), 1.0)
@@ -280,7 +289,7 @@ class Crew:
             self._heartbeats.answered(name, now)
             self._links |= vitals.get("links", {})
             self._note_load(name, vitals, now)
-            signs.seen.append(self._status(name, vitals, nodes))
+            signs.seen.append(self._status(name, vitals))
 
     def _note_load(self, name: str, vitals: dict[str, Any], now: float) -> None:
         if name == ROUTER:
@@ -297,13 +306,13 @@ class Crew:
             spans = {n: (h[-1][0] - h[0][0], h[-1][1] - h[0][1]) for n, h in self._busy.items() if n in self._experts}
             return {name: busy / passed for name, (passed, busy) in spans.items() if passed > 0}, *self._queue
 
-    def _status(self, name: str, vitals: dict[str, Any], nodes: dict[str, str]) -> ActorStatus:
+    def _status(self, name: str, vitals: dict[str, Any]) -> ActorStatus:
         expert = self._experts.get(name)
         node_id, pid = (expert.node_id, expert.pid) if expert else self._router_at
         return ActorStatus(
             id=name,
             role="expert" if expert else "router",
-            node=nodes.get(node_id, node_id[:12]),
+            node=self._nodes.get(node_id, node_id[:12]),
             pid=pid,
             state="ready",
             device=self._config.experts.device if expert else self._config.router.device,
@@ -337,9 +346,14 @@ def number_of(expert: str) -> int:
 
 def end_process(node_id: str, pid: int) -> None:
     """Fencing: a frozen process does not hear Ray's own kill, and must not come back with old weights."""
-    strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    options = {"num_cpus": 0, "scheduling_strategy": strategy, "max_retries": 0}
-    ray.remote(**options)(_kill).remote(pid)
+
+    def kill() -> None:
+        strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        options = {"num_cpus": 0, "scheduling_strategy": strategy, "max_retries": 0}
+        ray.remote(**options)(_kill).remote(pid)
+
+    # While Ray's head is away this waits for it, and nobody may wait with it.
+    threading.Thread(target=kill, name="fencing", daemon=True).start()
 
 
 def _kill(pid: int) -> None:
