@@ -70,6 +70,10 @@ class Files(ABC):
         """What `put` wrote last; None where it never did."""
 
     @abstractmethod
+    def drop(self, name: str) -> None:
+        """Removes such a file; one that is gone is no error."""
+
+    @abstractmethod
     def put_aside(self, name: str) -> None:
         """Such a file that cannot be used, under a name that nobody reads. What was put aside before is gone."""
 
@@ -158,6 +162,10 @@ class LocalFiles(Files):
         except FileNotFoundError:
             return None
 
+    def drop(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._disk.remove(f"{self.url}/{name}")
+
     def put_aside(self, name: str) -> None:
         self._disk.rename(f"{self.url}/{name}", f"{self.url}/{name}{ASIDE}")
 
@@ -229,6 +237,10 @@ class ObjectFiles(Files):
             except FileNotFoundError:
                 return None
             return data
+
+    def drop(self, name: str) -> None:
+        with _as_os_error(), contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(f"{self._root}/{name}")
 
     def put_aside(self, name: str) -> None:
         with _as_os_error():

@@ -34,7 +34,7 @@ from cluster.fabric.comeback import find_survivors, on_their_way, tell_losses, w
 from cluster.fabric.crew import Crew, Survivors
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.jobs import JobThreads
-from cluster.fabric.journal import Keeper, read_journal
+from cluster.fabric.journal import Keeper, name_for, read_journal
 from cluster.fabric.options import ROUTER
 from cluster.fabric.rebalancing import Rebalancer
 from cluster.fabric.recovery import Recovery, begin_from, load_experts
@@ -83,6 +83,8 @@ class ControlWorker:
         self._config, self._cluster = config, cluster
         self._stopping = threading.Event()
         self._crew = Crew(config, cluster)
+        checkpoint = config.checkpoint
+        self._journal = name_for(cluster, is_passing=not checkpoint.resume and not checkpoint.every_steps)
         self._seat: Desk | None = None
         self._starting = threading.Lock()
         context = ray.get_runtime_context()
@@ -165,7 +167,9 @@ class ControlWorker:
             checkpoints,
             recovery,
             JobThreads(state, crew, self._config.model, checkpoints, recovery),
-            Keeper(vault.url, take, lambda journal: not journal.is_empty or journal.wanted != experts.actors),
+            Keeper(
+                vault.url, take, lambda journal: not journal.is_empty or journal.wanted != experts.actors, self._journal
+            ),
         )
 
     def _sit_down(self, desk: Desk) -> None:
@@ -185,7 +189,7 @@ class ControlWorker:
             self._stopping.wait(AGAIN_S)
 
     def _find_everybody(self) -> None:
-        journal = read_journal(vault_url(self._config))
+        journal = read_journal(vault_url(self._config), self._journal)
         if journal is not None and journal.cluster != self._cluster:
             journal = None  # of a life before, which had nothing to do with these actors
         found = find_survivors(self._cluster, journal)

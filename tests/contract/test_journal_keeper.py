@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.fabric import journal as edge
-from cluster.fabric.journal import NAME, Keeper, read_journal
+from cluster.fabric.journal import NAME, Keeper, name_for, read_journal
 from tests.unit.test_journal import JOBS, JOURNAL
 
 WAIT_S = 20.0
@@ -70,6 +70,21 @@ def test_storage_that_fails_is_written_to_when_it_does_not_any_more(desk: Desk, 
     folder.unlink()
     wait_until(lambda: folder.is_dir() and read_journal(str(folder)) == JOURNAL)
     broken.keeper.close()
+
+
+def test_a_passing_cluster_has_a_journal_of_its_own_that_ends_with_it(desk: Desk, tmp_path: Path) -> None:
+    desk.journal = JOURNAL
+    desk.keeper.write_now()
+    name = name_for("abc", is_passing=True)
+    passing = Keeper(str(tmp_path), lambda: replace(JOURNAL, wanted=9), lambda journal: True, name)
+    passing.write_now()
+    found = read_journal(str(tmp_path), name)
+    assert found is not None
+    assert found.wanted == 9
+    assert read_journal(str(tmp_path), name_for("abc", is_passing=False)) == JOURNAL
+    passing.close()
+    passing.write_now()
+    assert [file.name for file in tmp_path.iterdir()] == [NAME]
 
 
 def test_what_is_no_journal_is_put_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

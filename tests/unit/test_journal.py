@@ -104,6 +104,10 @@ def test_a_file_is_replaced_and_checkpoints_do_not_see_it(url: str) -> None:
     files.put("journal.json", b"two")
     assert open_files(url, Disk()).get("journal.json") == b"two"
     assert files.folders() == []
+    files.put("other", b"three")
+    files.drop("other")
+    files.drop("other")
+    assert files.get("other") is None
     files.put_aside("journal.json")
     assert files.get("journal.json") is None
 
