@@ -84,7 +84,7 @@ class ControlWorker:
         self._stopping = threading.Event()
         self._crew = Crew(config, cluster)
         checkpoint = config.checkpoint
-        self._journal = name_for(cluster, is_passing=not checkpoint.resume and not checkpoint.every_steps)
+        self._journal_name = name_for(cluster, is_passing=not checkpoint.resume and not checkpoint.every_steps)
         self._seat: Desk | None = None
         self._starting = threading.Lock()
         context = ray.get_runtime_context()
@@ -189,7 +189,7 @@ class ControlWorker:
             self._stopping.wait(AGAIN_S)
 
     def _find_everybody(self) -> None:
-        journal = read_journal(vault_url(self._config), self._journal)
+        journal = read_journal(vault_url(self._config), self._journal_name)
         if journal is not None and journal.cluster != self._cluster:
             journal = None  # of a life before, which had nothing to do with these actors
         found = find_survivors(self._cluster, journal)
