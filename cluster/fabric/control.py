@@ -168,7 +168,10 @@ class ControlWorker:
             recovery,
             JobThreads(state, crew, self._config.model, checkpoints, recovery),
             Keeper(
-                vault.url, take, lambda journal: not journal.is_empty or journal.wanted != experts.actors, self._journal_name
+                vault.url,
+                take,
+                lambda journal: not journal.is_empty or journal.wanted != experts.actors,
+                self._journal_name,
             ),
         )
 
