@@ -16,7 +16,6 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from cluster.backend import JobState
 from cluster.config import BatchConfig, DataConfig, EvalConfig, JobConfig
 from cluster.service.client import Client
 
@@ -107,7 +106,7 @@ def wait_until_gone() -> None:
 def step_beyond(client: Client, job_id: str, step: int) -> int:
     deadline = time.monotonic() + WAIT_S
     while (job := client.get_job(job_id)).step <= step:
-        assert job.state is JobState.RUNNING, job
+        assert not job.state.is_final, job
         assert time.monotonic() < deadline, job
         time.sleep(0.1)
     return job.step
