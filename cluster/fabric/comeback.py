@@ -35,26 +35,30 @@ ping."""
 def find_survivors(cluster: str, journal: Journal | None) -> Survivors:
     """Who is loaded and answers. The others are ended: those that were being started, and those that are frozen."""
     handles = _handles(cluster)
-    asked = {name: handle.standing.remote() for name, handle in handles.items()}
-    experts: dict[str, tuple[Any, ExpertStanding]] = {}
+    routers = {name: handle for name, handle in handles.items() if _role(name) == ROUTER}
     router: tuple[Any, RouterStanding] | None = None
+    for handle in routers.values():
+        standing = _router_standing(handle, handles.values()) if router is None else None
+        if standing is None:
+            _end(handle, ROUTER, journal)
+        else:
+            router = handle, standing
+    # Only now, since a step that came to its end meanwhile has changed what they have to say.
+    experts = {name: handle for name, handle in handles.items() if name not in routers}
+    asked = {name: handle.standing.remote() for name, handle in experts.items()}
     deadline = time.monotonic() + ANSWER_S
-    for name, ref in asked.items():
-        handle, role = handles[name], name.partition("/")[0]
-        try:
-            if role != ROUTER:
-                expert: ExpertStanding | None = call(role, ref, max(1.0, deadline - time.monotonic()))
-                if expert is not None:
-                    experts[role] = handle, expert
-                    continue
-            elif router is None and (standing := _router_standing(ref, handle, handles.values())) is not None:
-                router = handle, standing
-                continue
-            logger.warning("%s was being started, and is ended", role)
-        except MoeClusterError as error:
-            logger.warning("%s does not answer, and is ended: %s", role, error)
-        _end(handle, role, journal)
-    return Survivors(router, dict(sorted(experts.items(), key=lambda item: number_of(item[0]))))
+    found: dict[str, tuple[Any, ExpertStanding]] = {}
+    for name in sorted(asked, key=number_of):
+        expert: ExpertStanding | None = _answer(name, asked[name], deadline - time.monotonic())
+        if expert is None:
+            _end(experts[name], name, journal)
+        else:
+            found[name] = experts[name], expert
+    return Survivors(router, found)
+
+
+def _role(name: str) -> str:
+    return name.partition("/")[0]
 
 
 def _handles(cluster: str) -> dict[str, Any]:
@@ -70,16 +74,30 @@ def _handles(cluster: str) -> dict[str, Any]:
     return found
 
 
-def _router_standing(ref: Any, router: Any, everybody: Iterable[Any]) -> RouterStanding | None:
-    """When the step at hand is over. Meanwhile all are told that there is a coordinator again."""
-    while True:
-        ready, _ = ray.wait([ref], timeout=1.0)
-        if ready:
-            standing: RouterStanding | None = call(ROUTER, ref, ANSWER_S)
-            return standing
-        for handle in everybody:
-            handle.ping.remote()
-        call(ROUTER, router.ping.remote(), ANSWER_S)
+def _router_standing(router: Any, everybody: Iterable[Any]) -> RouterStanding | None:
+    """When the step at hand is over; meanwhile all are told that there is a coordinator. None: it is of no use."""
+    ref = router.standing.remote()
+    try:
+        while not ray.wait([ref], timeout=1.0)[0]:
+            for handle in everybody:
+                handle.ping.remote()
+            call(ROUTER, router.ping.remote(), ANSWER_S)
+    except MoeClusterError as error:
+        logger.warning("%s does not answer, and is ended: %s", ROUTER, error)
+        return None
+    standing: RouterStanding | None = _answer(ROUTER, ref, ANSWER_S)
+    return standing
+
+
+def _answer(name: str, ref: Any, timeout_s: float) -> Any:
+    """None if it is of no use."""
+    try:
+        if (answer := call(name, ref, max(1.0, timeout_s))) is None:
+            logger.warning("%s was being started, and is ended", name)
+        return answer
+    except MoeClusterError as error:
+        logger.warning("%s does not answer, and is ended: %s", name, error)
+        return None
 
 
 def _end(handle: Any, role: str, journal: Journal | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ from actors.values import Address, Course, Placement, StepReport
 from cluster.backend import Job, JobState
 from cluster.config import ClusterConfig, JobConfig, ModelConfig
 from cluster.control.journal import Journal
+from cluster.errors import Unavailable
 from cluster.fabric import comeback
 from cluster.fabric.attaching import check_same
-from cluster.fabric.comeback import Findings, on_their_way, tell_losses, weigh, worth_keeping
+from cluster.fabric.comeback import Findings, find_survivors, on_their_way, tell_losses, weigh, worth_keeping
 from cluster.fabric.crew import Survivors
 from cluster.fabric.workers import ExpertContact, ExpertStanding, RouterStanding
 from tests.unit.test_coordinator import MODEL
@@ -123,6 +125,52 @@ def test_actors_that_hold_nothing_end_where_they_are_too_many(monkeypatch: pytes
     assert kept(monkeypatch, survivors(*WHOLE, *idle), 3) == (["expert-0", "expert-1", "expert-2"], ["expert-3"])
     flawed = expert("expert-1", (), version=3)
     assert kept(monkeypatch, survivors(WHOLE[0], flawed, idle[0]), 2) == (["expert-0", "expert-2"], ["expert-1"])
+
+
+class Handle:
+    """An actor whose calls are carried out at once, and noted."""
+
+    def __init__(self, name: str, calls: list[str], answer: Any) -> None:
+        def called(method: str, result: Any) -> Any:
+            calls.append(f"{name} {method}")
+            return result
+
+        self.standing = SimpleNamespace(remote=lambda: called("standing", answer))
+        self.ping = SimpleNamespace(remote=lambda: called("ping", None))
+
+
+def test_expert_actors_are_asked_after_the_step_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    silent = Unavailable("frozen")
+    answers = {
+        "router-0/old": None,
+        "expert-10": WHOLE[1][1],
+        "expert-9": WHOLE[0][1],
+        "router-0/new": router()[1],
+        "expert-11": None,
+        "expert-12": silent,
+    }
+    handles = {name: Handle(name, calls, answer) for name, answer in answers.items()}
+    waits = iter([True, False, False, True])
+    ended: list[Any] = []
+
+    def answered(who: str, ref: Any, timeout_s: float) -> Any:
+        if ref is silent:
+            raise ref
+        return ref
+
+    monkeypatch.setattr(comeback, "_handles", lambda cluster: handles)
+    monkeypatch.setattr(comeback, "call", answered)
+    monkeypatch.setattr(comeback.ray, "wait", lambda refs, timeout: (refs if next(waits) else [], []))
+    monkeypatch.setattr(comeback.ray, "kill", ended.append)
+    found = find_survivors("abc", None)
+    assert found.router == (handles["router-0/new"], router()[1])
+    assert list(found.experts) == ["expert-9", "expert-10"]
+    assert ended == [handles["router-0/old"], handles["expert-11"], handles["expert-12"]]
+    asked = [call for call in calls if call.endswith("standing")]
+    assert asked[:2] == ["router-0/old standing", "router-0/new standing"]
+    assert calls.index("expert-9 standing") > max(i for i, call in enumerate(calls) if call.endswith("ping"))
+    assert calls.count("expert-9 ping") == 2, "so that nobody takes the coordinator for gone"
 
 
 def test_groups_on_their_way_are_those_that_an_actor_does_not_hold() -> None:
