@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import psutil
@@ -34,11 +35,9 @@ def coordinator() -> psutil.Process:
     deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
         for process in psutil.Process().children(recursive=True):
-            try:
-                if process.cmdline()[:1] == ["ray::ControlWorker"] and process.is_running():
+            with suppress(psutil.Error):
+                if " ".join(process.cmdline()).startswith("ray::ControlWorker") and process.is_running():
                     return process
-            except (psutil.Error, IndexError):
-                continue
         time.sleep(0.1)
     raise AssertionError("no coordinator came back")
 

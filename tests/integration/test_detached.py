@@ -87,12 +87,13 @@ class Services:
             process.communicate(timeout=10)
 
 
-def ours() -> dict[int, str]:
-    found = {}
+def ours() -> set[int]:
+    """Process ids of coordinator, router and expert actors."""
+    found = set()
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
-            if (title := " ".join(process.cmdline())).startswith(OURS):
-                found[process.pid] = title
+            if " ".join(process.cmdline()).startswith(OURS):
+                found.add(process.pid)
     return found
 
 
