@@ -13,23 +13,20 @@ from dataclasses import dataclass
 
 from actors.errors import InvalidInput
 from actors.values import Placement
-from cluster.backend import ActorStatus, ClusterStatus, Job, JobEvent, JobState, LoadReport, Operation
+from cluster.backend import ActorStatus, ClusterStatus, Job, JobEvent, JobState, LoadReport
 from cluster.config import JobConfig
 from cluster.configcheck import validate_job
 from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
 from cluster.control.disturbances import Disturbances
 from cluster.control.jobtable import JobRecord, JobTable
-from cluster.control.ledger import Entry, Kind, Ledger
+from cluster.control.ledger import Kind, Ledger
 from cluster.control.load import LoadLE, LoadWindow
 from cluster.control.members import Members
 from cluster.control.operations import OperationTable
+from cluster.control.past import BACK, Past, Standing, after_death, after_restart
 from cluster.control.rebalancing import Proposal, named, propose
 from cluster.errors import FailedPrecondition
 from cluster.placement.placement import ActorSlot
-
-EVENTS_UNKNOWN = 1000
-"""Numbers of a job's events that may have been given out since the journal was written, beside those of its steps."""
-EVENTS_A_STEP = 4
 
 
 @dataclass(frozen=True)
@@ -62,42 +59,6 @@ class ModelFacts:
     """Weights of one expert in all MoE layers."""
     architecture: str = ""
     """Class of the model, e.g. `DeepseekV3ForCausalLM`."""
-
-
-@dataclass(frozen=True)
-class Past:
-    """What is known of the time before this coordinator began; jobs and operations oldest first."""
-
-    jobs: tuple[Job, ...] = ()
-    operations: tuple[Operation, ...] = ()
-    entries: tuple[Entry, ...] = ()
-    """Of the ledger."""
-
-
-@dataclass(frozen=True)
-class StepTold:
-    time_s: float
-    """Unix time of the commit."""
-    seconds: float
-    """That it took."""
-    metrics: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Standing:
-    """Where the living actors are, as they say: what counts where a `Past` says otherwise."""
-
-    version: int
-    is_pristine: bool
-    """As of `Coordinator`."""
-    can_restore: bool
-    has_router: bool
-    job: Job | None = None
-    """The last one that the router began, or went on with."""
-    step: int = 0
-    """Steps that it has done."""
-    reports: tuple[StepTold, ...] = ()
-    """Of the last ones, oldest first: who watches the job may not have heard of them."""
 
 
 class Coordinator:
@@ -156,66 +117,22 @@ class Coordinator:
         self._version, self.is_pristine, self.can_restore = standing.version, standing.is_pristine, standing.can_restore
         self.ledger = Ledger.of(past.entries)
         self._disturbances = Disturbances(self.ledger)
-        message = "the coordinator died and is back"
         reports = standing.reports
         self._disturbances.recall(reports[-1].time_s if reports else None, [report.seconds for report in reports])
-        self._disturbances.lost("coordinator_restart", "coordinator", now, since_s, message)
+        self._disturbances.lost("coordinator_restart", "coordinator", now, since_s, BACK)
         self.operations.recall(past.operations, "the coordinator died meanwhile; ask for it again", now)
-        self._recall_jobs(past.jobs, standing, message, now)
+        for recalled in after_death(past.jobs, standing):
+            self._jobs.recall(recalled, now)
         return self
 
-    def _recall_jobs(self, jobs: Sequence[Job], standing: Standing, message: str, now: float) -> None:
-        began = standing.job
-        if began and not began.state.is_final and began.id not in {job.id for job in jobs}:
-            jobs = [*jobs, began]  # begun after the last word of the journal
-        for job in jobs:
-            never_began = job.state is JobState.QUEUED and not job.step and (began is None or job.id != began.id)
-            if job.state.is_final or never_began:
-                self._jobs.recall([job])
-            else:
-                self._recall_job(job, standing, message, now)
-
-    def _recall_job(self, job: Job, standing: Standing, message: str, now: float) -> None:
-        """One that ran, or was about to."""
-        error, step, reports = "", job.step, tuple[StepTold, ...]()
-        if standing.has_router:
-            is_there = standing.job is not None and standing.job.id == job.id
-            step, reports = (standing.step, standing.reports) if is_there else (0, ())
-            if not is_there and job.step:
-                error = f"{message}, and no actor has its steps"
-        elif not standing.can_restore and (job.step or not standing.is_pristine):
-            error = f"{message}, and the router died with it; there is no checkpoint"
-        told = step - len(reports)
-        adopted = dataclasses.replace(job, step=told, last_event=_beyond(job, step))
-        self._jobs.adopt(adopted, f"{message}; goes on after step {step}" if not error else message, now)
-        record = self._jobs[job.id]
-        for number, report in enumerate(reports, told + 1):
-            record.commit(number, report.metrics, report.time_s)
-        if error and not record.job.state.is_final:
-            record.move(JobState.FAILED, now, error)
-
     def recalled(self, past: Past, saved: Job | None, message: str, now: float) -> None:
-        """After a restart of everything, before the first report: what was known before. `saved`: the job that the
-        weights are of, as it was then.
-
-        Others that had begun begin anew, since their steps are in no weights. Whoever was told that a job was cancelled
-        or failed will not see it go on.
-        """
+        """After a restart of everything, before the first report: what was known before; see `after_restart`."""
         self.ledger = Ledger.of(past.entries)
         self._disturbances = Disturbances(self.ledger)
         self._disturbances.recall(None, ())
         self.operations.recall(past.operations, "everything was started anew meanwhile; ask for it again", now)
-        jobs = {job.id: job for job in past.jobs}
-        if saved:
-            jobs[saved.id] = _merged(jobs.get(saved.id), saved)
-        for job in sorted(jobs.values(), key=lambda job: int(job.id.rpartition("-")[2])):
-            if saved and job.id == saved.id:
-                self._jobs.adopt(job, message, now)
-            elif job.state.is_final or (job.state is JobState.QUEUED and not job.step):
-                self._jobs.recall([job])
-            else:
-                anew = dataclasses.replace(job, step=0, last_event=_beyond(job, 0))
-                self._jobs.adopt(anew, "everything was started anew, and no checkpoint has its steps; begins anew", now)
+        for recalled in after_restart(past.jobs, saved, message):
+            self._jobs.recall(recalled, now)
 
     # --- Asked by clients ----------------------------------------------------------------------------------------
 
@@ -483,6 +400,7 @@ class Coordinator:
             self._disturbances.idle()
         if self._is_ready() and not self._groups_below(self._redundancy):
             self._disturbances.whole(now)
+        self._give_up_waiting(now)
         self._jobs.forget_old(keep=self._stopping)
         self._start_next(now)
         decisions, self._decisions = self._decisions, []
@@ -518,6 +436,12 @@ class Coordinator:
         if gone and not self.can_restore:
             error = f"{who} was lost after step {record.job.step}: {reason}; no actor holds {named(gone)} any more"
             self._fail(record, error, now)
+
+    def _give_up_waiting(self, now: float) -> None:
+        """A job that was to go on, and that nothing can bring back what it needs for."""
+        record = self._jobs.resuming()
+        if record and (self._placement.missing or self.is_router_lost) and not self.can_return:
+            record.move(JobState.FAILED, now, self._message())
 
     def _start_next(self, now: float) -> None:
         record = self._jobs.next_queued()
@@ -579,19 +503,3 @@ class Coordinator:
 
     def _new_window(self) -> LoadWindow:
         return LoadWindow(self._limits.load_window_steps, self._model.num_moe_layers, self._model.num_experts)
-
-
-def _beyond(job: Job, step: int) -> int:
-    """A number above those of all events that were told since the job was written down, which nobody remembers."""
-    return job.last_event + EVENTS_UNKNOWN + EVENTS_A_STEP * max(0, step - job.step)
-
-
-def _merged(known: Job | None, saved: Job) -> Job:
-    """The same job as the journal and as a checkpoint have it: its end from the one, its steps from the other."""
-    if known is None:
-        return saved
-    last_event = max(saved.last_event, _beyond(known, saved.step))
-    if known.state in (JobState.CANCELLED, JobState.FAILED):
-        return dataclasses.replace(known, last_event=last_event)
-    state = JobState.CANCELLING if known.state is JobState.CANCELLING and not saved.state.is_final else saved.state
-    return dataclasses.replace(saved, state=state, last_event=last_event)

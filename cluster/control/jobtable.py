@@ -11,6 +11,7 @@ from actors.errors import InvalidInput
 from cluster.backend import Job, JobEvent, JobState
 from cluster.config import JobConfig
 from cluster.configfile import job_from_dict, to_dict
+from cluster.control.past import Recalled, number_of
 from cluster.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted
 
 _NEXT: dict[JobState, frozenset[JobState]] = {
@@ -90,25 +91,27 @@ class JobTable:
         self._id_of_request[request_id] = job.id
         return record.job
 
-    def adopt(self, job: Job, message: str, now: float) -> None:
-        """A job of before a restart. It keeps its id and its request id, and its events go on with the next number; one
-        that was running is the next to start, after its step: those that are adopted or recalled later wait for it."""
-        if job.state is JobState.CANCELLING:
+    def recall(self, recalled: Recalled, now: float) -> None:
+        """A job of before a restart, oldest first. It keeps its id and its request id, and its events go on with the
+        next number; one that was running is the next to start, after its step."""
+        job = recalled.job
+        if recalled.message and job.state is JobState.CANCELLING:
             job = dataclasses.replace(job, state=JobState.CANCELLED, ended_s=now)
-        elif not job.state.is_final:
+        elif recalled.message and not job.state.is_final:
             job = dataclasses.replace(job, state=JobState.QUEUED)
-        self._keep(job).record("note", now, message=message)
-
-    def recall(self, jobs: Sequence[Job]) -> None:
-        """Those that ended before a restart, and those that never began, oldest first. They keep their ids."""
-        for job in jobs:
-            self._keep(job)
+        record = self._keep(job)
+        if recalled.message:
+            record.record("note", now, message=recalled.message)
+        for step, report in enumerate(recalled.reports, job.step + 1):
+            record.commit(step, report.metrics, report.time_s)
+        if recalled.error and not job.state.is_final:
+            record.move(JobState.FAILED, now, recalled.error)
 
     def _keep(self, job: Job) -> JobRecord:
         record = JobRecord(job, self._max_events)
         self._records[job.id] = record
         self._id_of_request[job.request_id] = job.id
-        self._num_submitted = max(self._num_submitted, int(job.id.rpartition("-")[2]))
+        self._num_submitted = max(self._num_submitted, number_of(job))
         return record
 
     def resuming(self) -> JobRecord | None:

@@ -16,8 +16,9 @@ import ray
 from actors.errors import MoeClusterError
 from actors.values import Placement
 from cluster.backend import ActorStatus
-from cluster.control.coordinator import Coordinator, ModelFacts, Standing, StepTold
+from cluster.control.coordinator import Coordinator, ModelFacts
 from cluster.control.journal import Journal
+from cluster.control.past import Standing, StepTold
 from cluster.fabric.calls import call
 from cluster.fabric.crew import Survivors, end_process, number_of
 from cluster.fabric.options import COORDINATOR, NAMESPACE, ROUTER

@@ -20,10 +20,11 @@ from actors.errors import InvalidInput, MoeClusterError
 from actors.values import Placement
 from cluster.backend import ClusterStatus, Job, JobEvent, LoadReport, ModelDirectory, Operation, Rebalance
 from cluster.config import ClusterConfig, JobConfig
-from cluster.control.coordinator import Coordinator, ModelFacts, Past
+from cluster.control.coordinator import Coordinator, ModelFacts
 from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
 from cluster.control.journal import Journal
 from cluster.control.ledger import Entry
+from cluster.control.past import Past
 from cluster.errors import StartupError, Unavailable
 from cluster.fabric.attaching import check_same
 from cluster.fabric.autoscaling import Autoscaler

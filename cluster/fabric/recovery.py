@@ -13,7 +13,7 @@ import ray
 
 from actors.errors import InvalidInput, LinkError, MoeClusterError, StepAborted
 from actors.values import Placement
-from cluster.control.coordinator import Past
+from cluster.control.past import Past
 from cluster.control.rebalancing import named
 from cluster.errors import StartupError, Unavailable
 from cluster.fabric.calls import call

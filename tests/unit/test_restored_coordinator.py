@@ -8,9 +8,10 @@ import pytest
 
 from cluster.backend import Job, JobState, Operation, OperationState
 from cluster.config import JobConfig
-from cluster.control.coordinator import EVENTS_UNKNOWN, Coordinator, Past, Standing, StepTold
+from cluster.control.coordinator import Coordinator
 from cluster.control.decisions import ActorLost, Decision, StartJob
 from cluster.control.ledger import Entry
+from cluster.control.past import EVENTS_UNKNOWN, Past, Standing, StepTold
 from cluster.errors import AlreadyExists
 from tests.unit.test_coordinator import DOUBLE, MODEL, PLACEMENT, beat, report
 
@@ -224,3 +225,23 @@ def test_a_job_whose_last_steps_are_in_no_checkpoint_does_them_again() -> None:
     ended = replace(RUNNING, state=JobState.SUCCEEDED, step=40)
     coordinator = started(Past(jobs=(ended,)), replace(RUNNING, step=30))
     assert next_job(coordinator) == StartJob("job-2", CONFIG, 30)
+
+
+def test_a_job_whose_experts_died_with_it_and_are_in_no_checkpoint_fails() -> None:
+    coordinator = restored()
+    coordinator.actor_lost("e0", 100.0, "died while the coordinator was away")
+    beat(coordinator, 101.0, ("r0", "e1"))
+    assert not any(isinstance(decision, StartJob) for decision in coordinator.step(101.0))
+    assert coordinator.job("job-2").state is JobState.FAILED
+    assert "no actor holds" in coordinator.job("job-2").error
+
+
+def test_a_job_whose_experts_died_with_it_waits_for_the_checkpoint() -> None:
+    coordinator = restored(standing=replace(THERE, can_restore=True))
+    coordinator.actor_lost("e0", 100.0, "died while the coordinator was away")
+    beat(coordinator, 101.0, ("r0", "e1"))
+    coordinator.step(101.0)
+    assert coordinator.can_return
+    coordinator.restored(replace(PLACEMENT, epoch=5), 18, {"job-2": 15}, "back", 102.0)
+    beat(coordinator, 103.0)
+    assert coordinator.step(103.0) == [StartJob("job-2", CONFIG, 15)]
