@@ -141,9 +141,9 @@ def test_a_detached_service_goes_on_without_its_front(address: str, tmp_path: Pa
 
 
 def test_actors_of_another_service_end_themselves(address: str, tmp_path: Path) -> None:
-    with Services(address, tmp_path).up(**{"ray.orphan_timeout_s": 5}) as (_, front):
+    with Services(address, tmp_path).up(**{"ray.orphan_timeout_s": 12}) as (_, front):
         assert len(ours()) >= 4
-        time.sleep(7)
+        time.sleep(15)
         assert len(ours()) >= 4, "they are asked after"
         front.kill()
         front.wait(10)
