@@ -20,7 +20,7 @@ from cluster.fabric.comeback import end_all
 from cluster.fabric.control import ControlWorker
 from cluster.fabric.jobs import RayRouter
 from cluster.fabric.nodes import connected, joined
-from cluster.fabric.options import COORDINATOR, coordinator_options, lasting
+from cluster.fabric.options import COORDINATOR, ROUTER, coordinator_options, lasting
 from cluster.fabric.workers import ExpertContact
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ def end_detached(address: str, cluster: str) -> None:
 
 
 def _running(config: ClusterConfig, control: Any, router: Any) -> RunningCluster:
+    # The first call of all asks Ray's head where the actor is; later ones go on while the head is away.
+    call(ROUTER, router.ping.remote(), CALL_TIMEOUT_S)
     return RunningCluster(RayBackend(control, router, config.model), RayRouter(router), control)
 
 
