@@ -100,6 +100,28 @@ def test_a_job_ends_as_if_nothing_had_been_and_jobs_behind_it_run(client: Client
     assert entry.recovered_s is not None
 
 
+def expert_processes() -> int:
+    titles = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            titles.append(" ".join(process.cmdline()))
+    return sum(title.startswith("ray::ExpertWorker") for title in titles)
+
+
+def test_an_operation_under_way_fails_and_what_it_had_started_ends(client: Client) -> None:
+    operation = client.scale(3)
+    coordinator().kill()
+    wait_until_back(client)
+    failed = client.operation(operation.id)
+    assert failed.state is OperationState.FAILED
+    assert "the coordinator died" in failed.error
+    assert sum(actor.role == "expert" for actor in client.status().actors) == 2
+    deadline = time.monotonic() + WAIT_S
+    while expert_processes() != 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_afterwards_the_cluster_scales(client: Client) -> None:
     done = list(client.watch_operation(client.scale(3).id))[-1]
     assert done.state is OperationState.SUCCEEDED
