@@ -269,12 +269,14 @@ class ControlWorker:
     def submit(self, config: JobConfig, request_id: str) -> Job:
         with self._state.changing() as coordinator:
             job = coordinator.submit(config, request_id, time.time())
-        self._at.keeper.write_now()
+        self._at.keeper.write_now()  # what was promised must not be forgotten
         return job
 
     def job(self, job_id: str) -> Job:
         with self._state.reading() as coordinator:
-            return coordinator.job(job_id)
+            job = coordinator.job(job_id)
+        self._keep_end_of(job)
+        return job
 
     def jobs(self) -> Sequence[Job]:
         with self._state.reading() as coordinator:
@@ -293,7 +295,14 @@ class ControlWorker:
 
         self._state.wait_for(is_there, wait_s)
         with self._state.reading() as coordinator:
-            return coordinator.job_events(job_id, after, max_events)
+            events, job = coordinator.job_events(job_id, after, max_events)
+        self._keep_end_of(job)
+        return events, job
+
+    def _keep_end_of(self, told: Job | Operation) -> None:
+        """Whoever is told of an end must not find it undone by the death of this process."""
+        if told.state.is_final:
+            self._at.keeper.write_now()
 
     def status(self) -> ClusterStatus:
         with self._state.reading() as coordinator:
@@ -313,7 +322,9 @@ class ControlWorker:
 
     def operation(self, operation_id: str) -> Operation:
         with self._state.reading() as coordinator:
-            return coordinator.operations.get(operation_id)
+            operation = coordinator.operations.get(operation_id)
+        self._keep_end_of(operation)
+        return operation
 
     def operations(self) -> Sequence[Operation]:
         with self._state.reading() as coordinator:
