@@ -8,13 +8,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from actors.errors import LinkError, MoeClusterError, NonFinite, PeerLost, ProtocolError
+from actors.errors import LinkError, MoeClusterError, NonFinite, PeerLost, ProtocolError, StepAborted
 from actors.moe.balance import expert_load
 from actors.moe.dispatch import HolderTable, Share, plan
 from actors.moe.gating import GatePast
@@ -36,6 +36,8 @@ class Peer:
     """Where other expert actors reach it; needed where groups have copies."""
     near: bool = False
     """Whether it is on the router's own node."""
+    contact: Mapping[str, Any] = field(default_factory=dict)
+    """Plain values by which another router can find it."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,12 @@ class Dispatcher:
         for name in [n for n, link in self.links.items() if link.closed and n not in but]:
             del self.links[name], self._peers[name]
 
-    def use(self, epoch: int, held: Mapping[str, list[int]]) -> None:
-        """`held[name]`: expert numbers of each actor, in its local order."""
+    def use(self, epoch: int, held: Mapping[str, list[int]], num_experts: int) -> None:
+        """`held[name]`: expert numbers of each actor, in its local order; `num_experts` of every layer."""
         self.epoch, self._held = epoch, dict(held)
+        if num_experts != self._num_experts:
+            self._num_experts = num_experts
+            self.load_LE = torch.zeros(len(self.load_LE), num_experts, dtype=torch.int64)
         self._lost.clear()
         self._build_table()
 
@@ -137,6 +142,21 @@ class Dispatcher:
         for name in gone if self._reroutes else ():
             self._lose(name)
         return [] if self._reroutes else gone
+
+    def close_links(self, names: Sequence[str]) -> None:
+        """Others cannot reach these: whether they are gone is found out by opening the links again."""
+        for name in names:
+            if (link := self.links.get(name)) is not None:
+                link.close()
+
+    def forget(self) -> None:
+        """Nobody waits for the open questions any more."""
+        for link in self.links.values():
+            link.forget()
+
+    def held(self, name: str) -> list[int]:
+        """Expert numbers of this actor, in its local order."""
+        return list(self._held.get(name, []))
 
     def begin(self, purpose: Purpose) -> None:
         """Before each pass through the layers."""
@@ -198,11 +218,19 @@ class Dispatcher:
             if answer is None:
                 left.append(share)
                 continue
+            self._check_version(answer, name)
             (part,) = _tensors(answer, 1, name)
             _expect(part, (len(share.tokens_T), x_TD.shape[1]), x_TD.dtype, name)
             y_TD.index_add_(0, share.tokens_T.to(x_TD.device), part.to(x_TD.device))
             self._backlog.note(name, len(share.token_P), int(answer.fields["pairs"]))  # type: ignore[arg-type]
         return self._planned_anew(left, ids_TK) if left else []
+
+    def _check_version(self, answer: Message, name: str) -> None:
+        """No answer of two versions: a router that was left out of a step must not serve any longer."""
+        if not self.purpose.keep and answer.fields["version"] != self.purpose.min_version:
+            raise StepAborted(
+                f"{name} is at version {answer.fields['version']}, this router at {self.purpose.min_version}"
+            )
 
     def _planned_anew(self, left: Sequence[Share], ids_TK: Tensor) -> list[Share]:
         ids_N = torch.full((ids_TK.numel(),), -1, dtype=ids_TK.dtype)

@@ -63,6 +63,11 @@ class DecodeEngine:
         self._end_ids = frozenset(end_ids)
         self._keep_last = "logits_to_keep" in inspect.signature(model.forward).parameters
 
+    def use(self, model: PreTrainedModel) -> None:
+        """Another view of the same trunk from the next forward on, inside what the guard keeps apart. Sessions go on:
+        their caches are those of layers that are the same."""
+        self._model = model
+
     def stream(self, prompt: Sequence[int], sampling: Sampling, timeout_s: float) -> Iterator[TokenEvent]:
         """Tokens as they come. Closing the iterator ends the session and frees its cache."""
         budget = min(sampling.max_tokens, self._max_positions - len(prompt))

@@ -32,6 +32,10 @@ class CheckpointError(InvalidInput):
     """A model directory that is missing, incomplete or not a mixture of experts."""
 
 
+class CacheFull(InvalidInput):
+    """No room behind an expert actor's device for its groups; nothing was changed. `field` says what to give it."""
+
+
 class LinkError(MoeClusterError):
     """A link between two actors did not deliver. `peer` names the other end."""
 

@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 
 from actors.arrivals import Arrivals
+from actors.births import Births, give_birth
 from actors.errors import InvalidInput, LinkError, MoeClusterError, StepAborted
 from actors.exchange import Attempt, Exchange, PeerOpener
 from actors.holdings import Holdings, LoadLayer
+from actors.moe.cache import CacheSettings
 from actors.moe.experts import Saved, WeightGradients, Work
 from actors.optim import OptimizerSettings
 from actors.snapshots import ExpertKey, SavedState, Snapshot
@@ -61,6 +63,7 @@ class ExpertHost:
         version: int = 0,
         open_peer: PeerOpener = _no_peers,
         timeout_s: float = 30.0,
+        cache: CacheSettings | None = None,
     ) -> None:
         self.name = name
         self.group_size = group_size
@@ -68,8 +71,10 @@ class ExpertHost:
         self.tokens = 0
         self.pairs = 0
         self._source = source
-        self._device = torch.device(device)
+        self._device, self._cache = torch.device(device), cache
         self._skeleton: Skeleton = skeleton(source)
+        self._num_experts = self._skeleton.num_experts
+        """Of every layer now: the model may have grown."""
         self._check_groups(groups)
         self.holdings = self._load(source, groups)
         self._lock = threading.Lock()
@@ -77,6 +82,8 @@ class ExpertHost:
         self._placement = Placement(0, (), group_size)
         """None yet: until the first `place` everything here is owned here."""
         self._run = 0
+        self._term = 0
+        """Of the router that leads; commits of one before are refused."""
         self._attempt = Attempt(version, 0)
         self._prepared: Attempt | None = None
         self._touched: set[tuple[int, int]] = set()
@@ -99,6 +106,7 @@ class ExpertHost:
             "reduce": self._reduce,
             "commit": self._commit,
             "abort": self._abort,
+            "fence": self._fence,
             "begin_run": self._begin_run,
             "place": self._place,
             "retire": self._retire,
@@ -122,6 +130,7 @@ class ExpertHost:
         """Ends its links to other actors."""
         self.exchange.close()
         self._arrivals.close()
+        self.holdings.close()
 
     # -- what routers ask ---------------------------------------------------------------------------------------------
 
@@ -216,7 +225,7 @@ class ExpertHost:
                 parts = self.exchange.gradients("partial", self._prepared, group, layer)
                 for sender in sorted(parts, key=copies.index):
                     for gradient, part in zip(gradients, parts[sender], strict=True):
-                        gradient += part.to(self._device)
+                        gradient += part.to(gradient.device)
                 pending += [self._send("sum", copy, group, layer, gradients) for copy in copies]
         answer = self._norm_of(owned)
         self.exchange.settle(pending)
@@ -227,6 +236,8 @@ class ExpertHost:
         step = int(fields["step"])
         if step == self.version:
             return Message("ok", {"version": self.version})  # repeated: already done
+        if (term := int(fields.get("term", 0))) < self._term:
+            raise StepAborted(f"commit of step {step} by a router of term {term}, now is {self._term}")
         if self._prepared is None or self._prepared != Attempt.of(fields):
             raise StepAborted(f"commit of step {step}, prepared is {self._prepared}")
         self._take_sums(self._prepared)
@@ -248,6 +259,11 @@ class ExpertHost:
             self._attempt = Attempt(attempt.step, attempt.number + 1)
             self._drop_gradients()
         return Message("ok", {"version": self.version})
+
+    def _fence(self, question: Message) -> Message:
+        """A router has taken over: its version is what it is now, whatever the one before has sent."""
+        self._term = max(self._term, int(question.fields["term"]))  # type: ignore[arg-type]
+        return Message("ok", self.status())
 
     def _begin_run(self, question: Message) -> Message:
         """A new job: its optimizer settings, fresh moments. Groups on their way here have the old ones: dropped."""
@@ -363,8 +379,13 @@ class ExpertHost:
             self.version, self._run = version, run
             self._attempt = Attempt(version, 0)
         self._check_version(version)
-        self._await_arrivals([g for g in wanted if g in self.holdings.arriving], version, run)
+        born: list[int] = []
+        if births := Births.of(fields):
+            born = [group for group in wanted if group in births.source_of]
+            give_birth(self.holdings, self._skeleton, self.group_size, births, born)
+        self._await_arrivals([g for g in wanted if g in self.holdings.arriving and g not in born], version, run)
         self.holdings.hold(wanted)
+        self._num_experts = placement.num_experts
         for group in wanted:
             self._arrivals.arrived(group)
         self._placement = placement
@@ -416,7 +437,9 @@ class ExpertHost:
             "tokens": self.tokens,
             "run": self._run,
             "attempt": self._attempt.number,
+            "term": self._term,
             "memory_bytes": self._memory_bytes,
+            "cache": self.holdings.cache_counters(),
         }
 
     def _export_layer(self, question: Message) -> Message:
@@ -435,11 +458,12 @@ class ExpertHost:
         holdings = self._load(source, self.groups)
         for mine, loaded in zip(self.holdings.stacks, holdings.stacks, strict=True):
             for name in loaded.names:
-                if mine.weight(name).shape[1:] != loaded.weight(name).shape[1:]:
-                    raise InvalidInput("another architecture", field=name, value=tuple(loaded.weight(name).shape))
+                if mine.shape(name) != loaded.shape(name):
+                    raise InvalidInput("another architecture", field=name, value=loaded.shape(name))
+        holdings.begin_run(self.holdings.settings)
         self._new_run(question.fields)
         self._drop_gradients()
-        holdings.begin_run(self.holdings.settings)
+        self.holdings.close()
         self.holdings = holdings
         return Message("ok", {"version": self.version})
 
@@ -466,12 +490,14 @@ class ExpertHost:
         Called from a thread of its own. Until the next `place` every question that needs experts is refused. After an
         error nothing is here, and it can be called again.
         """
+        self._num_experts = max((key.expert + 1 for key in saved.keys), default=self._num_experts)
         self._check_groups(groups)
         with self._lock:
             self._clear(run)
         holdings = self._holdings_of(groups, lambda layer, groups: self._blank(layer, len(groups)))
         holdings.load(saved)
         with self._lock:
+            self.holdings.close()
             self.holdings = holdings
             self.version, self._attempt = saved.version, Attempt(saved.version, 0)
             self._memory_bytes = holdings.num_bytes()
@@ -483,6 +509,7 @@ class ExpertHost:
         self.exchange.forget_gradients(Attempt(sys.maxsize, 0))  # steps with these numbers will come again
         self._placement = Placement(0, (), self.group_size)
         self.snapshot = None
+        self.holdings.close()
         self.holdings = self._holdings_of((), lambda layer, groups: {})
         self._memory_bytes = 0
 
@@ -494,7 +521,7 @@ class ExpertHost:
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _holdings_of(self, groups: Sequence[int], load: LoadLayer) -> Holdings:
-        return Holdings(self._skeleton, self.group_size, self._device, groups, load)
+        return Holdings(self._skeleton, self.group_size, self._device, groups, load, self._cache)
 
     def _load(self, source: ModelSource, groups: Sequence[int]) -> Holdings:
         reader = CheckpointReader(source.path, self._skeleton) if source.path and groups else None
@@ -536,11 +563,11 @@ class ExpertHost:
             raise StepAborted(f"version {wanted} is asked for, {self.version} is here")
 
     def _check_groups(self, groups: Sequence[int]) -> None:
-        num_groups = self._skeleton.num_experts // self.group_size
+        num_groups = self._num_experts // self.group_size
         for group in groups:
             if not 0 <= group < num_groups:
                 raise InvalidInput(
-                    f"the model has {self._skeleton.num_experts} experts a layer",
+                    f"the model has {self._num_experts} experts a layer",
                     field="groups",
                     value=group,
                     remedy=f"with groups of {self.group_size} the last group is {num_groups - 1}",

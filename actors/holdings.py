@@ -1,25 +1,28 @@
 """What an expert actor holds: expert groups of every MoE layer, their gradients, their optimizers.
 
-    layer 0   [ group 4 | group 9 | (free) ]      one stack of weights a layer, for grouped products
+    layer 0   [ group 4 | group 9 | (free) ]      one stack of experts a layer, for grouped products
     layer 1   [ group 4 | group 9 | (free) ]
 
 The stacks are made of places, one group each. A group's parameters are views of its place, and its optimizer is its
 own: groups come and go without touching the others, and copies of a group on several actors, stepped with the same
-gradients, stay equal bit for bit. Not thread-safe: the host's lock is around every call.
+gradients, stay equal bit for bit. Where the memory of the places is, on the device or behind it, is known to their
+residency alone. Not thread-safe: the host's lock is around every call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from actors.errors import InvalidInput
+from actors.moe.cache import CacheSettings
 from actors.moe.experts import ExpertStack
 from actors.optim import OptimizerSettings, adamw, scale_gradients, set_lr, square_sum
+from actors.residency import residency
 from actors.snapshots import KINDS, ExpertKey, SavedState, Snapshot, to_host
 from actors.trunk.model import Skeleton
 
@@ -38,21 +41,36 @@ class _Group:
 
 class Holdings:
     def __init__(
-        self, skeleton: Skeleton, group_size: int, device: torch.device, groups: Sequence[int], load: LoadLayer
+        self,
+        skeleton: Skeleton,
+        group_size: int,
+        device: torch.device,
+        groups: Sequence[int],
+        load: LoadLayer,
+        cache: CacheSettings | None = None,
     ) -> None:
-        self._skeleton, self._group_size, self._device = skeleton, group_size, device
+        self._group_size = group_size
         self.settings = OptimizerSettings()
         self._places: list[int | None] = list(groups)
         """Group at each place of the stacks."""
-        self.stacks = [
-            ExpertStack(layer.template, {n: t.to(device) for n, t in load(i, groups).items()})
-            if groups
-            else ExpertStack(layer.template, self._blank(i))
-            for i, layer in enumerate(skeleton.layers)
-        ]
+        self._residency = residency(skeleton, group_size, device, len(groups), lambda i: load(i, groups), cache)
         self._groups = {group: self._new_group(group) for group in groups}
 
+    @property
+    def stacks(self) -> Sequence[ExpertStack]:
+        """What computes, by layer."""
+        return self._residency.stacks
+
+    def close(self) -> None:
+        """Nothing is held any more."""
+        self._residency.close()
+        self._places, self._groups = [], {}
+
     # -- what is here -------------------------------------------------------------------------------------------------
+
+    def __contains__(self, group: int) -> bool:
+        """Also one that is on its way, or leaves."""
+        return group in self._groups
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -82,10 +100,13 @@ class Holdings:
 
     def num_bytes(self) -> int:
         """Of parameters, gradients and optimizer state."""
-        tensors = [t for stack in self.stacks for p in stack.parameters() for t in (p, p.grad) if t is not None]
-        for group in self._groups.values():
-            tensors += [t for state in group.optimizer.state.values() for t in state.values()]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        states = [state for group in self._groups.values() for state in group.optimizer.state.values()]
+        tensors: list[Tensor] = [t for state in states for t in state.values()]
+        return self._residency.num_bytes() + sum(t.numel() * t.element_size() for t in tensors)
+
+    def cache_counters(self) -> dict[str, Any]:
+        """Of the expert cache; empty without one. From any thread."""
+        return self._residency.counters()
 
     # -- gradients and updates ----------------------------------------------------------------------------------------
 
@@ -95,11 +116,10 @@ class Holdings:
         Experts without a token have a gradient too: zero. Without one the optimizer would pass them over, and neither
         their moments nor their weights would decay as they do in one process.
         """
-        span, stack = self._span(group), self.stacks[layer]
-        parameters = self._groups[group].parameters[layer]
-        for name in stack.names:
-            parameters[name].grad = stack.gradient(name)[span]
-        return [grad for name in stack.names if (grad := parameters[name].grad) is not None]
+        place, parameters = self._places.index(group), self._groups[group].parameters[layer]
+        for name in parameters:
+            parameters[name].grad = self._residency.gradient(place, layer, name)
+        return [grad for name in parameters if (grad := parameters[name].grad) is not None]
 
     def square_sum(self, groups: Iterable[int]) -> float:
         """Of all gradients of these groups, for the global norm."""
@@ -112,10 +132,12 @@ class Holdings:
 
     def update(self, lr: float, scale: float) -> None:
         """One optimizer step of every held group with its gradients times `scale`; then they are zero."""
+        self._residency.settle()
         for group in self.groups:
             for layer in range(len(self.stacks)):
                 self.gradients(group, layer)
             self._step(group, lr, scale)
+        self._residency.changed(self._places.index(group) for group in self.groups)
         self.drop_gradients()
 
     def update_layer(self, group: int, layer: int, gradients: Sequence[Tensor], lr: float, scale: float) -> None:
@@ -124,25 +146,39 @@ class Holdings:
         for parameter in self._parameters(group):
             parameter.grad = None
         for name, gradient in zip(self.stacks[layer].names, gradients, strict=True):
-            parameters[layer][name].grad = gradient.to(self._device, copy=True)
+            parameters[layer][name].grad = gradient.to(parameters[layer][name].device, copy=True)
         self._step(group, lr, scale)
         for name in self.stacks[layer].names:
             parameters[layer][name].grad = None
 
     def _step(self, group: int, lr: float, scale: float) -> None:
         optimizer = self._groups[group].optimizer
+        for layer, parameters in enumerate(self._groups[group].parameters):
+            for name, parameter in parameters.items():
+                if parameter.grad is not None and parameter not in optimizer.state:
+                    self._new_state(group, layer, name, 0)
         scale_gradients(self._parameters(group), scale)
         set_lr(optimizer, lr)
         optimizer.step()
 
+    def _new_state(self, group: int, layer: int, name: str, updates: int) -> tuple[Tensor, Tensor]:
+        """AdamW's of one parameter, as AdamW makes it. -> both moments, zeros."""
+        held = self._groups[group]
+        parameter = held.parameters[layer][name]
+        first, second = self._residency.moments(self._places.index(group), layer, name)
+        # The fused step wants the count on the parameter's device.
+        step = torch.tensor(float(updates), dtype=torch.float32, device=parameter.device)
+        held.optimizer.state[parameter] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+        return first, second
+
     def drop_gradients(self) -> None:
-        for stack in self.stacks:
-            stack.zero_gradients()
+        self._residency.drop_gradients()
 
     def begin_run(self, settings: OptimizerSettings) -> None:
         """Fresh moments. `InvalidInput` while a group is on its way, since its moments are those of the run before."""
         if self.arriving:
             raise InvalidInput("a group is on its way here", field="group", value=self.arriving)
+        self._residency.train()
         self.free_leaving()
         self.settings = settings
         self.drop_gradients()
@@ -200,14 +236,19 @@ class Holdings:
         self.settings = settings
         if group in self._in_state("leaving"):
             self.free(group)
-        if None not in self._places:
-            self._places.append(None)
-            for stack in self.stacks:
-                stack.resize(len(self._places) * self._group_size)
-            self._rebind()
+        self.make_room(1)
+        self._residency.train()
         self._places[self._places.index(None)] = group
         self._groups[group] = self._new_group(group)
         self._groups[group].state = "arriving"
+
+    def make_room(self, count: int) -> None:
+        """Free places for as many groups, made in one go: the stacks are copied for it."""
+        missing = count - self._places.count(None)
+        if missing > 0:
+            self._residency.resize(len(self._places) + missing)  # first: it may find no room
+            self._places += [None] * missing
+            self._rebind()
 
     def write(self, group: int, layer: int, tensors: Sequence[Tensor], updates: int) -> None:
         """Counterpart of `read`."""
@@ -215,18 +256,15 @@ class Holdings:
         wanted = [held.parameters[layer][name].shape for name in names for _ in range(3)]
         if [t.shape for t in tensors] != wanted:
             raise InvalidInput("other tensors than a group of this model has", field="tensors")
+        self._residency.settle()
         with torch.no_grad():
             for number, name in enumerate(names):
-                weight, first, second = tensors[3 * number : 3 * number + 3]
-                parameter = held.parameters[layer][name]
-                parameter.copy_(weight)
+                weight, *moments = tensors[3 * number : 3 * number + 3]
+                held.parameters[layer][name].copy_(weight)
                 if updates:
-                    held.optimizer.state[parameter] = {
-                        # The fused step wants the count on the parameter's device.
-                        "step": torch.tensor(float(updates), dtype=torch.float32, device=self._device),
-                        "exp_avg": first.to(self._device, copy=True),
-                        "exp_avg_sq": second.to(self._device, copy=True),
-                    }
+                    for mine, moment in zip(self._new_state(group, layer, name, updates), moments, strict=True):
+                        mine.copy_(moment)
+        self._residency.changed([self._places.index(group)])
 
     def hold(self, groups: Collection[int]) -> None:
         """From now on exactly these are computed with. `InvalidInput` if one is not here."""
@@ -244,11 +282,9 @@ class Holdings:
 
     def free(self, group: int) -> None:
         """Its place may be taken by another."""
-        span = self._span(group)
-        for parameter in (p for stack in self.stacks for p in stack.parameters()):
-            if parameter.grad is not None:
-                parameter.grad[span] = 0
-        self._places[self._places.index(group)] = None
+        place = self._places.index(group)
+        self._residency.clear(place)
+        self._places[place] = None
         del self._groups[group]
 
     def trim(self) -> None:
@@ -258,9 +294,7 @@ class Holdings:
             return
         kept = [place for place in range(len(self._places)) if place not in free[1:]]
         self._places = [self._places[place] for place in kept]
-        size = self._group_size
-        for stack in self.stacks:
-            stack.keep([place * size + i for place in kept for i in range(size)])
+        self._residency.keep(kept)
         self._rebind()
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -268,18 +302,12 @@ class Holdings:
     def _in_state(self, state: str) -> tuple[int, ...]:
         return tuple(g for g in self._places if g is not None and self._groups[g].state == state)
 
-    def _blank(self, layer: int) -> dict[str, Tensor]:
-        """Parameters of no expert."""
-        shapes = self._skeleton.layers[layer].shapes()
-        return {n: torch.zeros(0, *s, dtype=self._skeleton.dtype, device=self._device) for n, s in shapes.items()}
-
-    def _span(self, group: int) -> slice:
-        first = self._places.index(group) * self._group_size
-        return slice(first, first + self._group_size)
-
     def _new_group(self, group: int) -> _Group:
-        span = self._span(group)
-        parameters = [{name: nn.Parameter(stack.weight(name)[span]) for name in stack.names} for stack in self.stacks]
+        place, weight = self._places.index(group), self._residency.weight
+        parameters = [
+            {name: nn.Parameter(weight(place, layer, name)) for name in stack.names}
+            for layer, stack in enumerate(self.stacks)
+        ]
         return _Group(parameters, self._new_optimizer(parameters))
 
     def _new_optimizer(self, parameters: list[dict[str, nn.Parameter]]) -> torch.optim.AdamW:
@@ -288,11 +316,11 @@ class Holdings:
     def _rebind(self) -> None:
         """The stacks lie elsewhere now; parameters stay the same objects, as the optimizers know them."""
         for number, group in self._groups.items():
-            span = self._span(number)
-            for stack, parameters in zip(self.stacks, group.parameters, strict=True):
-                for name in stack.names:
-                    parameters[name].data = stack.weight(name)[span]
-                    parameters[name].grad = None
+            place = self._places.index(number)
+            for layer, parameters in enumerate(group.parameters):
+                for name, parameter in parameters.items():
+                    parameter.data = self._residency.weight(place, layer, name)
+                    parameter.grad = None
 
     def _parameters(self, group: int) -> list[nn.Parameter]:
         return [p for layer in self._groups[group].parameters for p in layer.values()]

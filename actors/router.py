@@ -6,36 +6,46 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from actors.dispatcher import Dispatcher, Purpose, Roster
+from actors.division import Part
 from actors.engine import DecodeEngine
 from actors.errors import InvalidInput, LinkError, MoeClusterError, NonFinite, PeerLost, StepAborted
+from actors.exchange import Attempt
+from actors.growing import Blueprint, Grower, GrownTrunk, base_settings, blank_trunk, check_growth, seen_by_gates
 from actors.moe.gating import GatePast
 from actors.moe.settings import BalanceSettings, GateSettings
 from actors.optim import OptimizerSettings, adamw, scale_gradients, set_lr, square_sum
-from actors.routing import Routing
+from actors.pieces import PIECE_BYTES, GradientPieces
+from actors.replicas import Replicas, Tally
+from actors.routing import Opening, Routing
 from actors.snapshots import SavedState, Snapshot, copy_all, moments, set_moments, to_host
-from actors.transport.contract import Pending
+from actors.transport.contract import Link, Pending
 from actors.transport.message import Message
 from actors.trunk.checkpoint import CheckpointReader
 from actors.trunk.export import export_model
 from actors.trunk.load import load_trunk, load_weights
 from actors.trunk.model import ModelSource, connect, second_view, skeleton
-from actors.values import Course, Placement, Sampling, SnapshotTaken, StepReport, TokenEvent
+from actors.values import Course, Grown, Growth, Placement, Sampling, SnapshotTaken, StepReport, TokenEvent
 from actors.versions import VersionGate
 
 logger = logging.getLogger(__name__)
 
 _OPTIMIZER = "optimizer."
 """Prefix of the moments' names in a snapshot."""
+_ROUTING = "routing."
+_TRIED_TOKENS = 2048
+"""That the gates of a growth are tried with."""
 
 
 def token_losses(logits_BSV: Tensor, ids_BS: Tensor) -> Tensor:
@@ -47,16 +57,19 @@ def token_losses(logits_BSV: Tensor, ids_BS: Tensor) -> Tensor:
 
 
 class Router:
-    """`train_step`, `adopt`, `take_snapshot` and `restore` are called by one thread at a time; serving calls by any
-    number of others.
+    """`train_step`, `adopt`, `grow`, `take_snapshot` and `restore` are called by one thread at a time; serving calls by
+    any number of others.
 
     `find_roster` is asked when expert actors are gone, with their names: it gives the roster to go on with, or raises.
+
+    It leads the routers that `join` it: they are `Replica`s, whose own `Router` is made without a roster and gets all
+    that it is from the leader. Only the leader is asked to train, to change its placement or to save.
     """
 
     def __init__(
         self,
         source: ModelSource,
-        roster: Roster,
+        roster: Roster | None,
         *,
         gate: GateSettings | None = None,
         device: str = "cpu",
@@ -64,6 +77,7 @@ class Router:
         max_step_retries: int = 3,
         max_sessions: int = 16,
         find_roster: Callable[[Sequence[str]], Roster] | None = None,
+        piece_bytes: int = PIECE_BYTES,
     ) -> None:
         self._skeleton = skeleton(source)
         self._source = source
@@ -71,7 +85,7 @@ class Router:
         self._timeout_s = timeout_s
         self._find_roster = find_roster
         num_layers, num_experts = len(self._skeleton.layers), self._skeleton.num_experts
-        if roster.placement.num_experts != num_experts:
+        if roster is not None and roster.placement.num_experts != num_experts:
             raise InvalidInput(
                 f"the model has {num_experts} experts a layer", field="placement", value=roster.placement.num_experts
             )
@@ -79,11 +93,13 @@ class Router:
         self._serving = Dispatcher(num_layers, num_experts, timeout_s=timeout_s, reroutes=True)
         self.trunk = load_trunk(source, self._skeleton, device)
         self._view = second_view(source, self.trunk)
-        self.routing = Routing(self.trunk, self._skeleton, gate or GateSettings(), source.seed)
-        if source.path is not None:
+        settings = base_settings(source, gate or GateSettings(), num_experts)
+        self.routing = Routing(self.trunk, self._skeleton, settings, source.seed)
+        if source.path is not None and source.num_experts is None:
             self.routing.load(Path(source.path))
-        connect(self.trunk, [self.routing.layer_function(i, self._training) for i in range(num_layers)])
-        connect(self._view, [self.routing.layer_function(i, self._serving) for i in range(num_layers)])
+        self._connect()
+        self._sample: Tensor | None = None
+        """Tokens [B, S] of the last step."""
         self._attempt = 0
         self._unconfirmed: list[Pending | None] = []
         self._commit_fields: dict[str, Any] = {}
@@ -95,18 +111,28 @@ class Router:
         self._optimizer = self._new_optimizer()
         self._memory_bytes = self._measure()
         """With gradients and moments once there was a step."""
+        self._blueprint: Blueprint | None = None
+        """Of the growth that was asked for last."""
         self.snapshot: Snapshot[str] | None = None
         """The last one that was taken, until `drop_snapshot`."""
-        self._training.connect(roster.peers)
-        self.version, self._run = self._take_over()
-        self._switch(roster)
+        self.replicas = Replicas(timeout_s, piece_bytes)
+        self.replicas.on_experts_lost = self._training.close_links
+        self._piece_bytes = piece_bytes
+        self.pieces = GradientPieces(self._parameters(), piece_bytes)
+        self.version = self._run = 0
+        self._roster = Roster(Placement(0, (), 1), {})
+        self._settled = True
+        if roster is not None:
+            self._training.connect(roster.peers)
+            self.version, self._run = self._take_over()
+            self._switch(roster)
         text = self._skeleton.config.get_text_config()
         self.vocab_size = int(text.vocab_size)
         self.max_positions = int(getattr(text, "max_position_embeddings", 1 << 20))
         self._engine = DecodeEngine(
             self._view,
             self._version_guard,
-            self.routing.new_pasts,
+            lambda: self.routing.new_pasts(),
             max_sessions=max_sessions,
             max_positions=self.max_positions,
             end_ids=_end_ids(self._skeleton.config),
@@ -120,13 +146,16 @@ class Router:
         self._settings = settings
         self._reach_all()
         self._run += 1
-        self._training.ask_all("begin_run", {"optimizer": settings.to_dict(), "run": self._run})
+        fields = {"optimizer": settings.to_dict(), "run": self._run}
+        self._training.ask_all("begin_run", fields)
+        self.replicas.ask("begin_run", {**fields, "balance": asdict(self.routing.balance)})
         self._optimizer = self._new_optimizer()
         return self.course
 
     def continue_run(self, balance: BalanceSettings) -> Course:
         """A job that goes on from a checkpoint: its balance rules. Its optimizer settings and moments are here."""
         self.routing.begin_run(balance)
+        self.replicas.ask("continue_run", {"balance": asdict(balance)})
         return self.course
 
     @property
@@ -145,16 +174,14 @@ class Router:
             self._check_ids(ids_BS)
         if not microbatches:
             raise InvalidInput("no token to train on", field="microbatches", value=0)
+        self._sample = microbatches[-1]
         started = time.monotonic()
         for retries in range(self._max_retries + 1):
             try:
                 if retries:
                     self._recover()
-                loss, norm, balance = self._attempt_step(microbatches, lr, clip_norm, bias_speed)
-                num_tokens = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in microbatches)
-                seconds = time.monotonic() - started
-                load_LE = self._training.load_LE.tolist()
-                return StepReport(self.version, loss, norm, num_tokens, seconds, retries, load_LE, balance)
+                report = self._attempt_step(microbatches, lr, clip_norm, bias_speed, retries)
+                return replace(report, seconds=time.monotonic() - started)
             except NonFinite as error:
                 self._abort()
                 raise NonFinite(
@@ -168,63 +195,97 @@ class Router:
         raise AssertionError("unreachable")
 
     def _attempt_step(
-        self, microbatches: Sequence[Tensor], lr: float, clip_norm: float, bias_speed: float
-    ) -> tuple[float, float, float]:
-        """-> loss, gradient norm, balance loss."""
-        step = self.version + 1
+        self, microbatches: Sequence[Tensor], lr: float, clip_norm: float, bias_speed: float, retries: int
+    ) -> StepReport:
+        attempt = Attempt(self.version + 1, self._attempt)
+        fields = {"step": attempt.step, "attempt": attempt.number}
+        num_tokens = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in microbatches)
         self._training.load_LE.zero_()
-        loss, balance = self._accumulate(step, microbatches)
+        mine = self.replicas.start(attempt, microbatches, num_tokens)
+        own = self._accumulate(attempt.step, mine, num_tokens, len(microbatches))
+        total = self.replicas.collect(own, self.pieces, self._training.load_LE)
         square = square_sum(self._parameters())
         self._confirm_commit()
         for phase in ("prepare", "reduce") if self._roster.placement.has_copies else ("prepare",):
-            for answer in self._training.ask_all(phase, {"step": step, "attempt": self._attempt}).values():
+            for answer in self._training.ask_all(phase, fields).values():
                 part = answer.fields["square_sum"]
                 square += math.nan if part is None else float(part)  # type: ignore[arg-type]
         norm = math.sqrt(square)
         if not math.isfinite(norm):
-            raise NonFinite(f"gradient norm is {norm}", step=step)
+            raise NonFinite(f"gradient norm is {norm}", step=attempt.step)
         scale = min(1.0, clip_norm / (norm + 1e-6)) if clip_norm > 0 else 1.0
-        self._commit(step, lr, scale, bias_speed)
-        return loss, norm, balance
+        load_LE = self._training.load_LE
+        report = StepReport(
+            attempt.step, total.loss, norm, num_tokens, own.seconds, retries, load_LE.tolist(), total.balance
+        )
+        update = {"lr": lr, "scale": scale, "bias_speed": bias_speed}
+        self.replicas.prepare(attempt, update, report, self.pieces, load_LE)
+        self.commit(attempt, **update)
+        return report
 
-    def _accumulate(self, step: int, microbatches: Sequence[Tensor]) -> tuple[float, float]:
-        """Forward and backward of every micro-batch -> mean loss over all their tokens, mean balance loss over them."""
+    def _accumulate(
+        self,
+        step: int,
+        parts: Sequence[Part],
+        num_tokens: int,
+        num_microbatches: int,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Tally:
+        """Forward and backward of parts of a batch, whose losses are normalised by the `num_tokens` of all of it."""
+        started = time.monotonic()
         device = self.trunk.get_input_embeddings().weight.device
-        num_tokens = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in microbatches)
         total = total_balance = 0.0
-        for number, ids_BS in enumerate(microbatches):
+        own_tokens = 0
+        for part in parts:
+            if should_stop():
+                raise StepAborted("the step was given up")
+            ids_BS = part.ids_BS.to(device)
             self._training.begin(
-                Purpose(step, self._attempt, number, min_version=step - 1, sequence_length=ids_BS.shape[1])
+                Purpose(step, self._attempt, part.number, min_version=step - 1, sequence_length=ids_BS.shape[1])
             )
-            ids_BS = ids_BS.to(device)
             loss = token_losses(self.trunk(input_ids=ids_BS, use_cache=False).logits, ids_BS) / num_tokens
             total += loss.item()
             if (balance := self.routing.take_loss()) is not None:
-                balance = balance / len(microbatches)
+                balance = balance * part.share / num_microbatches
                 total_balance += balance.item()
                 loss = loss + balance
             if not math.isfinite(total + total_balance):
                 raise NonFinite(f"loss is {total + total_balance}", step=step)
             loss.backward()
-        return total, total_balance
+            own_tokens += ids_BS.shape[0] * (ids_BS.shape[1] - 1)
+        return Tally(total, total_balance, own_tokens, time.monotonic() - started)
 
-    def _commit(self, step: int, lr: float, scale: float, bias_speed: float) -> None:
+    def commit(self, attempt: Attempt, *, lr: float, scale: float, bias_speed: float) -> None:
         """Tells every actor and applies the trunk's part. Nobody waits: the queue of each link keeps the order.
 
         All are prepared, so the step counts from here on, even where the message is lost: `_confirm_commit` repeats it.
         Between steps serving sees either all of the old version or, through `min_version`, all of the new one.
         """
-        with self._gate.writing():
-            self._commit_fields = {"step": step, "attempt": self._attempt, "lr": lr, "scale": scale}
-            self._unconfirmed = self._training.start_each("commit", self._commit_fields)
-            scale_gradients(self._parameters(), scale)
-            set_lr(self._optimizer, lr)
-            self._optimizer.step()
-            self._memory_bytes = self._measure()
-            self._optimizer.zero_grad(set_to_none=True)
-            self.routing.update_bias(self._training.load_LE, bias_speed)
-            self.version = step
-            self._attempt = 0
+        with self.pausing():
+            started = self.apply(attempt, lr=lr, scale=scale, bias_speed=bias_speed)
+        self.replicas.confirm(started)
+
+    def apply(self, attempt: Attempt, *, lr: float, scale: float, bias_speed: float) -> Mapping[str, Pending | None]:
+        """`commit` while serving waits already. -> what replicas were asked."""
+        self._commit_fields = {
+            "step": attempt.step,
+            "attempt": attempt.number,
+            "lr": lr,
+            "scale": scale,
+            "term": self.replicas.term,
+        }
+        self._unconfirmed = self._training.start_each("commit", self._commit_fields)
+        started = self.replicas.start_commit(attempt)
+        scale_gradients(self._parameters(), scale)
+        set_lr(self._optimizer, lr)
+        self._optimizer.step()
+        self._memory_bytes = self._measure()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.routing.update_bias(self._training.load_LE, bias_speed)
+        self.routing.open_further()
+        self.version = attempt.step
+        self._attempt = 0
+        return started
 
     def _confirm_commit(self) -> None:
         """Reads the answers to the last commit. If one is missing all are asked again: who has done it just says so."""
@@ -260,11 +321,11 @@ class Router:
         return True
 
     def _abort(self) -> None:
-        self._optimizer.zero_grad(set_to_none=True)
-        self.routing.take_loss()
+        self.drop_gradients()
         if self._unconfirmed:
             self._unconfirmed = [None]  # the answers are forgotten with all others that are open: it is asked again
         self._training.tell_living("abort", {"step": self.version + 1, "attempt": self._attempt})
+        self.replicas.abort(Attempt(self.version + 1, self._attempt))
         self._attempt += 1
 
     def _recover(self) -> None:
@@ -275,11 +336,13 @@ class Router:
     # -- placement ----------------------------------------------------------------------------------------------------
 
     def adopt(self, roster: Roster) -> float:
-        """Another placement, with what links it needs, between two steps. An older one than that in use is ignored.
+        """Another placement, with what links it needs, between two steps. An older one than that in use is ignored, as
+        is one from before a growth.
 
         -> seconds that steps and requests waited. After an error the placement before is in use again.
         """
-        if roster.placement.epoch <= self._roster.placement.epoch:
+        now = self._roster.placement
+        if roster.placement.epoch <= now.epoch or roster.placement.num_experts != now.num_experts:
             return 0.0
         self._confirm_without(roster)
         # What arrives needs the last update of who leaves, so nobody leaves before the switch.
@@ -288,7 +351,7 @@ class Router:
         started = time.monotonic()
         try:
             self._reopen()
-            self._switch(roster)
+            self._switch_all(roster)
         except MoeClusterError:
             with suppress(MoeClusterError):  # whoever needs it next tries again
                 self._settle()
@@ -298,40 +361,54 @@ class Router:
         self._training.tell_living("retire", {})
         return waited
 
-    @property
-    def placement(self) -> Placement:
-        """In use."""
-        return self._roster.placement
-
     def cut(self, names: Sequence[str]) -> None:
         """Every wait for these actors ends now, as if their connections had ended. From any thread."""
+        self.replicas.cut(names)
         for dispatcher in (self._training, self._serving):
             for name in names:
                 if (link := dispatcher.links.get(name)) is not None:
                     link.cut()
+
+    def _switch_all(self, roster: Roster) -> None:
+        """Here and on every replica."""
+        if not len(self.replicas):
+            return self._switch(roster)
+        with self.replicas.holding():
+            self._switch(roster)
+            self.replicas.ask("adopt", self._placing())
+        return None
 
     def _switch(self, roster: Roster) -> None:
         """Serving waits meanwhile."""
         with self._serving_lock, self._gate.writing():
             self._place(roster)
 
-    def _place(self, roster: Roster) -> None:
+    @property
+    def grown_to(self) -> int | None:
+        """Experts of every layer, if they are not as many as the model's config says."""
+        return self._source.num_experts
+
+    def _place(self, roster: Roster, births: Mapping[str, Any] | None = None) -> None:
         self._settled = False
-        fields = {**roster.fields(), "version": self.version, "run": self._run}
-        answers = self._training.ask_all("place", fields, among=list(roster.peers))
-        held = {name: _numbers(answer, "experts") for name, answer in answers.items()}
+        fields = {**roster.fields(), "version": self.version, "run": self._run, **(births or {})}
+        # Births copy and draw as many weights as they make.
+        timeout_s = 10 * self._timeout_s if births else self._timeout_s
+        answers = self._training.ask_all("place", fields, timeout_s, among=list(roster.peers))
+        self._use(roster, {name: _numbers(answer, "experts") for name, answer in answers.items()})
+        self._settled = True
+
+    def _use(self, roster: Roster, held: Mapping[str, list[int]]) -> None:
         self._serving.connect(roster.peers)
         for dispatcher in (self._training, self._serving):
-            dispatcher.use(roster.placement.epoch, held)
+            dispatcher.use(roster.placement.epoch, held, roster.placement.num_experts)
         self._served_version = self.version
         self._roster = roster
-        self._settled = True
 
     def _settle(self) -> None:
         """After a switch that failed: some actors may have a newer placement than the one in use."""
         if not self._settled:
             self._reopen()
-            self._switch(self._roster)
+            self._switch_all(self._roster)
 
     def _reopen(self) -> None:
         if gone := self._training.reopen():
@@ -339,12 +416,95 @@ class Router:
 
     def _reach_all(self) -> None:
         """Every actor has an open link and the last commit. Those that are gone are left out by a new roster."""
+        deadline = time.monotonic() + self._timeout_s
         while gone := self._training.reopen():
-            if self._find_roster is None:
+            # Right after a growth the coordinator may not have heard of it yet, and tell an earlier placement.
+            if self._find_roster is None or time.monotonic() > deadline:
                 raise PeerLost("the actor is gone", peer=gone[0])
             self.adopt(self._find_roster(gone))
         self._confirm_commit()
         self._settle()
+
+    # -- growth: between two steps ------------------------------------------------------------------------------------
+
+    def prepare_growth(self, growth: Growth) -> None:
+        """What needs no weights, so that steps wait less for `grow`. From any thread. Errors as there."""
+        placement = self._roster.placement
+        check_growth(growth, placement.num_experts, placement.group_size)
+        if self._blueprint is None or self._blueprint.skeleton.num_experts != growth.num_experts:
+            self._blueprint = Blueprint.of(
+                self._source, self.routing.settings, self._skeleton.num_experts, growth.num_experts
+            )
+
+    def grow(self, growth: Growth) -> Grown:
+        """More experts from the next step on: on every actor and here, or after an error nowhere.
+
+        `InvalidInput` if the model or its gate cannot have them.
+        """
+        started = time.monotonic()
+        self.prepare_growth(growth)
+        self._reopen()
+        self._confirm_commit()
+        self._settle()
+        made = self._grown_trunk(growth)
+        roster = Roster(made.births.placed(self._roster.placement), self._roster.peers)
+        with self.replicas.holding():
+            try:
+                with self._serving_lock, self._gate.writing():
+                    self._place(roster, made.births.fields())
+                    self._take(made)
+            except MoeClusterError:
+                with suppress(MoeClusterError):  # whoever needs it next tries again
+                    self._settle()
+                raise
+            self._give_state(self.replicas.names)
+        waited = time.monotonic() - started
+        self._training.tell_living("retire", {})
+        num_parameters = self._skeleton.num_parameters
+        return Grown(roster.placement, num_parameters, made.way, made.moved_share, waited)
+
+    def _grown_trunk(self, growth: Growth) -> GrownTrunk:
+        assert self._blueprint is not None
+        ids_BS = self._tokens_to_try(growth.seed).to(self._device)
+        with self._version_guard(ids_BS.shape[1]), torch.no_grad(), seen_by_gates(self._view) as inputs_LTD:
+            self._view(input_ids=ids_BS, use_cache=False)
+        placement = self._roster.placement
+        grower = Grower(growth, self._blueprint, self._skeleton, self.trunk, self.routing, placement)
+        try:
+            return grower.make(inputs_LTD, ids_BS.shape[1])
+        finally:
+            self._connect()  # the gates were tried without experts
+
+    def _tokens_to_try(self, seed: int) -> Tensor:
+        """[B, S]: of the last step, or random ones before the first."""
+        if self._sample is not None:
+            return self._sample[: max(1, _TRIED_TOKENS // self._sample.shape[1])]
+        length = min(128, self.max_positions)
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(0, self.vocab_size, (max(1, _TRIED_TOKENS // length), length), generator=generator)
+
+    def _take(self, made: GrownTrunk) -> None:
+        states = {name: self._optimizer.state.get(parameter) for name, parameter in self._trained()}
+        self._put_on(made.blueprint, made.trunk, made.view, made.routing)
+        self._optimizer = self._new_optimizer()
+        for name, parameter in self._trained():
+            if state := states[name]:
+                self._optimizer.state[parameter] = {
+                    kind: made.moment(name, tensor) if tensor.ndim else tensor for kind, tensor in state.items()
+                }
+        self._memory_bytes = self._measure()
+
+    def _put_on(self, blueprint: Blueprint, trunk: PreTrainedModel, view: PreTrainedModel, routing: Routing) -> None:
+        self._source, self._skeleton = blueprint.source, blueprint.skeleton
+        self.trunk, self._view, self.routing = trunk, view, routing
+        self._connect()
+        self._engine.use(view)
+        self.pieces = GradientPieces(self._parameters(), self._piece_bytes)
+
+    def _connect(self) -> None:
+        layers = range(len(self._skeleton.layers))
+        connect(self.trunk, [self.routing.layer_function(i, self._training) for i in layers])
+        connect(self._view, [self.routing.layer_function(i, self._serving) for i in layers])
 
     # -- checkpoints: between two steps -------------------------------------------------------------------------------
 
@@ -364,7 +524,7 @@ class Router:
         state = {**self._state(), **self._moments()}
         copies = {name: to_host(tensor) for name, tensor in state.items()}
         self.snapshot = Snapshot(self.version, self._run, 0, self._settings, copies)
-        return SnapshotTaken(self.version, self._run, tuple(owned))
+        return SnapshotTaken(self.version, self._run, tuple(owned), self._roster.placement.num_experts)
 
     def drop_snapshot(self) -> None:
         """It was written, or never will be."""
@@ -373,38 +533,206 @@ class Router:
     def restore(self, roster: Roster, saved: SavedState[str], run: int) -> None:
         """Back to what was saved, under a placement whose actors have been restored to the same version.
 
-        All that was on its way is given up. Serving waits for the switch. After an error it can be called again.
+        The number of experts may be another: that of before or after a growth. All that was on its way is given up.
+        Serving waits for the switch. After an error it can be called again.
         """
+        with self.replicas.holding():
+            self._restore(roster, saved, run)
+            self._give_state(self.replicas.names)
+
+    def _restore(self, roster: Roster, saved: SavedState[str], run: int) -> None:
         found = dict(zip(saved.keys, saved.read(list(saved.keys)), strict=True))
         optimizer = {name: found.pop(name) for name in saved.keys if name.startswith(_OPTIMIZER)}
         self._optimizer.zero_grad(set_to_none=True)
         self.routing.take_loss()
         self.snapshot = None
         with self._serving_lock, self._gate.writing():
-            for dispatcher in (self._training, self._serving):
-                dispatcher.connect({})  # questions of before must not be answered now
-            copy_all(self._state(), found)
+            self._disconnect()
+            self._reshape(roster.placement.num_experts)
+            self._take_weights(found)
             self._settings = saved.optimizer
             self._optimizer = self._new_optimizer()
             set_moments(self._optimizer, self._named_parameters(), optimizer)
-            self._unconfirmed, self._commit_fields = [], {}
             self._attempt += 1
             self.version, self._run = saved.version, run
             self._training.connect(roster.peers)
             self._place(roster)
 
+    def _take_weights(self, found: Mapping[str, Tensor]) -> None:
+        """Counterpart of `_state`, for as many experts as there are now."""
+        opening = {name: tensor for name, tensor in found.items() if name.startswith(f"{_ROUTING}opening.")}
+        self.routing.opening = None
+        copy_all(self._state(), {name: tensor for name, tensor in found.items() if name not in opening})
+        self.routing.opening = Opening.of({name.removeprefix(_ROUTING): t for name, t in opening.items()})
+
+    def _disconnect(self) -> None:
+        """Questions of before must not be answered now."""
+        for dispatcher in (self._training, self._serving):
+            dispatcher.connect({})
+        self._unconfirmed, self._commit_fields = [], {}
+
+    def _reshape(self, num_experts: int) -> None:
+        """Gates for so many experts, to be filled by what is restored."""
+        if num_experts != self._skeleton.num_experts:
+            blueprint = Blueprint.of(self._source, self.routing.settings, self._skeleton.num_experts, num_experts)
+            trunk = blank_trunk(blueprint, self.trunk)
+            routing = Routing(trunk, blueprint.skeleton, blueprint.gate, blueprint.source.seed)
+            routing.balance = self.routing.balance
+            self._put_on(blueprint, trunk, second_view(blueprint.source, trunk), routing)
+
     def _state(self) -> dict[str, Tensor]:
         """Trunk and gates, without moments; what is tied counts once."""
         own = {f"trunk.{name}": tensor for name, tensor in self.trunk.state_dict(keep_vars=True).items()}
-        own |= {f"routing.{name}": tensor for name, tensor in self.routing.tensors().items()}
+        own |= {f"{_ROUTING}{name}": tensor for name, tensor in self.routing.tensors().items()}
+        if self.routing.opening is not None:
+            own |= {f"{_ROUTING}{name}": tensor for name, tensor in self.routing.opening.tensors().items()}
         return {name: own[name] for name in {id(tensor): name for name, tensor in reversed(own.items())}.values()}
 
     def _moments(self) -> dict[str, Tensor]:
         return moments(self._optimizer, self._named_parameters())
 
     def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, parameter in [*self.trunk.named_parameters(), *self.routing.named_parameters()]:
+        for name, parameter in self._trained():
             yield f"{_OPTIMIZER}{name}", parameter
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [*self.trunk.named_parameters(), *self.routing.named_parameters()]
+
+    # -- as the leader of others --------------------------------------------------------------------------------------
+
+    def join(self, name: str, link: Link) -> None:
+        """Another router, which has just been started, computes its part of every step from now on. Between two steps,
+        which wait until it has taken the trunk over from here. `PeerLost` if it does not."""
+        self._reach_all()
+        self.replicas.add(name, link)
+        self._give_state([name])
+        if name not in self.replicas.names:
+            raise PeerLost("it did not take over the trunk", peer=name)
+
+    def part(self, name: str) -> None:
+        """A replica is ended on purpose; between two steps."""
+        self.replicas.remove(name)
+
+    def _give_state(self, names: Sequence[str]) -> None:
+        if not names:
+            return
+        tensors = {name: to_host(tensor) for name, tensor in self._state().items()} | self._moments()
+        ticket = {
+            **self._placing(),
+            "version": self.version,
+            "run": self._run,
+            "num_experts": self._skeleton.num_experts,
+            "optimizer": self._settings.to_dict(),
+            "balance": asdict(self.routing.balance),
+        }
+        self.replicas.give_state(names, {name: tensor.contiguous() for name, tensor in tensors.items()}, ticket)
+
+    def _placing(self) -> dict[str, Any]:
+        """What a replica needs to use the placement as it is here."""
+        roster = self._roster
+        held = {name: self._training.held(name) for name in roster.peers}
+        contacts = {name: dict(peer.contact) for name, peer in roster.peers.items()}
+        size = roster.placement.group_size
+        return {**roster.fields(), "group_size": size, "held": held, "contacts": contacts}
+
+    # -- as a replica, and when one is promoted -----------------------------------------------------------------------
+
+    def pausing(self) -> AbstractContextManager[None]:
+        """Serving waits inside. To be entered and left in any thread."""
+        return self._gate.writing()
+
+    def accumulate(
+        self,
+        attempt: Attempt,
+        parts: Sequence[Part],
+        num_tokens: int,
+        num_microbatches: int,
+        should_stop: Callable[[], bool],
+    ) -> Tally:
+        """A replica's part of a step; its gradients and load stay here."""
+        self._reopen()
+        self._attempt = attempt.number
+        self._training.load_LE.zero_()
+        tally = self._accumulate(attempt.step, parts, num_tokens, num_microbatches, should_stop)
+        self._confirm_commit()
+        return tally
+
+    def drop_gradients(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+        self.routing.take_loss()
+
+    @property
+    def load_LE(self) -> Tensor:
+        """Pairs routed to each expert in the step at hand."""
+        return self._training.load_LE
+
+    @property
+    def placement(self) -> Placement:
+        return self._roster.placement
+
+    def follow_run(self, run: int, settings: OptimizerSettings, balance: BalanceSettings) -> None:
+        """A replica's `begin_run`."""
+        self.routing.begin_run(balance)
+        self._settings, self._run = settings, run
+        self._optimizer = self._new_optimizer()
+
+    def follow(self, roster: Roster, held: Mapping[str, list[int]]) -> None:
+        """A replica's `adopt`: the expert actors have been told by the leader, and `held` is what they said. Serving
+        waits already."""
+        self._unconfirmed = []  # the leader has seen the last commit done
+        self._training.connect(roster.peers)
+        self._use(roster, held)
+        self._settled = True
+
+    def take_state(
+        self,
+        tensors: Mapping[str, Tensor],
+        version: int,
+        run: int,
+        settings: OptimizerSettings,
+        balance: BalanceSettings,
+        num_experts: int,
+    ) -> None:
+        """All that the leader is, but for the placement; `follow` comes next. Serving waits already."""
+        found = dict(tensors)
+        optimizer = {name: found.pop(name) for name in tensors if name.startswith(_OPTIMIZER)}
+        self.drop_gradients()
+        self._disconnect()
+        self._reshape(num_experts)
+        self._take_weights(found)
+        self.version = version
+        self.follow_run(run, settings, balance)
+        set_moments(self._optimizer, self._named_parameters(), optimizer)
+
+    def fence(self, term: int) -> dict[str, dict[str, Any]]:
+        """Expert actors refuse every commit of an earlier term from now on. -> status of those that can be reached."""
+        self.replicas.term = term
+        if self._commit_fields:
+            self._commit_fields["term"] = term
+        self._training.forget()
+        if self._unconfirmed:
+            self._unconfirmed = [None]
+        self._training.reopen()
+        found = {}
+        for name in list(self._training.links):
+            try:
+                answers = self._training.ask_all("fence", {"term": term}, among=[name])
+                found[name] = dict(answers[name].fields)
+            except LinkError as error:  # dead at the same time: the next step finds out
+                logger.warning("%s cannot be asked for its version: %s", name, error)
+        return found
+
+    def settle_anew(self, attempt: int) -> None:
+        """After the router that led is gone: what it left half done, of the next step and of a placement, is undone
+        everywhere. `attempt`: the last that anybody knows of."""
+        self._attempt = attempt
+        self._abort()
+        self._settled = False
+        try:
+            self._confirm_commit()
+            self._settle()
+        except (LinkError, StepAborted) as error:
+            logger.warning("the next step settles what could not be now: %s", error)
 
     # -- serving ------------------------------------------------------------------------------------------------------
 
@@ -488,6 +816,7 @@ class Router:
             "run": self._run,
             "memory_bytes": self._memory_bytes,
             "links": {name: link.kind for name, link in list(self._training.links.items())},
+            "left_out": self.replicas.lost,
         }
 
     def _measure(self) -> int:
@@ -501,6 +830,11 @@ class Router:
     def replace_weights(self, path: str) -> None:
         """Trunk and experts from another directory of the same architecture; optimizer moments start anew."""
         reader = CheckpointReader(path, self._skeleton)
+        with self.replicas.holding():
+            self._replace_weights(path, reader)
+            self._give_state(self.replicas.names)
+
+    def _replace_weights(self, path: str, reader: CheckpointReader) -> None:
         with self._serving_lock, self._gate.writing():
             self._serving.reopen()
             self._bring_commit()
@@ -508,6 +842,7 @@ class Router:
             self._serving.ask_all("load", {"path": path, "run": self._run}, timeout_s=10 * self._timeout_s)
             load_weights(self.trunk, reader)
             self.routing.load(Path(path))
+            self.routing.opening = None
             self._optimizer = self._new_optimizer()
 
     def export(self, directory: Path) -> list[str]:
@@ -526,12 +861,13 @@ class Router:
     def close(self) -> None:
         self._training.close()
         self._serving.close()
+        self.replicas.close()
 
     def _parameters(self) -> list[nn.Parameter]:
         return [*self.trunk.parameters(), *(p for _, p in self.routing.named_parameters())]
 
     def _new_optimizer(self) -> torch.optim.AdamW:
-        return adamw([*self.trunk.named_parameters(), *self.routing.named_parameters()], self._settings)
+        return adamw(self._trained(), self._settings)
 
     @property
     def _device(self) -> torch.device:
@@ -546,6 +882,7 @@ class Router:
             raise MoeClusterError(f"expert actors are at different (version, run): {sorted(found)}")
         version, run = found.pop()
         attempt = max(int(fields["attempt"]) for fields in answers)
+        self.replicas.term = max(int(fields["term"]) for fields in answers)
         self._training.ask_all("abort", {"step": version + 1, "attempt": attempt})
         self._attempt = attempt + 1
         return version, run

@@ -6,19 +6,20 @@ gate, whose parameter thereby keeps its name in every checkpoint. What the model
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from actors.dispatcher import Dispatcher, Purpose
+from actors.dispatcher import Purpose
 from actors.errors import CheckpointError, InvalidInput
 from actors.moe.balance import balance_loss, bias_update
-from actors.moe.gating import GateContext, GatePast, build_gate
+from actors.moe.gating import ComposedGate, GateContext, GatePast, build_gate
 from actors.moe.settings import MODEL_GATE, BalanceSettings, GateSettings
 from actors.trunk.model import RemoteExperts, Skeleton
 
@@ -27,11 +28,42 @@ GATES_FILE = "moe_cluster_gates.safetensors"
 MAX_MICROBATCHES = 1 << 20
 
 
+class ComputesExperts(Protocol):
+    """What the gates give their choices to: a dispatcher, as a rule."""
+
+    purpose: Purpose
+
+    def layer_function(self, layer: int) -> RemoteExperts: ...
+
+
+@dataclass
+class Opening:
+    """How experts that a gate's bias keeps out are let in: `rise_LE` is added after each step, while steps are left."""
+
+    rise_LE: Tensor
+    left_E: Tensor
+
+    @property
+    def is_under_way(self) -> bool:
+        return bool((self.left_E > 0).any())
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"opening.rise_LE": self.rise_LE, "opening.left_E": self.left_E}
+
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor]) -> Opening | None:
+        """Counterpart of `tensors`; None without them."""
+        if "opening.rise_LE" not in tensors:
+            return None
+        return Opening(tensors["opening.rise_LE"], tensors["opening.left_E"])
+
+
 class Routing:
     """Holds the parameters that the trunk itself does not have, and the balance bias where its family has none."""
 
     def __init__(self, trunk: PreTrainedModel, skeleton: Skeleton, settings: GateSettings, seed: int) -> None:
         self.balance = BalanceSettings()
+        self.opening: Opening | None = None
         self._settings = settings
         self._losses: list[Tensor] = []
         self._routers: list[Any] = [_router_of(trunk, layer.name) for layer in skeleton.layers]
@@ -47,7 +79,7 @@ class Routing:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self._gates.named_parameters(prefix="gates")
 
-    def layer_function(self, layer: int, dispatcher: Dispatcher) -> RemoteExperts:
+    def layer_function(self, layer: int, dispatcher: ComputesExperts) -> RemoteExperts:
         """What the experts module of this layer calls: gate, then dispatch."""
         remote = dispatcher.layer_function(layer)
         if not self._gates:
@@ -104,6 +136,58 @@ class Routing:
             bias_E: Tensor = self._routers[layer].e_score_correction_bias
             return bias_E
         return None if self._bias_LE is None else self._bias_LE[layer]
+
+    # -- growth -------------------------------------------------------------------------------------------------------
+
+    @property
+    def settings(self) -> GateSettings:
+        return self._settings
+
+    @property
+    def scores_are_softmax(self) -> bool:
+        """Which a common shift of the logits leaves alone. Families with a bias of the choice take the sigmoid."""
+        return not self._settings.uses_sigmoid if self._gates else not self._model_has_bias
+
+    @property
+    def has_choice_bias(self) -> bool:
+        return self._bias_LE is not None or self._model_has_bias
+
+    def router(self, layer: int) -> nn.Module:
+        """The family's gate module."""
+        return cast(nn.Module, self._routers[layer])
+
+    def gate(self, layer: int) -> ComposedGate | None:
+        """Ours, if it is in the place of the family's."""
+        return cast(ComposedGate, self._gates[layer]) if self._gates else None
+
+    def biases(self, layer: int) -> list[Tensor]:
+        """Every bias of the layer's gate, [E] each: first the one that can keep experts out."""
+        of_choice = self.bias(layer)
+        of_scores = getattr(self._routers[layer], "bias", None)
+        return [bias for bias in (of_choice, of_scores) if isinstance(bias, Tensor)]
+
+    @torch.no_grad()
+    def take_over(self, before: Routing, own: Mapping[str, Tensor], opening: Opening | None) -> None:
+        """All that a smaller gate was; `own`: the tensors of `tensors` that have another shape here."""
+        self.balance, self.opening = before.balance, opening
+        values = {**before.tensors(), **own}
+        for name, tensor in self.tensors().items():
+            tensor.copy_(values[name])
+
+    @torch.no_grad()
+    def open_further(self) -> None:
+        """After a committed step."""
+        if (opening := self.opening) is None:
+            return
+        rise_LE = opening.rise_LE * (opening.left_E > 0)
+        for layer, rise_E in enumerate(rise_LE):
+            bias_E = self.biases(layer)[0]
+            bias_E += rise_E.to(bias_E)
+        opening.left_E = (opening.left_E - 1).clamp_min(0)
+        if not opening.is_under_way:
+            self.opening = None
+
+    # -- files --------------------------------------------------------------------------------------------------------
 
     def save(self, directory: Path) -> None:
         if tensors := self.tensors():

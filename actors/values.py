@@ -63,6 +63,37 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class Growth:
+    """More experts in every MoE layer of a running model."""
+
+    num_experts: int
+    """There are to be."""
+    mode: str = "copy"
+    """`copy`: new experts are perturbed copies of old ones; `fresh`: they are drawn as at a model's beginning."""
+    perturbation: float = 0.01
+    """Of copies: noise on each expert's parameters, relative to their root mean square."""
+    seed: int = 0
+    """Of noise, fresh weights and the gate's directions."""
+    open_steps: int = 100
+    """Steps within which experts that a gate's bias keeps out at first are let in."""
+
+
+@dataclass(frozen=True)
+class Grown:
+    """What a growth has made."""
+
+    placement: Placement
+    num_parameters: int
+    """Of the whole model."""
+    way: str
+    """How the gate took the new experts: `split` or `closed`, see `actors.moe.growth`."""
+    moved_share: float
+    """Of gate weight that went to other experts, over the layers, on the tokens that were tried."""
+    waited_s: float
+    """Steps and requests stood still for."""
+
+
+@dataclass(frozen=True)
 class Address:
     """Where an expert actor listens. `host_id` tells whether ipc reaches it."""
 
@@ -109,6 +140,15 @@ class StepReport:
 
 
 @dataclass(frozen=True)
+class Promotion:
+    """A router leads now in the place of one that died."""
+
+    version: int
+    report: StepReport | None
+    """Of the step that led to this version, where this router has taken part in it."""
+
+
+@dataclass(frozen=True)
 class Course:
     """What the steps of one job are counted from."""
 
@@ -124,3 +164,5 @@ class SnapshotTaken:
     run: int
     actors: tuple[str, ...]
     """Expert actors that have a part of it, beside the router."""
+    num_experts: int = 0
+    """Of every MoE layer then."""

@@ -6,3 +6,5 @@ import os
 # raylet that is started beside a running front never comes up. Nothing here uses gRPC in a forked child, so they go.
 # gRPC reads this once, when it is first used.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
+# Otherwise gRPC writes a line to stderr for each TLS handshake that fails: whoever reaches the front could fill a disk.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from actors.values import Growth
 from cluster.config import JobConfig
 from cluster.control.ledger import Entry, Kind, Summary
 
@@ -107,6 +108,23 @@ class EmbedResult:
 
 
 @dataclass(frozen=True)
+class ExpertCache:
+    """What the expert cache of one actor has done since the actor started."""
+
+    hits: int = 0
+    """Visits of one matrix of one group by a forward or backward that found it on the device, or on its way there."""
+    misses: int = 0
+    loaded_ahead: int = 0
+    """Loads that were started before they were asked for."""
+    loaded_bytes: int = 0
+    """To the device, for whatever reason."""
+    wait_s: float = 0.0
+    """That computing stood still for loads."""
+    device_bytes: int = 0
+    """That weights take on the device."""
+
+
+@dataclass(frozen=True)
 class ActorStatus:
     id: str
     role: str
@@ -125,6 +143,8 @@ class ActorStatus:
     """Tokens received since it started (expert actors)."""
     link: str = ""
     """Kind of its link to the router, e.g. `socket/ipc`."""
+    cache: ExpertCache | None = None
+    """Of an expert actor whose device does not hold all its groups."""
 
 
 @dataclass(frozen=True)
@@ -256,10 +276,10 @@ class Operation:
     id: str
     request_id: str
     kind: str
-    """`scale_experts`."""
+    """`scale_experts`, `scale_routers`, `drain_node` or `grow_model`."""
     state: OperationState
     target: int
-    """Expert actors there should be at the end."""
+    """Expert actors, routers, or experts of every MoE layer, there should be at the end; 0 for `drain_node`."""
     progress: float
     """In [0, 1]; never falls."""
     message: str
@@ -272,6 +292,8 @@ class Operation:
     """From the request until all was prepared in the background, while steps and requests went on; 0 before the end."""
     stall_s: float = 0.0
     """Longest time that a step waited for a switch; 0 before the end."""
+    node: str = ""
+    """Node that is emptied by `drain_node`; empty otherwise."""
 
 
 @dataclass(frozen=True)
@@ -282,6 +304,20 @@ class LedgerReport:
     """Oldest first."""
     summary: Mapping[Kind, Summary]
     """The same entries summed up, by kind; kinds without an entry are left out."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A training state that the cluster can go back to, or start from."""
+
+    version: int
+    created_s: float
+    """Unix time."""
+    url: str
+    size_bytes: int
+    job_id: str = ""
+    """Of the job that it was written in, or after; empty without one."""
+    job_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -333,6 +369,23 @@ class Backend(Protocol):
         `FailedPrecondition` while another operation runs.
         """
 
+    async def scale_routers(self, routers: int, *, request_id: str, timeout_s: float) -> Operation:
+        """The same for the routers."""
+
+    async def drain(self, node: str, deadline_s: float, *, request_id: str, timeout_s: float) -> Operation:
+        """Starts to empty the node within `deadline_s`, and returns: the operation goes on by itself, and succeeds only
+        if the node holds nothing of the cluster any more.
+
+        Idempotent by request id as `scale`. `InvalidInput` if there is no such node, `FailedPrecondition` while another
+        operation runs, and for the node of the router or the coordinator.
+        """
+
+    async def grow(self, growth: Growth, *, request_id: str, timeout_s: float) -> Operation:
+        """Starts to add experts to the model, and returns, as `scale` does.
+
+        `InvalidInput` if the model or its gate cannot have so many.
+        """
+
     async def operation(self, operation_id: str, *, timeout_s: float) -> Operation: ...
 
     async def operations(self, *, timeout_s: float) -> Sequence[Operation]:
@@ -343,6 +396,12 @@ class Backend(Protocol):
 
     async def ledger(self, after: int, *, timeout_s: float) -> Sequence[Entry]:
         """What disturbances cost: entries with a number above `after`, of those that are kept, oldest first."""
+
+    async def save_checkpoint(self, *, timeout_s: float) -> Checkpoint:
+        """Returns when it is there in full. `StorageFull` if it finds no room."""
+
+    async def checkpoints(self, *, timeout_s: float) -> Sequence[Checkpoint]:
+        """Those that are kept, newest first."""
 
     async def export_model(self, path: str, *, timeout_s: float) -> ModelDirectory:
         """Writes a Hugging Face model directory to `path` below the storage root."""

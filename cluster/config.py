@@ -25,6 +25,8 @@ class RayConfig:
     orphan_timeout_s: float = 60.0
     """existing: router and expert actors end themselves when no coordinator has asked after them for so long. Ray must
     be able to start it again within that time, also when its head was away."""
+    revive_after_s: float = 5.0
+    """An embedded node that died is started again after so long, as a cluster's own manager would; 0: never."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,22 @@ class ExpertsConfig:
     max_groups: int = 0
     """Most groups one actor may hold, copies included; 0: as many as the placement needs, ceil(groups * redundancy /
     actors) + 1 where the nodes are alike."""
+    expert_cache_size: int = 0
+    """Groups of each layer whose weights the device of an actor has room for; the others are behind it until they are
+    used, and so are gradients and moments. 2 or more let one be loaded while another is computed; 0: all on the
+    device."""
+    cache_dir: str = ""
+    """Where they are then: a directory on a local disk of each node, for files that go with the actor; empty: host
+    memory."""
 
 
 @dataclass(frozen=True)
 class RouterConfig:
+    actors: int = 1
+    """At the start. Each has the whole trunk, computes a part of every batch and serves; no step is lost as long as one
+    of them lives."""
+    max_actors: int = 4
+    """Bound for scaling, and what the embedded head has room for."""
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     threads: int = 2
@@ -83,7 +97,27 @@ class RouterConfig:
 @dataclass(frozen=True)
 class LinksConfig:
     kind: Literal["auto", "local", "socket"] = "auto"
+    secure: Literal["auto", "on", "off"] = "auto"
+    """Encrypted, and only for actors of this cluster. auto: tcp://, which leads to other hosts; on: ipc:// as well,
+    which is guarded by its directory's access rights otherwise; off: neither."""
     max_message_bytes: int = 1 << 30
+
+
+@dataclass(frozen=True)
+class AuthConfig:
+    tokens_file: str = ""
+    """Who may call what: a line for each token, made by `moe-cluster token`, read again when it changes; relative to
+    the working directory. Empty: everybody may call everything."""
+
+
+@dataclass(frozen=True)
+class TlsConfig:
+    """PEM files, read again when they change; relative to the working directory. Empty: no TLS."""
+
+    certificate: str = ""
+    key: str = ""
+    client_ca: str = ""
+    """With it only clients that show a certificate which it has signed are let in."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +128,18 @@ class FrontConfig:
     max_receive_bytes: int = 16 << 20
     max_concurrent_rpcs: int = 256
     shutdown_grace_s: float = 5.0
+    auth: AuthConfig = AuthConfig()
+    tls: TlsConfig = TlsConfig()
+    reflection: Literal["auto", "on", "off"] = "auto"
+    """auto: where no token is asked for."""
+    health_port: int | None = None
+    """Another port, with grpc.health.v1 alone and in clear text: probes of Kubernetes speak no TLS. null: none."""
+    metrics_port: int | None = None
+    """Where Prometheus reads http://HOST:PORT/metrics, in clear text and without a token. null: none."""
+
+
+OWN_FRONT = FrontConfig(port=0)
+"""Of clusters that a command starts for itself: on loopback, for whoever is there."""
 
 
 @dataclass(frozen=True)

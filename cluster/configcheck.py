@@ -35,6 +35,14 @@ def validate_cluster(config: ClusterConfig, source: str) -> ClusterConfig:
     for name in ("rise_s", "idle_s", "cool_down_s", "max_queue_s"):
         check.at_least(f"experts.autoscale.{name}", getattr(config.experts.autoscale, name), 0)
 
+    check.at_least("router.actors", config.router.actors, 1)
+    check.that(
+        config.router.max_actors >= config.router.actors,
+        "router.max_actors",
+        f"is below router.actors {config.router.actors}",
+        config.router.max_actors,
+        f"use {config.router.actors} or more",
+    )
     check.at_least("router.threads", config.router.threads, 1)
     check.above("router.request_timeout_s", config.router.request_timeout_s, 0)
     check.at_least("router.max_step_retries", config.router.max_step_retries, 0)
@@ -124,6 +132,7 @@ def _check_ray(config: RayConfig, check: _Check) -> None:
     check.at_least("nodes", config.nodes, 1)
     check.above("start_timeout_s", config.start_timeout_s, 0)
     check.at_least("orphan_timeout_s", config.orphan_timeout_s, 5)
+    check.at_least("revive_after_s", config.revive_after_s, 0)
     if config.mode == "embedded":
         remedy = "leave the address out, or set ray.mode to existing"
         check.that(config.address is None, "address", "an embedded cluster has none", config.address, remedy)
@@ -140,6 +149,14 @@ def _check_experts(config: ExpertsConfig, ray: RayConfig, check: _Check) -> None
     check.at_least("threads", config.threads, 1)
     check.at_least("redundancy", config.redundancy, 1)
     check.at_least("max_groups", config.max_groups, 0)
+    check.at_least("expert_cache_size", config.expert_cache_size, 0)
+    check.that(
+        not config.cache_dir or config.expert_cache_size > 0,
+        "cache_dir",
+        "is of no use without a cache",
+        config.cache_dir,
+        "set experts.expert_cache_size to the groups that the device has room for, or leave it out",
+    )
     check.that(
         config.redundancy <= config.actors,
         "redundancy",
@@ -159,9 +176,20 @@ def _check_experts(config: ExpertsConfig, ray: RayConfig, check: _Check) -> None
 def _check_front(config: FrontConfig, check: _Check) -> None:
     check.that(bool(config.host), "host", "is empty", None, "name an interface, e.g. 127.0.0.1")
     check.within("port", config.port, 0, 65535)
+    for name, port in (("health_port", config.health_port), ("metrics_port", config.metrics_port)):
+        if port is not None:
+            check.within(name, port, 0, 65535)
+            check.that(port != config.port or port == 0, name, "is the front's own port", port, "use another")
+    is_other = config.metrics_port != config.health_port or not config.metrics_port
+    check.that(is_other, "metrics_port", "is that of front.health_port", config.metrics_port, "use another")
     check.at_least("max_receive_bytes", config.max_receive_bytes, 1 << 10)
     check.at_least("max_concurrent_rpcs", config.max_concurrent_rpcs, 1)
     check.at_least("shutdown_grace_s", config.shutdown_grace_s, 0)
+    tls = config.tls
+    for needed, given in (("certificate", "key"), ("key", "certificate"), ("certificate", "client_ca")):
+        is_whole = bool(getattr(tls, needed)) or not getattr(tls, given)
+        remedy = f"name the PEM file, or leave tls.{given} out"
+        check.that(is_whole, f"tls.{needed}", f"is missing beside tls.{given}", None, remedy)
 
 
 def _check_optimizer(config: OptimizerConfig, check: _Check) -> None:

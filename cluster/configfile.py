@@ -274,6 +274,8 @@ def _convert_optional(value: Any, args: tuple[Any, ...], path: str, places: _Pla
 
 
 def _convert_choice(value: Any, choices: tuple[Any, ...], path: str, places: _Places) -> Any:
+    if isinstance(value, bool) and {"on", "off"} <= set(choices):
+        return "on" if value else "off"  # YAML 1.1 reads the bare words as true and false
     if value in choices and not isinstance(value, bool):
         return value
     remedy = _did_you_mean(str(value), choices, otherwise=f"choose one of {', '.join(map(str, choices))}")

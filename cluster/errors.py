@@ -29,6 +29,14 @@ class Unavailable(MoeClusterError):
     """The service cannot answer now; trying again later is right."""
 
 
+class Unauthenticated(MoeClusterError):
+    """The call carries no token, or one that the front does not know."""
+
+
+class PermissionDenied(MoeClusterError):
+    """The caller is known, and its role is not enough."""
+
+
 class StorageFull(MoeClusterError):
     """No room for a checkpoint. Earlier ones are untouched; trying again when there is room is right."""
 

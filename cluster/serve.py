@@ -15,8 +15,7 @@ from typing import Any
 from cluster.backend import Backend
 from cluster.config import ClusterConfig, FrontConfig
 from cluster.fabric.launch import RunningCluster, launched
-from cluster.service.client import Client
-from cluster.service.server import Front, check_port
+from cluster.service.server import Front, check_front
 
 
 @dataclass(frozen=True)
@@ -28,22 +27,21 @@ class Service:
 @contextmanager
 def served(config: ClusterConfig) -> Iterator[Service]:
     """Ready when entered; on leaving the front drains first, then every process that was started has ended."""
-    check_port(config.front.host, config.front.port)  # before twenty seconds of start-up, not after
-    with launched(config) as running, fronted(running.backend, config.front) as target:
-        with Client(target) as client:
-            client.wait_ready(config.ray.start_timeout_s)
+    check_front(config.front)  # before twenty seconds of start-up, not after
+    with launched(config) as running, fronted(running.backend, config.front, config.ray.start_timeout_s) as target:
         yield Service(target, running)
 
 
 @contextmanager
-def fronted(backend: Backend, config: FrontConfig) -> Iterator[str]:
-    """Gives the target to reach the front at."""
+def fronted(backend: Backend, config: FrontConfig, ready_timeout_s: float) -> Iterator[str]:
+    """Gives the target to reach the front at, once the backend is ready."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="front", daemon=True)
     thread.start()
     try:
         front = _in_loop(loop, lambda: _started(backend, config), 30)
         try:
+            _in_loop(loop, lambda: front.wait_ready(ready_timeout_s), ready_timeout_s + 5)
             yield front.target
         finally:
             _in_loop(loop, front.stop, config.shutdown_grace_s + 10)

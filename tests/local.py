@@ -5,19 +5,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from actors.dispatcher import Peer, Roster
 from actors.errors import PeerLost
 from actors.expert import ExpertHost
+from actors.moe.cache import CacheSettings
 from actors.moe.settings import GateSettings
+from actors.pieces import PIECE_BYTES
 from actors.router import Router
 from actors.transport.contract import Handler, Link
 from actors.transport.local import LocalLink
 from actors.transport.message import Message
 from actors.transport.socket import SocketLink, SocketServer
 from actors.trunk.model import ModelSource, skeleton
-from actors.values import Address, Placement
+from actors.values import Address, Grown, Growth, Placement
 from cluster.placement.placement import ActorSlot, spread
 
 LinkWrap = Callable[[int, Link], Link]
@@ -38,6 +40,7 @@ class Member:
             device=cluster.device,
             open_peer=cluster.open_exchange,
             timeout_s=cluster.timeout_s,
+            cache=cluster.cache,
         )
         self.servers: list[SocketServer] = []
         self._locks: list[threading.Lock] = []
@@ -121,6 +124,8 @@ class LocalCluster:
     wrap: LinkWrap
     timeout_s: float
     device: str
+    cache: CacheSettings | None = None
+    gate: GateSettings | None = None
     members: dict[str, Member] = field(default_factory=dict)
     router: Router = field(init=False)
     placement: Placement = field(init=False)
@@ -160,6 +165,13 @@ class LocalCluster:
         self.placement = placement
         return waited
 
+    def grow(self, growth: Growth) -> Grown:
+        """What a coordinator does with a growth; who is added later is told of it."""
+        grown = self.router.grow(growth)
+        self.placement = grown.placement
+        self.source = replace(self.source, num_experts=growth.num_experts)
+        return grown
+
     def cut(self, name: str) -> None:
         """What a coordinator does with an actor that does not answer."""
         self.router.cut([name])
@@ -186,11 +198,13 @@ def cluster(
     device: str = "cpu",
     redundancy: int = 1,
     heals: bool = False,
+    cache: CacheSettings | None = None,
+    piece_bytes: int = PIECE_BYTES,
 ) -> Iterator[LocalCluster]:
     """`wrap` may put a faulty link around each link as it is opened. With `heals` copies take over from the dead."""
     slots = [ActorSlot(f"expert-{i}", f"node-{i}") for i in range(num_actors)]
     placement = spread(skeleton(source).num_experts, group_size, slots, redundancy)
-    local = LocalCluster(source, group_size, links, wrap, timeout_s, device)
+    local = LocalCluster(source, group_size, links, wrap, timeout_s, device, cache, gate)
     local.placement = placement
     for slot in slots:
         local.add(placement.held_by(slot.id))
@@ -202,6 +216,7 @@ def cluster(
         timeout_s=timeout_s,
         max_step_retries=max_step_retries,
         find_roster=local.without if heals else None,
+        piece_bytes=piece_bytes,
     )
     try:
         yield local

@@ -114,6 +114,10 @@ class ExpertStack(nn.Module):
     def num_experts(self) -> int:
         return int(self._parameter(self._in).shape[0])
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one expert's part."""
+        return tuple(self._parameter(name).shape[1:])
+
     def weight(self, name: str) -> Tensor:
         return self._parameter(name).detach()
 
@@ -145,8 +149,7 @@ class ExpertStack(nn.Module):
     @property
     def width(self) -> int:
         """D, the model width."""
-        weight = self._parameter(self._in)
-        return int(weight.shape[1] if self._transposed else weight.shape[2])
+        return int(self.shape(self._in)[0 if self._transposed else 1])
 
     def forward(self, x_TD: Tensor, work: Work, *, keep: bool) -> tuple[Tensor, Saved | None]:
         """Weighted sum over this stack's experts, one row a token: [T, D]. `keep` saves what backward needs."""
@@ -181,14 +184,14 @@ class ExpertStack(nn.Module):
         with torch.no_grad():
             counts_E = self._padded(work.counts_E)
             rows_PD = x_TD.index_select(0, work.token_P)
-            pre_PH = grouped_mm(rows_PD, self._matrices(self._in), counts_E)
+            pre_PH = self._project(self._in, rows_PD, counts_E)
             if (bias := self._bias(self._in)) is not None:
                 add_bias(pre_PH, bias, counts_E)
         with torch.set_grad_enabled(keep):
             pre_PH.requires_grad_(keep)
             act_PI = self._activate(pre_PH)
         with torch.no_grad():
-            out_PD = grouped_mm(act_PI.detach(), self._matrices(self._out), counts_E)
+            out_PD = self._project(self._out, act_PI.detach(), counts_E)
             if (bias := self._bias(self._out)) is not None:
                 add_bias(out_PD, bias, counts_E)
         return Activations(work, rows_PD, pre_PH, act_PI) if keep else None, out_PD
@@ -202,7 +205,7 @@ class ExpertStack(nn.Module):
         counts_E = self._padded(work.counts_E)
         grad_rows_PD = grad_y_TD.index_select(0, work.token_P)
         # With w the gate weight, y = w * (act @ W + b): grad of w is <grad_y, act @ W + b> = <grad_y @ W^T, act> + ...
-        unweighted_PI = grouped_mm(grad_rows_PD, self._matrices(self._out).transpose(1, 2), counts_E)
+        unweighted_PI = self._project_back(self._out, grad_rows_PD, counts_E)
         wide = torch.promote_types(work.weight_P.dtype, grad_y_TD.dtype)
         grad_weight_P = (unweighted_PI * saved.act_PI.detach()).sum(1, dtype=wide)
         if (bias := self._bias(self._out)) is not None:
@@ -211,9 +214,7 @@ class ExpertStack(nn.Module):
         scale_P1 = work.weight_P.unsqueeze(1).to(grad_rows_PD.dtype)
         (grad_pre_PH,) = torch.autograd.grad(saved.act_PI, saved.pre_PH, unweighted_PI.mul_(scale_P1))
         grad_pre_PH = grad_pre_PH.contiguous()
-        grad_x_TD.index_add_(
-            0, work.token_P, grouped_mm(grad_pre_PH, self._matrices(self._in).transpose(1, 2), counts_E)
-        )
+        grad_x_TD.index_add_(0, work.token_P, self._project_back(self._in, grad_pre_PH, counts_E))
         later = WeightGradients(saved, grad_pre_PH, grad_rows_PD.mul_(scale_P1))
         return grad_weight_P.to(work.weight_P.dtype), later
 
@@ -225,18 +226,29 @@ class ExpertStack(nn.Module):
         self._accumulate_matrix(self._in, saved.rows_PD, part.grad_pre_PH, counts_E)
         self._accumulate_matrix(self._out, act_PI, part.grad_out_PD, counts_E)
         for name, grad_PN in ((self._in, part.grad_pre_PH), (self._out, part.grad_out_PD)):
-            if self._bias(name) is not None:
-                add_grouped_sum(_grad(self._parameter(f"{name}_bias")), grad_PN, counts_E)
+            if f"{name}_bias" in self.names:
+                self._accumulate_bias(f"{name}_bias", grad_PN, counts_E)
+
+    # Where the weights are is known only below this line: `CachedExperts` has them elsewhere.
+
+    def _project(self, name: str, rows_PM: Tensor, counts_E: Sequence[int]) -> Tensor:
+        """Rows times the matrices of their experts: [P, N]."""
+        return grouped_mm(rows_PM, self._matrices(self._parameter(name)), counts_E)
+
+    def _project_back(self, name: str, rows_PN: Tensor, counts_E: Sequence[int]) -> Tensor:
+        """Rows times the transposed matrices: [P, M]."""
+        return grouped_mm(rows_PN, self._matrices(self._parameter(name)).transpose(1, 2), counts_E)
 
     def _accumulate_matrix(self, name: str, rows_PM: Tensor, grad_PN: Tensor, counts_E: Sequence[int]) -> None:
-        grad = _grad(self._parameter(name))
         left, right = (rows_PM, grad_PN) if self._transposed else (grad_PN, rows_PM)
-        add_grouped_outer(grad, left, right, counts_E)
+        add_grouped_outer(_grad(self._parameter(name)), left, right, counts_E)
 
-    def _matrices(self, name: str) -> Tensor:
+    def _accumulate_bias(self, name: str, grad_PN: Tensor, counts_E: Sequence[int]) -> None:
+        add_grouped_sum(_grad(self._parameter(name)), grad_PN, counts_E)
+
+    def _matrices(self, weight_E: Tensor) -> Tensor:
         """[E, in, out], whichever way the family stores them."""
-        weight = self._parameter(name)
-        return weight if self._transposed else weight.transpose(1, 2)
+        return weight_E if self._transposed else weight_E.transpose(1, 2)
 
     def _padded(self, counts_E: Sequence[int]) -> Sequence[int]:
         """Room may have been made since these were counted."""

@@ -18,7 +18,13 @@ def grouped_mm(rows_PM: Tensor, weights_EMN: Tensor, counts_E: Sequence[int]) ->
     """out[p] = rows[p] @ weights[expert of p]. Rows are sorted by expert, `counts_E` rows each. Returns [P, N]."""
     if rows_PM.device.type == "cuda":
         return F.grouped_mm(rows_PM, weights_EMN, offs=_offsets(counts_E, rows_PM.device))
-    out_PN = rows_PM.new_empty(rows_PM.shape[0], weights_EMN.shape[2])
+    return grouped_mm_into(rows_PM.new_empty(rows_PM.shape[0], weights_EMN.shape[2]), rows_PM, weights_EMN, counts_E)
+
+
+def grouped_mm_into(out_PN: Tensor, rows_PM: Tensor, weights_EMN: Tensor, counts_E: Sequence[int]) -> Tensor:
+    """The same, written to `out_PN`, which may be some rows of a larger tensor."""
+    if rows_PM.device.type == "cuda":
+        return out_PN.copy_(F.grouped_mm(rows_PM, weights_EMN, offs=_offsets(counts_E, rows_PM.device)))
     for expert, start, end in _spans(counts_E):
         torch.mm(rows_PM[start:end], weights_EMN[expert], out=out_PN[start:end])
     return out_PN

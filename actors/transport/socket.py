@@ -1,7 +1,8 @@
 """`socket`: pyzmq between processes, over ipc:// on one host and tcp:// between hosts.
 
 The expert actor binds one ROUTER socket at two addresses; every link is a DEALER. zmq keeps quiet about a dead peer, so
-the link watches its socket's monitor: a DISCONNECTED event ends every wait with `PeerLost`, also in mid-message.
+the link watches its socket's monitor: a DISCONNECTED event ends every wait with `PeerLost`, also in mid-message. With
+keys tcp:// is encrypted and only for those who hold them; ipc:// lies in a directory of this user alone.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from collections.abc import Callable
 from typing import Any
 
 import zmq
-import zmq.utils.monitor
 
 from actors.errors import InvalidInput, LinkTimeout, MoeClusterError, PeerLost, ProtocolError
+from actors.transport import curve
 from actors.transport.contract import CUT_NOTICED_S, Handler, Link
+from actors.transport.curve import LinkKeys
 from actors.transport.message import Message, decode, encode, error_answer
 from actors.values import Address
 
@@ -32,7 +34,13 @@ logger = logging.getLogger(__name__)
 # torch warns that a received frame is read-only; nobody writes into a received tensor (contract of Message).
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
-_GONE = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_MONITOR_STOPPED
+_GONE = (
+    zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_CLOSED
+    | zmq.EVENT_CONNECT_RETRIED
+    | zmq.EVENT_MONITOR_STOPPED
+    | curve.HANDSHAKE_FAILED
+)
 COPY_BELOW_BYTES = 1 << 16
 """Smaller frames are copied into zmq: cheaper than tracking a shared buffer."""
 MAX_REMEMBERED_LINKS = 4096
@@ -58,15 +66,28 @@ def host_id() -> str:
 class SocketLink(Link):
     """One DEALER. Opening waits for the peer's answer to `hello`, so an open link has a living peer."""
 
-    def __init__(self, peer: str, address: Address, *, name: str, max_bytes: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        peer: str,
+        address: Address,
+        *,
+        name: str,
+        max_bytes: int,
+        timeout_s: float,
+        keys: LinkKeys | None = None,
+    ) -> None:
         super().__init__(peer)
         on_this_host = address.host_id == host_id() and os.path.exists(address.ipc.removeprefix("ipc://"))
         self.kind = "socket/ipc" if on_this_host else "socket/tcp"
         self._max_bytes = max_bytes
+        self._ended = ""
         self._socket = _context().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.RECONNECT_IVL, -1)  # a dead peer stays dead; its successor gets a new link
-        self._socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, max_bytes + curve.OVERHEAD_BYTES)
+        if keys is not None and (keys.on_ipc or not on_this_host):
+            self.kind += "+curve"
+            curve.secure_client(self._socket, keys)
         self._socket.setsockopt_string(zmq.IDENTITY, f"{name}/{uuid.uuid4().hex[:12]}")
         self._socket.copy_threshold = COPY_BELOW_BYTES
         self._monitor = self._socket.get_monitor_socket(_GONE)
@@ -93,22 +114,29 @@ class SocketLink(Link):
         try:
             self._socket.send_multipart(frames, flags=zmq.DONTWAIT, copy=False)
         except zmq.Again:
-            raise PeerLost("the peer does not take messages", peer=self.peer) from None
+            # Of a connection that has ended, too; the monitor tells.
+            raise self._lost(otherwise="the peer does not take messages") from None
 
     def _receive(self, deadline: float) -> Message:
         while True:
             if self.closed or self.is_cut:
                 raise PeerLost("the link is closed", peer=self.peer)
-            wait_ms = max(0, int(min(deadline - time.monotonic(), CUT_NOTICED_S) * 1e3 + 0.999))
+            wait_s = 0.0 if self._ended else min(deadline - time.monotonic(), CUT_NOTICED_S)
+            wait_ms = max(0, int(wait_s * 1e3 + 0.999))
             ready = dict(self._poller.poll(wait_ms))
             if self._socket in ready:
                 frames = _received(self._socket)
                 return decode(frames, peer=self.peer, max_bytes=self._max_bytes)
-            if self._monitor in ready:
-                # Not reading the event leaves it there, so every later wait ends at once too.
-                raise PeerLost("the connection ended", peer=self.peer)
+            if self._ended or self._monitor in ready:
+                raise self._lost(otherwise="the connection ended")
             if time.monotonic() >= deadline:
                 raise LinkTimeout("no answer before the deadline", peer=self.peer)
+
+    def _lost(self, *, otherwise: str) -> PeerLost:
+        """Why, as the first event of the monitor tells, or `otherwise` if there is none. It stays so."""
+        if not self._ended and self._monitor.poll(int(CUT_NOTICED_S * 1e3)):
+            self._ended = curve.refusal(self._monitor) or "the connection ended"
+        return PeerLost(self._ended or otherwise, peer=self.peer)
 
     def close(self) -> None:
         if not self.closed:
@@ -132,6 +160,7 @@ class SocketServer:
         host: str = "127.0.0.1",
         max_bytes: int,
         idle: Callable[[], bool] = lambda: False,
+        keys: LinkKeys | None = None,
     ) -> None:
         self.name = name
         self.busy_s = 0.0
@@ -139,13 +168,17 @@ class SocketServer:
         self._handler = handler
         self._idle = idle
         self._max_bytes = max_bytes
-        self._directory = tempfile.mkdtemp(prefix="moe-")
+        self._directory = tempfile.mkdtemp(prefix="moe-")  # which nobody else may enter: mode 0700
         self._socket = _context().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, max_bytes + curve.OVERHEAD_BYTES)
         self._socket.copy_threshold = COPY_BELOW_BYTES
         ipc = f"ipc://{self._directory}/link"
+        if keys is not None and keys.on_ipc:
+            curve.secure_server(self._socket, keys)
         self._socket.bind(ipc)
+        if keys is not None:
+            curve.secure_server(self._socket, keys)
         port = self._socket.bind_to_random_port(f"tcp://{host}")
         self.address = Address(host_id(), ipc, f"tcp://{host}:{port}")
         self._poller = zmq.Poller()

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from actors.errors import CheckpointError
 from actors.trunk.checkpoint import CheckpointReader
 from actors.trunk.init import initialise_trunk
-from actors.trunk.model import ModelSource, Skeleton, empty_trunk
+from actors.trunk.model import ModelSource, Skeleton, empty_trunk, second_view
+from actors.trunk.model import skeleton as describe
 
 
 def load_trunk(source: ModelSource, skeleton: Skeleton, device: str = "cpu") -> PreTrainedModel:
-    """The trunk on `device`, in train mode. Memory: the trunk and one tensor."""
+    """The trunk on `device`, in train mode. Memory: the trunk and one tensor.
+
+    Of a model that has grown, the gates are zero until they are restored: its directory has those of before.
+    """
+    if source.num_experts is not None:
+        before = replace(source, num_experts=None)
+        small = load_trunk(before, describe(before), device)
+        return second_view(source, small, blanks(skeleton, small)).train()
     trunk = empty_trunk(source)
     _allocate(trunk, torch.device(device), skeleton.dtype)
     if source.path is not None:
@@ -23,6 +32,16 @@ def load_trunk(source: ModelSource, skeleton: Skeleton, device: str = "cpu") -> 
     initialise_trunk(trunk, source.seed)
     trunk.tie_weights()
     return trunk.train()
+
+
+def blanks(skeleton: Skeleton, trunk: PreTrainedModel) -> dict[str, Tensor]:
+    """Zeros for every tensor of the trunk that has another shape in this skeleton, on its device."""
+    wanted = skeleton.model.state_dict()
+    return {
+        name: torch.zeros(wanted[name].shape, dtype=tensor.dtype, device=tensor.device)
+        for name, tensor in trunk.state_dict().items()
+        if tensor.shape != wanted[name].shape
+    }
 
 
 def load_weights(trunk: PreTrainedModel, reader: CheckpointReader) -> None:

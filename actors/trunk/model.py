@@ -54,6 +54,8 @@ class ModelSource:
     values: Mapping[str, Any] | None = None
     seed: int = 0
     dtype: str = "float32"
+    num_experts: int | None = None
+    """Of every MoE layer, for a model that has grown; None: as its config says."""
 
     def config(self) -> PretrainedConfig:
         config = _config_of_directory(Path(self.path)) if self.path else _config_of_values(dict(self.values or {}))
@@ -63,6 +65,8 @@ class ModelSource:
                 field="quantization_config",
                 remedy="convert it to bfloat16 first; quantised experts cannot be trained or moved",
             )
+        if self.num_experts is not None:
+            set_num_experts(config, self.num_experts)
         return config
 
 
@@ -92,6 +96,38 @@ def _config_of_values(values: dict[str, Any]) -> PretrainedConfig:
         raise InvalidInput(
             str(error), field="model.values", remedy="see the transformers config of this model_type"
         ) from None
+
+
+EXPERT_COUNTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts", "num_moe_experts")
+"""Names of the number of experts in the configs of the families; some answer to several."""
+GATE_PARTS = ("n_group", "num_expert_group")
+"""Names of the number of contiguous parts that a gate chooses first."""
+
+
+def set_num_experts(config: PretrainedConfig, num_experts: int) -> None:
+    """In place. A gate's parts keep their size, so that there are more of them. `InvalidInput` if that cannot be."""
+    text = config.get_text_config()
+    counts = {name: value for name in EXPERT_COUNTS if isinstance(value := getattr(text, name, None), int)}
+    if not counts:
+        raise InvalidInput(
+            f"the number of experts of a {config.model_type} config is not known by name",
+            field="num_experts",
+            value=num_experts,
+        )
+    before = next(iter(counts.values()))
+    for name in GATE_PARTS:
+        parts = getattr(text, name, None)
+        if isinstance(parts, int) and parts > 1:
+            if num_experts * parts % before:
+                raise InvalidInput(
+                    f"the gate chooses among parts of {before // parts} experts",
+                    field="num_experts",
+                    value=num_experts,
+                    remedy=f"use a multiple of {before // parts}",
+                )
+            setattr(text, name, num_experts * parts // before)
+    for name in counts:
+        setattr(text, name, num_experts)
 
 
 @dataclass(frozen=True)
@@ -196,14 +232,20 @@ def connect(trunk: PreTrainedModel, remotes: list[RemoteExperts]) -> None:
         module.__dict__["remote"] = remote
 
 
-def second_view(source: ModelSource, trunk: PreTrainedModel) -> PreTrainedModel:
+def second_view(
+    source: ModelSource, trunk: PreTrainedModel, instead: Mapping[str, Tensor] | None = None
+) -> PreTrainedModel:
     """Another module tree over the same parameters and buffers, in eval mode.
 
-    Serving runs it beside training: module flags and connections differ, weights are the same memory.
+    Serving runs it beside training: module flags and connections differ, weights are the same memory. `instead`:
+    tensors by name that take the place of the trunk's, e.g. gates of another number of experts, which `source` names.
     """
     view = empty_trunk(source)
-    view.load_state_dict(trunk.state_dict(keep_vars=True), assign=True)
-    buffers = dict(trunk.named_buffers())
+    state = trunk.state_dict(keep_vars=True)
+    for name, tensor in (instead or {}).items():
+        state[name] = nn.Parameter(tensor) if isinstance(state[name], nn.Parameter) else tensor
+    view.load_state_dict(state, assign=True)
+    buffers = {**dict(trunk.named_buffers()), **{name: state[name] for name in instead or {}}}
     for name, _ in list(view.named_buffers()):
         module_name, _, buffer_name = name.rpartition(".")
         view.get_submodule(module_name)._buffers[buffer_name] = buffers[name]

@@ -29,7 +29,12 @@ def bench_dispatch(config: ClusterConfig, *, rounds: int) -> Report:
         width, top_k = int(model.config.get_text_config().hidden_size), model.top_k
         pairs = max(1, top_k // config.experts.actors)
         link = SocketLink(
-            contact.name, contact.address, name="bench", max_bytes=config.links.max_message_bytes, timeout_s=TIMEOUT_S
+            contact.name,
+            contact.address,
+            name="bench",
+            max_bytes=config.links.max_message_bytes,
+            timeout_s=TIMEOUT_S,
+            keys=running.link_keys(),
         )
         num_experts = len(link.call(Message("status"), TIMEOUT_S).fields["experts"])
         question = _question(num_experts, width, pairs, model.dtype)

@@ -57,7 +57,12 @@ def _bench_shape(config: ClusterConfig, hidden_size: int, num_tokens: int, round
     with launched(config) as running:
         contact, _ = running.ask_expert(0)
         link = SocketLink(
-            contact.name, contact.address, name="bench", max_bytes=config.links.max_message_bytes, timeout_s=TIMEOUT_S
+            contact.name,
+            contact.address,
+            name="bench",
+            max_bytes=config.links.max_message_bytes,
+            timeout_s=TIMEOUT_S,
+            keys=running.link_keys(),
         )
         steps = STEPS_A_ROUND[hidden_size]
         candidates = {

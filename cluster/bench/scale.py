@@ -17,7 +17,7 @@ from statistics import median
 from actors.errors import MoeClusterError
 from cluster.backend import OperationState, SamplingParams
 from cluster.bench.result import Report, Row
-from cluster.config import BatchConfig, ClusterConfig, DataConfig, EvalConfig, JobConfig
+from cluster.config import OWN_FRONT, BatchConfig, ClusterConfig, DataConfig, EvalConfig, JobConfig
 from cluster.serve import served
 from cluster.service.client import Client
 
@@ -59,7 +59,7 @@ def bench_scale(config: ClusterConfig, *, rounds: int, progress: Callable[[str],
         experts = replace(config.experts, actors=first, max_actors=most, min_actors=1, group_size=1)
         progress(f"starting {first} expert actors")
         ray = replace(config.ray, start_timeout_s=START_TIMEOUT_S)
-        with served(replace(config, ray=ray, experts=experts, front=replace(config.front, port=0))) as service:
+        with served(replace(config, ray=ray, experts=experts, front=OWN_FRONT)) as service:
             rows += _ways(service.target, [first, *targets] * rounds, progress)
     return Report("scale", rows)
 

@@ -145,7 +145,6 @@ class _Disturbed:
         self._wanted = record.base
         self._gone: set[str] = set()
         """Actors that were hit for good."""
-        self._nodes_lost = 0
         self._vitals_at_s = 0.0
 
     def run(self) -> None:
@@ -246,7 +245,10 @@ class _Disturbed:
         if kind == "freeze":
             self._freezer.freeze(hit[0], schedule.FREEZE_S)
         elif kind == "node":
-            self._kill_node(hit)
+            raylet = raylet_of(hit[0])
+            kill(hit)
+            if raylet is not None:
+                raylet.kill()
         else:
             kill(hit)
         return ""
@@ -261,15 +263,6 @@ class _Disturbed:
         experts = self._settings.cluster.experts
         least = max(experts.min_actors, experts.redundancy)
         return schedule.scale_target(fault, self._wanted, self._record.base, least, experts.max_actors)
-
-    def _kill_node(self, hit: Sequence[ActorStatus]) -> None:
-        """Its expert actors, and the node itself as long as enough are left for every copy: it does not come back."""
-        raylet = raylet_of(hit[0])
-        config = self._settings.cluster
-        if raylet is not None and config.ray.nodes - self._nodes_lost > config.experts.redundancy:
-            self._nodes_lost += 1
-            raylet.kill()
-        kill(hit)
 
     def _taken_for_dead(self, pid: int) -> str:
         status = self._client.status(timeout_s=STATUS_TIMEOUT_S)

@@ -12,7 +12,8 @@ from cluster.backend import ActorStatus, ClusterStatus
 
 Kind = Literal["kill", "freeze", "stall", "node", "scale"]
 """kill: kill -9 of an expert actor. freeze: SIGSTOP of one, for longer than heartbeats may be missing. stall: the same
-for less than that. node: kill -9 of every expert actor of a node. scale: one expert actor more or fewer."""
+for less than that. node: kill -9 of a node with all of its expert actors; it comes back by `ray.revive_after_s`.
+scale: one expert actor more or fewer."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 DEFAULT_KINDS: tuple[Kind, ...] = ("kill", "freeze", "stall", "scale")
 

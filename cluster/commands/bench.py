@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 NAMES = {
     "dispatch": "a small message to an expert actor and back, against a Ray actor call",
+    "links": "a message over an encrypted link between hosts, against the same without encryption",
     "train": "training tokens a second, against plain transformers in one process",
     "memory": "loading a quarter of the experts, against loading the whole model",
     "planner": "placement of experts by load, against the public EPLB algorithm",
@@ -30,6 +31,7 @@ NAMES = {
     "balance": "load and learning under each balance rule, against training without one; a round is a seed",
     "rebalance": "training under a Zipf load after a rebalance with copies, against before; a round is a step",
     "scale": "expert actors come and go under 16 streams and a training job; a round is every way once",
+    "cache": "experts beyond the device's memory, against all of them there, under a Zipf choice",
     "checkpoint": "kill -9 while a checkpoint is saved, against torch.save; a round is a kill",
 }
 
@@ -74,6 +76,10 @@ def _run(args: argparse.Namespace) -> Report:
         from cluster.bench.planner import bench_planner
 
         return bench_planner(rounds=args.rounds)
+    if args.name == "links":
+        from cluster.bench.links import bench_links
+
+        return bench_links(rounds=args.rounds)
     if args.name == "checkpoint":
         from cluster.bench.checkpoint import bench_checkpoint
 
@@ -87,6 +93,10 @@ def _run(args: argparse.Namespace) -> Report:
         return bench_dispatch(config, rounds=args.rounds)
     if args.name == "rebalance":
         return _rebalance(config, args.rounds)
+    if args.name == "cache":
+        from cluster.bench.cache import bench_cache
+
+        return bench_cache(config, rounds=args.rounds)
     if args.name == "scale":
         from cluster.bench.scale import bench_scale
 

@@ -119,6 +119,8 @@ def cluster_config(args: argparse.Namespace) -> ClusterConfig:
         "ray.nodes": 3,
         "router.dtype": args.dtype,
         "front.port": 0,
+        "front.auth": {},
+        "front.tls": {},
     }
     if args.model == "tiny":
         values["experts.group_size"] = 1  # its 8 experts would be one group

@@ -16,7 +16,7 @@ from cluster.commands.options import Subparsers
 from cluster.commands.output import console, print_json, print_line
 from cluster.commands.progress import open_progress
 from cluster.commands.up import Guard, add_config_options
-from cluster.config import NO_CHECKPOINTS, ClusterConfig
+from cluster.config import NO_CHECKPOINTS, OWN_FRONT, ClusterConfig
 from cluster.configfile import find_config, load_cluster, load_job
 from cluster.errors import FailedPrecondition
 from cluster.service.client import Client
@@ -92,8 +92,8 @@ def run_demo(args: argparse.Namespace) -> int:
 def _private(config: ClusterConfig, output: Path) -> ClusterConfig:
     """The demo's front takes any free port, and its export lands in the report."""
     shutil.rmtree(output / "model", ignore_errors=True)
-    front, storage = replace(config.front, port=0), replace(config.storage, root=str(output))
-    return replace(config, front=front, storage=storage, checkpoint=NO_CHECKPOINTS)
+    storage = replace(config.storage, root=str(output))
+    return replace(config, front=OWN_FRONT, storage=storage, checkpoint=NO_CHECKPOINTS)
 
 
 def _train(client: Client, job: Job, record: _Record, *, stderr: bool) -> None:

@@ -1,4 +1,4 @@
-"""The commands that start a cluster of their own, and the one that ends it."""
+"""The commands that start a cluster of their own, the one that ends it, and what needs none."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import argparse
 from collections.abc import Callable
 
 from actors.errors import InvalidInput, MoeClusterError
-from cluster.commands import bench, chaos, demo, up, verify
+from cluster.commands import bench, chaos, demo, token, up, verify
 from cluster.commands.options import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, Subparsers, complain
 
 
 def add_parsers(subparsers: Subparsers) -> None:
-    for module in (up, demo, verify, bench, chaos):
+    for module in (up, demo, verify, bench, chaos, token):
         module.add_parsers(subparsers, guarded)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cluster.backend import ActorStatus, ClusterStatus
+from cluster.backend import ActorStatus, ClusterStatus, ExpertCache
 from cluster.commands.options import Subparsers, add_remote
 from cluster.commands.output import print_json, print_line, print_table, size
 from cluster.service.client import MODEL_TIMEOUT_S, Client
@@ -68,6 +68,9 @@ def _print_status(status: ClusterStatus) -> None:
     )
     columns = ("actor", "role", "state", "node", "pid", "device", "version", "groups", "memory", "tokens", "link")
     print_table(columns, [_row(actor, status) for actor in status.actors])
+    if cached := [(actor.id, actor.cache) for actor in status.actors if actor.cache is not None]:
+        headers = ("expert cache", "on the device", "hits", "loaded ahead", "loaded", "waited")
+        print_table(headers, [_cache_row(name, cache) for name, cache in cached])
     if any(map(sum, status.load_LE)):
         print_table(("MoE layer", "tokens", "busiest expert", "busiest over mean"), _load_rows(status.load_LE))
     jobs = ", ".join(f"{number} {state}" for state, number in status.jobs.items() if number)
@@ -86,6 +89,19 @@ def _row(actor: ActorStatus, status: ClusterStatus) -> tuple[object, ...]:
         size(actor.memory_bytes),
         actor.tokens,
         actor.link,
+    )
+
+
+def _cache_row(name: str, cache: ExpertCache) -> tuple[object, ...]:
+    visits = cache.hits + cache.misses
+    hits = f"{cache.hits / visits:.1%} of {visits:,}" if visits else "none yet"
+    return (
+        name,
+        size(cache.device_bytes),
+        hits,
+        f"{cache.loaded_ahead:,}",
+        size(cache.loaded_bytes),
+        f"{cache.wait_s:.1f} s",
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from actors.errors import InvalidInput, MoeClusterError
+from cluster.service.access import Access
 from cluster.service.client import Client
 
 Subparsers = Any
@@ -21,6 +22,16 @@ Handler = Callable[[argparse.Namespace, Client], int]
 
 DEFAULT_TARGET = "127.0.0.1:50151"
 TARGET_VARIABLE = "MOE_CLUSTER_TARGET"
+TOKEN_VARIABLE = "MOE_CLUSTER_TOKEN"
+"""The token itself; there is no option for it, since others see the arguments of a process."""
+ACCESS_OPTIONS = {
+    "token-file": f"file with the token for the front; default: ${{}}, or the token in ${TOKEN_VARIABLE}",
+    "ca": "PEM certificates of who signs the front's: talk TLS; default: ${}",
+    "cert": "own PEM certificate, for a front that wants one; default: ${}",
+    "key": "key of --cert; default: ${}",
+    "server-name": "name in the front's certificate, if it is not reached under it; default: ${}",
+}
+"""Option -> help, which names the environment variable."""
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -29,7 +40,8 @@ EXIT_INTERRUPTED = 130
 def add_remote(
     subparsers: Subparsers, name: str, handler: Handler, *, help: str, timeout_s: float = 30.0
 ) -> argparse.ArgumentParser:
-    """A parser with `--target`, `--timeout` and `--json`, whose `run` calls `handler` with a connected client."""
+    """A parser with the options to reach a front, `--timeout` and `--json`, whose `run` calls `handler` with a client
+    that is connected."""
     parser: argparse.ArgumentParser = subparsers.add_parser(name, help=help, description=help)
     parser.add_argument(
         "--target",
@@ -37,6 +49,12 @@ def add_remote(
         default=default_target(),
         help=f"the front to talk to; default: ${TARGET_VARIABLE}, or {DEFAULT_TARGET}",
     )
+    for option, text in ACCESS_OPTIONS.items():
+        variable = _variable(option)
+        metavar = "NAME" if option == "server-name" else "FILE"
+        parser.add_argument(
+            f"--{option}", metavar=metavar, default=os.environ.get(variable, ""), help=text.format(variable)
+        )
     parser.add_argument(
         "--timeout",
         dest="timeout_s",
@@ -53,7 +71,7 @@ def add_remote(
 def run_remote(handler: Handler, args: argparse.Namespace) -> int:
     """Runs the handler; an error of our tree becomes one line on stderr and the exit code."""
     try:
-        with Client(args.target, timeout_s=args.timeout_s) as client:
+        with Client(args.target, timeout_s=args.timeout_s, access=_access(args)) as client:
             return handler(args, client)
     except MoeClusterError as error:
         complain(str(error))
@@ -73,9 +91,22 @@ def default_target() -> str:
     return os.environ.get(TARGET_VARIABLE, DEFAULT_TARGET)
 
 
-def target_option(target: str) -> str:
+def reach_options(args: argparse.Namespace) -> str:
     """What a command that is shown to the reader must carry to reach the same front."""
-    return "" if target == default_target() else f" --target {target}"
+    defaults = {"target": default_target()} | {
+        option: os.environ.get(_variable(option), "") for option in ACCESS_OPTIONS
+    }
+    values = {option: getattr(args, option.replace("-", "_")) for option in defaults}
+    return "".join(f" --{option} {value}" for option, value in values.items() if value != defaults[option])
+
+
+def _access(args: argparse.Namespace) -> Access:
+    token = "" if args.token_file else os.environ.get(TOKEN_VARIABLE, "").strip()
+    return Access(token, args.token_file, args.ca, args.cert, args.key, args.server_name)
+
+
+def _variable(option: str) -> str:
+    return "MOE_CLUSTER_" + option.upper().replace("-", "_")
 
 
 def positive(text: str) -> float:

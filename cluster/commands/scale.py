@@ -1,4 +1,4 @@
-"""`scale` changes the number of expert actors and watches that to its end; `operations` lists such changes."""
+"""`scale` changes the number of expert actors or routers and watches that to its end; `operations` lists them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from contextlib import closing
 
 from cluster.backend import Operation, OperationState
-from cluster.commands.options import EXIT_FAILED, EXIT_INTERRUPTED, Subparsers, add_remote, complain, target_option
+from cluster.commands.options import EXIT_FAILED, EXIT_INTERRUPTED, Subparsers, add_remote, complain, reach_options
 from cluster.commands.output import local_time, print_json, print_line, print_table
 from cluster.commands.progress import open_operation
 from cluster.errors import Unavailable
@@ -15,9 +15,11 @@ from cluster.service.client import Client
 
 def add_parsers(subparsers: Subparsers) -> None:
     scale = add_remote(
-        subparsers, "scale", run_scale, help="change the number of expert actors while steps and requests go on"
+        subparsers, "scale", run_scale, help="change the number of expert actors or routers; steps and requests go on"
     )
-    scale.add_argument("--experts", type=int, required=True, metavar="N", help="expert actors there should be")
+    what = scale.add_mutually_exclusive_group(required=True)
+    what.add_argument("--experts", type=int, metavar="N", help="expert actors there should be")
+    what.add_argument("--routers", type=int, metavar="N", help="routers there should be")
     scale.add_argument(
         "--request-id", metavar="ID", help="the same number with the same id again watches the operation that exists"
     )
@@ -27,9 +29,22 @@ def add_parsers(subparsers: Subparsers) -> None:
 
 
 def run_scale(args: argparse.Namespace, client: Client) -> int:
-    operation = client.scale(args.experts, request_id=args.request_id)
+    if args.routers is not None:
+        operation = client.scale_routers(args.routers, request_id=args.request_id)
+    else:
+        operation = client.scale(args.experts, request_id=args.request_id)
+    return watched(operation, args, client)
+
+
+def watched(operation: Operation, args: argparse.Namespace, client: Client) -> int:
+    """Shows an operation that was started, unless it is to go on alone. -> exit code."""
     if args.detach:
         return _report(operation, args, f"{operation.id} is {operation.state.value}; {_how_to_go_on(operation, args)}")
+    return carried_out(operation, args, client)
+
+
+def carried_out(operation: Operation, args: argparse.Namespace, client: Client) -> int:
+    """Follows the operation to its end and reports it. -> exit code: 0 only if it succeeded."""
     try:
         operation = _followed(operation, args, client)
     except KeyboardInterrupt:
@@ -103,13 +118,18 @@ def _row(operation: Operation) -> tuple[str, ...]:
 
 
 def _what(operation: Operation) -> str:
-    """`4 expert actors`; the kind, for one that a newer cluster has."""
-    if operation.kind != "scale_experts":
+    """`4 expert actors`, `16 experts a layer`, `node-2 is empty`; the kind, for one that a newer cluster has."""
+    if operation.kind == "drain_node":
+        return f"{operation.node} is empty"
+    if operation.kind == "grow_model":
+        return f"{operation.target} experts a layer"
+    noun = {"scale_experts": "expert actor", "scale_routers": "router"}.get(operation.kind)
+    if noun is None:
         return operation.kind
-    return f"{operation.target} expert actor{'' if operation.target == 1 else 's'}"
+    return f"{operation.target} {noun}{'' if operation.target == 1 else 's'}"
 
 
 def _how_to_go_on(operation: Operation, args: argparse.Namespace) -> str:
-    where = target_option(args.target)
+    where = reach_options(args)
     see = f"see it: moe-cluster operations{where}"
     return f"{see}, end it: moe-cluster operations --cancel {operation.id}{where}"

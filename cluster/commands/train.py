@@ -15,7 +15,7 @@ from cluster.commands.options import (
     add_remote,
     complain,
     override,
-    target_option,
+    reach_options,
 )
 from cluster.commands.output import print_json, print_line
 from cluster.commands.progress import open_progress
@@ -96,5 +96,5 @@ def _report_detached(job: Job, args: argparse.Namespace) -> int:
 
 
 def _how_to_go_on(job: Job, args: argparse.Namespace) -> str:
-    where = target_option(args.target)
+    where = reach_options(args)
     return f"watch it: moe-cluster train --watch {job.id}{where}, end it: moe-cluster cancel {job.id}{where}"

@@ -18,6 +18,7 @@ from cluster.config import JobConfig
 from cluster.configcheck import validate_job
 from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
 from cluster.control.disturbances import Disturbances
+from cluster.control.growth import check_room
 from cluster.control.jobtable import JobRecord, JobTable
 from cluster.control.ledger import Kind, Ledger
 from cluster.control.load import LoadLE, LoadWindow
@@ -82,7 +83,11 @@ class Coordinator:
         self._disturbances = Disturbances(self.ledger)
         self._members = Members(self._limits.heartbeat_timeout_s)
         self._loads = self._new_window()
+        self._other_counts: set[int] = set()
+        """Numbers of experts that the model had, or may have before its growth is told here."""
         self._version = 0
+        self.routers_wanted = 1
+        """With fewer the cluster is not whole."""
         self.can_restore = False
         """Whether there is a checkpoint that what is lost can come back from."""
         self.is_pristine = True
@@ -224,7 +229,7 @@ class Coordinator:
             return
         if step != record.job.step + 1:
             raise InvalidInput(f"step {record.job.step + 1} of {job_id} was never committed", field="step", value=step)
-        if load_LE is not None:
+        if load_LE is not None and not self._passed_a_growth(load_LE):
             batch = record.job.config.batch
             tokens = batch.sequences * batch.sequence_length * batch.gradient_accumulation
             self._loads.add(load_LE, self._version + 1, now, tokens, batch.gradient_accumulation)
@@ -361,10 +366,58 @@ class Coordinator:
         self.is_pristine = False
         self.recalled(past or Past(), job, message, now)
 
-    def restored(self, placement: Placement, version: int, steps: Mapping[str, int], message: str, now: float) -> None:
+    def check_growth(self, num_experts: int) -> None:
+        """Before the router is asked. `FailedPrecondition` while the placement is not whole, `InvalidInput` if the
+        actors may not hold so many groups."""
+        if missing := self._placement.missing:
+            raise FailedPrecondition(f"no actor holds {named(missing)} any more")
+        if silent := [actor for actor in self._placement.actors if not self._members.is_ready(actor)]:
+            raise FailedPrecondition(f"expert groups are on {', '.join(silent)}, which does not answer; try again")
+        check_room(self._placement, num_experts, self._max_groups)
+        self._other_counts.add(num_experts)
+
+    def grown(self, placement: Placement, num_parameters: int, now: float) -> bool:
+        """The router and all holders have more experts, as this placement says. -> whether actors died meanwhile: the
+        placement kept here is then another, and the router has not heard of it."""
+        gone = set(placement.actors) - set(self._placement.actors)
+        if gone:
+            epoch = max(placement.epoch, self._placement.epoch) + 1
+            placement = dataclasses.replace(placement.without(gone), epoch=epoch)
+        self._resize(placement.num_experts, num_parameters)
+        self.is_pristine = False
+        self.placed(placement)
+        if record := self._jobs.active():
+            record.record("note", now, message=f"the model has {placement.num_experts} experts a layer now")
+        return bool(gone)
+
+    def _passed_a_growth(self, load_LE: LoadLE) -> bool:
+        """Whether a step's report and the news of a growth have overtaken each other: its load fits no window."""
+        others = self._other_counts - {self._model.num_experts}
+        return bool(load_LE) and len(load_LE[0]) in others
+
+    def _resize(self, num_experts: int, num_parameters: int) -> None:
+        self._other_counts.add(self._model.num_experts)
+        share = self._model.shared_share * self._model.num_parameters / num_parameters
+        self._model = dataclasses.replace(
+            self._model, num_experts=num_experts, num_parameters=num_parameters, shared_share=share
+        )
+        self._loads = self._new_window()
+
+    def restored(
+        self,
+        placement: Placement,
+        version: int,
+        steps: Mapping[str, int],
+        message: str,
+        now: float,
+        num_parameters: int | None = None,
+    ) -> None:
         """What was lost is back, and everybody is at this version. `steps`: job -> step it goes on after. A job that
-        waits to go on after other steps has failed."""
+        waits to go on after other steps has failed. `num_parameters`: of the model, if it has another number of experts
+        again."""
         self._disturbances.restored(self._version - version)
+        if num_parameters is not None:
+            self._resize(placement.num_experts, num_parameters)
         self.placed(placement)
         self._version = version
         self._loads = self._new_window()
@@ -398,8 +451,10 @@ class Coordinator:
             self._lose(actor_id, now, f"silent for more than {self._limits.heartbeat_timeout_s:g} s", is_dead=False)
         if self._jobs.active() is None and self._jobs.resuming() is None:
             self._disturbances.idle()
-        if self._is_ready() and not self._groups_below(self._redundancy):
+        has_routers = self._members.count_ready("router") >= self.routers_wanted
+        if self._is_ready() and has_routers and not self._groups_below(self._redundancy):
             self._disturbances.whole(now)
+            self._members.forget_dead("expert")
         self._give_up_waiting(now)
         self._jobs.forget_old(keep=self._stopping)
         self._start_next(now)
@@ -421,7 +476,7 @@ class Coordinator:
         self._decisions.append(ActorLost(actor_id, role, groups, job_id, reason, placement))
         if record:
             self._tell_job(record, f"{role} {actor_id}", groups if must_switch else (), reason, now)
-            if role == "router" and not self.can_restore:
+            if role == "router" and not self.can_restore and not self._members.has_ready("router"):
                 self._fail(record, f"router {actor_id} was lost after step {record.job.step}: {reason}", now)
 
     def _tell_job(self, record: JobRecord, who: str, groups: Sequence[int], reason: str, now: float) -> None:
@@ -430,6 +485,8 @@ class Coordinator:
         fate = f"; copies took over {named(groups)}" if groups and not gone else ""
         if gone and self.can_restore:
             fate = f"; no actor holds {named(gone)} any more, the last checkpoint brings them back"
+        elif who.startswith("router") and self._members.has_ready("router"):
+            fate = "; the other routers go on"
         elif not groups and who.startswith("router") and self.can_restore:
             fate = "; the last checkpoint brings it back"
         record.record("note", now, message=f"{who} lost: {reason}{fate}")
@@ -488,11 +545,16 @@ class Coordinator:
             return f"expert groups without a ready holder: {', '.join(map(str, silent))}"
         if not self._members.has_ready("router"):
             return self._message_without_router()
+        return "; ".join(part for part in (self._degraded(), self.notice) if part)
+
+    def _degraded(self) -> str:
+        lacks = []
         if scarce := self._groups_below(self._redundancy):
             have = "has" if len(scarce) == 1 else "have"
-            degraded = f"degraded: {named(scarce)} {have} fewer than {self._redundancy} holders"
-            return f"{degraded}; {self.notice}" if self.notice else degraded
-        return self.notice
+            lacks.append(f"{named(scarce)} {have} fewer than {self._redundancy} holders")
+        if (count := self._members.count_ready("router")) < self.routers_wanted:
+            lacks.append(f"{count} of {self.routers_wanted} routers are ready")
+        return f"degraded: {', '.join(lacks)}" if lacks else ""
 
     def _message_without_router(self) -> str:
         if not self.is_router_lost:

@@ -30,17 +30,31 @@ class Process:
 
 
 @dataclass(frozen=True)
+class LeavingNode:
+    node_id: str
+    name: str
+
+
+@dataclass(frozen=True)
 class Journal:
     cluster: str
     """Which life of a cluster it is of: another one has other actors."""
     written_s: float
     """Unix time."""
+    origin: ModelFacts
+    """Of the model as the config says."""
     model: ModelFacts
+    """As it is now: it may have grown."""
+    is_pristine: bool
+    """As of `Coordinator`."""
     placement: Placement
     wanted: int
     """Expert actors there should be."""
     next_number: int
     """Of expert actors: those below have been given out."""
+    wanted_routers: int
+    next_router: int
+    """As of expert actors."""
     jobs: tuple[Job, ...] = ()
     """Oldest first. Steps and events of one that runs are those of some moment before."""
     operations: tuple[Operation, ...] = ()
@@ -48,6 +62,8 @@ class Journal:
     entries: tuple[Entry, ...] = ()
     """Of the ledger, oldest first."""
     actors: tuple[Process, ...] = ()
+    leaving: tuple[LeavingNode, ...] = ()
+    """Nodes that have been emptied and are to be taken away."""
 
     @property
     def essence(self) -> Journal:
@@ -58,7 +74,7 @@ class Journal:
     @property
     def is_empty(self) -> bool:
         """Whether the actors can tell everything that is in it."""
-        return not (self.jobs or self.operations or self.entries)
+        return self.is_pristine and not (self.jobs or self.operations or self.entries)
 
     def to_json(self) -> bytes:
         ledger = Ledger.of(self.entries)
@@ -66,14 +82,19 @@ class Journal:
             "format": FORMAT,
             "cluster": self.cluster,
             "written_s": self.written_s,
+            "origin": dataclasses.asdict(self.origin),
             "model": dataclasses.asdict(self.model),
+            "is_pristine": self.is_pristine,
             "placement": dataclasses.asdict(self.placement),
             "wanted": self.wanted,
             "next_number": self.next_number,
+            "wanted_routers": self.wanted_routers,
+            "next_router": self.next_router,
             "jobs": [job_to_dict(job) for job in self.jobs],
             "operations": [{**dataclasses.asdict(o), "state": o.state.value} for o in self.operations],
             "ledger": json.loads(ledger.to_json()),
             "actors": [dataclasses.asdict(actor) for actor in self.actors],
+            "leaving": [dataclasses.asdict(node) for node in self.leaving],
         }
         return json.dumps(values, allow_nan=False, indent=1).encode()
 
@@ -92,19 +113,25 @@ class Journal:
         return cls(
             cluster=read.value(values, "cluster", str),
             written_s=read.value(values, "written_s", float),
+            origin=read.record(ModelFacts, values["origin"], "origin"),
             model=read.record(ModelFacts, values["model"], "model"),
+            is_pristine=read.value(values, "is_pristine", bool),
             placement=read.placement(values["placement"]),
             wanted=read.value(values, "wanted", int),
             next_number=read.value(values, "next_number", int),
+            wanted_routers=read.value(values, "wanted_routers", int),
+            next_router=read.value(values, "next_router", int),
             jobs=jobs,
             operations=operations,
             entries=Ledger.from_json(json.dumps(values["ledger"])).entries(),
             actors=tuple(read.record(Process, row, "actors") for row in read.rows(values, "actors")),
+            leaving=tuple(read.record(LeavingNode, row, "leaving") for row in read.rows(values, "leaving")),
         )
 
 
-_PLAIN = ("format", "cluster", "written_s", "wanted", "next_number")
-_KEYS = frozenset((*_PLAIN, "model", "placement", "jobs", "operations", "ledger", "actors"))
+_PLAIN = ("format", "cluster", "written_s", "is_pristine", "wanted", "next_number", "wanted_routers", "next_router")
+_LISTS = ("jobs", "operations", "actors", "leaving")
+_KEYS = frozenset((*_PLAIN, *_LISTS, "origin", "model", "placement", "ledger"))
 
 
 class _Reader:

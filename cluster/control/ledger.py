@@ -24,6 +24,7 @@ Kind = Literal[
     "rebalance",
     "drain",
     "storage_full",
+    "grow",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 FORMAT = 1

@@ -50,6 +50,12 @@ class Members:
         self._actors.pop(actor_id, None)
         self._last_seen_s.pop(actor_id, None)
 
+    def forget_dead(self, role: str) -> None:
+        """Others are in their places: that they were there is the ledger's to tell."""
+        for actor in self.all():
+            if actor.role == role and actor.state == LOST and self.is_buried(actor.id):
+                self.leave(actor.id)
+
     def silent(self, now: float) -> list[str]:
         """Ids of ready actors from whom nothing came for longer than the timeout.
 
@@ -69,7 +75,10 @@ class Members:
         return actor is not None and actor.state == READY
 
     def has_ready(self, role: str) -> bool:
-        return any(actor.role == role and actor.state == READY for actor in self._actors.values())
+        return self.count_ready(role) > 0
+
+    def count_ready(self, role: str) -> int:
+        return sum(actor.role == role and actor.state == READY for actor in self._actors.values())
 
     def has_died(self, role: str) -> bool:
         """Whether one of them is dead and none is ready in its place."""

@@ -26,23 +26,22 @@ class OperationTable:
         self._id_of_request: dict[str, str] = {}
         self._num_started = 0
 
-    def start(self, kind: str, target: int, request_id: str, now: float) -> Operation:
+    def start(self, kind: str, target: int, request_id: str, now: float, node: str = "") -> Operation:
         """Idempotent by request id, for as long as the operation is kept.
 
-        `AlreadyExists` if the id came with another kind or target, `FailedPrecondition` while another operation runs.
+        `AlreadyExists` if the id came with another kind, target or node, `FailedPrecondition` while another operation
+        runs.
         """
         if not request_id:
             raise InvalidInput("is empty", field="request_id", remedy="send a fresh UUID, and the same one on a retry")
         if request_id in self._id_of_request:
-            return self._started_before(kind, target, request_id)
+            return self._started_before(kind, target, request_id, node)
         if other := self.active():
-            raise FailedPrecondition(
-                f"{other.id} ({other.kind} to {other.target}) is {other.state.value}; cancel it or wait"
-            )
+            raise FailedPrecondition(f"{other.id} ({_what(other)}) is {other.state.value}; cancel it or wait")
         self._num_started += 1
         name = f"operation-{self._num_started}"
         operation = Operation(
-            name, request_id, kind, OperationState.RUNNING, target, progress=0.0, message="", created_s=now
+            name, request_id, kind, OperationState.RUNNING, target, progress=0.0, message="", created_s=now, node=node
         )
         self._operations[operation.id] = operation
         self._id_of_request[request_id] = operation.id
@@ -123,10 +122,12 @@ class OperationTable:
             forgotten = self._operations.pop(next(iter(self._operations)))
             del self._id_of_request[forgotten.request_id]
 
-    def _started_before(self, kind: str, target: int, request_id: str) -> Operation:
+    def _started_before(self, kind: str, target: int, request_id: str, node: str) -> Operation:
         operation = self._operations[self._id_of_request[request_id]]
-        if (operation.kind, operation.target) != (kind, target):
-            raise AlreadyExists(
-                f"request id {request_id!r} was used for {operation.id}, {operation.kind} to {operation.target}"
-            )
+        if (operation.kind, operation.target, operation.node) != (kind, target, node):
+            raise AlreadyExists(f"request id {request_id!r} was used for {operation.id}, {_what(operation)}")
         return operation
+
+
+def _what(operation: Operation) -> str:
+    return f"{operation.kind} {operation.node}" if operation.node else f"{operation.kind} to {operation.target}"

@@ -11,8 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 from actors.errors import InvalidInput, MoeClusterError
-from actors.values import Sampling, TokenEvent
+from actors.values import Growth, Sampling, TokenEvent
 from cluster.backend import (
+    Checkpoint,
     ClusterStatus,
     EmbedResult,
     GenerateChunk,
@@ -103,15 +104,16 @@ class RayBackend:
 
     async def _session(self, prompt: list[int], sampling: Sampling, deadline: float) -> AsyncGenerator[TokenEvent]:
         """One session of one router."""
-        router, session = self._reach.router, uuid.uuid4().hex
-        stream = router.generate.remote(session, prompt, sampling, deadline - time.monotonic())
-        try:
-            async with aclosing(_events(stream, deadline)) as events:
-                async for event in events:
-                    yield event
-        finally:
-            with suppress(MoeClusterError), translated(ROUTER):
-                router.end_session.remote(session)
+        session = uuid.uuid4().hex
+        with self._reach.router() as router:
+            stream = router.generate.remote(session, prompt, sampling, deadline - time.monotonic())
+            try:
+                async with aclosing(_events(stream, deadline)) as events:
+                    async for event in events:
+                        yield event
+            finally:
+                with suppress(MoeClusterError), translated(ROUTER):
+                    router.end_session.remote(session)
 
     async def score(self, prompt: Prompt, *, timeout_s: float) -> ScoreResult:
         ids = self._ids(prompt)
@@ -128,7 +130,8 @@ class RayBackend:
         deadline = time.monotonic() + timeout_s
         while True:
             try:
-                return await acall(ROUTER, ask(self._reach.router), deadline - time.monotonic())
+                with self._reach.router() as router:
+                    return await acall(ROUTER, ask(router), deadline - time.monotonic())
             except MoeClusterError as error:
                 await self._reach.after(error, deadline)
 
@@ -147,6 +150,24 @@ class RayBackend:
     async def scale(self, actors: int, *, request_id: str, timeout_s: float) -> Operation:
         operation: Operation = await self._of_coordinator(
             lambda control: control.scale.remote(actors, request_id), timeout_s
+        )
+        return operation
+
+    async def drain(self, node: str, deadline_s: float, *, request_id: str, timeout_s: float) -> Operation:
+        operation: Operation = await self._of_coordinator(
+            lambda control: control.drain.remote(node, deadline_s, request_id), timeout_s
+        )
+        return operation
+
+    async def grow(self, growth: Growth, *, request_id: str, timeout_s: float) -> Operation:
+        operation: Operation = await self._of_coordinator(
+            lambda control: control.grow.remote(growth, request_id), timeout_s
+        )
+        return operation
+
+    async def scale_routers(self, routers: int, *, request_id: str, timeout_s: float) -> Operation:
+        operation: Operation = await self._of_coordinator(
+            lambda control: control.scale_routers.remote(routers, request_id), timeout_s
         )
         return operation
 
@@ -171,6 +192,16 @@ class RayBackend:
     async def ledger(self, after: int, *, timeout_s: float) -> Sequence[Entry]:
         entries: Sequence[Entry] = await self._of_coordinator(lambda control: control.ledger.remote(after), timeout_s)
         return entries
+
+    async def save_checkpoint(self, *, timeout_s: float) -> Checkpoint:
+        saved: Checkpoint = await acall(COORDINATOR, self._control.save_checkpoint.remote(timeout_s), timeout_s)
+        return saved
+
+    async def checkpoints(self, *, timeout_s: float) -> Sequence[Checkpoint]:
+        found: Sequence[Checkpoint] = await self._of_coordinator(
+            lambda control: control.checkpoints.remote(), timeout_s
+        )
+        return found
 
     async def export_model(self, path: str, *, timeout_s: float) -> ModelDirectory:
         result: ModelDirectory = await acall(COORDINATOR, self._control.export.remote(path, timeout_s), timeout_s)

@@ -38,6 +38,11 @@ def translated(who: str) -> Iterator[None]:
         raise Unavailable(f"{who} cannot be reached: {type(error).__name__}") from error
 
 
+def is_death(error: MoeClusterError) -> bool:
+    """Whether the actor that was asked is itself gone, not somebody that it needs."""
+    return isinstance(error, Unavailable) and isinstance(error.__cause__, RayActorError)
+
+
 def call(who: str, ref: Any, timeout_s: float) -> Any:
     with translated(who):
         return ray.get(ref, timeout=timeout_s)

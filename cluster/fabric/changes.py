@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +28,8 @@ from cluster.fabric.workers import ExpertContact
 from cluster.placement.placement import ActorSlot
 
 logger = logging.getLogger(__name__)
+
+TURN_LOOK_S = 0.05
 
 Report = Callable[[float, str], None]
 """(share that is done, what is being done); may raise to stop between two moves."""
@@ -54,6 +56,15 @@ class Changes:
             return False
         self._what = what
         return True
+
+    def begin_in_turn(self, what: str, deadline: float, look: Callable[[], None]) -> None:
+        """Waits for another change to end, and calls `look` meanwhile, which may raise. `FailedPrecondition` if that
+        is not before the deadline (monotonic)."""
+        while not self.try_begin(what):
+            look()
+            if time.monotonic() >= deadline:
+                raise FailedPrecondition(f"{self._what} has not ended in time")
+            time.sleep(TURN_LOOK_S)
 
     def end(self) -> None:
         self._turn.release()
@@ -110,6 +121,12 @@ class Changes:
             with self._state.reading() as coordinator:
                 coordinator.ledger.close(number, time.time())
 
+    def settle(self, deadline: float) -> None:
+        """The router uses the placement of now: a death may have changed it a moment ago."""
+        with self._state.reading() as coordinator:
+            placement = coordinator.placement
+        self._adopt(placement, deadline)
+
     # -- a death ------------------------------------------------------------------------------------------------------
 
     def without(self, gone: Sequence[str]) -> tuple[Placement, list[ExpertContact]]:
@@ -133,7 +150,8 @@ class Changes:
 
     def switch(self, placement: Placement) -> None:
         """Without waiting: in the middle of a step the router notices by itself; between steps it need not."""
-        self._crew.router.adopt.remote(placement, self._crew.contacts(placement))
+        with suppress(Unavailable):  # whoever leads next is told then
+            self._crew.router.adopt.remote(placement, self._crew.contacts(placement))
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

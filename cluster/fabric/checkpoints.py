@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import ray
 
 from actors.errors import MoeClusterError
 from actors.values import Course, SnapshotTaken
-from cluster.backend import Job
+from cluster.backend import Checkpoint, Job
 from cluster.checkpoint.disk import DISK
 from cluster.checkpoint.files import open_files
 from cluster.config import ClusterConfig
@@ -41,6 +41,8 @@ AFTER_FAILURE_S = 10.0
 """Until a failed one is tried again between two periodic ones: each try makes a step wait."""
 ROOM_AGAIN_S = 3.0
 """Between two looks whether a full disk has room again."""
+_GROWN_TO = "grown_to"
+"""Fact of a model that has more experts than its config says."""
 
 
 def vault_url(config: ClusterConfig) -> str:
@@ -72,36 +74,34 @@ class Vault:
         if found is not None:
             for skipped in found.skipped:
                 logger.warning("a newer checkpoint is skipped: %s", skipped)
-            found.manifest.check_model(self._facts)
+            found.manifest.check_model(self._facts_of(num_experts_in(found)))
         return found
 
     def all(self) -> list[Found]:
         """Newest first; only sizes are verified."""
         return self.store().committed() if open_files(self.url, DISK).folders() else []
 
-    def manifest_of(self, version: int, job: Mapping[str, Any] | None, shards: tuple[Shard, ...]) -> Any:
+    def manifest_of(self, taken: SnapshotTaken, job: Mapping[str, Any] | None, shards: tuple[Shard, ...]) -> Any:
         from cluster.checkpoint.manifest import Manifest
 
-        return Manifest(version, time.time(), self._facts, job, shards)
+        return Manifest(taken.version, time.time(), self._facts_of(taken.num_experts), job, shards)
+
+    def _facts_of(self, num_experts: int) -> dict[str, Any]:
+        """Those of the config's model; for one that has grown, how far."""
+        grown = {_GROWN_TO: num_experts} if num_experts not in (0, self._facts["num_experts"]) else {}
+        return {**self._facts, **grown}
 
 
-@dataclass(frozen=True)
-class CheckpointEntry:
-    """A checkpoint, as told to people."""
-
-    version: int
-    created_s: float
-    """Unix time."""
-    url: str
-    size_bytes: int
-    job_id: str = ""
-    """Empty: it was written without a job."""
-    job_step: int = 0
+def num_experts_in(found: Found) -> int:
+    """Experts of every MoE layer: a model may have grown since it was started."""
+    facts = found.manifest.model
+    return int(facts.get(_GROWN_TO, facts["num_experts"]))
 
 
-def entry(found: Found) -> CheckpointEntry:
+def told(found: Found) -> Checkpoint:
+    """As people see it."""
     job = found.manifest.job or {}
-    return CheckpointEntry(
+    return Checkpoint(
         version=found.manifest.version,
         created_s=found.manifest.created_s,
         url=found.url,
@@ -167,8 +167,8 @@ class Checkpoints:
             except MoeClusterError as error:
                 logger.warning("no checkpoint after the job: %s", error)
 
-    def after_import(self) -> None:
-        """In the background: a return to older ones would undo it."""
+    def after_change(self) -> None:
+        """Of the model, by an import or a growth. In the background: a return to older ones would undo it."""
         threading.Thread(target=self.after_job, name="checkpoint", daemon=True).start()
 
     def save(self, timeout_s: float) -> Found:
@@ -259,7 +259,7 @@ class Checkpoints:
             draft = store.begin(taken.version)
             try:
                 shards = self._shards(names, draft, deadline)
-                found = store.commit(draft, self.vault.manifest_of(taken.version, self._job_at(taken), shards))
+                found = store.commit(draft, self.vault.manifest_of(taken, self._job_at(taken), shards))
             except MoeClusterError:
                 store.discard(draft)
                 raise
@@ -272,7 +272,7 @@ class Checkpoints:
         return found
 
     def _shards(self, names: tuple[str, ...], draft: Draft, deadline: float) -> tuple[Shard, ...]:
-        refs = {name: self._crew.handle(name).write_snapshot.remote(draft) for name in names}
+        refs = {name: self._handle(name).write_snapshot.remote(draft) for name in names}
         shards: list[Shard] = []
         errors: list[MoeClusterError] = []
         for name, ref in refs.items():
@@ -285,10 +285,14 @@ class Checkpoints:
             raise min(errors, key=lambda error: not isinstance(error, StorageFull))
         return tuple(shards)
 
+    def _handle(self, name: str) -> Any:
+        """The trunk's snapshot is where it was taken, on the router that leads."""
+        return self._crew.router if name == ROUTER else self._crew.handle(name)
+
     def _drop_snapshots(self, names: tuple[str, ...]) -> None:
         for name in names:
             with suppress(Unavailable, ray.exceptions.RayError):
-                self._crew.handle(name).drop_snapshot.remote()
+                self._handle(name).drop_snapshot.remote()
 
     def _job_at(self, taken: SnapshotTaken) -> Mapping[str, Any] | None:
         with self._course_lock:

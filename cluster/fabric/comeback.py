@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -19,6 +19,7 @@ from cluster.backend import ActorStatus
 from cluster.control.coordinator import Coordinator, ModelFacts
 from cluster.control.journal import Journal
 from cluster.control.past import Standing, StepTold
+from cluster.errors import Unavailable
 from cluster.fabric.calls import call
 from cluster.fabric.crew import Survivors, end_process, number_of
 from cluster.fabric.options import COORDINATOR, NAMESPACE, ROUTER
@@ -26,24 +27,24 @@ from cluster.fabric.workers import ExpertStanding, RouterStanding
 from cluster.jobs.runner import metrics_of
 from cluster.jobs.schedule import lr_at
 
+if TYPE_CHECKING:
+    from actors.transport.curve import LinkKeys
+
 logger = logging.getLogger(__name__)
 
 ANSWER_S = 10.0
-"""An actor that has not answered for so long is frozen. The router may take longer, for the step at hand, but not to a
+"""An actor that has not answered for so long is frozen. A router may take longer, for the step at hand, but not to a
 ping."""
 
 
-def find_survivors(cluster: str, journal: Journal | None) -> Survivors:
-    """Who is loaded and answers. The others are ended: those that were being started, and those that are frozen."""
+def find_survivors(cluster: str, journal: Journal | None, promote_timeout_s: float) -> Survivors:
+    """Who is loaded and answers. The others are ended: those that were being started, and those that are frozen.
+
+    One of the routers leads: where the one that did is dead, another one is promoted.
+    """
     handles = _handles(cluster)
-    routers = {name: handle for name, handle in handles.items() if _role(name) == ROUTER}
-    router: tuple[Any, RouterStanding] | None = None
-    for handle in routers.values():
-        standing = _router_standing(handle, handles.values()) if router is None else None
-        if standing is None:
-            _end(handle, ROUTER, journal)
-        else:
-            router = handle, standing
+    routers = {name: handle for name, handle in handles.items() if _is_router(name)}
+    leading, led = _routers(routers, handles.values(), promote_timeout_s)
     # Only now, since a step that came to its end meanwhile has changed what they have to say.
     experts = {name: handle for name, handle in handles.items() if name not in routers}
     asked = {name: handle.standing.remote() for name, handle in experts.items()}
@@ -51,15 +52,19 @@ def find_survivors(cluster: str, journal: Journal | None) -> Survivors:
     found: dict[str, tuple[Any, ExpertStanding]] = {}
     for name in sorted(asked, key=number_of):
         expert: ExpertStanding | None = _answer(name, asked[name], deadline - time.monotonic())
-        if expert is None:
-            _end(experts[name], name, journal)
-        else:
+        if expert is not None:
             found[name] = experts[name], expert
-    return Survivors(router, found)
+    survivors = Survivors({_role(name): (routers[name], said) for name, said in led.items()}, _role(leading), found)
+    _end_others({name: handle for name, handle in handles.items() if name not in {*led, *found}}, survivors, journal)
+    return survivors
 
 
 def _role(name: str) -> str:
     return name.partition("/")[0]
+
+
+def _is_router(name: str) -> bool:
+    return _role(name).rpartition("-")[0] == ROUTER.rpartition("-")[0]
 
 
 def _handles(cluster: str) -> dict[str, Any]:
@@ -75,37 +80,109 @@ def _handles(cluster: str) -> dict[str, Any]:
     return found
 
 
-def _router_standing(router: Any, everybody: Iterable[Any]) -> RouterStanding | None:
-    """When the step at hand is over; meanwhile all are told that there is a coordinator. None: it is of no use."""
-    ref = router.standing.remote()
-    try:
-        while not ray.wait([ref], timeout=1.0)[0]:
-            for handle in everybody:
-                handle.ping.remote()
-            call(ROUTER, router.ping.remote(), ANSWER_S)
-    except MoeClusterError as error:
-        logger.warning("%s does not answer, and is ended: %s", ROUTER, error)
-        return None
-    standing: RouterStanding | None = _answer(ROUTER, ref, ANSWER_S)
-    return standing
+def _routers(
+    handles: Mapping[str, Any], everybody: Collection[Any], promote_timeout_s: float
+) -> tuple[str, dict[str, RouterStanding]]:
+    """-> which leads, and what it and those say that have the trunk from it; by the keys of `handles`."""
+    said = _router_standings(handles, everybody)
+    terms = {name: standing.term for name, standing in said.items() if standing.leads}
+    leading = max(terms, key=lambda name: terms[name], default="")
+    if not leading:
+        leading = _promoted(handles, said, everybody, promote_timeout_s)
+    # Once more, since a step at hand may have changed who follows, and a promotion the version.
+    said = _router_standings(handles, everybody) if leading else {}
+    if leading not in said:
+        return "", {}
+    followers = {*said[leading].followers, _role(leading)}
+    return leading, {name: standing for name, standing in said.items() if name == leading or _role(name) in followers}
+
+
+def _router_standings(routers: Mapping[str, Any], everybody: Collection[Any]) -> dict[str, RouterStanding]:
+    """Of those that have the trunk and answer, when the step at hand is over."""
+    pending = {name: handle.standing.remote() for name, handle in routers.items()}
+    said: dict[str, RouterStanding] = {}
+    while pending:
+        refs = list(pending.values())
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=1.0)
+        for name in [name for name, ref in pending.items() if ref in ready]:
+            standing: RouterStanding | None = _answer(name, pending.pop(name), ANSWER_S)
+            if standing is not None:
+                said[name] = standing
+        if pending:
+            _ping(everybody)
+        for name in list(pending):
+            try:
+                call(name, routers[name].ping.remote(), ANSWER_S)
+            except MoeClusterError as error:
+                logger.warning("%s does not answer, and is ended: %s", name, error)
+                del pending[name]
+    return said
+
+
+def _promoted(
+    handles: Mapping[str, Any], said: Mapping[str, RouterStanding], everybody: Collection[Any], timeout_s: float
+) -> str:
+    """The one that is furthest, and can: it leads the others from now on. Empty if none can."""
+    term = max((standing.term for standing in said.values()), default=0)
+    heirs = sorted(said, key=lambda name: (int(said[name].vitals["run"]), int(said[name].vitals["version"])))
+    while heirs:
+        heir = heirs.pop()
+        term += 1
+        ref = handles[heir].promote.remote([said[name].contact for name in heirs], term)
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline and not ray.wait([ref], timeout=1.0)[0]:
+            _ping(everybody)
+        try:
+            call(heir, ref, 1.0)
+        except MoeClusterError as error:
+            logger.error("%s cannot lead: %s", heir, error)
+            continue
+        logger.warning("%s leads now", heir)
+        return heir
+    return ""
+
+
+def _ping(everybody: Iterable[Any]) -> None:
+    """There is a coordinator."""
+    for handle in everybody:
+        handle.ping.remote()
 
 
 def _answer(name: str, ref: Any, timeout_s: float) -> Any:
     """None if it is of no use."""
     try:
         if (answer := call(name, ref, max(1.0, timeout_s))) is None:
-            logger.warning("%s was being started, and is ended", name)
+            logger.warning("%s is being started", name)
         return answer
     except MoeClusterError as error:
-        logger.warning("%s does not answer, and is ended: %s", name, error)
+        logger.warning("%s does not answer: %s", name, error)
         return None
 
 
-def _end(handle: Any, role: str, journal: Journal | None) -> None:
-    ray.kill(handle)
-    for process in journal.actors if journal else ():
-        if process.name == role:
-            end_process(process.node_id, process.pid)
+def _end_others(others: Mapping[str, Any], found: Survivors, journal: Journal | None) -> None:
+    """Also by the number of the process, where the journal knows it: a frozen one does not hear Ray."""
+    living = {said.contact.pid for _, said in found.routers.values()}
+    living |= {said.contact.pid for _, said in found.experts.values()}
+    for name, handle in others.items():
+        logger.warning("%s is ended", name)
+        ray.kill(handle)
+        for process in journal.actors if journal else ():
+            if process.name == _role(name) and process.pid not in living:
+                end_process(process.node_id, process.pid)
+
+
+def link_keys_of(found: Survivors) -> LinkKeys | None:
+    """Those that all of them have, or None where links are not secured. `Unavailable` if nobody tells.
+
+    They are in the memory of actors alone: in no journal, no checkpoint, and not in Ray's control store.
+    """
+    for name, (handle, _) in (*found.routers.items(), *found.experts.items()):
+        try:
+            keys: LinkKeys | None = call(name, handle.link_keys.remote(), ANSWER_S)
+            return keys
+        except MoeClusterError as error:
+            logger.warning("%s does not tell the keys of the links: %s", name, error)
+    raise Unavailable("no actor tells the keys of the links")
 
 
 def end_all(cluster: str) -> None:
@@ -138,24 +215,28 @@ def weigh(found: Survivors, journal: Journal | None, model: ModelFacts, group_si
         elif flaw := _flaw(found.experts[name][1], placement, run, version):
             lost[name] = flaw
     heard_s = [expert.heard_s for _, expert in found.experts.values()]
-    if found.router:
-        heard_s.append(found.router[1].heard_s)
+    heard_s += [router.heard_s for _, router in found.routers.values()]
     standing = Standing(
         version,
-        is_pristine=(run, version) == (0, 0),
+        is_pristine=(run, version) == (0, 0) and _is_untouched(placement, journal),
         can_restore=saved,
-        has_router=found.router is not None,
+        has_router=found.lead is not None,
     )
-    if found.router:
-        standing = _with_job(standing, found.router[1])
+    if found.lead:
+        standing = _with_job(standing, found.lead)
     since_s = max(heard_s, default=journal.written_s if journal else time.time())
     return Findings(placement, standing, lost, since_s)
 
 
+def _is_untouched(placement: Placement, journal: Journal | None) -> bool:
+    """By an import or a growth, which are no steps."""
+    return journal is None or (journal.is_pristine and placement.num_experts == journal.origin.num_experts)
+
+
 def _placement(found: Survivors, journal: Journal | None, num_groups: int, group_size: int) -> Placement:
     """The router's, which is in use; else the last that was written down; else as the expert actors hold the groups."""
-    if found.router:
-        return found.router[1].placement
+    if found.lead:
+        return found.lead.placement
     if journal:
         return journal.placement
     held = {name: expert.vitals["groups"] for name, (_, expert) in found.experts.items()}
@@ -165,8 +246,8 @@ def _placement(found: Survivors, journal: Journal | None, num_groups: int, group
 
 def _position(found: Survivors) -> tuple[int, int]:
     """-> run and version that all should be at: the router's, or the newest of any expert actor."""
-    if found.router:
-        vitals = found.router[1].vitals
+    if found.lead:
+        vitals = found.lead.vitals
         return int(vitals["run"]), int(vitals["version"])
     all_vitals = [expert.vitals for _, expert in found.experts.values()]
     return max(((int(vitals["run"]), int(vitals["version"])) for vitals in all_vitals), default=(0, 0))
@@ -183,7 +264,7 @@ def _flaw(expert: ExpertStanding, placement: Placement, run: int, version: int) 
 
 
 def _with_job(standing: Standing, router: RouterStanding) -> Standing:
-    job, course = router.job, router.course
+    job, course = router.following.job, router.following.course
     if job is None or course.run != int(router.vitals["run"]):
         return standing
     step = standing.version - course.version
@@ -218,4 +299,4 @@ def worth_keeping(found: Survivors, findings: Findings, wanted: int) -> Survivor
     for name in {*findings.lost, *idle} & set(found.experts):
         ray.kill(found.experts[name][0])
     kept = {name: expert for name, expert in found.experts.items() if name not in idle and name not in findings.lost}
-    return Survivors(found.router, kept)
+    return Survivors(found.routers, found.leader, kept)

@@ -9,20 +9,20 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 from actors.errors import InvalidInput, MoeClusterError
-from actors.values import Placement
-from cluster.backend import ClusterStatus, Job, JobEvent, LoadReport, ModelDirectory, Operation, Rebalance
+from actors.values import Growth, Placement
+from cluster.backend import Checkpoint, ClusterStatus, Job, JobEvent, LoadReport, ModelDirectory, Operation, Rebalance
 from cluster.config import ClusterConfig, JobConfig
 from cluster.control.coordinator import Coordinator, ModelFacts
 from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
-from cluster.control.journal import Journal
+from cluster.control.journal import Journal, LeavingNode
 from cluster.control.ledger import Entry
 from cluster.control.past import Past
 from cluster.errors import StartupError, Unavailable
@@ -30,21 +30,25 @@ from cluster.fabric.attaching import check_same
 from cluster.fabric.autoscaling import Autoscaler
 from cluster.fabric.calls import call
 from cluster.fabric.changes import Changes
-from cluster.fabric.checkpoints import CheckpointEntry, Checkpoints, Vault, entry, sentence, vault_url
-from cluster.fabric.comeback import find_survivors, on_their_way, tell_losses, weigh, worth_keeping
+from cluster.fabric.checkpoints import Checkpoints, Vault, num_experts_in, sentence, told, vault_url
+from cluster.fabric.comeback import find_survivors, link_keys_of, on_their_way, tell_losses, weigh, worth_keeping
 from cluster.fabric.crew import Crew, Survivors
+from cluster.fabric.draining import Draining
+from cluster.fabric.growing import Growing
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.jobs import JobThreads
 from cluster.fabric.journal import Keeper, name_for, read_journal
 from cluster.fabric.options import ROUTER
 from cluster.fabric.rebalancing import Rebalancer
 from cluster.fabric.recovery import Recovery, begin_from, load_experts
+from cluster.fabric.routers import Routers, promote_timeout_s, ready_routers
 from cluster.fabric.scaling import Scaling
 from cluster.fabric.workers import ExpertContact
 from cluster.jobs.tokenizer import check_vocabulary, load_tokenizer
 from cluster.placement.placement import spread
 
 if TYPE_CHECKING:
+    from actors.transport.curve import LinkKeys
     from cluster.checkpoint.store import Found
 
 logger = logging.getLogger(__name__)
@@ -58,6 +62,19 @@ FIRST_RUN = 1
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What there should be by now, whatever the config says."""
+
+    experts: int
+    """Expert actors."""
+    routers: int
+    term: int = 0
+    """The highest that any router has led in."""
+    leaving: Mapping[str, str] = field(default_factory=dict)
+    """Id -> name of the nodes that were emptied, and are to be taken away."""
+
+
+@dataclass(frozen=True)
 class Desk:
     """What a coordinator works with, from the moment that it knows the state of the cluster."""
 
@@ -66,6 +83,9 @@ class Desk:
     scaling: Scaling
     rebalancer: Rebalancer
     autoscaler: Autoscaler
+    draining: Draining
+    growing: Growing
+    routers: Routers
     checkpoints: Checkpoints
     recovery: Recovery
     jobs: JobThreads
@@ -114,27 +134,31 @@ class ControlWorker:
 
     def _begin(self) -> None:
         experts = self._config.experts
-        model = self._crew.start_router()
-        vault = Vault(self._config, model)
+        model = origin = self._crew.start_router()
+        vault = Vault(self._config, origin)
         found = vault.newest() if self._config.checkpoint.resume else None
-        past = self._past_of(read_journal(vault.url), model) if self._config.checkpoint.resume else Past()
-        check_vocabulary(load_tokenizer(self._config.model), model.vocab_size)
+        past = self._past_of(read_journal(vault.url), origin) if self._config.checkpoint.resume else Past()
+        check_vocabulary(load_tokenizer(self._config.model), origin.vocab_size)
+        if found is not None and (num_experts := num_experts_in(found)) != origin.num_experts:
+            self._crew.num_experts = num_experts
+            model = self._crew.facts(num_experts)
         slots = self._crew.start_experts(experts.actors)
         placement = spread(model.num_experts, experts.group_size, slots, experts.redundancy)
         coordinator = Coordinator(model, placement, redundancy=experts.redundancy, max_groups=experts.max_groups)
-        desk = self._desk(coordinator, vault, experts.actors)
+        desk = self._desk(coordinator, vault, origin, Wanted(experts.actors, self._config.router.actors))
         self._load(placement, [slot.id for slot in slots], found)
         if found is not None:
             begin_from(desk.state, found, past)
         else:
             coordinator.recalled(past, None, "", time.time())
+        desk.routers.start()
         self._sit_down(desk)
 
-    def _past_of(self, journal: Journal | None, model: ModelFacts) -> Past:
+    def _past_of(self, journal: Journal | None, origin: ModelFacts) -> Past:
         if journal is None:
             return Past()
-        if journal.model != model:
-            logger.warning("the journal is of another model, %s: its jobs are not taken over", journal.model.name)
+        if journal.origin != origin:
+            logger.warning("the journal is of another model, %s: its jobs are not taken over", journal.origin.name)
             return Past()
         return Past(journal.jobs, journal.operations, journal.entries)
 
@@ -148,16 +172,25 @@ class ControlWorker:
             load_experts(self._crew, placement, found, FIRST_RUN)
         self._crew.load_router(placement, self._me, found, FIRST_RUN)
 
-    def _desk(self, coordinator: Coordinator, vault: Vault, wanted: int) -> Desk:
-        experts, state, crew = self._config.experts, Guarded(coordinator), self._crew
+    def _desk(self, coordinator: Coordinator, vault: Vault, origin: ModelFacts, wanted: Wanted) -> Desk:
+        """`origin`: of the model as the config says."""
+        config, state, crew = self._config, Guarded(coordinator), self._crew
+        experts = config.experts
         changes = Changes(state, crew)
-        scaling = Scaling(state, crew, changes, experts, wanted)
-        checkpoints = Checkpoints(vault, self._config.checkpoint.every_steps, state, crew)
+        scaling = Scaling(state, crew, changes, experts, wanted.experts)
+        checkpoints = Checkpoints(vault, config.checkpoint.every_steps, state, crew)
         recovery = Recovery(state, crew, changes, scaling, checkpoints, self._me, experts.redundancy)
+        routers = Routers(state, crew, changes, self._me, config.router, wanted.routers, wanted.term)
+        draining = Draining(state, crew, changes, scaling, wanted.leaving)
 
         def take() -> Journal:
             with state.reading() as coordinator:
-                return journal_of(coordinator, self._cluster, scaling.wanted_if_cut_off, crew)
+                now = Wanted(scaling.wanted_if_cut_off, routers.wanted_if_cut_off, leaving=draining.leaving_if_cut_off)
+                return journal_of(coordinator, self._cluster, origin, now, crew)
+
+        def is_worth_it(journal: Journal) -> bool:
+            wanted = journal.wanted, journal.wanted_routers
+            return not journal.is_empty or wanted != (experts.actors, config.router.actors) or bool(journal.leaving)
 
         return Desk(
             state,
@@ -165,15 +198,13 @@ class ControlWorker:
             scaling,
             Rebalancer(changes, experts.rebalance_every_s),
             Autoscaler(state, crew, changes, scaling, experts),
+            draining,
+            Growing(state, crew, changes, checkpoints),
+            routers,
             checkpoints,
             recovery,
-            JobThreads(state, crew, self._config.model, checkpoints, recovery),
-            Keeper(
-                vault.url,
-                take,
-                lambda journal: not journal.is_empty or journal.wanted != experts.actors,
-                self._journal_name,
-            ),
+            JobThreads(state, crew, config.model, checkpoints, recovery, routers),
+            Keeper(vault.url, take, is_worth_it, self._journal_name),
         )
 
     def _sit_down(self, desk: Desk) -> None:
@@ -196,17 +227,18 @@ class ControlWorker:
         journal = read_journal(vault_url(self._config), self._journal_name)
         if journal is not None and journal.cluster != self._cluster:
             journal = None  # of a life before, which had nothing to do with these actors
-        found = find_survivors(self._cluster, journal)
-        if found.router is None and not found.experts:
+        found = find_survivors(self._cluster, journal, promote_timeout_s(self._config.router))
+        if not found.leader and not found.experts:
             logger.error("nobody outlived the coordinator; all begins anew")
             self._begin()
             return
         now, experts = time.time(), self._config.experts
-        model = self._facts(found, journal)
-        vault = Vault(self._config, model)
+        keys = link_keys_of(found)
+        origin, model = self._facts(found, journal)
+        vault = Vault(self._config, origin)
         findings = weigh(found, journal, model, experts.group_size, saved=bool(vault.all()))
-        wanted = journal.wanted if journal else max(len(found.experts), experts.min_actors)
-        kept = worth_keeping(found, findings, wanted)
+        wanted = self._wanted(found, journal)
+        kept = worth_keeping(found, findings, wanted.experts)
         coordinator = Coordinator.restored_from(
             model,
             findings.placement,
@@ -218,26 +250,42 @@ class ControlWorker:
             max_groups=experts.max_groups,
         )
         tell_losses(coordinator, findings, now)
-        self._crew.take_over(kept, journal.next_number if journal else 0)
+        numbers = (journal.next_number, journal.next_router) if journal else (0, 1)
+        self._crew.take_over(kept, numbers, model.num_experts, keys)
         self._crew.leave_off(on_their_way(kept, findings.placement))
-        desk = self._desk(coordinator, vault, wanted)
-        if (job := findings.standing.job) is not None and kept.router is not None:
-            desk.checkpoints.job_goes_on(job.id, kept.router[1].course)
+        desk = self._desk(coordinator, vault, origin, wanted)
+        if (job := findings.standing.job) is not None and kept.lead is not None:
+            desk.checkpoints.job_goes_on(job.id, kept.lead.following.course)
         logger.warning(
-            "the coordinator is back: version %d, expert actors %s%s",
+            "the coordinator is back: version %d, routers %s, expert actors %s%s",
             findings.standing.version,
+            ", ".join(kept.routers) or "none",
             ", ".join(kept.experts) or "none",
             "" if journal else "; there is no journal, so that jobs and operations of before are forgotten",
         )
         self._sit_down(desk)
 
-    def _facts(self, found: Survivors, journal: Journal | None) -> ModelFacts:
-        if journal is not None:
-            return journal.model
-        if found.router is None:  # another one is started, and started again when it can be loaded
-            return self._crew.start_router()
-        facts: ModelFacts = call(ROUTER, found.router[0].facts.remote(), self._config.ray.start_timeout_s)
-        return facts
+    def _facts(self, found: Survivors, journal: Journal | None) -> tuple[ModelFacts, ModelFacts]:
+        """-> of the model as the config says, and as it is: it may have grown, also after the journal's last word."""
+        num_experts = found.lead.placement.num_experts if found.lead else None
+        if journal is not None and num_experts in (None, journal.model.num_experts):
+            return journal.origin, journal.model
+        if not found.leader:  # another one is started, and started again when it can be loaded
+            origin = self._crew.start_router()
+            self._crew.end([ROUTER])
+            return origin, origin
+        handle, _ = found.routers[found.leader]
+        timeout_s = self._config.ray.start_timeout_s
+        origin, model = (call(found.leader, handle.facts.remote(count), timeout_s) for count in (0, num_experts))
+        return origin, model
+
+    def _wanted(self, found: Survivors, journal: Journal | None) -> Wanted:
+        term = max((said.term for _, said in found.routers.values()), default=0)
+        if journal is None:
+            num_experts = max(len(found.experts), self._config.experts.min_actors)
+            return Wanted(num_experts, max(len(found.routers), self._config.router.actors), term)
+        leaving = {node.node_id: node.name for node in journal.leaving}
+        return Wanted(journal.wanted, journal.wanted_routers, term, leaving)
 
     @property
     def _at(self) -> Desk:
@@ -249,20 +297,24 @@ class ControlWorker:
     def _state(self) -> Guarded:
         return self._at.state
 
-    def ready_router(self) -> Any:
-        """The router's handle, where it and the experts can answer; otherwise None."""
+    def ready_routers(self) -> dict[str, Any]:
+        """Handles of the routers by name, where they and the experts can answer."""
         with self._state.reading() as coordinator:
-            return self._crew.router if coordinator.status().ready else None
+            return ready_routers(coordinator, self._crew)
 
     def stop(self) -> None:
         self._stopping.set()
         if (desk := self._seat) is not None:
+            desk.draining.stop()
             desk.jobs.stop_all()
             desk.keeper.close()
         self._crew.end_all()
 
     def experts(self) -> list[tuple[ExpertContact, Any]]:
         return self._crew.experts()
+
+    def link_keys(self) -> LinkKeys | None:
+        return self._crew.link_keys
 
     # -- asked by the front -------------------------------------------------------------------------------------------
 
@@ -320,6 +372,21 @@ class ControlWorker:
         self._at.keeper.write_now()
         return operation
 
+    def drain(self, node: str, deadline_s: float, request_id: str) -> Operation:
+        operation = self._at.draining.drain(node, deadline_s, request_id)
+        self._at.keeper.write_now()
+        return operation
+
+    def grow(self, growth: Growth, request_id: str) -> Operation:
+        operation = self._at.growing.grow(growth, request_id)
+        self._at.keeper.write_now()
+        return operation
+
+    def scale_routers(self, routers: int, request_id: str) -> Operation:
+        operation = self._at.routers.scale(routers, request_id)
+        self._at.keeper.write_now()
+        return operation
+
     def operation(self, operation_id: str) -> Operation:
         with self._state.reading() as coordinator:
             operation = coordinator.operations.get(operation_id)
@@ -356,16 +423,17 @@ class ControlWorker:
         call(ROUTER, self._crew.router.replace_weights.remote(str(directory)), timeout_s)
         with self._state.changing() as coordinator:
             coordinator.imported()
-        self._at.checkpoints.after_import()
+        self._at.checkpoints.after_change()
+        self._at.keeper.write_now()
         return self.status()
 
-    def save_checkpoint(self, timeout_s: float) -> CheckpointEntry:
+    def save_checkpoint(self, timeout_s: float) -> Checkpoint:
         """Steps wait for the copying alone. `StorageFull`, or `Unavailable` while another is written for too long."""
-        return entry(self._at.checkpoints.save(timeout_s))
+        return told(self._at.checkpoints.save(timeout_s))
 
-    def checkpoints(self) -> Sequence[CheckpointEntry]:
+    def checkpoints(self) -> Sequence[Checkpoint]:
         """Newest first."""
-        return [entry(found) for found in self._at.checkpoints.vault.all()]
+        return [told(found) for found in self._at.checkpoints.vault.all()]
 
     # -- asked by the router ------------------------------------------------------------------------------------------
 
@@ -387,6 +455,8 @@ class ControlWorker:
                     decisions = coordinator.step(time.time())
                 for decision in decisions:
                     self._carry_out(desk, decision)
+                desk.draining.look()
+                desk.routers.look()
                 desk.scaling.heal()
                 desk.recovery.heal()
                 desk.autoscaler.look()
@@ -418,19 +488,25 @@ class ControlWorker:
                 pass
 
 
-def journal_of(coordinator: Coordinator, cluster: str, wanted: int, crew: Crew) -> Journal:
+def journal_of(coordinator: Coordinator, cluster: str, origin: ModelFacts, wanted: Wanted, crew: Crew) -> Journal:
     past = coordinator.past
+    next_number, next_router = crew.next_numbers
     return Journal(
-        cluster,
-        time.time(),
-        coordinator.model,
-        coordinator.placement,
-        wanted,
-        crew.next_number,
-        past.jobs,
-        past.operations,
-        past.entries,
-        crew.processes(),
+        cluster=cluster,
+        written_s=time.time(),
+        origin=origin,
+        model=coordinator.model,
+        is_pristine=coordinator.is_pristine,
+        placement=coordinator.placement,
+        wanted=wanted.experts,
+        next_number=next_number,
+        wanted_routers=wanted.routers,
+        next_router=next_router,
+        jobs=past.jobs,
+        operations=past.operations,
+        entries=past.entries,
+        actors=crew.processes(),
+        leaving=tuple(LeavingNode(node_id, name) for node_id, name in sorted(wanted.leaving.items())),
     )
 
 

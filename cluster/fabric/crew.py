@@ -10,8 +10,9 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -19,19 +20,28 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.errors import InvalidInput, MoeClusterError
 from actors.values import Placement
-from cluster.backend import ActorStatus
+from cluster.backend import ActorStatus, ExpertCache
 from cluster.config import ClusterConfig
 from cluster.control.coordinator import ModelFacts
 from cluster.control.heartbeats import Heartbeats
 from cluster.control.journal import Process
 from cluster.errors import StartupError, Unavailable
 from cluster.fabric.calls import call
-from cluster.fabric.nodes import node_names
+from cluster.fabric.links import link_keys
+from cluster.fabric.nodes import expert_room, node_names, nodes_with_room, short_name
 from cluster.fabric.options import ROUTER, expert_options, lasting, router_options
-from cluster.fabric.workers import ExpertContact, ExpertStanding, ExpertWorker, RouterStanding, RouterWorker
+from cluster.fabric.workers import (
+    ExpertContact,
+    ExpertStanding,
+    ExpertWorker,
+    RouterContact,
+    RouterStanding,
+    RouterWorker,
+)
 from cluster.placement.placement import ActorSlot
 
 if TYPE_CHECKING:
+    from actors.transport.curve import LinkKeys
     from cluster.checkpoint.store import Found
 
 logger = logging.getLogger(__name__)
@@ -55,8 +65,15 @@ class Signs:
 class Survivors:
     """Actors that outlived a coordinator: handles, and what they say of themselves."""
 
-    router: tuple[Any, RouterStanding] | None
+    routers: dict[str, tuple[Any, RouterStanding]]
+    """Those that have the trunk."""
+    leader: str
+    """One of them; empty where there are none."""
     experts: dict[str, tuple[Any, ExpertStanding]]
+
+    @property
+    def lead(self) -> RouterStanding | None:
+        return self.routers[self.leader][1] if self.leader else None
 
 
 class Crew:
@@ -68,59 +85,174 @@ class Crew:
         self._lock = threading.RLock()
         self._handles: dict[str, Any] = {}
         self._experts: dict[str, ExpertContact] = {}
-        self._router_at = ("", 0)
+        self._routers: dict[str, RouterContact] = {}
+        """Those that have the trunk."""
+        self._leader = ROUTER
+        """Empty while none leads."""
         self._deaths: dict[str, Any] = {}
         self._nodes: dict[str, str] = {}
         """Names of those that have or had an actor: asked for when one starts, since Ray's head may be away later."""
         self._pings: dict[str, Any] = {}
         self._links: dict[str, str] = {}
-        """Link kind of each expert actor, as the router last told."""
+        """Link kind of each expert actor, as a router last told."""
         self._heartbeats = Heartbeats()
         self._busy: dict[str, deque[tuple[float, float]]] = {}
         """Time and busy seconds so far of each expert actor."""
-        self._queue = (0, 0.0)
+        self._queues: dict[str, tuple[int, float]] = {}
+        """Of each router: requests that wait, how long the first has."""
+        self.leaving: Mapping[str, str] = {}
+        """Id -> name of the nodes on which no new actor is to be started. Replaced, never changed."""
+        self._ending: list[tuple[str, str, Any]] = []
+        """Expert actors that were ended, their nodes, and what tells that the process is gone."""
         self._next_ping_s = 0.0
         self._next_number = 0
+        self._next_router = 1
+        self.num_experts = 0
+        """Of every MoE layer, for a model that has grown; 0: as the config says."""
+
+    @cached_property
+    def link_keys(self) -> LinkKeys | None:
+        """Of all links of this cluster. Made when they are first needed, so that an error is that of the start."""
+        return link_keys(self._config.links)
 
     # -- starting -----------------------------------------------------------------------------------------------------
 
     @property
     def router(self) -> Any:
-        """`Unavailable` while there is none."""
-        return self.handle(ROUTER)
+        """That leads; `Unavailable` while none does."""
+        with self._lock:
+            if not self._leader:
+                raise Unavailable("no router leads at the moment; try again")
+            return self.handle(self._leader)
 
-    def start_router(self) -> ModelFacts:
-        """Its process, in the place of the one before; `load_router` gives it its weights."""
-        self.end([ROUTER])
-        worker = ray.remote(**router_options(self._config))(RouterWorker)
-        # A name is free again only some time after its actor has ended.
-        name = lasting(self._cluster, f"{ROUTER}/{uuid.uuid4().hex[:8]}")
-        handle = worker.options(**name).remote(self._config)
+    @property
+    def leader(self) -> str:
+        """Empty while no router leads."""
         with self._lock:
-            self._handles[ROUTER] = handle
-        facts: ModelFacts = self._started(ROUTER, handle.facts.remote())
-        return facts
+            return self._leader
 
-    def start_experts(self, count: int) -> list[ActorSlot]:
-        """Processes without weights. `StartupError` if the nodes have no room for one of them."""
-        worker = ray.remote(**expert_options(self._config))(ExpertWorker)
+    def lead(self, name: str) -> None:
+        """It has been promoted."""
         with self._lock:
-            names = [f"expert-{self._next_number + i}" for i in range(count)]
-            self._next_number += count
-        # Without the lock: while Ray's head is away, an actor with a name keeps whoever creates it waiting.
-        handles = {name: worker.options(**lasting(self._cluster, name)).remote(name, self._config) for name in names}
+            self._leader = name
+
+    def routers(self) -> dict[str, tuple[RouterContact, Any]]:
+        """Contact and Ray handle of every router that has the trunk."""
         with self._lock:
-            self._handles |= handles
-        where = {name: self._handles[name].node_id.remote() for name in names}
+            return {name: (contact, self._handles[name]) for name, contact in self._routers.items()}
+
+    def start_replicas(self, count: int, control: Any) -> list[RouterContact]:
+        """Routers that have yet to join. `StartupError` if there is no room for one of them: then none is started."""
+        with self._lock:
+            names = [f"router-{self._next_router + i}" for i in range(count)]
+            self._next_router += count
+        self._create_routers(names)
+        loading = {
+            name: self._handles[name].load_replica.remote(control, self.num_experts, self.link_keys) for name in names
+        }
         try:
-            return [ActorSlot(name, self._started(name, ref)) for name, ref in where.items()]
+            return [self._started(name, ref) for name, ref in loading.items()]
         except MoeClusterError:
             self.end(names)
             raise
 
+    def joined(self, contact: RouterContact, leader: str) -> None:
+        """It has the trunk from this leader: it is watched from now on, and serves. `Unavailable` if that one leads no
+        more: who leads now does not know it."""
+        self._learn_nodes()
+        with self._lock:
+            if self._leader != leader:
+                raise Unavailable(f"{leader}, which {contact.name} joined, has ended")
+            self._routers[contact.name] = contact
+            self._deaths[contact.name] = self.handle(contact.name).wait_until_death.remote()
+
+    def status_of(self, name: str) -> ActorStatus:
+        """Asked now. `Unavailable` if it has ended."""
+        vitals = call(name, self.handle(name).vitals.remote(), ASK_TIMEOUT_S)
+        with self._lock:
+            _found(self._deaths, name)
+            return self._status(name, vitals)
+
+    def start_router(self) -> ModelFacts:
+        """Its process, in the place of all before; `load_router` gives it its weights."""
+        self.end([ROUTER, *self.routers()])
+        self._create_routers([ROUTER])
+        with self._lock:
+            self._leader = ROUTER
+        return self.facts()
+
+    def _create_routers(self, names: Sequence[str]) -> None:
+        # Without the lock: while Ray's head is away, an actor with a name keeps whoever creates it waiting. And such a
+        # name is free again only some time after its actor has ended, while a router's own may be given again at once.
+        worker = ray.remote(**router_options(self._config))(RouterWorker)
+        own = {name: lasting(self._cluster, f"{name}/{uuid.uuid4().hex[:8]}") for name in names}
+        handles = {name: worker.options(**own[name]).remote(name, self._config) for name in names}
+        with self._lock:
+            self._handles |= handles
+
+    def facts(self, num_experts: int = 0) -> ModelFacts:
+        """Of the model as the config says, or grown to so many experts."""
+        facts: ModelFacts = self._started(ROUTER, self.router.facts.remote(num_experts))
+        return facts
+
+    def start_experts(self, count: int, avoid: Collection[str] = ()) -> list[ActorSlot]:
+        """Processes without weights, not on the nodes with the ids `avoid`. `StartupError` if one finds no room."""
+        where = self._create_experts(count, avoid)
+        try:
+            return [ActorSlot(name, self._started(name, ref)) for name, ref in where.items()]
+        except MoeClusterError:
+            self.end(where)
+            raise
+
+    def start_experts_where_room(self, count: int, patience_s: float) -> list[ActorSlot]:
+        """As `start_experts`, but those that have not found room and started within `patience_s` are left out."""
+        where = self._create_experts(min(count, self._most_room()))
+        ready, _ = ray.wait(list(where.values()), num_returns=len(where), timeout=patience_s) if where else ([], [])
+        started: list[ActorSlot] = []
+        for name, ref in where.items():
+            try:
+                if ref not in ready:
+                    raise StartupError(f"{name} found no room within {patience_s:.1f} s")
+                started.append(ActorSlot(name, call(name, ref, 1.0)))
+            except MoeClusterError as error:
+                logger.info("not started: %s", error)
+                self.end([name])
+        return started
+
+    def occupied_nodes(self) -> set[str]:
+        """Ids of the nodes that carry an expert actor."""
+        with self._lock:
+            return {contact.node_id for contact in self._experts.values()}
+
+    def open_nodes(self) -> set[str]:
+        """Ids of the nodes that carry none and have room for one."""
+        return nodes_with_room(self.leaving) - self.occupied_nodes()
+
+    def may_have_room(self) -> bool:
+        """Whether more expert actors may find a node. Of a Ray cluster that exists nobody knows: nodes may be added."""
+        return self._most_room() > 0
+
+    def _most_room(self) -> int:
+        return expert_room(self.leaving) if self._config.ray.mode == "embedded" else self._config.experts.max_actors
+
+    def _create_experts(self, count: int, avoid: Collection[str] = ()) -> dict[str, Any]:
+        """-> actor -> what its node's id will be told by, once it has found one."""
+        worker = ray.remote(**expert_options(self._config, {*self.leaving, *avoid}))(ExpertWorker)
+        with self._lock:
+            names = [f"expert-{self._next_number + i}" for i in range(count)]
+            self._next_number += count
+        # Without the lock, as for routers.
+        handles = {name: worker.options(**lasting(self._cluster, name)).remote(name, self._config) for name in names}
+        with self._lock:
+            self._handles |= handles
+        return {name: handle.node_id.remote() for name, handle in handles.items()}
+
     def load_experts(self, placement: Placement, names: Sequence[str]) -> None:
         """Each takes the groups it holds from the model directory; without any it is there for those that arrive."""
-        loading = {name: self._handles[name].load.remote(placement.held_by(name)) for name in names}
+        loading = {
+            name: self._handles[name].load.remote(placement.held_by(name), self.num_experts, self.link_keys)
+            for name in names
+        }
         for name, ref in loading.items():
             contact = self._started(name, ref)
             self._learn_nodes()
@@ -131,35 +263,37 @@ class Crew:
     def load_router(self, placement: Placement, control: Any, found: Found | None, run: int) -> None:
         """After the expert actors of this placement: the trunk from the model directory, or from a checkpoint as this
         run. Only then is it watched, and taken for ready."""
-        ref = self.router.load.remote(placement, self.contacts(placement), control, found, run)
-        at = self._started(ROUTER, ref)
-        self._learn_nodes()
-        with self._lock:
-            self._router_at = at
-            self._deaths[ROUTER] = self.router.wait_until_death.remote()
+        contacts = self.contacts(placement)
+        ref = self.router.load.remote(placement, contacts, control, self.num_experts, found, run, self.link_keys)
+        self.joined(self._started(ROUTER, ref), ROUTER)
 
-    def take_over(self, found: Survivors, next_number: int) -> None:
-        """Actors that another coordinator started, loaded all of them, and watched from now on."""
+    def take_over(self, found: Survivors, numbers: tuple[int, int], num_experts: int, keys: LinkKeys | None) -> None:
+        """Actors that another coordinator started, loaded all of them, and watched from now on. `numbers`: those that
+        it would have given next, see `next_numbers`. `keys`: of their links."""
         self._learn_nodes()
+        self.num_experts, self.link_keys = num_experts, keys
+        # Whom the router that leads has left out is not to be mistaken for one that is new.
+        left_out = found.lead.vitals["left_out"] if found.lead else ()
         with self._lock:
-            self._next_number = max([next_number, *(number_of(name) + 1 for name in found.experts)])
+            self._next_number = max([numbers[0], *(number_of(name) + 1 for name in found.experts)])
+            self._next_router = max([numbers[1], *(number_of(name) + 1 for name in (*found.routers, *left_out))])
             for name, (handle, expert) in found.experts.items():
                 self._handles[name], self._experts[name] = handle, expert.contact
-            if found.router is not None:
-                self._handles[ROUTER], router = found.router
-                self._router_at = router.node_id, router.pid
-            for name, handle in self._handles.items():
-                self._deaths[name] = handle.wait_until_death.remote()
+            for name, (handle, router) in found.routers.items():
+                self._handles[name], self._routers[name] = handle, router.contact
+            self._leader = found.leader
+            for name in (*found.routers, *found.experts):
+                self._deaths[name] = self._handles[name].wait_until_death.remote()
 
     def processes(self) -> tuple[Process, ...]:
         with self._lock:
-            known = [Process(ROUTER, *self._router_at)] if ROUTER in self._deaths else []
-            return *known, *(Process(c.name, c.node_id, c.pid) for c in self._experts.values())
+            contacts: list[RouterContact | ExpertContact] = [*self._routers.values(), *self._experts.values()]
+            return tuple(Process(contact.name, contact.node_id, contact.pid) for contact in contacts)
 
     @property
-    def next_number(self) -> int:
-        """Of the next expert actor."""
-        return self._next_number
+    def next_numbers(self) -> tuple[int, int]:
+        """Of the next expert actor, and of the next router."""
+        return self._next_number, self._next_router
 
     def leave_off(self, groups: dict[str, Sequence[int]]) -> None:
         """These are not awaited any more by these expert actors, and copies of state for checkpoints are dropped."""
@@ -219,6 +353,28 @@ class Crew:
         with self._lock:
             return [(contact, self._handles[name]) for name, contact in self._experts.items()]
 
+    # -- nodes that leave ---------------------------------------------------------------------------------------------
+
+    def router_nodes(self) -> set[str]:
+        """Ids of the nodes that carry a router."""
+        return {contact.node_id for contact, _ in self.routers().values()}
+
+    def num_staying(self) -> int:
+        """Expert actors on nodes that do not leave."""
+        return sum(contact.node_id not in self.leaving for contact, _ in self.experts())
+
+    def on_node(self, node_id: str) -> list[str]:
+        """Expert actors there whose processes have not ended."""
+        with self._lock:
+            self._forget_ended()
+            living = [contact.name for contact in self._experts.values() if contact.node_id == node_id]
+            return living + [name for name, node, _ in self._ending if node == node_id]
+
+    def _forget_ended(self) -> None:
+        refs = [ref for _, _, ref in self._ending]
+        gone, _ = ray.wait(refs, num_returns=len(refs), timeout=0) if refs else ([], [])
+        self._ending = [ending for ending in self._ending if ending[2] not in gone]
+
     # -- ending -------------------------------------------------------------------------------------------------------
 
     def end(self, names: Iterable[str]) -> None:
@@ -226,11 +382,18 @@ class Crew:
         for name in names:
             with self._lock:
                 handle = self._handles.pop(name, None)
-                self._deaths.pop(name, None)
+                death = self._deaths.pop(name, None)
                 self._pings.pop(name, None)
                 self._busy.pop(name, None)
                 self._heartbeats.forget(name)
-                self._experts.pop(name, None)
+                contact = self._experts.pop(name, None)
+                if contact is not None and death is not None:
+                    self._forget_ended()
+                    self._ending.append((name, contact.node_id, death))
+                self._routers.pop(name, None)
+                self._queues.pop(name, None)
+                if name == self._leader:
+                    self._leader = ""
             if handle is not None:
                 ray.kill(handle)
 
@@ -238,10 +401,10 @@ class Crew:
         """Nobody waits any longer for an actor that does not answer and may hold its connections open for ever."""
         with self._lock:
             refs = [handle.cut.remote([name]) for other, handle in self._handles.items() if other != name]
-            contact = self._experts.get(name)
-            node_id, pid = (contact.node_id, contact.pid) if contact else self._router_at
+            contact = self._experts.get(name) or self._routers.get(name)
         ray.wait(refs, num_returns=len(refs), timeout=1.0)
-        end_process(node_id, pid)
+        if contact is not None:
+            end_process(contact.node_id, contact.pid)
 
     def end_all(self) -> None:
         for handle in self._handles.values():
@@ -289,11 +452,13 @@ class Crew:
             self._heartbeats.answered(name, now)
             self._links |= vitals.get("links", {})
             self._note_load(name, vitals, now)
+            if name == self._leader:
+                signs.dead |= {n: f"left out by {name}" for n in vitals["left_out"] if n in self._deaths}
             signs.seen.append(self._status(name, vitals))
 
     def _note_load(self, name: str, vitals: dict[str, Any], now: float) -> None:
-        if name == ROUTER:
-            self._queue = int(vitals["num_waiting"]), float(vitals["queue_s"])
+        if name in self._routers:
+            self._queues[name] = int(vitals["num_waiting"]), float(vitals["queue_s"])
             return
         history = self._busy.setdefault(name, deque())
         history.append((now, float(vitals["busy_s"])))
@@ -304,22 +469,25 @@ class Crew:
         """Share of the time that each expert actor was busy lately, requests that wait, how long the first has."""
         with self._lock:
             spans = {n: (h[-1][0] - h[0][0], h[-1][1] - h[0][1]) for n, h in self._busy.items() if n in self._experts}
-            return {name: busy / passed for name, (passed, busy) in spans.items() if passed > 0}, *self._queue
+            busy = {name: busy / passed for name, (passed, busy) in spans.items() if passed > 0}
+            waiting, queue_s = zip(*self._queues.values(), strict=True) if self._queues else ((), ())
+            return busy, sum(waiting), max(queue_s, default=0.0)
 
     def _status(self, name: str, vitals: dict[str, Any]) -> ActorStatus:
         expert = self._experts.get(name)
-        node_id, pid = (expert.node_id, expert.pid) if expert else self._router_at
+        contact = expert or self._routers[name]
         return ActorStatus(
             id=name,
             role="expert" if expert else "router",
-            node=self._nodes.get(node_id, node_id[:12]),
-            pid=pid,
+            node=self._nodes.get(contact.node_id, short_name(contact.node_id)),
+            pid=contact.pid,
             state="ready",
             device=self._config.experts.device if expert else self._config.router.device,
             version=int(vitals["version"]),
             memory_bytes=int(vitals["memory_bytes"]),
             tokens=int(vitals.get("tokens", 0)),
             link=self._links.get(name, ""),
+            cache=ExpertCache(**vitals["cache"]) if vitals.get("cache") else None,
         )
 
     def _read_deaths(self, signs: Signs) -> None:
@@ -339,9 +507,9 @@ def _found(table: dict[str, Any], name: str) -> Any:
     return table[name]
 
 
-def number_of(expert: str) -> int:
-    """In the name of an expert actor."""
-    return int(expert.rpartition("-")[2])
+def number_of(actor: str) -> int:
+    """In the name of an expert actor or router."""
+    return int(actor.rpartition("-")[2])
 
 
 def end_process(node_id: str, pid: int) -> None:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray
 import ray.data
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.errors import InvalidInput
 from cluster.config import DataConfig
@@ -112,6 +113,8 @@ def _run(
             compute=ray.data.TaskPoolStrategy(size=1),
             # Not a fraction: where actors hold every CPU, a task that asks for a part of one waits for ever.
             num_cpus=0,
+            # Beside the consumer: blocks elsewhere would keep an expert node from being taken away, or go with it.
+            scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
         )
     batches = iter(stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
     try:

@@ -11,16 +11,19 @@ from typing import Any
 
 from actors.errors import MoeClusterError
 from actors.moe.settings import BalanceSettings
-from actors.values import Course, StepReport
+from actors.values import Course, Promotion, StepReport
 from cluster.backend import Job
 from cluster.config import JobConfig, ModelConfig, OptimizerConfig
 from cluster.control.coordinator import Coordinator
-from cluster.fabric.calls import call
+from cluster.errors import Unavailable
+from cluster.fabric.calls import call, is_death
 from cluster.fabric.checkpoints import Checkpoints
 from cluster.fabric.crew import Crew
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.options import ROUTER
 from cluster.fabric.recovery import Recovery
+from cluster.fabric.routers import Routers
+from cluster.fabric.workers import Following
 from cluster.jobs.batches import MicroBatch
 from cluster.jobs.runner import Documents, JobStopped, run_job
 from cluster.jobs.tokenizer import load_tokenizer
@@ -34,9 +37,15 @@ STEP_TIMEOUT_S = 3600.0
 
 class JobThreads:
     def __init__(
-        self, state: Guarded, crew: Crew, model: ModelConfig, checkpoints: Checkpoints, recovery: Recovery
+        self,
+        state: Guarded,
+        crew: Crew,
+        model: ModelConfig,
+        checkpoints: Checkpoints,
+        recovery: Recovery,
+        routers: Routers,
     ) -> None:
-        self._state, self._crew, self._model = state, crew, model
+        self._state, self._crew, self._model, self._routers = state, crew, model, routers
         self._checkpoints, self._recovery = checkpoints, recovery
         self._stop: dict[str, threading.Event] = {}
         self._closing = False
@@ -87,7 +96,7 @@ class JobThreads:
     def _run_steps(self, job_id: str, config: JobConfig, step: int, stop: threading.Event) -> None:
         run_job(
             config,
-            _JobRouter(self._crew.router, self._checkpoints, self._job(job_id, step)),
+            _JobRouter(self._crew, self._routers, self._checkpoints, self._job(job_id, step)),
             self._documents(config),
             _Reporter(self._state, job_id),
             stop.is_set,
@@ -173,20 +182,66 @@ class RayRouter:
         return call(ROUTER, self._handle.export.remote(directory), STEP_TIMEOUT_S)
 
 
-class _JobRouter(RayRouter):
-    """Of a job that has done so many steps; checkpoints and the router itself learn whose its steps are."""
+class _JobRouter:
+    """`RouterPort` over whichever router leads, of a job that has done so many steps; checkpoints and all routers learn
+    whose their steps are. When the leader dies another one goes on with the very step."""
 
-    def __init__(self, handle: Any, checkpoints: Checkpoints, job: Job) -> None:
-        super().__init__(handle)
+    def __init__(self, crew: Crew, routers: Routers, checkpoints: Checkpoints, job: Job) -> None:
+        self._crew, self._routers = crew, routers
         self._checkpoints, self._job = checkpoints, job
+        self._version = 0
+        self._num_again = 0
+        """Tries at the step at hand that ended with a leader's death."""
 
     def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings = NO_BALANCE) -> Course:
         def begin() -> Course:
             if self._job.step == 0:
-                ref = self._handle.begin_run.remote(optimizer, balance, self._job)
+                course: Course = self._ask(lambda handle: handle.begin_run.remote(optimizer, balance, self._job))
             else:
-                ref = self._handle.continue_run.remote(balance, self._job)
-            course: Course = call(ROUTER, ref, STEP_TIMEOUT_S)
+                course = self._ask(lambda handle: handle.continue_run.remote(balance, self._job))
             return course
 
-        return self._checkpoints.job_begins(self._job.id, begin, self._job.step)
+        course = self._checkpoints.job_begins(self._job.id, begin, self._job.step)
+        begun = replace(course, version=course.version - self._job.step)
+        self._routers.follow(Following(self._job, begun))
+        self._version, self._num_again = course.version, 0
+        return course
+
+    def train_step(
+        self, microbatches: Sequence[MicroBatch], *, lr: float, clip_norm: float, bias_speed: float = 0.0
+    ) -> StepReport:
+        report: StepReport = self._ask(
+            lambda handle: handle.train_step.remote(list(microbatches), lr, clip_norm, bias_speed), self._done_before
+        )
+        self._version = report.step
+        num_again, self._num_again = self._num_again, 0
+        return replace(report, retries=report.retries + num_again)
+
+    def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
+        result: tuple[float, int] = self._ask(lambda handle: handle.evaluate.remote(list(batches)))
+        self._num_again = 0
+        return result
+
+    def _ask(
+        self, ask: Callable[[Any], Any], answered: Callable[[Promotion], StepReport | None] = lambda promotion: None
+    ) -> Any:
+        """`answered`: the answer, where the leader before had all but given it when it died."""
+        while True:
+            leader, handle = self._crew.leader, self._crew.router
+            try:
+                return call(leader, ask(handle), STEP_TIMEOUT_S)
+            except Unavailable as error:
+                if not is_death(error):
+                    raise
+                promotion = self._routers.after(leader, error)
+                if (report := answered(promotion)) is not None:
+                    return report
+                self._num_again += 1
+
+    def _done_before(self, promotion: Promotion) -> StepReport | None:
+        """The step at hand, if it counts already."""
+        if promotion.version <= self._version:
+            return None
+        if promotion.report is None:
+            raise MoeClusterError(f"nobody can tell what came of the step to version {promotion.version}")
+        return promotion.report

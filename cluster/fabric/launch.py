@@ -24,6 +24,7 @@ from cluster.fabric.options import COORDINATOR, ROUTER, coordinator_options, las
 from cluster.fabric.workers import ExpertContact
 
 if TYPE_CHECKING:
+    from actors.transport.curve import LinkKeys
     from actors.transport.message import Message
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,11 @@ class RunningCluster:
         contact, handle = call(COORDINATOR, self.control.experts.remote(), STOP_TIMEOUT_S)[number]
         return contact, lambda question: call(contact.name, handle.handle.remote(question), CALL_TIMEOUT_S)
 
+    def link_keys(self) -> LinkKeys | None:
+        """What a link to an expert actor needs, where links are secured."""
+        keys: LinkKeys | None = call(COORDINATOR, self.control.link_keys.remote(), STOP_TIMEOUT_S)
+        return keys
+
 
 @contextmanager
 def launched(config: ClusterConfig) -> Iterator[RunningCluster]:
@@ -56,7 +62,7 @@ def launched(config: ClusterConfig) -> Iterator[RunningCluster]:
             yield _running(config, *_attached(config))
             return
         cluster = uuid.uuid4().hex[:12]
-        control: Any = ray.remote(**coordinator_options())(ControlWorker).remote(config, cluster)
+        control: Any = ray.remote(**_options(config))(ControlWorker).remote(config, cluster)
         try:
             yield _running(config, control, _started(control, config))
         finally:
@@ -79,6 +85,11 @@ def _running(config: ClusterConfig, control: Any, router: Any) -> RunningCluster
     return RunningCluster(RayBackend(control, router, config.model), RayRouter(router), control)
 
 
+def _options(config: ClusterConfig) -> dict[str, Any]:
+    # An embedded cluster is there as long as its head; its other nodes are for expert actors.
+    return coordinator_options(ray.get_runtime_context().get_node_id(), may_move=config.ray.mode == "existing")
+
+
 def _started(control: Any, config: ClusterConfig) -> Any:
     return call(COORDINATOR, control.start.remote(), 3 * config.ray.start_timeout_s)
 
@@ -89,7 +100,7 @@ def _attached(config: ClusterConfig) -> tuple[Any, Any]:
     if (control := coordinator_of(cluster)) is not None:
         logger.info("joins the cluster that runs over this checkpoint folder")
         return control, router_of(control, config)
-    options = {**coordinator_options(), **lasting(cluster, COORDINATOR)}
+    options = {**_options(config), **lasting(cluster, COORDINATOR)}
     control = ray.remote(**options)(ControlWorker).remote(config, cluster)
     try:
         return control, _started(control, config)

@@ -13,18 +13,20 @@ from cluster.config import ClusterConfig
 from cluster.control.coordinator import ModelFacts
 
 
-def model_source(config: ClusterConfig) -> ModelSource:
+def model_source(config: ClusterConfig, num_experts: int = 0) -> ModelSource:
+    """`num_experts` of every MoE layer, for a model that has grown; 0: as the config says."""
     model = config.model
     return ModelSource(
         path=model.path,
         values=None if model.path else dict(model.values),
         seed=model.seed,
         dtype=config.router.dtype,
+        num_experts=num_experts or None,
     )
 
 
-def model_facts(config: ClusterConfig) -> ModelFacts:
-    model = skeleton(model_source(config))
+def model_facts(config: ClusterConfig, num_experts: int = 0) -> ModelFacts:
+    model = skeleton(model_source(config, num_experts))
     text = model.config.get_text_config()
     return ModelFacts(
         name=Path(config.model.path).name if config.model.path else str(model.config.model_type),
@@ -42,9 +44,10 @@ def model_facts(config: ClusterConfig) -> ModelFacts:
     )
 
 
-def check_same_architecture(config: ClusterConfig, directory: str) -> None:
-    """`InvalidInput` naming the first difference between the running model and the one in `directory`."""
-    mine = skeleton(model_source(config))
+def check_same_architecture(config: ClusterConfig, directory: str, num_experts: int = 0) -> None:
+    """`InvalidInput` naming the first difference between the running model, which may have grown to `num_experts`, and
+    the one in `directory`."""
+    mine = skeleton(model_source(config, num_experts))
     theirs = skeleton(replace(model_source(config), path=directory, values=None))
     if type(mine.model) is not type(theirs.model):
         raise InvalidInput(

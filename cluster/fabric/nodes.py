@@ -6,15 +6,20 @@ import logging
 import math
 import os
 import signal
+import subprocess
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.cluster_utils import Cluster
 
 from cluster.config import ClusterConfig
 from cluster.errors import FailedPrecondition, StartupError
+from cluster.fabric.keeper import NodeKeeper, started_node
 from cluster.fabric.options import EXPERT_RESOURCE, NODE_LABEL, ROUTER_RESOURCE
 
 logger = logging.getLogger(__name__)
@@ -59,24 +64,26 @@ def joined(address: str) -> Iterator[None]:
 def _embedded(config: ClusterConfig) -> Iterator[None]:
     """A head and `ray.nodes` nodes as processes of this machine, beside any other Ray cluster that runs here."""
     _isolate()
-    cluster = None
-    try:
+    with ExitStack() as stack:
         with _keeping_sigterm():
-            cluster = _start_head()
-            _start_nodes(cluster, config)
-            _connect(cluster.address)
+            cluster = _start_head(config)
+            stack.callback(cluster.shutdown)
+            stack.callback(ray.shutdown)
+            _connect(cluster.address)  # while there is only the head: a driver shares the fate of the node it joins by
+            resources = {EXPERT_RESOURCE: math.ceil(config.experts.max_actors / config.ray.nodes)}
+            nodes = {name: _start_node(cluster, name, resources) for name in _names(config.ray.nodes)}
         _wait_for_nodes(cluster, config.ray.start_timeout_s)
+        if config.ray.revive_after_s:
+            keeper = NodeKeeper(nodes, partial(_revived, cluster.address, resources), config.ray.revive_after_s)
+            stack.callback(keeper.stop)
+            keeper.start()
         yield
-    finally:
-        ray.shutdown()
-        if cluster is not None:
-            cluster.shutdown()
 
 
-def _start_head() -> Cluster:
+def _start_head(config: ClusterConfig) -> Cluster:
     head = {
         "num_cpus": DATA_CPUS,
-        "resources": {ROUTER_RESOURCE: 1},
+        "resources": {ROUTER_RESOURCE: config.router.max_actors},
         "labels": {NODE_LABEL: "head"},
         "include_dashboard": False,
         "object_store_memory": OBJECT_STORE_BYTES,
@@ -90,17 +97,25 @@ def _start_head() -> Cluster:
         raise StartupError(f"Ray's head node did not start: {error}") from error
 
 
-def _start_nodes(cluster: Cluster, config: ClusterConfig) -> None:
-    slots = math.ceil(config.experts.max_actors / config.ray.nodes)
-    for number in range(1, config.ray.nodes + 1):
-        cluster.add_node(
-            wait=False,
-            num_cpus=0,
-            num_gpus=0,
-            resources={EXPERT_RESOURCE: slots},
-            labels={NODE_LABEL: f"node-{number}"},
-            object_store_memory=OBJECT_STORE_BYTES,
-        )
+def _names(num_nodes: int) -> list[str]:
+    return [f"node-{number}" for number in range(1, num_nodes + 1)]
+
+
+def _start_node(cluster: Cluster, name: str, resources: Mapping[str, float]) -> Any:
+    """Ray's handle of it; it joins soon."""
+    return cluster.add_node(
+        wait=False,
+        num_cpus=0,
+        num_gpus=0,
+        resources=dict(resources),
+        labels={NODE_LABEL: name},
+        object_store_memory=OBJECT_STORE_BYTES,
+    )
+
+
+def _revived(address: str, resources: Mapping[str, float], name: str) -> subprocess.Popen[bytes]:
+    labels = {NODE_LABEL: name}
+    return started_node(address, resources=resources, labels=labels, object_store_bytes=OBJECT_STORE_BYTES)
 
 
 def _wait_for_nodes(cluster: Cluster, timeout_s: float) -> None:
@@ -139,7 +154,28 @@ def _isolate() -> None:
 def node_names() -> dict[str, str]:
     """Ray node id -> name, of the living nodes."""
     return {
-        node["NodeID"]: (node.get("Labels") or {}).get(NODE_LABEL, node["NodeID"][:12])
+        node["NodeID"]: (node.get("Labels") or {}).get(NODE_LABEL, short_name(node["NodeID"]))
         for node in ray.nodes()
         if node["Alive"]
     }
+
+
+def short_name(node_id: str) -> str:
+    """Of a node without a name: the end of its id, since some of Ray's node providers count there."""
+    return node_id[-12:]
+
+
+def expert_room(leaving: Collection[str]) -> int:
+    """Expert actors for which the living nodes have room now, without those that leave; up to a second old."""
+    return sum(_free_places(leaving).values())
+
+
+def nodes_with_room(leaving: Collection[str]) -> set[str]:
+    """Ids of the living nodes, without those that leave, that have room for an expert actor; as fresh as that."""
+    return {node_id for node_id, free in _free_places(leaving).items() if free}
+
+
+def _free_places(leaving: Collection[str]) -> dict[str, int]:
+    free = available_resources_per_node()
+    nodes = node_names().keys() - set(leaving)
+    return {node_id: int(free.get(node_id, {}).get(EXPERT_RESOURCE, 0)) for node_id in nodes}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from cluster.config import ClusterConfig
@@ -10,21 +11,31 @@ ROUTER_RESOURCE = "moe_router"
 EXPERT_RESOURCE = "moe_expert"
 """Custom resources that nodes offer: one router or expert actor takes one."""
 NODE_LABEL = "moe-cluster.io/node"
-"""Name of a node, where one is set; otherwise the Ray node id stands for it."""
+"""Name of a node, of no other one; where none is set the end of the Ray node id stands for it."""
+
+NODE_ID_LABEL = "ray.io/node-id"
+"""Given by Ray to every node."""
 
 NAMESPACE = "moe-cluster"
 """Of all clusters that run on one Ray cluster."""
 
 COORDINATOR, ROUTER = "coordinator", "router-0"
-"""Names of the actors of which there is one."""
+"""Names of the coordinator and of the first router; checkpoints have the trunk under the latter, whoever leads."""
 
 TRAIN, SERVE, CONTROL = "train", "serve", "control"
 """Concurrency groups of a router actor."""
 
 
-def coordinator_options() -> dict[str, Any]:
-    """It comes back whenever it dies, and the others go on meanwhile."""
-    return {"num_cpus": 0, "max_concurrency": 64, "max_restarts": -1}
+def coordinator_options(node_id: str, *, may_move: bool) -> dict[str, Any]:
+    """It comes back whenever it dies, and the others go on meanwhile.
+
+    `node_id`: where whoever starts it lives; nodes of expert actors come and go, and are for them. `may_move`: when
+    that node is gone any other will do. Said by labels: for an actor without resources Ray 2.60 takes a soft node
+    affinity for none.
+    """
+    beside: dict[str, Any] = {"label_selector": {NODE_ID_LABEL: node_id}}
+    elsewhere: dict[str, Any] = {"fallback_strategy": [{"label_selector": {}}]} if may_move else {}
+    return {"num_cpus": 0, "max_concurrency": 64, "max_restarts": -1, **beside, **elsewhere}
 
 
 def lasting(cluster: str, name: str) -> dict[str, Any]:
@@ -33,9 +44,11 @@ def lasting(cluster: str, name: str) -> dict[str, Any]:
     return {"name": f"{cluster}/{name}", "namespace": NAMESPACE, "lifetime": "detached"}
 
 
-def expert_options(config: ClusterConfig) -> dict[str, Any]:
+def expert_options(config: ClusterConfig, leaving: Collection[str] = ()) -> dict[str, Any]:
+    """`leaving`: ids of nodes that are not to carry it."""
     on_gpu = config.experts.device == "cuda"
     return {
+        **({"label_selector": {NODE_ID_LABEL: f"!in({','.join(sorted(leaving))})"}} if leaving else {}),
         "num_cpus": 0,
         "num_gpus": 1 if on_gpu else 0,
         "resources": {EXPERT_RESOURCE: 1},

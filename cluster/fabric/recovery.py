@@ -13,12 +13,13 @@ import ray
 
 from actors.errors import InvalidInput, LinkError, MoeClusterError, StepAborted
 from actors.values import Placement
+from cluster.control.coordinator import Coordinator
 from cluster.control.past import Past
 from cluster.control.rebalancing import named
 from cluster.errors import StartupError, Unavailable
 from cluster.fabric.calls import call
 from cluster.fabric.changes import Changes
-from cluster.fabric.checkpoints import Checkpoints, job_in, sentence
+from cluster.fabric.checkpoints import Checkpoints, job_in, num_experts_in, sentence
 from cluster.fabric.crew import Crew
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.options import EXPERT_RESOURCE, ROUTER
@@ -77,14 +78,18 @@ class Recovery:
         checkpoint."""
         if not isinstance(error, LinkError | StepAborted | Unavailable):
             return False
-        return self._state.wait_for(lambda c: c.can_restore and c.can_return, NOTICED_S)
+        return self._state.wait_for(lambda c: c.can_restore and self._is_needed(c), NOTICED_S)
+
+    def _is_needed(self, coordinator: Coordinator) -> bool:
+        """A router that has just joined may not have been heard of yet; it will lead."""
+        return coordinator.can_return and bool(coordinator.placement.missing or not self._crew.routers())
 
     def heal(self) -> None:
         """To be called often: begins where no job will."""
         if self._thread is not None and self._thread.is_alive():
             return
         with self._state.reading() as coordinator:
-            if coordinator.active_job() or not coordinator.can_return:
+            if coordinator.active_job() or not self._is_needed(coordinator):
                 return
         self._thread = threading.Thread(target=self._heal, name="recovery", daemon=True)
         self._thread.start()
@@ -124,7 +129,8 @@ class Recovery:
 
     def _go_back(self, job_id: str | None) -> int | None:
         with self._state.reading() as coordinator:
-            before, needs_router = coordinator.placement, coordinator.is_router_lost
+            before = coordinator.placement
+            needs_router = coordinator.is_router_lost and not self._crew.routers()
             has_checkpoint = coordinator.can_restore
         if not has_checkpoint:
             self._start_router()
@@ -133,7 +139,12 @@ class Recovery:
         found = self._find()
         if needs_router:
             self._start_router()
-        placement = self._placement(before) if before.missing else replace(before, epoch=before.epoch + 1)
+        num_experts = num_experts_in(found)
+        if before.missing or num_experts != before.num_experts:
+            placement = self._placement(before, num_experts)
+        else:
+            placement = replace(before, epoch=before.epoch + 1)
+        self._crew.num_experts = num_experts
         run = self._crew.run() + 1
         try:
             load_experts(self._crew, placement, found, run)
@@ -143,7 +154,10 @@ class Recovery:
                 restore_router(self._crew, placement, found, run)
         except InvalidInput as error:  # damaged since it was verified: the next try falls back
             raise Unavailable(str(error)) from error
-        return self._report(before, placement, found, job_id)
+        num_parameters = None
+        if placement.num_experts != before.num_experts:  # a growth since then is undone, as steps are
+            num_parameters = self._crew.facts(placement.num_experts).num_parameters
+        return self._report(before, placement, found, job_id, num_parameters)
 
     def _start_router(self) -> None:
         try:
@@ -172,7 +186,7 @@ class Recovery:
             raise InvalidInput("holds no checkpoint any more", field=vault.url)
         return found
 
-    def _placement(self, before: Placement) -> Placement:
+    def _placement(self, before: Placement, num_experts: int) -> Placement:
         """Over those that live, and new ones where there is room for them now; later ones get theirs by healing."""
         with self._state.reading() as coordinator:
             actors = list(coordinator.actors())
@@ -184,16 +198,18 @@ class Recovery:
                 logger.warning("goes on without new actors: %s", error)
             with self._state.reading() as coordinator:
                 actors = list(coordinator.actors())
-        return self._spread(before, actors[: before.num_groups])
+        return self._spread(before, num_experts, actors[: num_experts // before.group_size])
 
-    def _spread(self, before: Placement, actors: list[ActorSlot]) -> Placement:
+    def _spread(self, before: Placement, num_experts: int, actors: list[ActorSlot]) -> Placement:
         if not actors:
             raise Unavailable("no expert actor is left, and no node has room for a new one; waiting")
         # Fewer copies than there should be are made up for by healing, as are actors that hold more than they may.
         redundancy = min(self._redundancy, len({actor.node for actor in actors}))
-        return spread(before.num_experts, before.group_size, actors, redundancy, before.epoch + 1)
+        return spread(num_experts, before.group_size, actors, redundancy, before.epoch + 1)
 
-    def _report(self, before: Placement, placement: Placement, found: Found, job_id: str | None) -> int | None:
+    def _report(
+        self, before: Placement, placement: Placement, found: Found, job_id: str | None, num_parameters: int | None
+    ) -> int | None:
         saved = job_in(found)
         with self._state.changing() as coordinator:
             waiting = coordinator.waiting_job()
@@ -204,7 +220,7 @@ class Recovery:
             lost = coordinator.status().version - found.manifest.version
             what = named(before.missing) if before.missing else "the router"
             message = f"restored {sentence(found)} after the loss of {what}, {lost} steps run again"
-            coordinator.restored(placement, found.manifest.version, steps, message, time.time())
+            coordinator.restored(placement, found.manifest.version, steps, message, time.time(), num_parameters)
         logger.warning(message)
         return steps.get(job_id or "")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Collection
 
 from actors.errors import InvalidInput, MoeClusterError
 from actors.values import Placement
@@ -13,7 +14,7 @@ from cluster.config import ExpertsConfig
 from cluster.control.coordinator import Coordinator
 from cluster.control.ledger import Kind
 from cluster.control.scaling import ScalingLimits, actors_to_remove, check_scale
-from cluster.errors import StartupError
+from cluster.errors import StartupError, Unavailable
 from cluster.fabric.changes import Changes, Report
 from cluster.fabric.crew import Crew
 from cluster.fabric.guarded import Guarded
@@ -24,6 +25,8 @@ MOVE_TIMEOUT_S = 3600.0
 SEEN_TIMEOUT_S = 30.0
 HEAL_AGAIN_S = 5.0
 """After an attempt that failed: the nodes may have no room until one comes back."""
+ROOM_LOOK_S = 1.0
+"""Between two looks for room where there was none: each asks Ray's control store."""
 STARTED = 0.3
 """Share of a scaling operation that starting actors counts for."""
 
@@ -109,20 +112,34 @@ class Scaling:
         """To be called often: starts the actors that died anew and restores missing copies, in the background."""
         if time.monotonic() < self._heal_at_s:
             return
+        is_few = len(self._crew.experts()) < self._wanted
+        is_narrow = len(self._crew.occupied_nodes()) < self._config.redundancy
+        if is_few or is_narrow:
+            is_few = (is_few and self._crew.may_have_room()) or self._missing_nodes() > 0
+            if not is_few:
+                self._heal_at_s = time.monotonic() + ROOM_LOOK_S
         with self._state.reading() as coordinator:
-            if not self._is_hurt(coordinator) or not self._changes.try_begin("healing"):
+            if not self._is_hurt(coordinator, is_few) or not self._changes.try_begin("healing"):
                 return
         self._heal_at_s = time.monotonic() + HEAL_AGAIN_S
         threading.Thread(target=self._heal, name="healing", daemon=True).start()
 
-    def _is_hurt(self, coordinator: Coordinator) -> bool:
+    def _is_hurt(self, coordinator: Coordinator, is_few: bool) -> bool:
+        """`is_few`: there are too few actors, or they are on too few nodes, and there may be room."""
         placement = coordinator.placement
-        is_short = any(len(held) < self._config.redundancy for held in placement.holders)
+        nodes = {actor.node for actor in coordinator.actors()} - set(self._crew.leaving.values())
+        # More copies than there are nodes for must wait for actors elsewhere.
+        is_short = any(len(held) < min(self._config.redundancy, len(nodes)) for held in placement.holders)
         # Without copies a group that is lost cannot come back by moving others. Those that were ended are out of the
         # crew; who has not reported yet, as in the first moments, is in it.
         if placement.missing or coordinator.is_router_lost:
             return False
-        return is_short or len(self._crew.experts()) < self._wanted
+        return is_short or is_few
+
+    def _missing_nodes(self) -> int:
+        """Nodes that copies want beyond those that carry actors, as far as there are some with room."""
+        missing = self._config.redundancy - len(self._crew.occupied_nodes() - set(self._crew.leaving))
+        return min(missing, len(self._crew.open_nodes())) if missing > 0 else 0
 
     def _heal(self) -> None:
         try:
@@ -136,18 +153,43 @@ class Scaling:
             self._changes.end()
             self._heal_at_s = time.monotonic() + HEAL_AGAIN_S
 
-    def _resize(self, wanted: int, report: Report) -> float:
-        """-> longest wait of a step, in seconds."""
-        missing = wanted - len(self._crew.experts())
+    def empty_leaving(self, report: Report, deadline: float, patience_s: float) -> float:
+        """Nothing stays on the nodes that leave: their actors are replaced as far as others find room elsewhere within
+        `patience_s`, and those that stay take the groups. In the caller's turn of changes, until the deadline
+        (monotonic). -> longest wait of a step, in seconds."""
+        return self._resize(self._wanted, report, deadline, patience_s)
+
+    def settle(self) -> None:
+        """After a change that stopped half way: actors that got nothing end, the others stay. In the caller's turn."""
+        self._end_idle()
+        with self._state.reading() as coordinator:
+            self._wanted = self._wanted_before = max(self._wanted, len(coordinator.actors()))
+
+    def _resize(
+        self, wanted: int, report: Report, deadline: float | None = None, patience_s: float | None = None
+    ) -> float:
+        """-> longest wait of a step, in seconds. With `patience_s` as many actors as find room by then will do."""
+        missing, missing_nodes = wanted - self._crew.num_staying(), self._missing_nodes()
+        if missing_nodes:
+            # Also where there are enough: one that shares its node with another goes in exchange.
+            report(0.0, f"starting {missing_nodes} expert actors on other nodes")
+            self.start(missing_nodes, avoid=self._crew.occupied_nodes())
+            missing -= missing_nodes
         if missing > 0:
             report(0.0, f"starting {missing} expert actors")
-            self.start(missing)
+            self.start(missing, patience_s)
         with self._state.reading() as coordinator:
             actors, placement = coordinator.actors(), coordinator.placement
-        gone = actors_to_remove(placement, actors, wanted, self._config.redundancy) if wanted < len(actors) else ()
+        leaving = self._crew.leaving.values()
+        keep = min(wanted, sum(actor.node not in leaving for actor in actors))
+        if not keep:
+            raise Unavailable("there is no expert actor on a node that stays, and no room for one")
+        redundancy = self._config.redundancy
+        gone = actors_to_remove(placement, actors, keep, redundancy, leaving) if keep < len(actors) else ()
         stay = [actor for actor in actors if actor.id not in gone]
+        deadline = deadline or time.monotonic() + MOVE_TIMEOUT_S
         stall_s = self._changes.move_to(
-            stay, time.monotonic() + MOVE_TIMEOUT_S, lambda share, text: report(STARTED + (1 - STARTED) * share, text)
+            stay, deadline, lambda share, text: report(STARTED + (1 - STARTED) * share, text)
         )
         self._end(gone)
         return stall_s
@@ -162,9 +204,14 @@ class Scaling:
         """The same, as if an operation that is under way had failed."""
         return self._wanted_before
 
-    def start(self, count: int) -> None:
-        """Actors without groups, seen alive. `StartupError` if the nodes have no room for one of them: then none is."""
-        names = [slot.id for slot in self._crew.start_experts(count)]
+    def start(self, count: int, patience_s: float | None = None, avoid: Collection[str] = ()) -> None:
+        """Actors without groups, seen alive. `StartupError` if the nodes have no room for one of them: then none is.
+        With `patience_s` those that find room by then will do. `avoid`: ids of nodes that are not to carry them."""
+        if patience_s is None:
+            slots = self._crew.start_experts(count, avoid)
+        else:
+            slots = self._crew.start_experts_where_room(count, patience_s)
+        names = [slot.id for slot in slots]
         try:
             with self._state.reading() as coordinator:
                 group_size = coordinator.placement.group_size

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,18 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from actors.moe.settings import BalanceSettings
-from actors.values import Address, Course, Placement, Sampling, SnapshotTaken, StepReport, TokenEvent
+from actors.values import (
+    Address,
+    Course,
+    Grown,
+    Growth,
+    Placement,
+    Promotion,
+    Sampling,
+    SnapshotTaken,
+    StepReport,
+    TokenEvent,
+)
 from cluster.backend import Job
 from cluster.config import ClusterConfig, OptimizerConfig
 from cluster.control.coordinator import ModelFacts
@@ -32,8 +43,11 @@ from cluster.jobs.batches import MicroBatch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from actors.dispatcher import Roster
+    from actors.dispatcher import Peer, Roster
+    from actors.replica import Replica
+    from actors.router import Router
     from actors.transport.contract import Link
+    from actors.transport.curve import LinkKeys
     from actors.transport.message import Message
     from actors.transport.socket import SocketServer
     from cluster.checkpoint.manifest import Shard
@@ -61,6 +75,25 @@ class ExpertContact:
 
 
 @dataclass(frozen=True)
+class RouterContact:
+    name: str
+    node_id: str
+    pid: int
+    address: Address
+    """Where the router that leads reaches it."""
+
+
+@dataclass(frozen=True)
+class Following:
+    """Whose steps a router's versions are."""
+
+    job: Job | None
+    """The last one that began, or went on; as it was then."""
+    course: Course
+    """What its steps are counted from."""
+
+
+@dataclass(frozen=True)
 class ExpertStanding:
     """What an expert actor says of itself to a coordinator that is new to it."""
 
@@ -74,15 +107,15 @@ class ExpertStanding:
 class RouterStanding:
     """As of an expert actor, between two steps."""
 
-    node_id: str
-    pid: int
+    contact: RouterContact
+    leads: bool
+    term: int
+    followers: tuple[str, ...]
+    """Of one that leads: the others that have the trunk from it."""
     placement: Placement
     """In use."""
     vitals: dict[str, Any]
-    job: Job | None
-    """The last one that began, or went on; as it was then."""
-    course: Course
-    """What its steps are counted from."""
+    following: Following
     reports: tuple[tuple[float, StepReport], ...]
     """Of its last steps, with the time (Unix) of each: all that may not have been told any more."""
     heard_s: float
@@ -135,19 +168,26 @@ class ExpertWorker:
         node: str = ray.get_runtime_context().get_node_id()
         return node
 
-    def load(self, groups: Sequence[int]) -> ExpertContact:
-        """Takes the weights of its groups and begins to serve. Without groups it is there for those that arrive."""
+    def load(self, groups: Sequence[int], num_experts: int, keys: LinkKeys | None) -> ExpertContact:
+        """Takes the weights of its groups and begins to serve. Without groups it is there for those that arrive.
+
+        `num_experts` of every layer, for a model that has grown; 0: as the config says. `keys`: of the cluster's links,
+        where they are secured.
+        """
         from actors.expert import ExpertHost
+        from actors.moe.cache import CacheSettings
         from cluster.fabric.model import model_source
 
+        self._keys, experts = keys, self._config.experts
         self._host = ExpertHost(
             self._name,
-            model_source(self._config),
+            model_source(self._config, num_experts),
             groups,
-            group_size=self._config.experts.group_size,
-            device=self._config.experts.device,
+            group_size=experts.group_size,
+            device=experts.device,
             open_peer=self._open_peer,
             timeout_s=self._config.router.request_timeout_s,
+            cache=CacheSettings(experts.expert_cache_size, experts.cache_dir) if experts.expert_cache_size else None,
         )
         self._server = self._serve(self._host.handle, self._host.idle)
         self._exchange = self._serve(self._host.exchange.handle)
@@ -167,17 +207,26 @@ class ExpertWorker:
         heard_s = self._watch.heard_s
         return ExpertStanding(self._contact, self.vitals(), heard_s)
 
+    def link_keys(self) -> LinkKeys | None:
+        """As it was given them: for a coordinator that is new to it."""
+        return self._keys
+
     def _serve(self, handler: Any, idle: Callable[[], bool] = lambda: False) -> SocketServer:
         from actors.transport.socket import SocketServer
 
         server = SocketServer(
-            self._name, handler, host=self._bind_host, max_bytes=self._config.links.max_message_bytes, idle=idle
+            self._name,
+            handler,
+            host=self._bind_host,
+            max_bytes=self._config.links.max_message_bytes,
+            idle=idle,
+            keys=self._keys,
         )
         server.start()
         return server
 
     def _open_peer(self, name: str, address: Address) -> Link:
-        return _open_link(name, address, self._name, self._config)
+        return _open_link(name, address, self._name, self._config, self._keys)
 
     def arrive(self, group: int, owner: ExpertContact, timeout_s: float) -> int:
         """Brings a group here from its owner, which goes on meanwhile. -> bytes that came."""
@@ -224,68 +273,134 @@ class ExpertWorker:
 class RouterWorker:
     """Holds a `Router`. Training, serving and control calls run in concurrency groups of their own."""
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(self, name: str, config: ClusterConfig) -> None:
         _import_torch(config.router.threads)
-        self._config = config
+        self._name, self._config = name, config
         self._sessions: set[str] = set()
         self._watch = Watch(config)
-        self._is_loaded = False
-        self._job: Job | None = None
-        self._course = Course(0, 0)
+        self._replica: Replica | None = None
+        self._following = Following(None, Course(0, 0))
         self._reports: deque[tuple[float, StepReport]] = deque(maxlen=MAX_REPORTS)
+        self._bind_host = "127.0.0.1" if config.ray.mode == "embedded" else ray.util.get_node_ip_address()
+        self._node_id = ray.get_runtime_context().get_node_id()
 
     @ray.method(concurrency_group=CONTROL)
-    def facts(self) -> ModelFacts:
-        """What there is to know of the model before anything is loaded."""
+    def facts(self, num_experts: int) -> ModelFacts:
+        """What there is to know of the model before anything is loaded; `num_experts` as for expert actors."""
         from cluster.fabric.model import model_facts
 
-        return model_facts(self._config)
+        return model_facts(self._config, num_experts)
 
     @ray.method(concurrency_group=CONTROL)
     def load(
-        self, placement: Placement, experts: Sequence[ExpertContact], control: Any, found: Found | None, run: int
-    ) -> tuple[str, int]:
+        self,
+        placement: Placement,
+        experts: Sequence[ExpertContact],
+        control: Any,
+        num_experts: int,
+        found: Found | None,
+        run: int,
+        keys: LinkKeys | None,
+    ) -> RouterContact:
         """Takes the trunk's weights, or the state of a checkpoint as this run, and opens links to the experts, who have
-        theirs. Returns its node and process id.
+        theirs. It leads from then on.
 
         `control`: the coordinator, which is asked for another placement when expert actors are gone.
+        `num_experts`, `keys`: as of an expert actor; a model that has grown is in a checkpoint.
         """
+        self._control, self._keys = control, keys
+        router = self._new_router(self._roster(placement, experts), num_experts)
+        if found is not None:
+            from cluster.checkpoint.state import read_router
+
+            router.restore(self._roster(placement, experts), read_router(found), run)
+            self._follow_saved(found, router.course)
+        return self._serve(router, leads=True)
+
+    @ray.method(concurrency_group=CONTROL)
+    def load_replica(self, control: Any, num_experts: int, keys: LinkKeys | None) -> RouterContact:
+        """A trunk that gets what it is to be from the router that leads, once that one lets it `join`."""
+        self._control, self._keys = control, keys
+        return self._serve(self._new_router(None, num_experts), leads=False)
+
+    def _new_router(self, roster: Roster | None, num_experts: int) -> Router:
+        from actors.pieces import PIECE_BYTES
         from actors.router import Router
         from cluster.fabric.model import model_source
 
-        self._control = control
-        self._node_id = ray.get_runtime_context().get_node_id()
-        router = Router(
-            model_source(self._config),
-            self._roster(placement, experts),
+        return Router(
+            model_source(self._config, num_experts),
+            roster,
             gate=self._config.model.gate,
             device=self._config.router.device,
             timeout_s=self._config.router.request_timeout_s,
             max_step_retries=self._config.router.max_step_retries,
             max_sessions=self._config.router.max_sessions,
             find_roster=self._find_roster,
+            piece_bytes=min(PIECE_BYTES, self._config.links.max_message_bytes // 2),
         )
-        if found is not None:
-            from cluster.checkpoint.state import read_router
 
-            router.restore(self._roster(placement, experts), read_router(found), run)
+    def _serve(self, router: Router, *, leads: bool) -> RouterContact:
+        from actors.replica import Replica
+        from actors.transport.socket import SocketServer
+
         self._router = router
-        if found is not None:
-            self._follow_saved(found)
-        self._is_loaded = True
-        return self._node_id, os.getpid()
+        replica = Replica(self._name, router, self._find_peer, leads=leads)
+        self._server = SocketServer(
+            self._name,
+            replica.handle,
+            host=self._bind_host,
+            max_bytes=self._config.links.max_message_bytes,
+            keys=self._keys,
+        )
+        self._server.start()
+        self._contact = RouterContact(self._name, self._node_id, os.getpid(), self._server.address)
+        self._replica = replica
+        return self._contact
+
+    @ray.method(concurrency_group=TRAIN)
+    def join(self, replica: RouterContact) -> Following:
+        """Between two steps, which wait until it has the trunk. -> whose steps it is to follow."""
+        self._router.join(replica.name, self._open_replica(replica))
+        return self._following
+
+    @ray.method(concurrency_group=TRAIN)
+    def part(self, name: str) -> None:
+        """A replica that is to be ended."""
+        self._router.part(name)
+
+    @ray.method(concurrency_group=TRAIN)
+    def promote(self, others: Sequence[RouterContact], term: int) -> Promotion:
+        """The router that led is dead: this one does from now on."""
+        assert self._replica is not None  # only those that were loaded are asked
+        openers = {other.name: (lambda other=other: self._open_replica(other)) for other in others}
+        promotion = self._replica.promote(openers, term)
+        self._reports.clear()
+        if promotion.report is not None:
+            self._remember(promotion.report)
+        return promotion
+
+    def _open_replica(self, replica: RouterContact) -> Link:
+        return _open_link(replica.name, replica.address, self._name, self._config, self._keys)
+
+    def _find_peer(self, name: str, contact: Mapping[str, Any]) -> Peer:
+        addresses = {key: Address(**contact[key]) for key in ("address", "exchange")}
+        return self._peer(ExpertContact(name, str(contact["node_id"]), int(contact["pid"]), **addresses))
+
+    def _peer(self, expert: ExpertContact) -> Peer:
+        from actors.dispatcher import Peer
+
+        return Peer(
+            lambda: _open_link(expert.name, expert.address, self._name, self._config, self._keys),
+            expert.exchange,
+            near=expert.node_id == self._node_id,
+            contact=asdict(expert),
+        )
 
     def _roster(self, placement: Placement, experts: Sequence[ExpertContact]) -> Roster:
-        from actors.dispatcher import Peer, Roster
+        from actors.dispatcher import Roster
 
-        def peer(expert: ExpertContact) -> Peer:
-            return Peer(
-                lambda: _open_link(expert.name, expert.address, ROUTER, self._config),
-                expert.exchange,
-                near=expert.node_id == self._node_id,
-            )
-
-        return Roster(placement, {expert.name: peer(expert) for expert in experts})
+        return Roster(placement, {expert.name: self._peer(expert) for expert in experts})
 
     def _find_roster(self, gone: Sequence[str]) -> Roster:
         ref = self._control.without.remote(list(gone))
@@ -293,7 +408,7 @@ class RouterWorker:
 
     @ray.method(concurrency_group=CONTROL)
     def cut(self, names: Sequence[str]) -> None:
-        """Nothing is waited for from these expert actors any longer."""
+        """Nothing is waited for from these actors any longer, expert actors or routers."""
         self._router.cut(names)
 
     @ray.method(concurrency_group=TRAIN)
@@ -302,22 +417,33 @@ class RouterWorker:
         return self._router.adopt(self._roster(placement, experts))
 
     @ray.method(concurrency_group=CONTROL)
+    def prepare_growth(self, growth: Growth) -> None:
+        """`InvalidInput` if the model cannot grow so."""
+        self._router.prepare_growth(growth)
+
+    @ray.method(concurrency_group=TRAIN)
+    def grow(self, growth: Growth) -> Grown:
+        """Between two steps: it takes its turn with them."""
+        return self._router.grow(growth)
+
+    @ray.method(concurrency_group=CONTROL)
     def wait_until_death(self) -> None:
         """As of an expert actor."""
         self._watch.wait()
 
     @ray.method(concurrency_group=TRAIN)
     def standing(self) -> RouterStanding | None:
-        """After the step at hand, and all else that the coordinator before had asked for. None: not loaded."""
-        if not self._is_loaded:
+        """After the step at hand, and all else that the coordinator before had asked for. None: it has no trunk yet."""
+        if self._replica is None or not self._replica.has_joined:
             return None
         return RouterStanding(
-            self._node_id,
-            os.getpid(),
+            self._contact,
+            self._replica.leads,
+            self._replica.term,
+            tuple(self._router.replicas.names) if self._replica.leads else (),
             self._router.placement,
             self._router.vitals(),
-            self._job,
-            self._course,
+            self._following,
             tuple(self._reports),
             self._watch.heard_s,
         )
@@ -327,14 +453,24 @@ class RouterWorker:
         """Answers, whatever the step at hand takes."""
         self._watch.pinged()
 
-    def _follow_saved(self, found: Found) -> None:
+    @ray.method(concurrency_group=CONTROL)
+    def link_keys(self) -> LinkKeys | None:
+        """As it was given them: for a coordinator that is new to it."""
+        return self._keys
+
+    @ray.method(concurrency_group=CONTROL)
+    def follow(self, following: Following) -> None:
+        """Whose steps the router that leads does from now on, for the case that this one is to lead."""
+        self._following = following
+
+    def _follow_saved(self, found: Found, course: Course) -> None:
         values = found.manifest.job
         job = None if values is None else job_of_dict(values, found.url)
-        self._follow(job, self._router.course, job.step if job else 0)
+        self._follow(job, course, job.step if job else 0)
 
     def _follow(self, job: Job | None, course: Course, step: int) -> Course:
         """Whose steps come now: `course` is that after `step` of them."""
-        self._job, self._course = job, replace(course, version=course.version - step)
+        self._following = Following(job, replace(course, version=course.version - step))
         self._reports.clear()
         return course
 
@@ -373,7 +509,7 @@ class RouterWorker:
         from cluster.checkpoint.state import read_router
 
         self._router.restore(self._roster(placement, experts), read_router(found), run)
-        self._follow_saved(found)
+        self._follow_saved(found, self._router.course)
 
     @ray.method(concurrency_group=TRAIN)
     def train_step(
@@ -437,7 +573,7 @@ class RouterWorker:
     def check_same_architecture(self, directory: str) -> None:
         from cluster.fabric.model import check_same_architecture
 
-        check_same_architecture(self._config, directory)
+        check_same_architecture(self._config, directory, self._router.grown_to or 0)
 
     @ray.method(concurrency_group=TRAIN)
     def replace_weights(self, path: str) -> None:
@@ -452,7 +588,7 @@ def _import_torch(threads: int) -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
-def _open_link(peer: str, address: Address, name: str, config: ClusterConfig) -> Link:
+def _open_link(peer: str, address: Address, name: str, config: ClusterConfig, keys: LinkKeys | None) -> Link:
     from actors.transport.socket import SocketLink
 
     return SocketLink(
@@ -461,6 +597,7 @@ def _open_link(peer: str, address: Address, name: str, config: ClusterConfig) ->
         name=name,
         max_bytes=config.links.max_message_bytes,
         timeout_s=config.router.request_timeout_s,
+        keys=keys,
     )
 
 

@@ -27,10 +27,21 @@ class Call:
 
 
 _current: ContextVar[Call] = ContextVar("call")
+_caller: ContextVar[str] = ContextVar("caller", default="")
 
 
 def enter(call: Call) -> None:
     _current.set(call)
+
+
+def identify(caller: str) -> None:
+    """Whose token the call carries; set before `enter`."""
+    _caller.set(caller)
+
+
+def caller() -> str:
+    """Empty where no token is asked for, or none was known."""
+    return _caller.get()
 
 
 def remaining_s() -> float:

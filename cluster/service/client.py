@@ -13,7 +13,9 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from actors.errors import LinkTimeout
+from actors.values import Growth
 from cluster.backend import (
+    Checkpoint,
     ClusterStatus,
     EmbedResult,
     GenerateChunk,
@@ -30,7 +32,8 @@ from cluster.backend import (
 )
 from cluster.config import JobConfig
 from cluster.service import errors
-from cluster.service.codec import checks, config, jobs, ledger, loads, moves, operations, status, text
+from cluster.service.access import Access, open_channel
+from cluster.service.codec import checkpoints, checks, config, jobs, ledger, loads, moves, operations, status, text
 from protos.moecluster.v1 import (
     cluster_pb2,
     cluster_pb2_grpc,
@@ -63,17 +66,20 @@ _OPTIONS = [
 
 class Client:
     """Talks to the front at `target` (host:port). `timeout_s` holds for every call that is given none of its own.
+    `access`: for a front with TLS or tokens; `InvalidInput` if a file of it cannot be used.
 
-    Only calls that may be repeated are: `submit_job` and `scale`, thanks to their request ids, `watch_job`, which
-    resumes after the last event it saw, `watch_load` and `watch_operation`. All give up after `max_retries` failures in
-    a row.
+    Only calls that may be repeated are: `submit_job`, `scale`, `scale_routers`, `drain` and `grow`, thanks to their
+    request ids, `watch_job`, which resumes after the last event it saw, `watch_load` and `watch_operation`. All give up
+    after `max_retries` failures in a row.
     """
 
-    def __init__(self, target: str, *, timeout_s: float = 30.0, max_retries: int = 5) -> None:
+    def __init__(
+        self, target: str, *, timeout_s: float = 30.0, max_retries: int = 5, access: Access | None = None
+    ) -> None:
         self.target = target
         self._timeout_s = timeout_s
         self._max_retries = max_retries
-        self._channel = grpc.insecure_channel(target, options=_OPTIONS)
+        self._channel = open_channel(target, access or Access(), _OPTIONS)
         self._training = training_pb2_grpc.TrainingServiceStub(self._channel)
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._cluster = cluster_pb2_grpc.ClusterServiceStub(self._channel)
@@ -188,13 +194,36 @@ class Client:
         request_id = request_id if request_id is not None else str(uuid.uuid4())
         operations.check_scale(actors, request_id)
         request = cluster_pb2.ScaleExpertsRequest(actors=actors, request_id=request_id)
-        deadline_s = time.monotonic() + self._or_default(timeout_s)
+        return self._started(self._cluster.ScaleExperts, request, timeout_s)
 
-        def scale() -> Operation:
-            left_s = max(0.0, deadline_s - time.monotonic())
-            return operations.operation_from_message(self._cluster.ScaleExperts(request, timeout=left_s).operation)
+    def drain(
+        self,
+        node: str,
+        deadline_s: float = operations.DEFAULT_DEADLINE_S,
+        *,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Operation:
+        """Starts it: see `watch_operation`. The node is to be empty within `deadline_s`, `timeout_s` is that of the
+        call. The same `request_id` (default: a fresh one) and node give the same operation."""
+        request_id = request_id if request_id is not None else str(uuid.uuid4())
+        request = operations.drain_to_message(node, deadline_s, request_id)
+        return self._started(self._cluster.DrainNode, request, timeout_s)
 
-        return self._repeated(scale, deadline_s)
+    def grow(self, growth: Growth, *, request_id: str | None = None, timeout_s: float | None = None) -> Operation:
+        """Starts it: see `watch_operation`. The same `request_id` (default: a fresh one) and number of experts give the
+        same operation."""
+        request = operations.growth_to_message(growth, request_id if request_id is not None else str(uuid.uuid4()))
+        return self._started(self._cluster.GrowModel, request, timeout_s)
+
+    def scale_routers(
+        self, routers: int, *, request_id: str | None = None, timeout_s: float | None = None
+    ) -> Operation:
+        """As `scale`."""
+        request_id = request_id if request_id is not None else str(uuid.uuid4())
+        operations.check_scale(routers, request_id, "routers")
+        request = cluster_pb2.ScaleRoutersRequest(routers=routers, request_id=request_id)
+        return self._started(self._cluster.ScaleRouters, request, timeout_s)
 
     def operation(self, operation_id: str, *, timeout_s: float | None = None) -> Operation:
         request = cluster_pb2.GetOperationRequest(operation_id=operation_id)
@@ -230,6 +259,16 @@ class Client:
         request = cluster_pb2.GetLedgerRequest(after_entry=after)
         return ledger.report_from_message(self._unary(self._cluster.GetLedger, request, timeout_s))
 
+    def save_checkpoint(self, *, timeout_s: float = MODEL_TIMEOUT_S) -> Checkpoint:
+        """Returns when it is written."""
+        response = self._unary(self._cluster.SaveCheckpoint, cluster_pb2.SaveCheckpointRequest(), timeout_s)
+        return checkpoints.checkpoint_from_message(response.checkpoint)
+
+    def checkpoints(self, *, timeout_s: float | None = None) -> list[Checkpoint]:
+        """Those that are kept, newest first."""
+        response = self._unary(self._cluster.ListCheckpoints, cluster_pb2.ListCheckpointsRequest(), timeout_s)
+        return list(map(checkpoints.checkpoint_from_message, response.checkpoints))
+
     def export_model(self, path: str, *, timeout_s: float = MODEL_TIMEOUT_S) -> ModelDirectory:
         request = cluster_pb2.ExportModelRequest(path=path)
         return status.directory_from_message(self._unary(self._cluster.ExportModel, request, timeout_s))
@@ -253,6 +292,16 @@ class Client:
                 stream.cancel()
             time.sleep(min(0.1, max(0.0, deadline_s - time.monotonic())))
         raise LinkTimeout(f"the cluster was not ready within {timeout_s:.3g} s", peer=self.target)
+
+    def _started(self, method: Callable[..., Any], request: Any, timeout_s: float | None) -> Operation:
+        """The operation of a request that may be repeated."""
+        deadline_s = time.monotonic() + self._or_default(timeout_s)
+
+        def start() -> Operation:
+            left_s = max(0.0, deadline_s - time.monotonic())
+            return operations.operation_from_message(method(request, timeout=left_s).operation)
+
+        return self._repeated(start, deadline_s)
 
     def _unary(self, method: Callable[..., Any], request: Any, timeout_s: float | None) -> Any:
         try:

@@ -9,7 +9,7 @@ from typing import Any
 from cluster.backend import Backend, LedgerReport, Operation
 from cluster.control.ledger import summed_up
 from cluster.service.call import remaining_s
-from cluster.service.codec import checks, ledger, loads, moves, operations, status
+from cluster.service.codec import checkpoints, checks, ledger, loads, moves, operations, status
 from protos.moecluster.v1 import cluster_pb2 as pb
 from protos.moecluster.v1 import cluster_pb2_grpc
 
@@ -49,6 +49,23 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         operation = await self._backend.scale(request.actors, request_id=request.request_id, timeout_s=remaining_s())
         return pb.ScaleExpertsResponse(operation=operations.operation_to_message(operation))
 
+    async def DrainNode(self, request: pb.DrainNodeRequest, context: Any) -> pb.DrainNodeResponse:
+        node, deadline_s = operations.drain_from_message(request)
+        operation = await self._backend.drain(node, deadline_s, request_id=request.request_id, timeout_s=remaining_s())
+        return pb.DrainNodeResponse(operation=operations.operation_to_message(operation))
+
+    async def GrowModel(self, request: pb.GrowModelRequest, context: Any) -> pb.GrowModelResponse:
+        growth = operations.growth_from_message(request)
+        operation = await self._backend.grow(growth, request_id=request.request_id, timeout_s=remaining_s())
+        return pb.GrowModelResponse(operation=operations.operation_to_message(operation))
+
+    async def ScaleRouters(self, request: pb.ScaleRoutersRequest, context: Any) -> pb.ScaleRoutersResponse:
+        operations.check_scale(request.routers, request.request_id, "routers")
+        operation = await self._backend.scale_routers(
+            request.routers, request_id=request.request_id, timeout_s=remaining_s()
+        )
+        return pb.ScaleRoutersResponse(operation=operations.operation_to_message(operation))
+
     async def GetOperation(self, request: pb.GetOperationRequest, context: Any) -> pb.GetOperationResponse:
         checks.identifier("operation_id", request.operation_id)
         operation = await self._backend.operation(request.operation_id, timeout_s=remaining_s())
@@ -81,6 +98,14 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         ledger.check_after_entry(request.after_entry)
         entries = await self._backend.ledger(request.after_entry, timeout_s=remaining_s())
         return ledger.report_to_message(LedgerReport(tuple(entries), summed_up(entries)))
+
+    async def SaveCheckpoint(self, request: pb.SaveCheckpointRequest, context: Any) -> pb.SaveCheckpointResponse:
+        saved = await self._backend.save_checkpoint(timeout_s=remaining_s())
+        return pb.SaveCheckpointResponse(checkpoint=checkpoints.checkpoint_to_message(saved))
+
+    async def ListCheckpoints(self, request: pb.ListCheckpointsRequest, context: Any) -> pb.ListCheckpointsResponse:
+        found = await self._backend.checkpoints(timeout_s=remaining_s())
+        return pb.ListCheckpointsResponse(checkpoints=map(checkpoints.checkpoint_to_message, found))
 
     async def ExportModel(self, request: pb.ExportModelRequest, context: Any) -> pb.ExportModelResponse:
         checks.path("path", request.path)

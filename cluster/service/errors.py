@@ -49,6 +49,7 @@ TABLE: Mapping[type[MoeClusterError], Rule] = {
     actor_errors.MoeClusterError: _INTERNAL,
     actor_errors.InvalidInput: Rule(Code.INVALID_ARGUMENT),
     actor_errors.CheckpointError: Rule(Code.INVALID_ARGUMENT),
+    actor_errors.CacheFull: Rule(Code.RESOURCE_EXHAUSTED),
     actor_errors.LinkError: _EXPERT_AWAY,
     actor_errors.PeerLost: _EXPERT_AWAY,
     actor_errors.LinkTimeout: _EXPERT_AWAY,
@@ -63,6 +64,8 @@ TABLE: Mapping[type[MoeClusterError], Rule] = {
     cluster_errors.ResourceExhausted: Rule(Code.RESOURCE_EXHAUSTED, retry_after_s=1.0),
     cluster_errors.StorageFull: Rule(Code.RESOURCE_EXHAUSTED, retry_after_s=1.0),
     cluster_errors.Unavailable: Rule(Code.UNAVAILABLE, retry_after_s=1.0),
+    cluster_errors.Unauthenticated: Rule(Code.UNAUTHENTICATED),
+    cluster_errors.PermissionDenied: Rule(Code.PERMISSION_DENIED),
     cluster_errors.PortInUse: Rule(Code.FAILED_PRECONDITION),
     cluster_errors.StartupError: Rule(Code.FAILED_PRECONDITION),
 }
@@ -136,8 +139,11 @@ def retry_after_s(error: grpc.RpcError) -> float | None:
 def _unreachable(text: str, target: str, *, from_front: bool) -> str:
     if from_front:
         return text
+    if "handshake failed" in text or "erification" in text:
+        return f"the front at {target} could not be trusted; check --ca, --cert, --key and --server-name ({text})"
     return (
-        f"no answer from a front at {target}; start one with `moe-cluster up`, or name another with --target ({text})"
+        f"no answer from a front at {target}; start one with `moe-cluster up`, or name another with --target; "
+        f"one with TLS wants --ca, and may want --cert and --key ({text})"
     )
 
 
@@ -189,4 +195,6 @@ _BY_CODE: Mapping[grpc.StatusCode, type[MoeClusterError]] = {
     Code.FAILED_PRECONDITION: cluster_errors.FailedPrecondition,
     Code.RESOURCE_EXHAUSTED: ResourceExhausted,
     Code.ABORTED: actor_errors.StepAborted,
+    Code.UNAUTHENTICATED: cluster_errors.Unauthenticated,
+    Code.PERMISSION_DENIED: cluster_errors.PermissionDenied,
 }

@@ -28,6 +28,7 @@ from cluster.service import call as calls
 from cluster.service import errors
 from cluster.service.call import Call
 from cluster.service.codec import checks
+from cluster.service.metrics.calls import CallMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ DEFAULT_DEADLINES_S: Mapping[str, float] = {
     **dict.fromkeys(WATCHES, 3600.0),
     "/moecluster.v1.InferenceService/Generate": 600.0,
     "/moecluster.v1.ClusterService/Rebalance": 1800.0,
+    "/moecluster.v1.ClusterService/SaveCheckpoint": 1800.0,
     "/moecluster.v1.ClusterService/ExportModel": 1800.0,
     "/moecluster.v1.ClusterService/ImportModel": 1800.0,
 }
@@ -60,8 +62,8 @@ class Malformed:
 
 
 class FrontInterceptor(grpc.aio.ServerInterceptor):
-    def __init__(self, *, max_concurrent: int) -> None:
-        self._max_concurrent = max_concurrent
+    def __init__(self, *, max_concurrent: int, metrics: CallMetrics) -> None:
+        self._max_concurrent, self._metrics = max_concurrent, metrics
         self._running = 0
         self._watches: set[asyncio.Timeout] = set()
         self._draining = False
@@ -102,6 +104,7 @@ class FrontInterceptor(grpc.aio.ServerInterceptor):
 
     async def _logged(self, call: Call, context: Context, respond: Respond) -> Any:
         outcome = "CANCELLED"
+        self._metrics.begun()
         try:
             response = await self._translated(call, context, lambda: self._limited(call, respond))
             outcome = "OK"
@@ -110,8 +113,10 @@ class FrontInterceptor(grpc.aio.ServerInterceptor):
             outcome = context.code().name
             raise
         finally:
-            elapsed_ms = (time.monotonic() - call.started_s) * 1000
-            logger.info("%s %s in %.1f ms, request %s", call.method, outcome, elapsed_ms, call.request_id)
+            elapsed_s = time.monotonic() - call.started_s
+            self._metrics.ended(call.method, outcome, elapsed_s)
+            by = f" by {calls.caller()}" if calls.caller() else ""
+            logger.info("%s %s in %.1f ms, request %s%s", call.method, outcome, 1e3 * elapsed_s, call.request_id, by)
 
     async def _translated(self, call: Call, context: Context, respond: Respond) -> Any:
         try:

@@ -50,8 +50,8 @@ class Storage:
     def begin(self, version: int) -> Draft:
         return Draft(f"{self.url}/{version}", version)
 
-    def manifest_of(self, version: int, job: Mapping[str, Any] | None, shards: tuple[Shard, ...]) -> Manifest:
-        return Manifest(version, 0.0, {}, job, shards)
+    def manifest_of(self, taken: SnapshotTaken, job: Mapping[str, Any] | None, shards: tuple[Shard, ...]) -> Manifest:
+        return Manifest(taken.version, 0.0, {}, job, shards)
 
     def commit(self, draft: Draft, manifest: Manifest) -> Found:
         self.saved.append(manifest)
@@ -268,7 +268,8 @@ def vault(root: Path, **model: int) -> Vault:
 def write(where: Vault, version: int) -> Found:
     draft = where.store().begin(version)
     shards = (write_shard(draft, "e0", {"a": torch.zeros(4)}, {}),)
-    return where.store().commit(draft, where.manifest_of(version, {"id": "job-1", "step": 2}, shards))
+    taken = SnapshotTaken(version, 1, ("e0",))
+    return where.store().commit(draft, where.manifest_of(taken, {"id": "job-1", "step": 2}, shards))
 
 
 def test_a_vault_lists_what_it_has_newest_first(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 from contextlib import closing
 
@@ -15,15 +16,18 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
-from actors.values import Placement
-from cluster.backend import GroupMove, Job, JobEvent, JobState, Operation, OperationState, Rebalance
+from actors.errors import InvalidInput
+from actors.values import Growth, Placement
+from cluster.backend import ExpertCache, GroupMove, Job, JobEvent, JobState, Operation, OperationState, Rebalance
 from cluster.commands import heatmap, output, progress, remote
 from cluster.commands.options import TARGET_VARIABLE
-from cluster.config import JobConfig
+from cluster.config import AuthConfig, FrontConfig, JobConfig, TlsConfig
 from cluster.control.load import LoadWindow
 from cluster.errors import Unavailable
 from cluster.service.client import Client
+from cluster.service.tokens import Caller, Role, line_of, new_token, read_tokens
 from tests.fakes.backend import MemoryBackend
+from tests.fakes.certificates import Authority
 from tests.fakes.front import running_front
 
 NOBODY = "127.0.0.1:1"
@@ -77,6 +81,15 @@ class TestStatus:
         assert status["load_LE"] == [[1, 2, 3, 4], [0, 0, 0, 0]]
         assert [actor["id"] for actor in status["actors"]] == ["router-0", "expert-0"]
 
+    def test_an_expert_cache_is_told_in_figures(self, backend, command):
+        assert "expert cache" not in command("status")[1]
+        backend.cache = ExpertCache(3, 1, 2, 5 << 20, 0.25, 2 << 20)
+        out = command("status")[1]
+        assert re.search(r"expert cache .* hits", out)
+        assert re.search(r"expert-0 .* 2\.0 MiB .* 75\.0% of 4 .* 2 .* 5\.0 MiB .* 0\.2 s", out)
+        actors = json.loads(command("status", "--json")[1])["actors"]
+        assert [actor["cache"] and actor["cache"]["misses"] for actor in actors] == [None, 1]
+
     def test_copies_are_told_from_what_an_actor_owns(self, backend, command):
         backend.placement = Placement(1, (("expert-0",), ("expert-1", "expert-0"), ("expert-2", "expert-0")), 1)
         out = command("status")[1]
@@ -97,6 +110,80 @@ class TestStatus:
         code, _, err = command("status", "--timeout", "0.2")
         assert code == 1
         assert "moe-cluster:" in only_line(err)
+
+
+class TestGuardedFront:
+    @pytest.fixture
+    def token(self, backend, monkeypatch, tmp_path):
+        """Of role infer, for the front at `MOE_CLUSTER_TARGET`."""
+        token, file = new_token(), tmp_path / "tokens"
+        file.write_text(line_of(token, Role.INFER, "alice"))
+        with running_front(backend, FrontConfig(port=0, auth=AuthConfig(str(file)))) as front:
+            monkeypatch.setenv("GUARDED", front.target)
+            yield token
+
+    def test_without_a_token(self, command, token):
+        code, out, err = command("status", "--target", os.environ["GUARDED"])
+        assert (code, out) == (1, "")
+        assert "--token-file" in only_line(err)
+
+    def test_with_one_from_a_file_or_the_environment(self, command, token, monkeypatch, tmp_path):
+        guarded = "--target", os.environ["GUARDED"]
+        (tmp_path / "own").write_text(f"{token}\n")
+        own = str(tmp_path / "own")
+        assert command("status", *guarded, "--token-file", own)[0] == 0
+        monkeypatch.setenv("MOE_CLUSTER_TOKEN", "moe_nobody")
+        assert command("status", *guarded)[0] == 1
+        assert command("status", *guarded, "--token-file", own)[0] == 0
+        monkeypatch.setenv("MOE_CLUSTER_TOKEN", f"{token}\n")
+        assert command("status", *guarded)[0] == 0
+        monkeypatch.setenv("MOE_CLUSTER_TOKEN_FILE", str(tmp_path / "nowhere"))
+        code, _, err = command("status", *guarded)
+        assert code == 2
+        assert "nowhere" in only_line(err)
+
+    def test_a_role_that_is_not_enough(self, command, token, monkeypatch):
+        monkeypatch.setenv("MOE_CLUSTER_TOKEN", token)
+        code, _, err = command("scale", "--experts", "2", "--target", os.environ["GUARDED"])
+        assert code == 1
+        assert "alice may not call" in only_line(err)
+
+    def test_tls(self, backend, command, monkeypatch, tmp_path):
+        authority, clients = Authority("front's"), Authority("clients'")
+        files = {name: str(tmp_path / name) for name in ("ca", "crt", "key", "clients", "own.crt", "own.key")}
+        authority.issue("localhost").write(tmp_path / "crt", tmp_path / "key")
+        clients.issue("alice").write(tmp_path / "own.crt", tmp_path / "own.key")
+        (tmp_path / "ca").write_bytes(authority.certificate)
+        (tmp_path / "clients").write_bytes(clients.certificate)
+        tls = TlsConfig(files["crt"], files["key"], files["clients"])
+        with running_front(backend, FrontConfig(port=0, tls=tls)) as front:
+            reach = ["--target", front.target, "--ca", files["ca"]]
+            own = ["--cert", files["own.crt"], "--key", files["own.key"]]
+            assert command("status", *reach)[0] == 1
+            assert command("status", *reach, *own)[0] == 0
+            assert command("status", *reach, *own[:2])[0] == 2
+            line = command("scale", "--experts", "2", "--detach", *reach, *own)[1]
+            assert f"operations --target {front.target} --ca {files['ca']} --cert" in line
+            for option in ("ca", "cert", "key"):
+                monkeypatch.setenv(
+                    f"MOE_CLUSTER_{option.upper()}", [*reach, *own][[*reach, *own].index(f"--{option}") + 1]
+                )
+            assert command("status", "--target", front.target)[0] == 0
+
+    def test_a_token_is_made(self, capsys, tmp_path):
+        from cluster.cli import main
+
+        assert main(["token", "--role", "train", "--name", "alice"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert main(["token", "--role", "admin", "--name", "bob", "--json"]) == 0
+        made = json.loads(capsys.readouterr().out)
+        file = tmp_path / "tokens"
+        file.write_text(f"{lines[-1]}\n{made['line']}\n")
+        table = read_tokens(file)
+        assert table.caller(lines[1]) == Caller("alice", Role.TRAIN)
+        assert table.caller(made["token"]) == Caller("bob", Role.ADMIN)
+        assert main(["token", "--role", "infer", "--name", "two words"]) == 2
+        assert "name: is not an id" in only_line(capsys.readouterr().err)
 
 
 class TestHeatmap:
@@ -302,6 +389,16 @@ class TestScale:
         assert lines[-1] == ("done: 2 expert actors; prepared in 1.5 s in the background; steps waited 12.5 ms at most")
         assert backend.placement.actors == ("expert-0", "expert-1")
 
+    def test_routers(self, backend, command):
+        code, out, _ = command("scale", "--routers", "3")
+        assert code == 0
+        assert out.splitlines()[-1].startswith("done: 3 routers; prepared in 1.5 s")
+        code, _, err = command("scale", "--routers", "0")
+        assert code == 2
+        assert "routers" in only_line(err)
+        with pytest.raises(SystemExit):
+            command("scale", "--routers", "2", "--experts", "2")
+
     def test_json_keeps_stdout_for_the_document(self, command):
         code, out, err = command("scale", "--experts", "1", "--json")
         operation = json.loads(out)["operation"]
@@ -379,6 +476,80 @@ class TestScale:
             with pytest.raises(SystemExit) as caught:
                 command("scale", *argv)
             assert caught.value.code == 2
+
+
+class TestDrain:
+    @pytest.fixture(autouse=True)
+    def quick_looks(self, monkeypatch):
+        monkeypatch.setattr("cluster.service.cluster.LOOK_S", 0.01)
+
+    def test_it_follows_the_operation_to_the_empty_node(self, backend, command):
+        code, out, err = command("drain", "--node", "node-1", "--timeout-s", "20")
+        assert (code, err) == (0, "")
+        assert out.splitlines()[-1].startswith("done: node-1 is empty; prepared in 1.5 s")
+        assert backend.timeouts_s["drain.deadline"] == 20.0
+
+    def test_json_keeps_stdout_for_the_document(self, command):
+        code, out, _ = command("drain", "--node", "node-1", "--json")
+        operation = json.loads(out)["operation"]
+        assert code == 0
+        assert (operation["kind"], operation["node"], operation["state"]) == ("drain_node", "node-1", "succeeded")
+
+    def test_a_node_that_is_not_there(self, command):
+        code, out, err = command("drain", "--node", "node-9")
+        assert (code, out) == (2, "")
+        assert "node-0" in only_line(err)
+
+    def test_what_is_not_carried_out_is_a_failure(self, command, backend):
+        backend.is_stuck = True
+        drain = "drain", "--node", "node-1", "--request-id", "r"
+        with Client(os.environ[TARGET_VARIABLE]) as client:
+            operation = client.drain("node-1", request_id="r")
+            client.cancel_operation(operation.id)
+        backend.is_stuck = False
+        code, _, err = command(*drain)
+        assert code == 1
+        assert "operation-1 cancelled" in err.splitlines()[-1]
+
+    def test_a_time_that_cannot_be(self, command):
+        with pytest.raises(SystemExit):
+            command("drain", "--node", "node-1", "--timeout-s", "0")
+
+
+class TestGrow:
+    @pytest.fixture(autouse=True)
+    def quick_looks(self, monkeypatch):
+        monkeypatch.setattr("cluster.service.cluster.LOOK_S", 0.01)
+
+    def test_it_is_watched_to_its_end(self, backend, command):
+        code, out, err = command("grow", "--experts", "16")
+        assert (code, err) == (0, "")
+        assert out.splitlines()[-1].startswith("done: 16 experts a layer; prepared in 1.5 s")
+        assert backend.growths == [Growth(16)]
+        assert re.search(r"operation-1 .*16 experts a layer .*succeeded", command("operations")[1])
+
+    def test_what_is_asked_for_reaches_the_cluster(self, backend, command):
+        options = "--mode", "fresh", "--perturbation", "0.25", "--seed", "7", "--open-steps", "9"
+        code, out, _ = command("grow", "--experts", "32", *options, "--detach", "--json")
+        assert code == 0
+        assert json.loads(out)["operation"]["kind"] == "grow_model"
+        assert backend.growths == [Growth(32, "fresh", 0.25, 7, 9)]
+
+    @pytest.mark.parametrize(
+        ("options", "field"),
+        [(("0",), "num_experts"), (("16", "--perturbation", "1"), "perturbation"), (("16", "--seed", "-1"), "seed")],
+    )
+    def test_bad_input(self, backend, command, options, field):
+        code, _, err = command("grow", "--experts", *options)
+        assert code == 2
+        assert field in only_line(err)
+        assert not backend.growths
+
+    def test_a_refusal_of_the_model(self, backend, command):
+        backend.failures["grow"] = [InvalidInput("parts of 4 experts", field="num_experts", value=10)]
+        code, _, err = command("grow", "--experts", "10")
+        assert code == 2
+        assert "num_experts: parts of 4 experts" in only_line(err)
 
 
 class TestOperations:

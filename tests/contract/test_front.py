@@ -22,7 +22,7 @@ from cluster.config import FrontConfig, JobConfig
 from cluster.errors import PortInUse, ResourceExhausted
 from cluster.service import interceptors
 from cluster.service.client import Client
-from cluster.service.server import MAX_METADATA_BYTES, SERVICES, Front
+from cluster.service.server import ALIVE, MAX_METADATA_BYTES, SERVICES, Front
 from protos.moecluster.v1 import (
     cluster_pb2,
     cluster_pb2_grpc,
@@ -93,7 +93,7 @@ def details(error: grpc.RpcError) -> dict[str, object]:
 
 class TestBytes:
     def test_every_method_is_listed(self):
-        assert len(METHODS) == 20
+        assert len(METHODS) == 25
 
     @BY_NAME
     def test_what_is_no_message_is_the_callers_mistake(self, channel, path, method):
@@ -201,6 +201,13 @@ class TestRefusals:
             (cluster_pb2.ScaleExpertsRequest(request_id="a", actors=-1), "actors"),
             (cluster_pb2.ScaleExpertsRequest(actors=1), "request_id"),
             (cluster_pb2.ScaleExpertsRequest(actors=1, request_id="a b"), "request_id"),
+            (cluster_pb2.DrainNodeRequest(request_id="a"), "node"),
+            (cluster_pb2.DrainNodeRequest(request_id="a", node="n", deadline_s=-1.0), "deadline_s"),
+            (cluster_pb2.DrainNodeRequest(node="n"), "request_id"),
+            (cluster_pb2.GrowModelRequest(request_id="a"), "num_experts"),
+            (cluster_pb2.GrowModelRequest(num_experts=8), "request_id"),
+            (cluster_pb2.GrowModelRequest(num_experts=8, request_id="a", perturbation=float("nan")), "perturbation"),
+            (cluster_pb2.GrowModelRequest(num_experts=8, request_id="a", mode=7), "mode"),  # type: ignore[arg-type]
             (cluster_pb2.GetOperationRequest(), "operation_id"),
             (cluster_pb2.CancelOperationRequest(operation_id="a\n"), "operation_id"),
             (cluster_pb2.GetLedgerRequest(after_entry=-1), "after_entry"),
@@ -318,6 +325,7 @@ class TestHealth:
             health = health_pb2_grpc.HealthStub(channel)
             for service in ("", *SERVICES):
                 assert self.check(health, service) == health_pb2.HealthCheckResponse.NOT_SERVING
+            assert self.check(health, ALIVE) == health_pb2.HealthCheckResponse.SERVING
             statuses = health.Watch(health_pb2.HealthCheckRequest(service=SERVICES[0]), timeout=WAIT_S)
             assert next(statuses).status == health_pb2.HealthCheckResponse.NOT_SERVING
             backend.ready = True

@@ -12,11 +12,18 @@ from contextlib import closing
 import pytest
 
 from actors.errors import CheckpointError, InvalidInput, LinkTimeout, PeerLost, RemoteError, StepAborted
-from actors.values import Placement
+from actors.values import Growth, Placement
 from cluster.backend import GenerateChunk, GroupMove, Job, JobState, OperationState, Prompt, SamplingParams
 from cluster.config import FrontConfig, JobConfig, OptimizerConfig
 from cluster.control.ledger import Summary
-from cluster.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted, Unavailable
+from cluster.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    NotFound,
+    ResourceExhausted,
+    StorageFull,
+    Unavailable,
+)
 from cluster.service.client import MODEL_TIMEOUT_S, Client
 from tests.fakes.backend import GROUP_BYTES, PREPARE_S, STALL_S, MemoryBackend
 from tests.fakes.front import run, running_front
@@ -465,6 +472,89 @@ class TestScale:
         assert 5.0 < backend.timeouts_s["scale"] < 7.1
 
 
+class TestGrow:
+    def test_it_starts_at_once_and_is_idempotent_by_request_id(self, backend, client):
+        growth = Growth(16, "fresh", 0.5, 3, 20)
+        started = client.grow(growth, request_id="same", timeout_s=7.0)
+        assert (started.state, started.kind, started.target) == (OperationState.RUNNING, "grow_model", 16)
+        assert client.grow(growth, request_id="same").id == started.id
+        assert backend.growths[0] == growth
+        assert backend.timeouts_s["grow"] > 5.0
+        with pytest.raises(AlreadyExists, match="same"):
+            client.grow(Growth(32), request_id="same")
+
+    def test_one_at_a_time_whatever_the_kind(self, backend, client):
+        backend.is_stuck = True
+        running = client.scale(2)
+        with pytest.raises(FailedPrecondition, match=running.id):
+            client.grow(Growth(16))
+
+    @pytest.mark.parametrize(
+        ("growth", "field"),
+        [
+            (Growth(0), "num_experts"),
+            (Growth(16, "twice"), "mode"),
+            (Growth(16, perturbation=1.0), "perturbation"),
+            (Growth(16, seed=-1), "seed"),
+            (Growth(16, open_steps=0), "open_steps"),
+        ],
+    )
+    def test_it_is_checked_before_it_is_sent(self, backend, client, growth, field):
+        with pytest.raises(InvalidInput) as caught:
+            client.grow(growth)
+        assert caught.value.field == field
+        assert not backend.growths
+
+
+@pytest.mark.usefixtures("quick_looks")
+class TestDrain:
+    def test_it_goes_on_by_itself_to_its_end(self, backend, client):
+        operation = client.drain("node-1", 20.0)
+        assert (operation.kind, operation.node, operation.target) == ("drain_node", "node-1", 0)
+        *_, ended = client.watch_operation(operation.id)
+        assert ended.state is OperationState.SUCCEEDED
+        assert client.operations() == run(backend.operations(timeout_s=1.0))
+        assert backend.timeouts_s["drain.deadline"] == 20.0
+        (entry,) = client.ledger().entries
+        assert (entry.kind, entry.subject) == ("drain", "node-1")
+
+    def test_it_is_idempotent_by_request_id(self, client):
+        first = client.drain("node-1", request_id="same")
+        assert client.drain("node-1", 5.0, request_id="same").id == first.id
+        with pytest.raises(AlreadyExists, match="drain_node node-1"):
+            client.drain("node-0", request_id="same")
+        with pytest.raises(AlreadyExists, match="drain_node node-1"):
+            client.scale(2, request_id="same")
+
+    def test_one_at_a_time_and_the_refusal_names_the_other(self, backend, client):
+        backend.is_stuck = True
+        client.drain("node-1")
+        with pytest.raises(FailedPrecondition, match="drain_node node-1"):
+            client.scale(3)
+
+    def test_an_unknown_node_is_named_with_those_there_are(self, client):
+        with pytest.raises(InvalidInput, match=r"node-7.*node-0.*node-1") as caught:
+            client.drain("node-7")
+        assert caught.value.field == "node"
+
+    @pytest.mark.parametrize(
+        ("node", "deadline_s", "request_id", "field"),
+        [
+            ("", 1.0, "r", "node"),
+            ("n" * 129, 1.0, "r", "node"),
+            ("node-1", 0.0, "r", "deadline_s"),
+            ("node-1", 86_401.0, "r", "deadline_s"),
+            ("node-1", float("nan"), "r", "deadline_s"),
+            ("node-1", 1.0, "", "request_id"),
+        ],
+    )
+    def test_it_is_checked_before_it_is_sent(self, backend, client, node, deadline_s, request_id, field):
+        with pytest.raises(InvalidInput) as caught:
+            client.drain(node, deadline_s, request_id=request_id)
+        assert caught.value.field == field
+        assert "drain" not in backend.timeouts_s
+
+
 @pytest.mark.usefixtures("quick_looks")
 class TestWatchOperation:
     def test_what_has_ended_is_shown_once(self, client):
@@ -541,6 +631,27 @@ class TestLedger:
     def test_the_number_is_checked_before_it_is_sent(self, client):
         with pytest.raises(InvalidInput, match="after_entry"):
             client.ledger(after=-1)
+
+
+class TestCheckpoints:
+    def test_before_one_is_written_there_is_none(self, client):
+        assert client.checkpoints() == []
+
+    def test_they_cross_whole_newest_first(self, backend, client):
+        first = client.save_checkpoint()
+        finished(client)
+        second = client.save_checkpoint()
+        assert (first.version, second.version) == (0, 3)
+        assert client.checkpoints() == backend.saved == [second, first]
+
+    def test_no_room_is_told_as_such(self, backend, client):
+        backend.failures["save_checkpoint"] = [StorageFull("no room for a checkpoint")]
+        with pytest.raises(StorageFull, match="no room"):
+            client.save_checkpoint()
+
+    def test_writing_is_given_as_long_as_a_model_is(self, backend, client):
+        client.save_checkpoint()
+        assert backend.timeouts_s["save_checkpoint"] == pytest.approx(MODEL_TIMEOUT_S, rel=0.01)
 
 
 class TestDeadlines:

@@ -13,11 +13,13 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 
 from actors.errors import CheckpointError, InvalidInput
-from actors.values import Placement
+from actors.values import Growth, Placement
 from cluster.backend import (
     ActorStatus,
+    Checkpoint,
     ClusterStatus,
     EmbedResult,
+    ExpertCache,
     GenerateChunk,
     GroupMove,
     Job,
@@ -32,7 +34,7 @@ from cluster.backend import (
     ScoreResult,
 )
 from cluster.config import JobConfig
-from cluster.control.ledger import Entry, Ledger
+from cluster.control.ledger import Entry, Kind, Ledger
 from cluster.control.load import LoadWindow
 from cluster.control.operations import OperationTable
 from cluster.errors import AlreadyExists, FailedPrecondition, NotFound
@@ -40,6 +42,7 @@ from cluster.errors import AlreadyExists, FailedPrecondition, NotFound
 NUM_EXPERTS = 4
 NUM_LAYERS = 2
 VOCAB_SIZE = 256
+NODES = "node-0", "node-1"
 STEP_LOAD_LE = ((10, 20, 30, 40), (0, 50, 50, 0))
 """What the experts get in every step."""
 STEP_TOKENS = 50
@@ -69,10 +72,16 @@ class MemoryBackend:
         self.version = 0
         self.placement = Placement(1, (("expert-0",),), NUM_EXPERTS)
         """Rebalancing replaces it, and moves groups without copies only."""
+        self.cache: ExpertCache | None = None
+        """Of every expert actor."""
         self.unmet: tuple[str, ...] = ()
         """What every rebalance says it could not have."""
+        self.saved: list[Checkpoint] = []
+        """Newest first."""
         self.is_stuck = False
         """Operations get nothing done."""
+        self.growths: list[Growth] = []
+        """That were asked for."""
         self.costs = Ledger()
         self._operations = OperationTable()
         self._loads = LoadWindow(2, NUM_LAYERS, NUM_EXPERTS)
@@ -170,7 +179,7 @@ class MemoryBackend:
             placement_epoch=self.placement.epoch,
             owners=dict(enumerate(_owners(self.placement))),
             group_size=self.placement.group_size,
-            nodes=("node-0", "node-1"),
+            nodes=NODES,
             actors=(router, *experts),
             load_LE=((1, 2, 3, 4), (0, 0, 0, 0)),
             jobs={state.value: states.count(state) for state in JobState},
@@ -209,6 +218,22 @@ class MemoryBackend:
         await self._enter("scale", timeout_s)
         return self._operations.start("scale_experts", actors, request_id, time.time())
 
+    async def drain(self, node: str, deadline_s: float, *, request_id: str, timeout_s: float) -> Operation:
+        await self._enter("drain", timeout_s)
+        self.timeouts_s["drain.deadline"] = deadline_s
+        if node not in NODES:
+            raise InvalidInput("is no node of the cluster", field="node", value=node, remedy=f"use one of {NODES}")
+        return self._operations.start("drain_node", 0, request_id, time.time(), node)
+
+    async def grow(self, growth: Growth, *, request_id: str, timeout_s: float) -> Operation:
+        await self._enter("grow", timeout_s)
+        self.growths.append(growth)
+        return self._operations.start("grow_model", growth.num_experts, request_id, time.time())
+
+    async def scale_routers(self, routers: int, *, request_id: str, timeout_s: float) -> Operation:
+        await self._enter("scale_routers", timeout_s)
+        return self._operations.start("scale_routers", routers, request_id, time.time())
+
     async def operation(self, operation_id: str, *, timeout_s: float) -> Operation:
         """Each look at it finds it further on."""
         await self._enter("operation", timeout_s)
@@ -229,6 +254,16 @@ class MemoryBackend:
         await self._enter("ledger", timeout_s)
         return self.costs.entries(after)
 
+    async def save_checkpoint(self, *, timeout_s: float) -> Checkpoint:
+        await self._enter("save_checkpoint", timeout_s)
+        url = f"/storage/checkpoints/step-{self.version}"
+        self.saved.insert(0, Checkpoint(self.version, STEP_TIME_S, url, 4096, "job-1", self.version))
+        return self.saved[0]
+
+    async def checkpoints(self, *, timeout_s: float) -> Sequence[Checkpoint]:
+        await self._enter("checkpoints", timeout_s)
+        return list(self.saved)
+
     async def export_model(self, path: str, *, timeout_s: float) -> ModelDirectory:
         await self._enter("export_model", timeout_s)
         return ModelDirectory(f"/storage/{path}", ("config.json", "model.safetensors"), 4096, self.version)
@@ -243,29 +278,35 @@ class MemoryBackend:
         now = time.time()
         if self._operations.is_cancelling(operation.id):
             self._operations.cancelled(operation.id, now)
-        elif operation.target > NUM_EXPERTS:
+        elif operation.target > NUM_EXPERTS and operation.kind == "scale_experts":
             error = f"{NUM_EXPERTS} expert groups are too few for {operation.target} actors"
             self._operations.failed(operation.id, error, now)
         elif operation.progress < 1.0:
             done = operation.progress + PROGRESS
             self._operations.progress(operation.id, done, f"prepared {done:.0%} of the groups")
+        elif operation.kind == "drain_node":
+            self._ended(operation, "drain", operation.node, now)
+        elif operation.kind in ("grow_model", "scale_routers"):
+            self._operations.succeeded(operation.id, now, PREPARE_S, STALL_S)
         else:
             self._scaled(operation, now)
 
     def _scaled(self, operation: Operation, now: float) -> None:
-        kind = "scale_up" if operation.target > len(self.placement.actors) else "scale_down"
+        kind: Kind = "scale_up" if operation.target > len(self.placement.actors) else "scale_down"
         holders = tuple((f"expert-{expert % operation.target}",) for expert in range(NUM_EXPERTS))
         self.placement = Placement(self.placement.epoch + 1, holders, group_size=1)
+        self._ended(operation, kind, f"{operation.target} experts", now)
+
+    def _ended(self, operation: Operation, kind: Kind, subject: str, now: float) -> None:
         self._operations.succeeded(operation.id, now, PREPARE_S, STALL_S)
-        entry = self.costs.open(kind, f"{operation.target} experts", operation.created_s)
+        entry = self.costs.open(kind, subject, operation.created_s)
         self.costs.add(entry, stall_s=STALL_S)
         self.costs.close(entry, now)
 
     def _expert(self, actor: str, pid: int) -> ActorStatus:
         groups = self.placement.held_by(actor)
-        return ActorStatus(
-            actor, "expert", "node-1", pid, "ready", "cpu", self.version, groups, 3 << 20, 640, "socket/ipc"
-        )
+        where = "node-1", pid, "ready", "cpu"
+        return ActorStatus(actor, "expert", *where, self.version, groups, 3 << 20, 640, "socket/ipc", self.cache)
 
     def _load_of_groups(self) -> list[int]:
         load_E = [sum(column) for column in zip(*self._loads.load_LE, strict=True)]

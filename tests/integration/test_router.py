@@ -73,6 +73,14 @@ def test_a_job_goes_back_to_the_last_checkpoint_and_ends_as_if_nothing_had_been(
     notes = [event.message for event in events if event.kind == "note"]
     assert any("router router-0 lost" in note and "the last checkpoint brings it back" in note for note in notes)
     assert any("after the loss of the router" in note for note in notes)
+    deadline = time.monotonic() + WAIT_S
+    while (kept := client.checkpoints())[0].version != 2 * STEPS:  # that of the end is written after it
+        assert time.monotonic() < deadline, kept
+        time.sleep(0.1)
+    assert (kept[0].version, kept[0].job_id, kept[0].job_step) == (2 * STEPS, job.id, STEPS)
+    saved = client.save_checkpoint()
+    assert saved.version == client.status().version
+    assert saved in client.checkpoints()
     entry = client.ledger().entries[-1]
     assert entry.kind == "router_death"
     assert entry.recovered_s is not None

@@ -11,10 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.errors import InvalidInput
+from actors.values import Growth
 from cluster.backend import (
     ActorStatus,
+    Checkpoint,
     ClusterStatus,
     EmbedResult,
+    ExpertCache,
     GenerateChunk,
     GroupMove,
     Job,
@@ -33,7 +36,7 @@ from cluster.backend import (
 )
 from cluster.config import BatchConfig, DataConfig, EvalConfig, JobConfig, OptimizerConfig, ScheduleConfig
 from cluster.control.ledger import KINDS, Entry, Summary
-from cluster.service.codec import config, jobs, ledger, loads, moves, operations, status, text
+from cluster.service.codec import checkpoints, config, jobs, ledger, loads, moves, operations, status, text
 from cluster.service.codec.checks import MAX_INT32, MAX_INT64, Range
 from protos.moecluster.v1 import cluster_pb2, inference_pb2, training_pb2
 
@@ -97,6 +100,16 @@ ACTORS = st.builds(
     memory_bytes=COUNTS,
     tokens=COUNTS,
     link=NAMES,
+    cache=st.none()
+    | st.builds(
+        ExpertCache,
+        hits=COUNTS,
+        misses=COUNTS,
+        loaded_ahead=COUNTS,
+        loaded_bytes=COUNTS,
+        wait_s=st.floats(allow_nan=False),
+        device_bytes=COUNTS,
+    ),
 )
 FLOATS = st.floats(allow_nan=False)
 STATUSES = st.builds(
@@ -170,7 +183,7 @@ OPERATIONS = st.builds(
     Operation,
     id=NAMES,
     request_id=NAMES,
-    kind=st.just("scale_experts"),
+    kind=st.sampled_from(["scale_experts", "scale_routers", "drain_node", "grow_model"]),
     state=st.sampled_from(OperationState),
     target=SIZES,
     created_s=TIMES,
@@ -180,6 +193,7 @@ OPERATIONS = st.builds(
     error=NAMES,
     prepare_s=FLOATS,
     stall_s=FLOATS,
+    node=NAMES,
 )
 ENTRIES = st.builds(
     Entry,
@@ -196,6 +210,9 @@ ENTRIES = st.builds(
     requests_delayed=COUNTS,
     requests_failed=COUNTS,
     message=NAMES,
+)
+CHECKPOINTS = st.builds(
+    Checkpoint, version=COUNTS, created_s=TIMES, url=NAMES, size_bytes=COUNTS, job_id=NAMES, job_step=COUNTS
 )
 LEDGERS = st.builds(
     LedgerReport,
@@ -236,6 +253,10 @@ class TestRoundTrips:
     @given(OPERATIONS)
     def test_operations(self, value):
         assert operations.operation_from_message(operations.operation_to_message(value)) == value
+
+    @given(CHECKPOINTS)
+    def test_checkpoints(self, value):
+        assert checkpoints.checkpoint_from_message(checkpoints.checkpoint_to_message(value)) == value
 
     @given(LEDGERS)
     def test_ledgers(self, value):
@@ -346,6 +367,27 @@ class TestScale:
         with pytest.raises(InvalidInput) as caught:
             operations.check_scale(actors, request_id)
         assert caught.value.field == ("actors" if request_id == "r" else "request_id")
+
+    @given(
+        st.builds(
+            Growth,
+            num_experts=st.integers(1, MAX_INT32),
+            mode=st.sampled_from(["copy", "fresh"]),
+            perturbation=st.floats(0, 0.999),
+            seed=st.integers(0, 2**63 - 1),
+            open_steps=st.integers(1, MAX_INT32),
+        )
+    )
+    def test_growths_cross_whole(self, growth):
+        assert operations.growth_from_message(operations.growth_to_message(growth, "r")) == growth
+
+    def test_a_growth_of_which_only_the_number_is_given_has_the_defaults(self):
+        message = cluster_pb2.GrowModelRequest(num_experts=16, request_id="r")
+        assert operations.growth_from_message(message) == Growth(16)
+        for wrong, field in (({"perturbation": 1.0}, "perturbation"), ({"mode": 9}, "mode"), ({"seed": -1}, "seed")):
+            with pytest.raises(InvalidInput) as caught:
+                operations.growth_from_message(cluster_pb2.GrowModelRequest(num_experts=16, request_id="r", **wrong))
+            assert caught.value.field == field
 
     def test_the_ledger_begins_after_a_number_that_there_can_be(self):
         for after_entry in (0, MAX_INT64):

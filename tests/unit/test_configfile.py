@@ -109,6 +109,15 @@ def test_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:
     assert load_job(write(tmp_path, "optimizer: {lr: 3e-3, weight_decay: 0}")).optimizer.lr == 0.003
 
 
+@pytest.mark.parametrize("quote", ["", "'"])
+def test_on_and_off_may_stand_without_quotes(tmp_path: Path, quote: str) -> None:
+    """YAML 1.1 reads them as true and false."""
+    text = f"links: {{secure: {quote}on{quote}}}\nfront: {{reflection: {quote}off{quote}}}"
+    config = load_cluster(write(tmp_path, MODEL + text), {"checkpoint.every_steps": 1})
+    assert (config.links.secure, config.front.reflection) == ("on", "off")
+    assert load_cluster(write(tmp_path, yaml.safe_dump(to_dict(config)))) == config
+
+
 def test_an_existing_cluster_may_have_any_number_of_nodes(tmp_path: Path) -> None:
     file = write(tmp_path, MODEL + "ray: {mode: existing, address: auto}\nexperts: {actors: 4, redundancy: 3}")
     assert load_cluster(file).experts.redundancy == 3
@@ -198,7 +207,37 @@ CLUSTER_FAULTS = {
         "at most 2, or set ray.nodes to 3 or more",
     ),
     "room below none": (MODEL + "experts: {max_groups: -1}", "experts.max_groups", "-1", "0 or more"),
+    "a cache below none": (
+        MODEL + "experts: {expert_cache_size: -1}",
+        "experts.expert_cache_size",
+        "-1",
+        "0 or more",
+    ),
+    "files of no cache": (
+        MODEL + "experts: {cache_dir: /tmp/x}",
+        "experts.cache_dir",
+        "'/tmp/x'",
+        "set experts.expert_cache_size",
+    ),
     "port": (MODEL + "front: {port: 65536}", "front.port", "65536", "from 0 to 65535"),
+    "certificate without key": (MODEL + "front: {tls: {certificate: a}}", "front.tls.key", "missing", "PEM file"),
+    "key without certificate": (MODEL + "front: {tls: {key: a}}", "front.tls.certificate", "missing", "PEM file"),
+    "clients without TLS": (
+        MODEL + "front: {tls: {client_ca: a}}",
+        "front.tls.certificate",
+        "missing",
+        "client_ca out",
+    ),
+    "health port": (MODEL + "front: {health_port: 50151}", "front.health_port", "50151", "use another"),
+    "reflection": (MODEL + "front: {reflection: maybe}", "front.reflection", "'maybe'", "one of auto, on, off"),
+    "secure links": (MODEL + "links: {secure: 1}", "links.secure", "1", "one of auto, on, off"),
+    "bool for a kind": (MODEL + "links: {kind: on}", "links.kind", "True", "one of auto, local, socket"),
+    "more routers than there may be": (
+        MODEL + "router: {actors: 5}",
+        "router.max_actors",
+        "4",
+        "use 5 or more",
+    ),
     "timeout": (MODEL + "router: {request_timeout_s: 0}", "router.request_timeout_s", "0.0", "above 0"),
     "text for a list": (MODEL + "storage: {import_roots: /a}", "storage.import_roots", "'/a'", "a list"),
     "in a list": (MODEL + "storage: {import_roots: [1]}", "storage.import_roots[0]", "1", "a text"),

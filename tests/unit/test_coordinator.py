@@ -359,6 +359,30 @@ def test_a_lost_router_comes_back_from_a_checkpoint_and_its_job_goes_on(coordina
     assert entry.recovered_s == 4.1
 
 
+def test_with_another_router_a_job_goes_on_without_a_checkpoint(coordinator: Coordinator) -> None:
+    coordinator.routers_wanted = 2
+    beat(coordinator, 0.5, ["r1"])
+    job_id = start(coordinator)
+    commit(coordinator, job_id, 1)
+    coordinator.actor_lost("r0", 3.0, "exit code -9")
+    assert coordinator.step(3.0) == [ActorLost("r0", "router", (), job_id, "exit code -9")]
+    assert coordinator.job(job_id).state is JobState.RUNNING
+    assert (coordinator.is_router_lost, coordinator.can_return, coordinator.status().ready) == (False, False, True)
+    events, _ = coordinator.job_events(job_id, 0, 100)
+    assert events[-1].message == "router r0 lost: exit code -9; the other routers go on"
+    (entry,) = coordinator.ledger.entries()
+    assert (entry.kind, entry.recovered_s) == ("router_death", None), "there are fewer than there should be"
+    assert coordinator.status().message == "degraded: 1 of 2 routers are ready"
+    beat(coordinator, 5.0, ["r2"])
+    coordinator.step(5.0)
+    assert coordinator.ledger.entries()[0].recovered_s == 5.0
+    coordinator.actor_lost("r1", 6.0, "exit code -9")
+    coordinator.actor_lost("r2", 6.0, "exit code -9")
+    coordinator.step(6.0)
+    assert coordinator.job(job_id).state is JobState.FAILED
+    assert coordinator.is_router_lost
+
+
 def test_without_a_checkpoint_only_untouched_weights_can_be_loaded_again(coordinator: Coordinator) -> None:
     coordinator.actor_lost("r0", 3.0, "exit code -9")
     assert coordinator.can_return
@@ -387,6 +411,19 @@ def test_copies_take_over_from_a_dead_actor_and_the_job_goes_on() -> None:
     coordinator.job_finished(job_id, 4.0)
     assert coordinator.job(job_id).state is JobState.SUCCEEDED
     assert start(coordinator, "next", now=5.0), "and another one starts"
+
+
+def test_the_dead_are_shown_until_others_are_in_their_places() -> None:
+    coordinator = make_double()
+    coordinator.actor_lost("e0", 3.0, "exit code -9")
+    coordinator.step(3.0)
+    assert "e0" in {actor.id for actor in coordinator.status().actors}
+    coordinator.actor_seen(report("e2"), 4.0)
+    coordinator.placed(Placement(3, (("e1", "e2"),) * 4, 2))
+    coordinator.step(4.0)
+    assert {actor.id for actor in coordinator.status().actors} == {"r0", "e1", "e2"}
+    coordinator.actor_seen(report("e0"), 5.0)
+    assert "e0" not in {actor.id for actor in coordinator.status().actors}, "a late report of a dead process"
 
 
 def test_a_group_that_dies_with_its_last_holder_fails_the_job_by_name(coordinator: Coordinator) -> None:

@@ -17,7 +17,7 @@ from cluster.checkpoint.disk import Disk
 from cluster.checkpoint.files import LocalFiles, open_files
 from cluster.config import BatchConfig, JobConfig
 from cluster.control.coordinator import ModelFacts
-from cluster.control.journal import Journal, Process
+from cluster.control.journal import Journal, LeavingNode, Process
 from cluster.control.ledger import Entry
 
 MODEL = ModelFacts("tiny", 1000, num_experts=8, num_moe_layers=2, top_k=2, max_positions=256, vocab_size=260)
@@ -29,14 +29,19 @@ JOBS = (
 JOURNAL = Journal(
     cluster="abc",
     written_s=10.5,
-    model=MODEL,
+    origin=MODEL,
+    model=replace(MODEL, num_experts=10, num_parameters=1200, shared_share=0.125),
+    is_pristine=False,
     placement=Placement(4, (("expert-0", "expert-1"), ("expert-1",), (), ("expert-0",)), 2),
     wanted=3,
     next_number=7,
+    wanted_routers=2,
+    next_router=4,
     jobs=JOBS,
     operations=(Operation("operation-1", "r", "scale_experts", OperationState.RUNNING, 3, 0.25, "moved 1 of 4", 8.0),),
     entries=(Entry(3, "actor_death", "expert-2", 7.0, 7.25, message="killed"),),
     actors=(Process("router-0", "n0", 11), Process("expert-0", "n1", 12)),
+    leaving=(LeavingNode("n2", "node-2"),),
 )
 
 
@@ -62,6 +67,10 @@ def changed(path: tuple[Any, ...], value: object) -> bytes:
         (b"\xff\xfe", "here: is no journal"),
         (changed(("format",), 2), "here: format: is not 1"),
         (changed(("more",), 2), r"misses or adds a field .*more"),
+        (changed(("is_pristine",), 0), "here: is_pristine: is not of type bool"),
+        (changed(("wanted_routers",), 1.5), "here: wanted_routers: is not of type int"),
+        (changed(("origin", "vocab_size"), None), r"here: origin\.vocab_size"),
+        (changed(("leaving", 0, "name"), 2), r"here: leaving\.name: is not of type str"),
         (changed(("wanted",), True), "here: wanted: is not of type int"),
         (changed(("next_number",), -1), "here: next_number: is below 0"),
         (changed(("model", "num_experts"), "8"), r"here: model\.num_experts: is not of type int"),

@@ -55,6 +55,15 @@ def test_a_failure_keeps_how_far_it_came(table):
 
 
 class TestStart:
+    def test_a_request_stands_for_one_node(self, table):
+        operation = table.start("drain_node", 0, "r", 10.0, "node-1")
+        assert operation.node == "node-1"
+        assert table.start("drain_node", 0, "r", 11.0, "node-1") == operation
+        with pytest.raises(AlreadyExists, match="drain_node node-1"):
+            table.start("drain_node", 0, "r", 11.0, "node-2")
+        with pytest.raises(FailedPrecondition, match="drain_node node-1"):
+            table.start(KIND, 4, "r2", 11.0)
+
     def test_the_same_request_gives_the_same_operation_also_after_its_end(self, table):
         first = start(table)
         assert start(table, now=11.0) == first

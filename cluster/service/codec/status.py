@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from cluster.backend import ActorStatus, ClusterStatus, ModelDirectory
+from dataclasses import asdict, fields
+
+from cluster.backend import ActorStatus, ClusterStatus, ExpertCache, ModelDirectory
 from cluster.service.codec import enums
 from protos.moecluster.v1 import cluster_pb2 as pb
 
@@ -81,6 +83,7 @@ def _actor_to_message(actor: ActorStatus) -> pb.ActorStatus:
         memory_bytes=actor.memory_bytes,
         tokens=actor.tokens,
         link=actor.link,
+        cache=pb.ExpertCache(**asdict(actor.cache)) if actor.cache else None,
     )
 
 
@@ -97,4 +100,9 @@ def _actor_from_message(message: pb.ActorStatus) -> ActorStatus:
         memory_bytes=message.memory_bytes,
         tokens=message.tokens,
         link=message.link,
+        cache=_cache_from_message(message.cache) if message.HasField("cache") else None,
     )
+
+
+def _cache_from_message(message: pb.ExpertCache) -> ExpertCache:
+    return ExpertCache(**{field.name: getattr(message, field.name) for field in fields(ExpertCache)})

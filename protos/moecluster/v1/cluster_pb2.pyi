@@ -33,6 +33,9 @@ class OperationKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     OPERATION_KIND_UNSPECIFIED: _ClassVar[OperationKind]
     OPERATION_KIND_SCALE_EXPERTS: _ClassVar[OperationKind]
+    OPERATION_KIND_DRAIN_NODE: _ClassVar[OperationKind]
+    OPERATION_KIND_GROW_MODEL: _ClassVar[OperationKind]
+    OPERATION_KIND_SCALE_ROUTERS: _ClassVar[OperationKind]
 
 class OperationState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -42,6 +45,12 @@ class OperationState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OPERATION_STATE_SUCCEEDED: _ClassVar[OperationState]
     OPERATION_STATE_FAILED: _ClassVar[OperationState]
     OPERATION_STATE_CANCELLED: _ClassVar[OperationState]
+
+class GrowthMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    GROWTH_MODE_UNSPECIFIED: _ClassVar[GrowthMode]
+    GROWTH_MODE_COPY: _ClassVar[GrowthMode]
+    GROWTH_MODE_FRESH: _ClassVar[GrowthMode]
 
 class LedgerKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -56,6 +65,7 @@ class LedgerKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LEDGER_KIND_REBALANCE: _ClassVar[LedgerKind]
     LEDGER_KIND_DRAIN: _ClassVar[LedgerKind]
     LEDGER_KIND_STORAGE_FULL: _ClassVar[LedgerKind]
+    LEDGER_KIND_GROW: _ClassVar[LedgerKind]
 ACTOR_ROLE_UNSPECIFIED: ActorRole
 ACTOR_ROLE_ROUTER: ActorRole
 ACTOR_ROLE_EXPERT: ActorRole
@@ -68,12 +78,18 @@ MOVE_KIND_MOVE: MoveKind
 MOVE_KIND_COPY: MoveKind
 OPERATION_KIND_UNSPECIFIED: OperationKind
 OPERATION_KIND_SCALE_EXPERTS: OperationKind
+OPERATION_KIND_DRAIN_NODE: OperationKind
+OPERATION_KIND_GROW_MODEL: OperationKind
+OPERATION_KIND_SCALE_ROUTERS: OperationKind
 OPERATION_STATE_UNSPECIFIED: OperationState
 OPERATION_STATE_RUNNING: OperationState
 OPERATION_STATE_CANCELLING: OperationState
 OPERATION_STATE_SUCCEEDED: OperationState
 OPERATION_STATE_FAILED: OperationState
 OPERATION_STATE_CANCELLED: OperationState
+GROWTH_MODE_UNSPECIFIED: GrowthMode
+GROWTH_MODE_COPY: GrowthMode
+GROWTH_MODE_FRESH: GrowthMode
 LEDGER_KIND_UNSPECIFIED: LedgerKind
 LEDGER_KIND_ACTOR_DEATH: LedgerKind
 LEDGER_KIND_NODE_DEATH: LedgerKind
@@ -85,9 +101,10 @@ LEDGER_KIND_SCALE_DOWN: LedgerKind
 LEDGER_KIND_REBALANCE: LedgerKind
 LEDGER_KIND_DRAIN: LedgerKind
 LEDGER_KIND_STORAGE_FULL: LedgerKind
+LEDGER_KIND_GROW: LedgerKind
 
 class ActorStatus(_message.Message):
-    __slots__ = ("id", "role", "node", "pid", "state", "device", "version", "groups", "memory_bytes", "tokens", "link")
+    __slots__ = ("id", "role", "node", "pid", "state", "device", "version", "groups", "memory_bytes", "tokens", "link", "cache")
     ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
@@ -99,6 +116,7 @@ class ActorStatus(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     LINK_FIELD_NUMBER: _ClassVar[int]
+    CACHE_FIELD_NUMBER: _ClassVar[int]
     id: str
     role: ActorRole
     node: str
@@ -110,7 +128,24 @@ class ActorStatus(_message.Message):
     memory_bytes: int
     tokens: int
     link: str
-    def __init__(self, id: _Optional[str] = ..., role: _Optional[_Union[ActorRole, str]] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[_Union[ActorState, str]] = ..., device: _Optional[str] = ..., version: _Optional[int] = ..., groups: _Optional[_Iterable[int]] = ..., memory_bytes: _Optional[int] = ..., tokens: _Optional[int] = ..., link: _Optional[str] = ...) -> None: ...
+    cache: ExpertCache
+    def __init__(self, id: _Optional[str] = ..., role: _Optional[_Union[ActorRole, str]] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[_Union[ActorState, str]] = ..., device: _Optional[str] = ..., version: _Optional[int] = ..., groups: _Optional[_Iterable[int]] = ..., memory_bytes: _Optional[int] = ..., tokens: _Optional[int] = ..., link: _Optional[str] = ..., cache: _Optional[_Union[ExpertCache, _Mapping]] = ...) -> None: ...
+
+class ExpertCache(_message.Message):
+    __slots__ = ("hits", "misses", "loaded_ahead", "loaded_bytes", "wait_s", "device_bytes")
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    MISSES_FIELD_NUMBER: _ClassVar[int]
+    LOADED_AHEAD_FIELD_NUMBER: _ClassVar[int]
+    LOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    hits: int
+    misses: int
+    loaded_ahead: int
+    loaded_bytes: int
+    wait_s: float
+    device_bytes: int
+    def __init__(self, hits: _Optional[int] = ..., misses: _Optional[int] = ..., loaded_ahead: _Optional[int] = ..., loaded_bytes: _Optional[int] = ..., wait_s: _Optional[float] = ..., device_bytes: _Optional[int] = ...) -> None: ...
 
 class LayerLoad(_message.Message):
     __slots__ = ("tokens",)
@@ -318,7 +353,7 @@ class RebalanceResponse(_message.Message):
     def __init__(self, moves: _Optional[_Iterable[_Union[GroupMove, _Mapping]]] = ..., balance_before: _Optional[float] = ..., balance_after: _Optional[float] = ..., placement_epoch: _Optional[int] = ..., done: _Optional[bool] = ..., message: _Optional[str] = ..., unmet: _Optional[_Iterable[str]] = ..., stall_s: _Optional[float] = ...) -> None: ...
 
 class Operation(_message.Message):
-    __slots__ = ("id", "request_id", "kind", "state", "target", "progress", "message", "create_time", "end_time", "error", "prepare_s", "stall_s")
+    __slots__ = ("id", "request_id", "kind", "state", "target", "progress", "message", "create_time", "end_time", "error", "prepare_s", "stall_s", "node")
     ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -331,6 +366,7 @@ class Operation(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     PREPARE_S_FIELD_NUMBER: _ClassVar[int]
     STALL_S_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
     id: str
     request_id: str
     kind: OperationKind
@@ -343,7 +379,8 @@ class Operation(_message.Message):
     error: str
     prepare_s: float
     stall_s: float
-    def __init__(self, id: _Optional[str] = ..., request_id: _Optional[str] = ..., kind: _Optional[_Union[OperationKind, str]] = ..., state: _Optional[_Union[OperationState, str]] = ..., target: _Optional[int] = ..., progress: _Optional[float] = ..., message: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., error: _Optional[str] = ..., prepare_s: _Optional[float] = ..., stall_s: _Optional[float] = ...) -> None: ...
+    node: str
+    def __init__(self, id: _Optional[str] = ..., request_id: _Optional[str] = ..., kind: _Optional[_Union[OperationKind, str]] = ..., state: _Optional[_Union[OperationState, str]] = ..., target: _Optional[int] = ..., progress: _Optional[float] = ..., message: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., error: _Optional[str] = ..., prepare_s: _Optional[float] = ..., stall_s: _Optional[float] = ..., node: _Optional[str] = ...) -> None: ...
 
 class ScaleExpertsRequest(_message.Message):
     __slots__ = ("actors", "request_id")
@@ -353,7 +390,59 @@ class ScaleExpertsRequest(_message.Message):
     request_id: str
     def __init__(self, actors: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
 
+class GrowModelRequest(_message.Message):
+    __slots__ = ("num_experts", "mode", "perturbation", "seed", "open_steps", "request_id")
+    NUM_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    PERTURBATION_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    OPEN_STEPS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    num_experts: int
+    mode: GrowthMode
+    perturbation: float
+    seed: int
+    open_steps: int
+    request_id: str
+    def __init__(self, num_experts: _Optional[int] = ..., mode: _Optional[_Union[GrowthMode, str]] = ..., perturbation: _Optional[float] = ..., seed: _Optional[int] = ..., open_steps: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class GrowModelResponse(_message.Message):
+    __slots__ = ("operation",)
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    operation: Operation
+    def __init__(self, operation: _Optional[_Union[Operation, _Mapping]] = ...) -> None: ...
+
 class ScaleExpertsResponse(_message.Message):
+    __slots__ = ("operation",)
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    operation: Operation
+    def __init__(self, operation: _Optional[_Union[Operation, _Mapping]] = ...) -> None: ...
+
+class ScaleRoutersRequest(_message.Message):
+    __slots__ = ("routers", "request_id")
+    ROUTERS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    routers: int
+    request_id: str
+    def __init__(self, routers: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class ScaleRoutersResponse(_message.Message):
+    __slots__ = ("operation",)
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    operation: Operation
+    def __init__(self, operation: _Optional[_Union[Operation, _Mapping]] = ...) -> None: ...
+
+class DrainNodeRequest(_message.Message):
+    __slots__ = ("node", "deadline_s", "request_id")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    deadline_s: float
+    request_id: str
+    def __init__(self, node: _Optional[str] = ..., deadline_s: _Optional[float] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class DrainNodeResponse(_message.Message):
     __slots__ = ("operation",)
     OPERATION_FIELD_NUMBER: _ClassVar[int]
     operation: Operation
@@ -462,6 +551,42 @@ class GetLedgerResponse(_message.Message):
     entries: _containers.RepeatedCompositeFieldContainer[LedgerEntry]
     summary: _containers.RepeatedCompositeFieldContainer[LedgerSummary]
     def __init__(self, entries: _Optional[_Iterable[_Union[LedgerEntry, _Mapping]]] = ..., summary: _Optional[_Iterable[_Union[LedgerSummary, _Mapping]]] = ...) -> None: ...
+
+class Checkpoint(_message.Message):
+    __slots__ = ("version", "create_time", "url", "size_bytes", "job_id", "job_step")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    URL_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    JOB_STEP_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    create_time: _timestamp_pb2.Timestamp
+    url: str
+    size_bytes: int
+    job_id: str
+    job_step: int
+    def __init__(self, version: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., url: _Optional[str] = ..., size_bytes: _Optional[int] = ..., job_id: _Optional[str] = ..., job_step: _Optional[int] = ...) -> None: ...
+
+class SaveCheckpointRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SaveCheckpointResponse(_message.Message):
+    __slots__ = ("checkpoint",)
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    checkpoint: Checkpoint
+    def __init__(self, checkpoint: _Optional[_Union[Checkpoint, _Mapping]] = ...) -> None: ...
+
+class ListCheckpointsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListCheckpointsResponse(_message.Message):
+    __slots__ = ("checkpoints",)
+    CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
+    checkpoints: _containers.RepeatedCompositeFieldContainer[Checkpoint]
+    def __init__(self, checkpoints: _Optional[_Iterable[_Union[Checkpoint, _Mapping]]] = ...) -> None: ...
 
 class ExportModelRequest(_message.Message):
     __slots__ = ("path",)

@@ -60,6 +60,21 @@ class ClusterServiceStub:
                 request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleExpertsRequest.SerializeToString,
                 response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleExpertsResponse.FromString,
                 _registered_method=True)
+        self.ScaleRouters = channel.unary_unary(
+                '/moecluster.v1.ClusterService/ScaleRouters',
+                request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleRoutersRequest.SerializeToString,
+                response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleRoutersResponse.FromString,
+                _registered_method=True)
+        self.DrainNode = channel.unary_unary(
+                '/moecluster.v1.ClusterService/DrainNode',
+                request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.DrainNodeRequest.SerializeToString,
+                response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.DrainNodeResponse.FromString,
+                _registered_method=True)
+        self.GrowModel = channel.unary_unary(
+                '/moecluster.v1.ClusterService/GrowModel',
+                request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GrowModelRequest.SerializeToString,
+                response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GrowModelResponse.FromString,
+                _registered_method=True)
         self.GetOperation = channel.unary_unary(
                 '/moecluster.v1.ClusterService/GetOperation',
                 request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetOperationRequest.SerializeToString,
@@ -84,6 +99,16 @@ class ClusterServiceStub:
                 '/moecluster.v1.ClusterService/GetLedger',
                 request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetLedgerRequest.SerializeToString,
                 response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetLedgerResponse.FromString,
+                _registered_method=True)
+        self.SaveCheckpoint = channel.unary_unary(
+                '/moecluster.v1.ClusterService/SaveCheckpoint',
+                request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.SaveCheckpointRequest.SerializeToString,
+                response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.SaveCheckpointResponse.FromString,
+                _registered_method=True)
+        self.ListCheckpoints = channel.unary_unary(
+                '/moecluster.v1.ClusterService/ListCheckpoints',
+                request_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ListCheckpointsRequest.SerializeToString,
+                response_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ListCheckpointsResponse.FromString,
                 _registered_method=True)
         self.ExportModel = channel.unary_unary(
                 '/moecluster.v1.ClusterService/ExportModel',
@@ -139,6 +164,35 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ScaleRouters(self, request, context):
+        """The same for routers: those that join take the trunk from one that is there, and streams at one that leaves go on
+        at another.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainNode(self, request, context):
+        """Starts to empty a node that is to be taken away, and returns at once: steps and requests go on meanwhile. Its expert
+        actors are replaced on other nodes where there is room, else the others take its groups over; no new actor is
+        started on it. The operation succeeds only if the node holds nothing of the cluster any more. Idempotent: sending
+        the same request id and node again returns the operation that exists. INVALID_ARGUMENT if there is no such node,
+        ALREADY_EXISTS if the request id was used with another node, FAILED_PRECONDITION while another operation runs, and
+        for the node of the router or the coordinator.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GrowModel(self, request, context):
+        """Starts to add experts to every MoE layer of the model, and returns at once: steps and requests go on, and stand
+        still for a moment between two steps, at which all actors have grown or none has. The loss goes on where it was.
+        Idempotent as ScaleExperts is. INVALID_ARGUMENT if the model or its gate cannot have so many experts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetOperation(self, request, context):
         """NOT_FOUND if there is no such operation, or it is no longer kept.
         """
@@ -169,6 +223,21 @@ class ClusterServiceServicer:
 
     def GetLedger(self, request, context):
         """What every disturbance of the cluster cost: deaths, restarts, changes of size, moves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SaveCheckpoint(self, request, context):
+        """Writes a checkpoint now: weights, optimizer state, gates, the job and its place in the data. Steps wait only while
+        state is copied in memory. RESOURCE_EXHAUSTED if there is no room for it; earlier ones are untouched.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListCheckpoints(self, request, context):
+        """Those that are kept, newest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -217,6 +286,21 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleExpertsRequest.FromString,
                     response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleExpertsResponse.SerializeToString,
             ),
+            'ScaleRouters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScaleRouters,
+                    request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleRoutersRequest.FromString,
+                    response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleRoutersResponse.SerializeToString,
+            ),
+            'DrainNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainNode,
+                    request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.DrainNodeRequest.FromString,
+                    response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.DrainNodeResponse.SerializeToString,
+            ),
+            'GrowModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.GrowModel,
+                    request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GrowModelRequest.FromString,
+                    response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GrowModelResponse.SerializeToString,
+            ),
             'GetOperation': grpc.unary_unary_rpc_method_handler(
                     servicer.GetOperation,
                     request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetOperationRequest.FromString,
@@ -241,6 +325,16 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.GetLedger,
                     request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetLedgerRequest.FromString,
                     response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetLedgerResponse.SerializeToString,
+            ),
+            'SaveCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.SaveCheckpoint,
+                    request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.SaveCheckpointRequest.FromString,
+                    response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.SaveCheckpointResponse.SerializeToString,
+            ),
+            'ListCheckpoints': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCheckpoints,
+                    request_deserializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ListCheckpointsRequest.FromString,
+                    response_serializer=protos_dot_moecluster_dot_v1_dot_cluster__pb2.ListCheckpointsResponse.SerializeToString,
             ),
             'ExportModel': grpc.unary_unary_rpc_method_handler(
                     servicer.ExportModel,
@@ -400,6 +494,87 @@ class ClusterService:
             _registered_method=True)
 
     @staticmethod
+    def ScaleRouters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ClusterService/ScaleRouters',
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleRoutersRequest.SerializeToString,
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.ScaleRoutersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ClusterService/DrainNode',
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.DrainNodeRequest.SerializeToString,
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.DrainNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GrowModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ClusterService/GrowModel',
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.GrowModelRequest.SerializeToString,
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.GrowModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetOperation(request,
             target,
             options=(),
@@ -524,6 +699,60 @@ class ClusterService:
             '/moecluster.v1.ClusterService/GetLedger',
             protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetLedgerRequest.SerializeToString,
             protos_dot_moecluster_dot_v1_dot_cluster__pb2.GetLedgerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SaveCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ClusterService/SaveCheckpoint',
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.SaveCheckpointRequest.SerializeToString,
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.SaveCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCheckpoints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ClusterService/ListCheckpoints',
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.ListCheckpointsRequest.SerializeToString,
+            protos_dot_moecluster_dot_v1_dot_cluster__pb2.ListCheckpointsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,247 @@
+"""Where the tensors of an expert actor's groups are, and what computes with them: all on the device, or at home behind
+it with a cache on the device.
+
+A place is room for one group in every layer. Who keeps groups in places (`Holdings`) does not see the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from actors.homes import FileStore, Home, MemoryStore, Store
+from actors.moe.cache import CacheSettings
+from actors.moe.cached import CachedExperts
+from actors.moe.experts import ExpertStack
+from actors.moe.shelf import Loader
+from actors.trunk.model import Skeleton
+
+Stacked = Callable[[int], Mapping[str, Tensor]]
+"""Layer -> parameters of the experts of all places, [places * group_size, ...]."""
+
+
+class Residency(Protocol):
+    @property
+    def stacks(self) -> Sequence[ExpertStack]:
+        """By layer: what computes."""
+
+    def weight(self, place: int, layer: int, name: str) -> Tensor:
+        """[group_size, ...], as a view. Before it is written: `settle`; after that: `changed`."""
+
+    def gradient(self, place: int, layer: int, name: str) -> Tensor:
+        """As a view, of what was accumulated since `drop_gradients`."""
+
+    def moments(self, place: int, layer: int, name: str) -> tuple[Tensor, Tensor]:
+        """Memory for AdamW's first and second moment, all zeros."""
+
+    def drop_gradients(self) -> None: ...
+
+    def resize(self, num_places: int) -> None:
+        """Room for more, also in the middle of a step. Views are others afterwards. After an error nothing changed."""
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Gives up all other places, between two steps. Views are others afterwards."""
+
+    def clear(self, place: int) -> None:
+        """What is there will not be used again; its gradients are zero."""
+
+    def train(self) -> None:
+        """Room for gradients and moments, where that is not taken for granted. `CacheFull` if there is none."""
+
+    def settle(self) -> None:
+        """Nobody reads the weights until the next forward or `changed`."""
+
+    def changed(self, places: Iterable[int]) -> None:
+        """Their weights were written."""
+
+    def num_bytes(self) -> int:
+        """Of weights and gradients."""
+
+    def counters(self) -> dict[str, Any]:
+        """Of the cache; empty without one. From any thread."""
+
+    def close(self) -> None:
+        """Nothing is computed any more; what is not referred to elsewhere is given back at once."""
+
+
+def residency(
+    skeleton: Skeleton,
+    group_size: int,
+    device: torch.device,
+    num_places: int,
+    load: Stacked,
+    cache: CacheSettings | None,
+) -> Residency:
+    if cache is None:
+        return OnDevice(skeleton, group_size, device, num_places, load)
+    return Cached(skeleton, group_size, device, num_places, load, cache)
+
+
+class OnDevice:
+    """One stack of weights a layer, for grouped products over all experts."""
+
+    def __init__(
+        self, skeleton: Skeleton, group_size: int, device: torch.device, num_places: int, load: Stacked
+    ) -> None:
+        self._size = group_size
+        self.stacks = [
+            ExpertStack(layer.template, {n: t.to(device) for n, t in load(i).items()})
+            if num_places
+            else ExpertStack(layer.template, _no_experts(layer.shapes(), skeleton.dtype, device))
+            for i, layer in enumerate(skeleton.layers)
+        ]
+
+    def weight(self, place: int, layer: int, name: str) -> Tensor:
+        return self.stacks[layer].weight(name)[self._span(place)]
+
+    def gradient(self, place: int, layer: int, name: str) -> Tensor:
+        return self.stacks[layer].gradient(name)[self._span(place)]
+
+    def moments(self, place: int, layer: int, name: str) -> tuple[Tensor, Tensor]:
+        weight = self.weight(place, layer, name)
+        return torch.zeros_like(weight), torch.zeros_like(weight)
+
+    def drop_gradients(self) -> None:
+        for stack in self.stacks:
+            stack.zero_gradients()
+
+    def resize(self, num_places: int) -> None:
+        for stack in self.stacks:
+            stack.resize(num_places * self._size)
+
+    def keep(self, places: Sequence[int]) -> None:
+        for stack in self.stacks:
+            stack.keep([place * self._size + i for place in places for i in range(self._size)])
+
+    def clear(self, place: int) -> None:
+        for parameter in (p for stack in self.stacks for p in stack.parameters()):
+            if parameter.grad is not None:
+                parameter.grad[self._span(place)] = 0
+
+    def train(self) -> None:
+        pass
+
+    def settle(self) -> None:
+        pass
+
+    def changed(self, places: Iterable[int]) -> None:
+        pass
+
+    def num_bytes(self) -> int:
+        tensors = [t for stack in self.stacks for p in stack.parameters() for t in (p, p.grad) if t is not None]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def counters(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+    def _span(self, place: int) -> slice:
+        return slice(place * self._size, (place + 1) * self._size)
+
+
+class Cached:
+    """All tensors at home, `cache.size` groups of each layer on the device. Updates are made at home, on the host's CPU
+    beside the moments (as ZeRO-Offload, Ren et al. 2021), and what the device has is brought up to date after them."""
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        group_size: int,
+        device: torch.device,
+        num_places: int,
+        load: Stacked,
+        cache: CacheSettings,
+    ) -> None:
+        self._skeleton, self._size = skeleton, group_size
+        self._store: Store = FileStore(cache.directory) if cache.directory else MemoryStore(device)
+        self._homes: list[Home] = []
+        self.resize(num_places)
+        for layer in range(len(skeleton.layers)) if num_places else ():
+            for name, stacked in load(layer).items():
+                for home, tensor in zip(self._homes, stacked.split(group_size), strict=True):
+                    home.weights[layer][name].copy_(tensor)
+        self._loader = Loader(device)
+        self.stacks = [
+            CachedExperts(
+                layer.template,
+                i,
+                layer.shapes(),
+                self._homes,
+                group_size=group_size,
+                capacity=cache.size,
+                loader=self._loader,
+            )
+            for i, layer in enumerate(skeleton.layers)
+        ]
+        # After the last layer comes the first one of the next pass.
+        for stack, following in zip(self.stacks, [*self.stacks[1:], *self.stacks[:1]], strict=True):
+            stack.after_forward = following.anticipate
+
+    def weight(self, place: int, layer: int, name: str) -> Tensor:
+        return self._homes[place].weights[layer][name]
+
+    def gradient(self, place: int, layer: int, name: str) -> Tensor:
+        return self._homes[place].training(layer)[name].gradient
+
+    def moments(self, place: int, layer: int, name: str) -> tuple[Tensor, Tensor]:
+        found = self._homes[place].training(layer)[name]
+        return found.first.zero_(), found.second.zero_()
+
+    def drop_gradients(self) -> None:
+        for home in self._homes:
+            home.zero_gradients()
+
+    def resize(self, num_places: int) -> None:
+        shapes = [
+            {name: (self._size, *shape) for name, shape in sorted(layer.shapes().items())}
+            for layer in self._skeleton.layers
+        ]
+        here = len(self._homes)
+        self._homes += [
+            Home(self._store, shapes, self._skeleton.dtype, f"expert group {place + 1} of {num_places} here")
+            for place in range(here, num_places)
+        ]
+
+    def keep(self, places: Sequence[int]) -> None:
+        for place in set(range(len(self._homes))) - set(places):
+            self.clear(place)
+        self._homes[:] = [self._homes[place] for place in places]
+
+    def clear(self, place: int) -> None:
+        self.settle()
+        self._homes[place].zero_gradients()
+        for stack in self.stacks:
+            stack.drop(self._homes[place])
+
+    def train(self) -> None:
+        for home in self._homes:
+            home.train()
+
+    def settle(self) -> None:
+        self._loader.settle()
+
+    def changed(self, places: Iterable[int]) -> None:
+        homes = [self._homes[place] for place in places]
+        for stack in self.stacks:
+            stack.reload(homes)
+
+    def num_bytes(self) -> int:
+        return sum(home.num_bytes() for home in self._homes)
+
+    def counters(self) -> dict[str, Any]:
+        return self._loader.counters.to_dict()
+
+    def close(self) -> None:
+        self._loader.close()
+        for stack in self.stacks:
+            stack.close()
+        self._homes.clear()
+
+
+def _no_experts(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    return {name: torch.zeros(0, *shape, dtype=dtype, device=device) for name, shape in shapes.items()}

@@ -1,0 +1,113 @@
+"""A growth of the model carried out: all actors have the new experts from one step on, or none has them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+from actors.errors import LinkError, MoeClusterError, StepAborted
+from actors.values import Grown, Growth
+from cluster.backend import Operation
+from cluster.errors import FailedPrecondition, Unavailable
+from cluster.fabric.calls import call
+from cluster.fabric.changes import Changes
+from cluster.fabric.checkpoints import Checkpoints
+from cluster.fabric.crew import Crew
+from cluster.fabric.guarded import Guarded
+from cluster.fabric.options import ROUTER
+
+logger = logging.getLogger(__name__)
+
+KIND = "grow_model"
+PREPARE_TIMEOUT_S = 120.0
+GROW_TIMEOUT_S = 3600.0
+ATTEMPTS = 5
+"""Of one growth: a death in the middle undoes the attempt, and the next finds the placement without the dead."""
+AGAIN_S = 1.0
+
+
+class _Cancelled(Exception):
+    """Before an attempt: nobody has grown."""
+
+
+class Growing:
+    def __init__(self, state: Guarded, crew: Crew, changes: Changes, checkpoints: Checkpoints) -> None:
+        self._state, self._crew, self._changes, self._checkpoints = state, crew, changes, checkpoints
+
+    def grow(self, growth: Growth, request_id: str) -> Operation:
+        """Starts it; `operations` tell how it goes. `InvalidInput` or `FailedPrecondition` if it cannot be."""
+        with self._state.changing() as coordinator:
+            if request_id in {operation.request_id for operation in coordinator.operations.all()}:
+                return coordinator.operations.start(KIND, growth.num_experts, request_id, time.time())
+            self._changes.begin(f"growing to {growth.num_experts} experts")
+        try:
+            with self._state.reading() as coordinator:
+                coordinator.check_growth(growth.num_experts)
+            call(ROUTER, self._crew.router.prepare_growth.remote(growth), PREPARE_TIMEOUT_S)
+            with self._state.changing() as coordinator:
+                operation = coordinator.operations.start(KIND, growth.num_experts, request_id, time.time())
+        except BaseException:
+            self._changes.end()
+            raise
+        threading.Thread(target=self._run, args=(operation, growth), name=operation.id, daemon=True).start()
+        return operation
+
+    def _run(self, operation: Operation, growth: Growth) -> None:
+        started = time.monotonic()
+        try:
+            with self._changes.priced("grow", f"{growth.num_experts} experts a layer") as price:
+                grown = self._grow(operation, growth)
+                price(grown.waited_s)
+            message = f"{grown.way}: {grown.moved_share:.2%} of the tried gate weight went to other experts"
+            with self._state.changing() as coordinator:
+                coordinator.operations.progress(operation.id, 1.0, message)
+                seconds = time.monotonic() - started
+                coordinator.operations.succeeded(
+                    operation.id, time.time(), max(0.0, seconds - grown.waited_s), grown.waited_s
+                )
+            self._checkpoints.after_change()
+        except _Cancelled:
+            with self._state.changing() as coordinator:
+                coordinator.operations.cancelled(operation.id, time.time())
+        except Exception as error:
+            is_ours = isinstance(error, MoeClusterError)
+            logger.log(logging.WARNING if is_ours else logging.ERROR, "%s failed", operation.id, exc_info=not is_ours)
+            text = str(error) if is_ours else f"{type(error).__name__} in the coordinator; see its log"
+            with self._state.changing() as coordinator:
+                coordinator.operations.failed(operation.id, text, time.time())
+        finally:
+            self._changes.end()
+
+    def _grow(self, operation: Operation, growth: Growth) -> Grown:
+        """Tries again after a death in the middle."""
+        for attempt in range(1, ATTEMPTS + 1):
+            self._report(operation, f"attempt {attempt}, between two steps")
+            try:
+                return self._attempt(growth)
+            except (LinkError, StepAborted, Unavailable, FailedPrecondition) as error:
+                logger.warning("%s, attempt %d: nobody has grown: %s", operation.id, attempt, error)
+                if attempt == ATTEMPTS:
+                    raise
+                time.sleep(AGAIN_S)
+        raise AssertionError("unreachable")
+
+    def _attempt(self, growth: Growth) -> Grown:
+        deadline = time.monotonic() + GROW_TIMEOUT_S
+        with self._state.reading() as coordinator:
+            coordinator.check_growth(growth.num_experts)
+        self._changes.settle(deadline)
+        grown: Grown = call(ROUTER, self._crew.router.grow.remote(growth), GROW_TIMEOUT_S)
+        self._crew.num_experts = growth.num_experts
+        with self._state.changing() as coordinator:
+            has_lost = coordinator.grown(grown.placement, grown.num_parameters, time.time())
+            placement = coordinator.placement
+        if has_lost and not placement.missing:
+            self._changes.switch(placement)
+        return grown
+
+    def _report(self, operation: Operation, message: str) -> None:
+        with self._state.changing() as coordinator:
+            coordinator.operations.progress(operation.id, 0.0, message)
+            if coordinator.operations.is_cancelling(operation.id):
+                raise _Cancelled

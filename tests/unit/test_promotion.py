@@ -1,0 +1,175 @@
+"""Which router takes the lead after a death, and what those who wait are told. With a crew of names alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+
+from actors.errors import InvalidInput, MoeClusterError, StepAborted
+from actors.values import Course, Placement, Promotion, StepReport
+from cluster.backend import Job, JobState
+from cluster.config import JobConfig, OptimizerConfig, RouterConfig
+from cluster.control.coordinator import Coordinator, ModelFacts
+from cluster.errors import Unavailable
+from cluster.fabric import jobs
+from cluster.fabric import routers as module
+from cluster.fabric.guarded import Guarded
+from cluster.fabric.routers import Routers
+from cluster.fabric.workers import Following
+
+
+class Cast:
+    """A crew and the changes to it: routers by name, and what each does when it is promoted."""
+
+    def __init__(self, **fates: Promotion | MoeClusterError) -> None:
+        self.leader = ""
+        self.left = dict(fates)
+        self.asked: list[tuple[str, list[str], int]] = []
+        self.switched: list[Placement] = []
+
+    def routers(self) -> dict[str, tuple[str, Any]]:
+        return {name: (name, SimpleNamespace(promote=self._promoter(name))) for name in self.left}
+
+    def _promoter(self, name: str) -> Any:
+        def remote(others: list[str], term: int) -> Promotion | MoeClusterError:
+            self.asked.append((name, others, term))
+            return self.left[name]
+
+        return SimpleNamespace(remote=remote)
+
+    def lead(self, name: str) -> None:
+        self.leader = name
+
+    def bury(self, name: str, reason: str) -> None:
+        del self.left[name]
+
+    def switch(self, placement: Placement) -> None:
+        self.switched.append(placement)
+
+
+def answer_of(who: str, answer: Any, timeout_s: float) -> Any:
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def of(cast: Cast, monkeypatch: pytest.MonkeyPatch) -> Routers:
+    monkeypatch.setattr(module, "call", answer_of)
+    state = Guarded(Coordinator(ModelFacts("m", 1, 2, 1, 1, 8, 8), Placement(1, (("expert-0",),), 2)))
+    crew: Any = cast
+    return Routers(state, crew, crew, None, RouterConfig(actors=2, max_actors=3), 2)
+
+
+def promoted(routers: Routers) -> None:
+    routers.look()
+    assert routers._promoting is not None
+    routers._promoting.join(10)
+    assert not routers._promoting.is_alive()
+
+
+def test_the_first_that_can_leads_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    cast = Cast(a=StepAborted("behind the others"), b=Promotion(7, None), c=Promotion(7, None))
+    routers = of(cast, monkeypatch)
+    promoted(routers)
+    assert cast.asked == [("a", ["b", "c"], 1), ("b", ["c"], 2)]
+    assert (cast.leader, list(cast.left)) == ("b", ["b", "c"])
+    assert [placement.epoch for placement in cast.switched] == [1]
+    assert routers.after("dead", Unavailable("it died")).version == 7
+
+
+def test_who_waits_is_told_that_nobody_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    cast = Cast(a=Unavailable("dead as well"))
+    routers = of(cast, monkeypatch)
+    promoted(routers)
+    assert not cast.left
+    with pytest.raises(Unavailable, match="it died"):
+        routers.after("dead", Unavailable("it died"))
+
+
+def test_one_that_only_seems_dead_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    cast = Cast(a=Promotion(1, None))
+    cast.leader = "a"
+    monkeypatch.setattr(module, "NOTICED_S", 0.1)
+    with pytest.raises(Unavailable, match="it died"):
+        of(cast, monkeypatch).after("a", Unavailable("it died"))
+
+
+@pytest.mark.parametrize("count", [0, 4])
+def test_numbers_that_cannot_be(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    with pytest.raises(InvalidInput, match=r"1 to router\.max_actors 3"):
+        of(Cast(), monkeypatch).scale(count, "r")
+
+
+JOB = Job("job-1", "mine", JobConfig(), JobState.RUNNING, 0, 1.0)
+REPORT = StepReport(step=4, loss=2.0, grad_norm=1.0, num_tokens=8, seconds=0.1, retries=0, load_LE=[[1]])
+
+
+class Stage:
+    """A leader that dies at its first step, one that takes its place, and what the job asks them."""
+
+    def __init__(self, promotion: Promotion) -> None:
+        self.leader = "first"
+        self.promotion = promotion
+        self.asked: list[str] = []
+
+    @property
+    def router(self) -> Any:
+        name = self.leader
+
+        def train_step(*args: object) -> StepReport | Unavailable:
+            self.asked.append(name)
+            return death() if name == "first" else REPORT
+
+        return SimpleNamespace(
+            begin_run=SimpleNamespace(remote=lambda *args: Course(run=1, version=3)),
+            train_step=SimpleNamespace(remote=train_step),
+        )
+
+    def after(self, leader: str, error: Unavailable) -> Promotion:
+        self.leader = "second"
+        return self.promotion
+
+    def follow(self, following: Following) -> None:
+        self.following = following
+
+    def job_begins(self, job_id: str, begin: Callable[[], Course], step: int) -> Course:
+        return begin()
+
+
+def death() -> Unavailable:
+    error = Unavailable("the router is not there")
+    error.__cause__ = RayActorError()
+    return error
+
+
+@pytest.mark.parametrize(
+    ("promotion", "asked", "retries"),
+    [
+        (Promotion(3, None), ["first", "second"], 1),
+        (Promotion(3, replace(REPORT, step=3)), ["first", "second"], 1),
+        (Promotion(4, REPORT), ["first"], 0),
+    ],
+)
+def test_a_step_that_counts_already_is_not_run_again(
+    monkeypatch: pytest.MonkeyPatch, promotion: Promotion, asked: list[str], retries: int
+) -> None:
+    stage: Any = Stage(promotion)
+    monkeypatch.setattr(jobs, "call", answer_of)
+    router = jobs._JobRouter(stage, stage, stage, JOB)
+    router.begin_run(OptimizerConfig())
+    report = router.train_step([[[1, 2]]], lr=1e-3, clip_norm=1.0)
+    assert (report.step, report.retries, stage.asked) == (4, retries, asked)
+
+
+def test_a_step_that_nobody_can_tell_of_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage: Any = Stage(Promotion(4, None))
+    monkeypatch.setattr(jobs, "call", answer_of)
+    router = jobs._JobRouter(stage, stage, stage, JOB)
+    router.begin_run(OptimizerConfig())
+    with pytest.raises(MoeClusterError, match="step to version 4"):
+        router.train_step([[[1, 2]]], lr=1e-3, clip_norm=1.0)
