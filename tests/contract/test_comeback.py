@@ -9,23 +9,32 @@ from typing import Any
 
 import pytest
 
-from actors.errors import InvalidInput
+from actors.errors import InvalidInput, StepAborted
 from actors.values import Address, Course, Placement, StepReport
 from cluster.backend import Job, JobState
 from cluster.config import ClusterConfig, JobConfig, ModelConfig
-from cluster.control.journal import Journal
+from cluster.control.journal import Journal, Process
 from cluster.errors import Unavailable
 from cluster.fabric import comeback
 from cluster.fabric.attaching import check_same
-from cluster.fabric.comeback import Findings, find_survivors, on_their_way, tell_losses, weigh, worth_keeping
+from cluster.fabric.comeback import (
+    Findings,
+    find_survivors,
+    link_keys_of,
+    on_their_way,
+    tell_losses,
+    weigh,
+    worth_keeping,
+)
 from cluster.fabric.crew import Survivors
-from cluster.fabric.workers import ExpertContact, ExpertStanding, RouterStanding
+from cluster.fabric.workers import ExpertContact, ExpertStanding, Following, RouterContact, RouterStanding
 from tests.unit.test_coordinator import MODEL
 from tests.unit.test_journal import JOURNAL
 
 NOWHERE = Address("host", "", "")
 PLACEMENT = Placement(3, (("expert-0", "expert-1"), ("expert-0", "expert-1"), ("expert-1",), ("expert-1",)), 2)
 JOB = Job("job-2", "b", JobConfig(steps=40), JobState.RUNNING, 0, 1.0)
+FOLLOWING = Following(JOB, Course(2, 3))
 
 
 def expert(name: str, groups: tuple[int, ...], version: int = 20, run: int = 2, heard_s: float = 90.0) -> Any:
@@ -33,13 +42,19 @@ def expert(name: str, groups: tuple[int, ...], version: int = 20, run: int = 2, 
     return name, ExpertStanding(contact, {"version": version, "run": run, "groups": list(groups)}, heard_s)
 
 
-def router(version: int = 20, run: int = 2, reports: tuple[tuple[float, StepReport], ...] = ()) -> Any:
-    vitals = {"version": version, "run": run}
-    return "router", RouterStanding("node", 2, PLACEMENT, vitals, JOB, Course(2, 3), reports, 91.0)
+def router(
+    name: str = "router-0", version: int = 20, run: int = 2, following: Following = FOLLOWING, **fields: Any
+) -> RouterStanding:
+    """One that leads, and that nobody follows."""
+    contact = RouterContact(name, "node", 20 + int(name[-1]), NOWHERE)
+    vitals = {"version": version, "run": run, "left_out": []}
+    standing = RouterStanding(contact, True, 0, (), PLACEMENT, vitals, following, (), 91.0)
+    return replace(standing, **fields)
 
 
 def survivors(*experts: Any, has_router: bool = True, **fields: Any) -> Survivors:
-    return Survivors(router(**fields) if has_router else None, {name: (name, said) for name, said in experts})
+    routers = {"router-0": ("router-0", router(**fields))} if has_router else {}
+    return Survivors(routers, "router-0" if has_router else "", {name: (name, said) for name, said in experts})
 
 
 WHOLE = (expert("expert-0", (0, 1)), expert("expert-1", (0, 1, 2, 3)))
@@ -103,6 +118,16 @@ def test_a_cluster_that_has_not_trained_is_pristine() -> None:
     assert findings(survivors(*fresh, version=0, run=0)).standing.job is None, "steps of another run"
 
 
+@pytest.mark.parametrize("is_pristine", [True, False])
+def test_what_was_imported_or_has_grown_is_not_pristine(is_pristine: bool) -> None:
+    fresh = (expert("expert-0", (0, 1), 0, 0), expert("expert-1", (0, 1, 2, 3), 0, 0))
+    journal = replace(JOURNAL, is_pristine=is_pristine, model=MODEL)
+    found = survivors(*fresh, version=0, run=0)
+    assert findings(found, journal).standing.is_pristine == is_pristine
+    grown = replace(PLACEMENT, holders=(*PLACEMENT.holders, ("expert-1",)))
+    assert not findings(survivors(*fresh, version=0, run=0, placement=grown), journal).standing.is_pristine
+
+
 def test_last_steps_are_told_as_the_job_would_have_told_them() -> None:
     report = StepReport(20, 1.25, 0.5, 64, 0.125, 1, [[3, 1]])
     (told,) = findings(survivors(*WHOLE, reports=((99.0, report),))).standing.reports
@@ -127,50 +152,149 @@ def test_actors_that_hold_nothing_end_where_they_are_too_many(monkeypatch: pytes
     assert kept(monkeypatch, survivors(WHOLE[0], flawed, idle[0]), 2) == (["expert-0", "expert-2"], ["expert-1"])
 
 
-class Handle:
-    """An actor whose calls are carried out at once, and noted."""
+class Stage:
+    """Actors whose calls are carried out at once, and noted."""
 
-    def __init__(self, name: str, calls: list[str], answer: Any) -> None:
-        def called(method: str, result: Any) -> Any:
-            calls.append(f"{name} {method}")
-            return result
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **answers: Any) -> None:
+        """What each says of itself: a value, or one after the other; an error where it does not answer."""
+        self.calls: list[str] = []
+        self.ended: list[str] = []
+        self.fenced: list[int] = []
+        self.answers = answers
+        self.handles = {name.replace("_", "-"): self._handle(name) for name in answers}
+        self.waits = iter([False, False])
+        """Whether the answers are there; later ones are."""
+        monkeypatch.setattr(comeback, "_handles", lambda cluster: self.handles)
+        monkeypatch.setattr(comeback, "call", self._call)
+        monkeypatch.setattr(comeback.ray, "wait", self._wait)
+        monkeypatch.setattr(comeback.ray, "kill", lambda handle: self.ended.append(handle.name))
+        monkeypatch.setattr(comeback, "end_process", lambda node_id, pid: self.fenced.append(pid))
 
-        self.standing = SimpleNamespace(remote=lambda: called("standing", answer))
-        self.ping = SimpleNamespace(remote=lambda: called("ping", None))
+    def _handle(self, key: str) -> Any:
+        name = key.replace("_", "-")
+
+        def noted(method: str, answer: Any) -> Any:
+            self.calls.append(f"{name} {method}")
+            return answer
+
+        def standing() -> Any:
+            said = self.answers[key]
+            return noted("standing", said.pop(0) if isinstance(said, list) and len(said) > 1 else said)
+
+        def promote(others: list[RouterContact], term: int) -> Any:
+            return noted(f"promote {[other.name for other in others]} {term}", FATES.get(name))
+
+        remotes = {
+            "standing": standing,
+            "promote": promote,
+            "ping": lambda: noted("ping", self.answers[key] if isinstance(self.answers[key], Exception) else None),
+            "link_keys": lambda: noted("link_keys", self.answers[key]),
+        }
+        return SimpleNamespace(name=name, **{m: SimpleNamespace(remote=remote) for m, remote in remotes.items()})
+
+    def _wait(self, refs: list[Any], timeout: float, num_returns: int = 1) -> tuple[list[Any], list[Any]]:
+        is_ready = next(self.waits, True)
+        return [ref for ref in refs if is_ready and not isinstance(ref, Exception)], []
+
+    @staticmethod
+    def _call(who: str, ref: Any, timeout_s: float) -> Any:
+        answer = ref[0] if isinstance(ref, list) else ref
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def find(self, journal: Journal | None = None) -> Survivors:
+        return find_survivors("abc", journal, 1.0)
+
+
+FATES: dict[str, Any] = {}
+"""What comes of a promotion."""
+SILENT = Unavailable("frozen")
+REPLICAS = {
+    f"router_{number}": router(f"router-{number}", leads=False, following=Following(None, Course(0, 0)))
+    for number in (1, 2, 3)
+}
 
 
 def test_expert_actors_are_asked_after_the_step_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-    silent = Unavailable("frozen")
-    answers = {
-        "router-0/old": None,
-        "expert-10": WHOLE[1][1],
-        "expert-9": WHOLE[0][1],
-        "router-0/new": router()[1],
-        "expert-11": None,
-        "expert-12": silent,
-    }
-    handles = {name: Handle(name, calls, answer) for name, answer in answers.items()}
-    waits = iter([True, False, False, True])
-    ended: list[Any] = []
-
-    def answered(who: str, ref: Any, timeout_s: float) -> Any:
-        if ref is silent:
-            raise ref
-        return ref
-
-    monkeypatch.setattr(comeback, "_handles", lambda cluster: handles)
-    monkeypatch.setattr(comeback, "call", answered)
-    monkeypatch.setattr(comeback.ray, "wait", lambda refs, timeout: (refs if next(waits) else [], []))
-    monkeypatch.setattr(comeback.ray, "kill", ended.append)
-    found = find_survivors("abc", None)
-    assert found.router == (handles["router-0/new"], router()[1])
+    stage = Stage(
+        monkeypatch,
+        router_0=router(),
+        router_1=None,
+        expert_10=WHOLE[1][1],
+        expert_9=WHOLE[0][1],
+        expert_11=None,
+        expert_12=SILENT,
+    )
+    found = stage.find()
+    assert found.leader == "router-0"
+    assert found.lead == router()
     assert list(found.experts) == ["expert-9", "expert-10"]
-    assert ended == [handles["router-0/old"], handles["expert-11"], handles["expert-12"]]
-    asked = [call for call in calls if call.endswith("standing")]
-    assert asked[:2] == ["router-0/old standing", "router-0/new standing"]
-    assert calls.index("expert-9 standing") > max(i for i, call in enumerate(calls) if call.endswith("ping"))
-    assert calls.count("expert-9 ping") == 2, "so that nobody takes the coordinator for gone"
+    assert stage.ended == ["router-1", "expert-11", "expert-12"]
+    first = stage.calls.index("expert-9 standing")
+    assert all(stage.calls.index(f"{name} standing") < first for name in ("router-0", "router-1"))
+    assert stage.calls.count("expert-9 ping") == 2, "so that nobody takes the coordinator for gone"
+
+
+def test_those_that_follow_are_found_and_others_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One was joining, in the leader's turn; one was left out; one has frozen; and one led before."""
+    leader = router(leads=True, term=4, followers=("router-1", "router-2"), contact=REPLICAS["router_3"].contact)
+    deposed = router("router-0", term=1)
+    answers = {**REPLICAS, "router_2": [None, REPLICAS["router_2"]], "router_3": leader}
+    stage = Stage(monkeypatch, router_0=deposed, **answers, router_4=SILENT, router_5=REPLICAS["router_1"])
+    found = stage.find()
+    assert found.leader == "router-3"
+    assert set(found.routers) == {"router-1", "router-2", "router-3"}
+    assert stage.ended == ["router-0", "router-4", "router-5"]
+    assert not any("promote" in call for call in stage.calls)
+
+
+def test_without_a_leader_the_furthest_that_can_is_promoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead = replace(REPLICAS["router_2"], vitals={"version": 21, "run": 2, "left_out": []}, term=3)
+    followed = replace(REPLICAS["router_3"], leads=True, term=5, followers=("router-1",))
+    stage = Stage(
+        monkeypatch, router_1=REPLICAS["router_1"], router_2=[ahead, ahead], router_3=[REPLICAS["router_3"], followed]
+    )
+    monkeypatch.setitem(FATES, "router-2", StepAborted("behind the expert actors"))
+    found = stage.find()
+    promoted = [call for call in stage.calls if "promote" in call]
+    assert promoted == ["router-2 promote ['router-1', 'router-3'] 4", "router-3 promote ['router-1'] 5"]
+    assert (found.leader, set(found.routers)) == ("router-3", {"router-1", "router-3"})
+    assert stage.ended == ["router-2"]
+
+
+def test_where_nobody_can_lead_no_router_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(monkeypatch, router_1=REPLICAS["router_1"], expert_0=WHOLE[0][1])
+    monkeypatch.setitem(FATES, "router-1", StepAborted("behind the expert actors"))
+    found = stage.find()
+    assert (found.leader, found.routers, found.lead) == ("", {}, None)
+    assert list(found.experts) == ["expert-0"]
+    assert stage.ended == ["router-1"]
+
+
+def test_a_frozen_process_is_ended_by_its_number_and_no_living_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    actors = (Process("expert-0", "node", 5), Process("expert-1", "node", 1), Process("router-0", "node", 20))
+    stage = Stage(monkeypatch, router_0=router(), expert_0=SILENT, expert_1=WHOLE[1][1])
+    stage.find(replace(JOURNAL, actors=actors))
+    assert stage.fenced == [5]
+
+
+def test_the_keys_are_those_of_any_actor_that_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told_by(**keys: Any) -> Any:
+        handles = Stage(monkeypatch, **keys).handles
+        found = survivors(*WHOLE)
+        routers = {"router-0": (handles["router-0"], router())}
+        experts = {name: (handles[name], said) for name, (_, said) in found.experts.items()}
+        return link_keys_of(Survivors(routers, "router-0", experts))
+
+    assert told_by(router_0="keys", expert_0=SILENT, expert_1=SILENT) == "keys"
+    assert told_by(router_0=SILENT, expert_0=SILENT, expert_1="keys") == "keys"
+    assert told_by(router_0=None, expert_0=None, expert_1=None) is None
+    with pytest.raises(Unavailable, match="tells the keys"):
+        told_by(router_0=SILENT, expert_0=SILENT, expert_1=SILENT)
+
+
+# What the coordinator is told.
 
 
 def test_groups_on_their_way_are_those_that_an_actor_does_not_hold() -> None:
