@@ -208,9 +208,9 @@ class Routers:
             for contact in contacts:
                 begun = time.monotonic()
                 leader = self._crew.leader
-                following = call(leader, self._crew.router.join.remote(contact), JOIN_TIMEOUT_S)
-                self._crew.handle(contact.name).follow.remote(following)
+                call(leader, self._crew.router.join.remote(contact), JOIN_TIMEOUT_S)
                 self._crew.joined(contact, leader)
+                self._tell_whom_to_follow(contact.name)
                 took_s.append(time.monotonic() - begun)
                 seen = self._crew.status_of(contact.name)
                 with self._state.changing() as coordinator:
@@ -219,6 +219,14 @@ class Routers:
             self._crew.end({contact.name for contact in contacts} - set(self._crew.routers()))
             raise
         return max(took_s)
+
+    def _tell_whom_to_follow(self, name: str) -> None:
+        """Of a job that begins later it hears as all do."""
+        try:
+            following = call(self._crew.leader, self._crew.router.following.remote(), NOTICED_S)
+            self._crew.handle(name).follow.remote(following)
+        except MoeClusterError as error:  # it follows all the same
+            logger.warning("%s does not know whose steps it does: %s", name, error)
 
     def _end(self, name: str) -> None:
         """Its streams go on at others."""

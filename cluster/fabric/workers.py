@@ -359,10 +359,9 @@ class RouterWorker:
         return self._contact
 
     @ray.method(concurrency_group=TRAIN)
-    def join(self, replica: RouterContact) -> Following:
-        """Between two steps, which wait until it has the trunk. -> whose steps it is to follow."""
+    def join(self, replica: RouterContact) -> None:
+        """Between two steps, which wait until it has the trunk."""
         self._router.join(replica.name, self._open_replica(replica))
-        return self._following
 
     @ray.method(concurrency_group=TRAIN)
     def part(self, name: str) -> None:
@@ -459,9 +458,15 @@ class RouterWorker:
         return self._keys
 
     @ray.method(concurrency_group=CONTROL)
+    def following(self) -> Following:
+        return self._following
+
+    @ray.method(concurrency_group=CONTROL)
     def follow(self, following: Following) -> None:
-        """Whose steps the router that leads does from now on, for the case that this one is to lead."""
-        self._following = following
+        """Whose steps the router that leads does from now on, for the case that this one is to lead. News of an earlier
+        run are late."""
+        if following.course.run >= self._following.course.run:
+            self._following = following
 
     def _follow_saved(self, found: Found, course: Course) -> None:
         values = found.manifest.job

@@ -16,6 +16,7 @@ from cluster.config import ClusterConfig, JobConfig, ModelConfig
 from cluster.control.journal import Journal, Process
 from cluster.errors import Unavailable
 from cluster.fabric import comeback
+from cluster.fabric import crew as crew_module
 from cluster.fabric.attaching import check_same
 from cluster.fabric.comeback import (
     Findings,
@@ -26,7 +27,7 @@ from cluster.fabric.comeback import (
     weigh,
     worth_keeping,
 )
-from cluster.fabric.crew import Survivors
+from cluster.fabric.crew import Crew, Survivors
 from cluster.fabric.workers import ExpertContact, ExpertStanding, Following, RouterContact, RouterStanding
 from tests.unit.test_coordinator import MODEL
 from tests.unit.test_journal import JOURNAL
@@ -34,6 +35,7 @@ from tests.unit.test_journal import JOURNAL
 NOWHERE = Address("host", "", "")
 PLACEMENT = Placement(3, (("expert-0", "expert-1"), ("expert-0", "expert-1"), ("expert-1",), ("expert-1",)), 2)
 JOB = Job("job-2", "b", JobConfig(steps=40), JobState.RUNNING, 0, 1.0)
+CONFIG = ClusterConfig(ModelConfig(values={"model_type": "mixtral", "hidden_size": 8}))
 FOLLOWING = Following(JOB, Course(2, 3))
 
 
@@ -294,6 +296,36 @@ def test_the_keys_are_those_of_any_actor_that_tells(monkeypatch: pytest.MonkeyPa
         told_by(router_0=SILENT, expert_0=SILENT, expert_1=SILENT)
 
 
+def test_a_crew_goes_on_with_those_that_were_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    wait = SimpleNamespace(remote=lambda: "death")
+    handles = {
+        name: SimpleNamespace(wait_until_death=wait) for name in ("router-1", "router-3", "expert-0", "expert-1")
+    }
+    said = replace(REPLICAS["router_1"], leads=True, vitals={"left_out": ["router-6"]})
+    routers = {"router-3": (handles["router-3"], REPLICAS["router_3"]), "router-1": (handles["router-1"], said)}
+    experts = {name: (handles[name], standing) for name, standing in WHOLE}
+    monkeypatch.setattr(crew_module, "node_names", lambda: {"node": "one"})
+    crew: Any = Crew(CONFIG, "abc")
+    keys: Any = object()
+    crew.take_over(Survivors(routers, "router-1", experts), (5, 2), 12, keys)
+    assert (crew.leader, crew.router) == ("router-1", handles["router-1"])
+    assert {name: handle for name, (_, handle) in crew.routers().items()} == {n: h for n, (h, _) in routers.items()}
+    assert crew.next_numbers == (5, 7), "the leader would take a new router-6 for the one that it has left out"
+    assert crew.num_experts == 12
+    assert crew.link_keys is keys
+    known = {process.name: process.pid for process in crew.processes()}
+    assert known == {"router-1": 21, "router-3": 23, "expert-0": 1, "expert-1": 1}
+
+
+def test_a_crew_without_a_router_has_no_leader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crew_module, "node_names", dict)
+    crew = Crew(CONFIG, "abc")
+    crew.take_over(Survivors({}, "", {}), (0, 1), 8, None)
+    assert (crew.leader, crew.routers(), crew.next_numbers) == ("", {}, (0, 1))
+    with pytest.raises(Unavailable, match="no router leads"):
+        _ = crew.router
+
+
 # What the coordinator is told.
 
 
@@ -318,8 +350,6 @@ def test_the_coordinator_is_told_who_is_gone() -> None:
 
 
 # A front that joins a cluster.
-
-CONFIG = ClusterConfig(ModelConfig(values={"model_type": "mixtral", "hidden_size": 8}))
 
 
 def with_values(**sections: Mapping[str, Any]) -> ClusterConfig:

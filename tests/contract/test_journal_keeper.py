@@ -25,7 +25,7 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 
 class Desk:
     def __init__(self, url: str) -> None:
-        self.journal = replace(JOURNAL, jobs=(), operations=(), entries=())
+        self.journal = replace(JOURNAL, is_pristine=True, jobs=(), operations=(), entries=())
         self.keeper = Keeper(url, lambda: self.journal, lambda journal: not journal.is_empty)
 
 
