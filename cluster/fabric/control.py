@@ -314,7 +314,8 @@ class ControlWorker:
         return self._crew.experts()
 
     def link_keys(self) -> LinkKeys | None:
-        return self._crew.link_keys
+        with self._state.reading():  # before it knows everybody it would make new ones
+            return self._crew.link_keys
 
     # -- asked by the front -------------------------------------------------------------------------------------------
 
