@@ -139,8 +139,7 @@ def test_the_coordinator_and_the_leader_die_at_once(client: Client, alone: list[
     os.kill(leader.pid, signal.SIGKILL)
     coordinator().kill()
     # A few steps may be told to nobody: they are done, and no other coordinator has heard of them.
-    told = {event.step: event.metrics["loss"] for event in client.watch_job(job.id) if event.kind == "step"}
-    expected = {event.step: event.metrics["loss"] for event in alone if event.kind == "step"}
+    told, expected = losses(list(client.watch_job(job.id))), losses(alone)
     assert told == pytest.approx({step: expected[step] for step in told}, rel=1e-9)
     assert max(told) == STEADY.steps
     assert client.get_job(job.id).state is JobState.SUCCEEDED
