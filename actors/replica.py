@@ -272,15 +272,7 @@ class Replica:
 
     def _fence(self, question: Message) -> Message:
         """Another replica leads now; what is left of the leader before was refused by the term already."""
-        prepared = self._prepared.attempt if self._prepared and not self._missing else None
-        return Message(
-            "ok",
-            {
-                "version": self.router.version,
-                "attempt": self._attempt_of_next(),
-                "prepared": [prepared.step, prepared.number] if prepared else None,
-            },
-        )
+        return Message("ok", {"version": self.router.version, "attempt": self._attempt_of_next()})
 
     # -- promoted -----------------------------------------------------------------------------------------------------
 
