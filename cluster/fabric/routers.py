@@ -162,11 +162,14 @@ class Routers:
                 if coordinator.operations.is_cancelling(operation.id):
                     raise _Cancelled
 
+        with self._turn:  # to its end: nobody else changes their number before it is known what came of this
+            self._carry_out(operation, report)
+
+    def _carry_out(self, operation: Operation, report: Report) -> None:
         before, started = self._wanted, time.monotonic()
         try:
-            with self._turn:
-                self._want(operation.target)
-                stall_s = self._resize(operation.target, report)
+            self._want(operation.target)
+            stall_s = self._resize(operation.target, report)
             with self._state.changing() as coordinator:
                 prepare_s = time.monotonic() - started - stall_s
                 self._wanted_before = self._wanted
