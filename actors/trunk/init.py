@@ -7,6 +7,7 @@ draws the same weights.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,14 +18,17 @@ from transformers import PreTrainedModel
 
 from actors.trunk.model import Skeleton
 
+_drawing = threading.RLock()
+
 
 @contextmanager
 def drawn_from(*seed: int) -> Iterator[None]:
-    """torch's global generator seeded by a tuple inside, as it was before outside."""
+    """torch's global generator seeded by a tuple inside, as it was before outside. One thread at a time: it is the
+    process's only one."""
     mixed = 0
     for part in seed:
         mixed = (mixed * 1_000_003 + part + 1) % (1 << 62)
-    with torch.random.fork_rng(devices=[]):
+    with _drawing, torch.random.fork_rng(devices=[]):
         torch.manual_seed(mixed)
         yield
 

@@ -158,6 +158,20 @@ class Checkpoints:
             self._wait_for_room(job_id, should_stop)
         elif self._every_steps and (step % self._every_steps == 0 or time.monotonic() >= self._owed_from_s):
             self._save_beside(job_id)
+            self._wait_for_the_first(should_stop)
+
+    def _wait_for_the_first(self, should_stop: Callable[[], bool]) -> None:
+        """As long as there is no checkpoint at all there is nothing that lost weights could come back from."""
+        while self._turn.locked() and not should_stop():
+            with self._state.reading() as coordinator:
+                if coordinator.can_restore:
+                    return
+            time.sleep(0.02)
+
+    def begun_at(self, job_id: str) -> int | None:
+        """Version at the job's begin, if it is the last that began."""
+        with self._course_lock:
+            return self._course[1].version if self._course and self._course[0] == job_id else None
 
     def after_job(self) -> None:
         """It has ended: what it has come to, and that it need not be resumed."""

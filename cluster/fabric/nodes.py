@@ -103,14 +103,17 @@ def _names(num_nodes: int) -> list[str]:
 
 def _start_node(cluster: Cluster, name: str, resources: Mapping[str, float]) -> Any:
     """Ray's handle of it; it joins soon."""
-    return cluster.add_node(
-        wait=False,
-        num_cpus=0,
-        num_gpus=0,
-        resources=dict(resources),
-        labels={NODE_LABEL: name},
-        object_store_memory=OBJECT_STORE_BYTES,
-    )
+    node = {
+        "num_cpus": 0,
+        "num_gpus": 0,
+        "resources": dict(resources),
+        "labels": {NODE_LABEL: name},
+        "object_store_memory": OBJECT_STORE_BYTES,
+    }
+    try:
+        return cluster.add_node(wait=False, **node)
+    except Exception as error:  # as above; Ray gives it 30 s, which a machine that does much else may not keep
+        raise StartupError(f"{name} did not start: {error}") from error
 
 
 def _revived(address: str, resources: Mapping[str, float], name: str) -> subprocess.Popen[bytes]:

@@ -210,11 +210,11 @@ class Recovery:
     def _report(
         self, before: Placement, placement: Placement, found: Found, job_id: str | None, num_parameters: int | None
     ) -> int | None:
-        saved = job_in(found)
-        with self._state.changing() as coordinator:
+        with self._state.reading() as coordinator:
             waiting = coordinator.waiting_job()
-            of = job_id or (waiting.id if waiting else None)
-            steps = {saved.id: saved.step} if saved and saved.id == of else {}
+        of = job_id or (waiting.id if waiting else "")
+        steps = self._steps_in(found, of) if of else {}
+        with self._state.changing() as coordinator:
             if coordinator.placement != before:
                 raise Unavailable("an actor died meanwhile")
             lost = coordinator.status().version - found.manifest.version
@@ -223,6 +223,15 @@ class Recovery:
             coordinator.restored(placement, found.manifest.version, steps, message, time.time(), num_parameters)
         logger.warning(message)
         return steps.get(job_id or "")
+
+    def _steps_in(self, found: Found, job_id: str) -> dict[str, int]:
+        """Step of the job that the checkpoint is of; empty if it is not of this job."""
+        saved = job_in(found)
+        if saved and saved.id == job_id:
+            return {job_id: saved.step}
+        if self._checkpoints.begun_at(job_id) == found.manifest.version:
+            return {job_id: 0}  # it died before its first checkpoint, and these are the weights that it began with
+        return {}
 
     def _tell(self, notice: str) -> None:
         with self._state.changing() as coordinator:

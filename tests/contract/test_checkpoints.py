@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,7 +69,8 @@ class Crew:
         self.version, self.run = 0, 1
         self.fault: MoeClusterError | None = None
         self.dropped: list[str] = []
-        self.router = SimpleNamespace(take_snapshot=SimpleNamespace(remote=lambda: self._take))
+        take_snapshot = SimpleNamespace(remote=lambda: self._take)
+        self.router = SimpleNamespace(take_snapshot=take_snapshot, **vars(self.handle("router-0")))
 
     def handle(self, name: str) -> Any:
         return SimpleNamespace(
@@ -95,6 +96,8 @@ class Bench:
     def __init__(self, every_steps: int) -> None:
         placement = spread(8, 2, (ActorSlot("e0", "n0"), ActorSlot("e1", "n1")))
         self.coordinator = Coordinator(MODEL, placement)
+        self.coordinator.can_restore = True
+        """There is one of an earlier job."""
         for name, role in (("r0", "router"), ("e0", "expert"), ("e1", "expert")):
             self.coordinator.actor_seen(ActorStatus(name, role, "n0", 1, "ready", device="cpu", version=0), 0.0)
         self.storage = Storage()
@@ -123,10 +126,15 @@ class Bench:
 
 
 @pytest.fixture(autouse=True)
-def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(edge, "call", lambda who, ref, timeout_s: ref())
     monkeypatch.setattr(edge, "ROOM_AGAIN_S", 0.02)
     monkeypatch.setattr(edge, "AFTER_FAILURE_S", 0.2)
+    yield
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join(WAIT_S)
+            assert not thread.is_alive(), "it would go on with Ray's calls"
 
 
 def test_every_so_many_steps_with_the_step_of_the_job() -> None:
@@ -142,7 +150,6 @@ def test_every_so_many_steps_with_the_step_of_the_job() -> None:
         (bench.job, "mine", step, JobState.RUNNING) for step in (0, 2, 4)
     ]
     assert jobs[0].config == JobConfig(steps=20)
-    assert bench.coordinator.can_restore
     assert bench.crew.dropped == ["e0", "e1", "router-0"] * 3
 
 
@@ -279,7 +286,7 @@ def test_a_vault_lists_what_it_has_newest_first(tmp_path: Path) -> None:
     found = [write(where, version) for version in (1, 2)]
     assert where.newest() == found[1]
     assert where.all() == found[::-1]
-    told = edge.entry(found[0])
+    told = edge.told(found[0])
     assert (told.version, told.url, told.job_id, told.job_step) == (1, found[0].url, "job-1", 2)
     assert told.size_bytes > 16
     (Path(found[1].url) / "e0.safetensors").write_bytes(b"")
@@ -293,3 +300,18 @@ def test_the_checkpoint_of_another_model_is_refused_by_field(tmp_path: Path) -> 
     write(vault(tmp_path), 1)
     with pytest.raises(InvalidInput, match=r"model\.vocab_size: the checkpoint has 260, the model has 7"):
         vault(tmp_path, vocab_size=7).newest()
+
+
+def test_steps_wait_for_the_first_checkpoint_of_all() -> None:
+    bench = Bench(2)
+    bench.coordinator.can_restore = False
+    bench.storage.go.clear()
+    threading.Timer(0.2, bench.storage.go.set).start()
+    bench.checkpoints.after_step(bench.job, 0, lambda: False)
+    assert bench.coordinator.can_restore
+    assert len(bench.storage.saved) == 1
+    bench.storage.go.clear()
+    bench.coordinator.can_restore = False
+    bench.checkpoints.after_step(bench.job, 0, lambda: True)
+    assert len(bench.storage.saved) == 1, "a job that is to stop does not wait"
+    bench.storage.go.set()

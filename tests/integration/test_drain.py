@@ -110,7 +110,7 @@ def test_nodes_that_cannot_be_emptied_are_refused_by_name(client: Client) -> Non
     with pytest.raises(InvalidInput, match=r"'node-9'.*head, node-1, node-2, node-3") as caught:
         client.drain("node-9")
     assert caught.value.field == "node"
-    with pytest.raises(FailedPrecondition, match="node head holds the router"):
+    with pytest.raises(FailedPrecondition, match="node head holds a router"):
         client.drain("head")
     assert client.operations() == []
 
