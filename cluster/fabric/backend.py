@@ -236,7 +236,8 @@ async def _events(stream: Any, deadline: float) -> AsyncGenerator[TokenEvent]:
     while True:
         with translated(ROUTER):
             try:
-                ref = await asyncio.wait_for(anext(iterator), max(0.0, deadline - time.monotonic()))
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    ref = await anext(iterator)
             except StopAsyncIteration:
                 return
             event: TokenEvent = await ref
