@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,27 +21,21 @@ from cluster.backend import Checkpoint, ClusterStatus, Job, JobEvent, LoadReport
 from cluster.config import ClusterConfig, JobConfig
 from cluster.control.coordinator import Coordinator, ModelFacts
 from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
-from cluster.control.journal import Journal, LeavingNode
+from cluster.control.journal import Journal
 from cluster.control.ledger import Entry
 from cluster.control.past import Past
 from cluster.errors import StartupError, Unavailable
 from cluster.fabric.attaching import check_same
-from cluster.fabric.autoscaling import Autoscaler
 from cluster.fabric.calls import call
-from cluster.fabric.changes import Changes
-from cluster.fabric.checkpoints import Checkpoints, Vault, num_experts_in, sentence, told, vault_url
-from cluster.fabric.comeback import find_survivors, link_keys_of, on_their_way, tell_losses, weigh, worth_keeping
-from cluster.fabric.crew import Crew, Survivors
-from cluster.fabric.draining import Draining
-from cluster.fabric.growing import Growing
+from cluster.fabric.checkpoints import Vault, num_experts_in, sentence, told
+from cluster.fabric.comeback import come_back
+from cluster.fabric.crew import Crew
+from cluster.fabric.desk import Desk, Known, Wanted, set_up
 from cluster.fabric.guarded import Guarded
-from cluster.fabric.jobs import JobThreads
-from cluster.fabric.journal import Keeper, name_for, read_journal
+from cluster.fabric.journal import name_for, read_journal
 from cluster.fabric.options import ROUTER
-from cluster.fabric.rebalancing import Rebalancer
-from cluster.fabric.recovery import Recovery, begin_from, load_experts
-from cluster.fabric.routers import Routers, promote_timeout_s, ready_routers
-from cluster.fabric.scaling import Scaling
+from cluster.fabric.recovery import begin_from, load_experts
+from cluster.fabric.routers import ready_routers
 from cluster.fabric.workers import ExpertContact
 from cluster.jobs.tokenizer import check_vocabulary, load_tokenizer
 from cluster.placement.placement import spread
@@ -59,37 +52,6 @@ AGAIN_S = 2.0
 """After an attempt to come back that failed."""
 FIRST_RUN = 1
 """Of a router that starts from a checkpoint; the next job's is one more."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What there should be by now, whatever the config says."""
-
-    experts: int
-    """Expert actors."""
-    routers: int
-    term: int = 0
-    """The highest that any router has led in."""
-    leaving: Mapping[str, str] = field(default_factory=dict)
-    """Id -> name of the nodes that were emptied, and are to be taken away."""
-
-
-@dataclass(frozen=True)
-class Desk:
-    """What a coordinator works with, from the moment that it knows the state of the cluster."""
-
-    state: Guarded
-    changes: Changes
-    scaling: Scaling
-    rebalancer: Rebalancer
-    autoscaler: Autoscaler
-    draining: Draining
-    growing: Growing
-    routers: Routers
-    checkpoints: Checkpoints
-    recovery: Recovery
-    jobs: JobThreads
-    keeper: Keeper
 
 
 class ControlWorker:
@@ -145,7 +107,8 @@ class ControlWorker:
         slots = self._crew.start_experts(experts.actors)
         placement = spread(model.num_experts, experts.group_size, slots, experts.redundancy)
         coordinator = Coordinator(model, placement, redundancy=experts.redundancy, max_groups=experts.max_groups)
-        desk = self._desk(coordinator, vault, origin, Wanted(experts.actors, self._config.router.actors))
+        wanted = Wanted(experts.actors, self._config.router.actors)
+        desk = self._set_up(Known(coordinator, vault, origin, wanted))
         self._load(placement, [slot.id for slot in slots], found)
         if found is not None:
             begin_from(desk.state, found, past)
@@ -172,40 +135,8 @@ class ControlWorker:
             load_experts(self._crew, placement, found, FIRST_RUN)
         self._crew.load_router(placement, self._me, found, FIRST_RUN)
 
-    def _desk(self, coordinator: Coordinator, vault: Vault, origin: ModelFacts, wanted: Wanted) -> Desk:
-        """`origin`: of the model as the config says."""
-        config, state, crew = self._config, Guarded(coordinator), self._crew
-        experts = config.experts
-        changes = Changes(state, crew)
-        scaling = Scaling(state, crew, changes, experts, wanted.experts)
-        checkpoints = Checkpoints(vault, config.checkpoint.every_steps, state, crew)
-        recovery = Recovery(state, crew, changes, scaling, checkpoints, self._me, experts.redundancy)
-        routers = Routers(state, crew, changes, self._me, config.router, wanted.routers, wanted.term)
-        draining = Draining(state, crew, changes, scaling, wanted.leaving)
-
-        def take() -> Journal:
-            with state.reading() as coordinator:
-                now = Wanted(scaling.wanted_if_cut_off, routers.wanted_if_cut_off, leaving=draining.leaving_if_cut_off)
-                return journal_of(coordinator, self._cluster, origin, now, crew)
-
-        def is_worth_it(journal: Journal) -> bool:
-            wanted = journal.wanted, journal.wanted_routers
-            return not journal.is_empty or wanted != (experts.actors, config.router.actors) or bool(journal.leaving)
-
-        return Desk(
-            state,
-            changes,
-            scaling,
-            Rebalancer(changes, experts.rebalance_every_s),
-            Autoscaler(state, crew, changes, scaling, experts),
-            draining,
-            Growing(state, crew, changes, checkpoints),
-            routers,
-            checkpoints,
-            recovery,
-            JobThreads(state, crew, config.model, checkpoints, recovery, routers),
-            Keeper(vault.url, take, is_worth_it, self._journal_name),
-        )
+    def _set_up(self, known: Known) -> Desk:
+        return set_up(self._config, self._cluster, self._crew, self._me, known, self._journal_name)
 
     def _sit_down(self, desk: Desk) -> None:
         self._seat = desk
@@ -224,68 +155,12 @@ class ControlWorker:
             self._stopping.wait(AGAIN_S)
 
     def _find_everybody(self) -> None:
-        journal = read_journal(vault_url(self._config), self._journal_name)
-        if journal is not None and journal.cluster != self._cluster:
-            journal = None  # of a life before, which had nothing to do with these actors
-        found = find_survivors(self._cluster, journal, promote_timeout_s(self._config.router))
-        if not found.leader and not found.experts:
+        known = come_back(self._config, self._cluster, self._crew, self._journal_name)
+        if known is None:
             logger.error("nobody outlived the coordinator; all begins anew")
             self._begin()
-            return
-        now, experts = time.time(), self._config.experts
-        keys = link_keys_of(found)
-        origin, model = self._facts(found, journal)
-        vault = Vault(self._config, origin)
-        findings = weigh(found, journal, model, experts.group_size, saved=bool(vault.all()))
-        wanted = self._wanted(found, journal)
-        kept = worth_keeping(found, findings, wanted.experts)
-        coordinator = Coordinator.restored_from(
-            model,
-            findings.placement,
-            Past(journal.jobs, journal.operations, journal.entries) if journal else Past(),
-            findings.standing,
-            now,
-            findings.since_s,
-            redundancy=experts.redundancy,
-            max_groups=experts.max_groups,
-        )
-        tell_losses(coordinator, findings, now)
-        numbers = (journal.next_number, journal.next_router) if journal else (0, 1)
-        self._crew.take_over(kept, numbers, model.num_experts, keys)
-        self._crew.leave_off(on_their_way(kept, findings.placement))
-        desk = self._desk(coordinator, vault, origin, wanted)
-        if (job := findings.standing.job) is not None and kept.lead is not None:
-            desk.checkpoints.job_goes_on(job.id, kept.lead.following.course)
-        logger.warning(
-            "the coordinator is back: version %d, routers %s, expert actors %s%s",
-            findings.standing.version,
-            ", ".join(kept.routers) or "none",
-            ", ".join(kept.experts) or "none",
-            "" if journal else "; there is no journal, so that jobs and operations of before are forgotten",
-        )
-        self._sit_down(desk)
-
-    def _facts(self, found: Survivors, journal: Journal | None) -> tuple[ModelFacts, ModelFacts]:
-        """-> of the model as the config says, and as it is: it may have grown, also after the journal's last word."""
-        num_experts = found.lead.placement.num_experts if found.lead else None
-        if journal is not None and num_experts in (None, journal.model.num_experts):
-            return journal.origin, journal.model
-        if not found.leader:  # another one is started, and started again when it can be loaded
-            origin = self._crew.start_router()
-            self._crew.end([ROUTER])
-            return origin, origin
-        handle, _ = found.routers[found.leader]
-        timeout_s = self._config.ray.start_timeout_s
-        origin, model = (call(found.leader, handle.facts.remote(count), timeout_s) for count in (0, num_experts))
-        return origin, model
-
-    def _wanted(self, found: Survivors, journal: Journal | None) -> Wanted:
-        term = max((said.term for _, said in found.routers.values()), default=0)
-        if journal is None:
-            num_experts = max(len(found.experts), self._config.experts.min_actors)
-            return Wanted(num_experts, max(len(found.routers), self._config.router.actors), term)
-        leaving = {node.node_id: node.name for node in journal.leaving}
-        return Wanted(journal.wanted, journal.wanted_routers, term, leaving)
+        else:
+            self._sit_down(self._set_up(known))
 
     @property
     def _at(self) -> Desk:
@@ -487,28 +362,6 @@ class ControlWorker:
                 desk.changes.switch(placement)
             case ActorLost():
                 pass
-
-
-def journal_of(coordinator: Coordinator, cluster: str, origin: ModelFacts, wanted: Wanted, crew: Crew) -> Journal:
-    past = coordinator.past
-    next_number, next_router = crew.next_numbers
-    return Journal(
-        cluster=cluster,
-        written_s=time.time(),
-        origin=origin,
-        model=coordinator.model,
-        is_pristine=coordinator.is_pristine,
-        placement=coordinator.placement,
-        wanted=wanted.experts,
-        next_number=next_number,
-        wanted_routers=wanted.routers,
-        next_router=next_router,
-        jobs=past.jobs,
-        operations=past.operations,
-        entries=past.entries,
-        actors=crew.processes(),
-        leaving=tuple(LeavingNode(node_id, name) for node_id, name in sorted(wanted.leaving.items())),
-    )
 
 
 def _below(roots: Sequence[Path], path: str, field: str) -> Path:

@@ -18,16 +18,9 @@ from cluster.errors import Unavailable
 from cluster.fabric import comeback
 from cluster.fabric import crew as crew_module
 from cluster.fabric.attaching import check_same
-from cluster.fabric.comeback import (
-    Findings,
-    find_survivors,
-    link_keys_of,
-    on_their_way,
-    tell_losses,
-    weigh,
-    worth_keeping,
-)
+from cluster.fabric.comeback import find_survivors, link_keys_of
 from cluster.fabric.crew import Crew, Survivors
+from cluster.fabric.findings import Findings, on_their_way, tell_losses, weigh, worth_keeping
 from cluster.fabric.workers import ExpertContact, ExpertStanding, Following, RouterContact, RouterStanding
 from tests.unit.test_coordinator import MODEL
 from tests.unit.test_journal import JOURNAL
