@@ -159,8 +159,12 @@ class ControlWorker:
         if known is None:
             logger.error("nobody outlived the coordinator; all begins anew")
             self._begin()
-        else:
-            self._sit_down(self._set_up(known))
+            return
+        coordinator, desk = known.coordinator, self._set_up(known)
+        may_lack_a_checkpoint = not coordinator.is_pristine and coordinator.waiting_job() is None
+        self._sit_down(desk)
+        if may_lack_a_checkpoint:  # of a change, or of a job's end, right before the death
+            desk.checkpoints.after_change()
 
     @property
     def _at(self) -> Desk:
@@ -296,11 +300,11 @@ class ControlWorker:
         with self._state.reading() as coordinator:
             coordinator.require_idle("a model cannot be imported")
         call(ROUTER, self._crew.router.check_same_architecture.remote(str(directory)), timeout_s)
-        call(ROUTER, self._crew.router.replace_weights.remote(str(directory)), timeout_s)
         with self._state.changing() as coordinator:
             coordinator.imported()
+        self._at.keeper.write_now()  # before it is true: whoever comes back must not take them for untouched
+        call(ROUTER, self._crew.router.replace_weights.remote(str(directory)), timeout_s)
         self._at.checkpoints.after_change()
-        self._at.keeper.write_now()
         return self.status()
 
     def save_checkpoint(self, timeout_s: float) -> Checkpoint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,15 +13,19 @@ import pytest
 from actors.errors import InvalidInput, StepAborted
 from actors.values import Address, Course, Placement, StepReport
 from cluster.backend import Job, JobState
-from cluster.config import ClusterConfig, JobConfig, ModelConfig
+from cluster.config import ClusterConfig, JobConfig, ModelConfig, StorageConfig
+from cluster.control.coordinator import Coordinator
 from cluster.control.journal import Journal, Process
 from cluster.errors import Unavailable
 from cluster.fabric import comeback
+from cluster.fabric import control as control_module
 from cluster.fabric import crew as crew_module
 from cluster.fabric.attaching import check_same
 from cluster.fabric.comeback import find_survivors, link_keys_of
+from cluster.fabric.control import ControlWorker
 from cluster.fabric.crew import Crew, Survivors
 from cluster.fabric.findings import Findings, on_their_way, tell_losses, weigh, worth_keeping
+from cluster.fabric.guarded import Guarded
 from cluster.fabric.workers import ExpertContact, ExpertStanding, Following, RouterContact, RouterStanding
 from tests.unit.test_coordinator import MODEL
 from tests.unit.test_journal import JOURNAL
@@ -364,3 +369,27 @@ def test_a_front_may_be_anywhere() -> None:
 def test_any_other_difference_is_named(wanted: ClusterConfig, text: str) -> None:
     with pytest.raises(InvalidInput, match=text):
         check_same(CONFIG, wanted)
+
+
+def test_an_import_is_written_down_before_the_first_weight_is_touched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A coordinator that dies right after it must not be followed by one that takes the weights for the model's own."""
+    told: list[object] = []
+    coordinator = Coordinator(MODEL, PLACEMENT)
+    worker: Any = object.__new__(ControlWorker)
+    worker._config = replace(CONFIG, storage=StorageConfig(root=str(tmp_path)))
+    worker._crew = SimpleNamespace(
+        router=SimpleNamespace(
+            check_same_architecture=SimpleNamespace(remote=lambda path: "checked"),
+            replace_weights=SimpleNamespace(remote=lambda path: "replaced"),
+        )
+    )
+    worker._seat = SimpleNamespace(
+        state=Guarded(coordinator),
+        keeper=SimpleNamespace(write_now=lambda: told.append(coordinator.is_pristine)),
+        checkpoints=SimpleNamespace(after_change=lambda: told.append("saved")),
+    )
+    monkeypatch.setattr(control_module, "call", lambda who, ref, timeout_s: told.append(ref))
+    worker.import_model("model", 10.0)
+    assert told == ["checked", False, "replaced", "saved"]

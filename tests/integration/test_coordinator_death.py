@@ -1,16 +1,23 @@
-"""Over Ray: the coordinator's process is killed at any moment. Steps and streams go on, and nothing is forgotten."""
+"""Over Ray: the coordinator's process, or Ray's own head, is killed at any moment. Steps and streams go on, and nothing
+is forgotten."""
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
+import ray
 
+from actors.errors import MoeClusterError
 from cluster.backend import JobState, OperationState, SamplingParams
 from cluster.service.client import Client
 from tests.integration.test_resume import JOB, STEPS, WAIT_S, config_in, finish, losses, running, watch_to
@@ -20,14 +27,58 @@ pytestmark = pytest.mark.timeout(600)  # starting processes that import torch ta
 SAMPLING = SamplingParams(max_tokens=300, temperature=0.8, top_p=0.95, seed=7)
 
 
+AWAY_S = 5.0
+
+
+class Head:
+    """Ray's own control process (GCS), of the cluster that this process has started."""
+
+    def __init__(self) -> None:
+        own = psutil.Process().children(recursive=True)
+        (self._process,) = (process for process in own if process.name() == "gcs_server")
+        port = ray.get_runtime_context().gcs_address.rpartition(":")[2]
+        command = self._process.cmdline()
+        self._command = [f"--gcs_server_port={port}" if "gcs_server_port" in word else word for word in command]
+        self._env, self._cwd = self._process.environ(), self._process.cwd()
+        self._again: subprocess.Popen[bytes] | None = None
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait(10)
+
+    def start(self) -> None:
+        executable = Path(ray.__file__).parent / "core/src/ray/gcs/gcs_server"
+        self._again = subprocess.Popen(
+            [str(executable), *self._command[1:]], env=self._env, cwd=self._cwd, start_new_session=True
+        )
+
+    def end(self) -> None:
+        if self._again is not None:
+            with suppress(ProcessLookupError):
+                os.kill(self._again.pid, signal.SIGKILL)
+            self._again.wait(10)
+
+
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    with running(config_in(tmp_path_factory.mktemp("s"))) as client:
-        processes = psutil.Process().children(recursive=True)
-        yield client
-        processes += psutil.Process().children(recursive=True)
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Client, Head]]:
+    """The head keeps what it knows on disk, so that it can come back."""
+    root = tmp_path_factory.mktemp("s")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_gcs_storage", "rocksdb")
+        patch.setenv("RAY_gcs_storage_path", str(root / "gcs"))
+        with running(config_in(root)) as client:
+            head = Head()
+            processes = psutil.Process().children(recursive=True)
+            yield client, head
+            processes += psutil.Process().children(recursive=True)
+    head.end()
     _, alive = psutil.wait_procs(processes, timeout=20)
     assert not alive
+
+
+@pytest.fixture
+def client(service: tuple[Client, Head]) -> Client:
+    return service[0]
 
 
 def coordinator() -> psutil.Process:
@@ -100,6 +151,14 @@ def test_a_job_ends_as_if_nothing_had_been_and_jobs_behind_it_run(client: Client
     assert entry.recovered_s is not None
 
 
+def wait_for_a_checkpoint(client: Client, since_s: float) -> None:
+    """One that the death came before may have been due."""
+    deadline = time.monotonic() + WAIT_S
+    while not any(checkpoint.created_s > since_s for checkpoint in client.checkpoints()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def expert_processes() -> int:
     titles = []
     for process in psutil.Process().children(recursive=True):
@@ -125,9 +184,42 @@ def test_an_operation_under_way_fails_and_what_it_had_started_ends(client: Clien
 def test_afterwards_the_cluster_scales(client: Client) -> None:
     done = list(client.watch_operation(client.scale(3).id))[-1]
     assert done.state is OperationState.SUCCEEDED
+    killed_s = time.time()
     coordinator().kill()
     wait_until_back(client)
     assert client.operation(done.id) == done
+    wait_for_a_checkpoint(client, killed_s)
     assert sum(actor.role == "expert" for actor in client.status().actors) == 3
     done = list(client.watch_operation(client.scale(2).id))[-1]
     assert done.state is OperationState.SUCCEEDED
+
+
+def test_training_and_streams_go_on_while_the_head_is_away(service: tuple[Client, Head]) -> None:
+    client, head = service
+    job = client.submit_job(JOB)
+    watch_to(client, job.id, 5)
+    head.kill()
+    away_since = time.monotonic()
+    step = client.get_job(job.id).step
+    assert [chunk.finish_reason for chunk in client.generate("def ", SAMPLING)][-1] in ("length", "end_of_text")
+    while client.get_job(job.id).step <= step + 3:
+        assert time.monotonic() < away_since + WAIT_S
+        time.sleep(0.05)
+    assert client.status().ready
+    scaling = threading.Thread(target=lambda: scaled.append(scale(client)), daemon=True)
+    scaled: list[OperationState | MoeClusterError] = []
+    scaling.start()
+    time.sleep(max(0.0, away_since + AWAY_S - time.monotonic()))
+    head.start()
+    list(client.watch_job(job.id))
+    assert client.get_job(job.id).state is JobState.SUCCEEDED
+    scaling.join(WAIT_S)
+    assert scaled == [OperationState.SUCCEEDED]
+    assert sum(actor.role == "expert" for actor in client.status().actors) == 3
+
+
+def scale(client: Client) -> OperationState | MoeClusterError:
+    try:
+        return list(client.watch_operation(client.scale(3).id))[-1].state
+    except MoeClusterError as error:
+        return error

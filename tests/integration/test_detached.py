@@ -8,8 +8,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,7 @@ from cluster.service.client import Client
 
 pytestmark = pytest.mark.timeout(600)
 WAIT_S = 150.0
+ORPHAN_TIMEOUT_S = 12.0
 OURS = ("ray::ControlWorker", "ray::RouterWorker", "ray::ExpertWorker")
 JOB = JobConfig(
     steps=100_000,
@@ -32,7 +34,7 @@ JOB = JobConfig(
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    resources = {"moe_router": 1, "moe_expert": 3}
+    resources = {"moe_router": 2, "moe_expert": 5}
     head = {
         "num_cpus": 2,
         "resources": resources,
@@ -87,8 +89,24 @@ class Services:
             process.communicate(timeout=10)
 
 
+@dataclass(frozen=True)
+class Orphans:
+    """A service that ends with its front, and has been there since."""
+
+    front: subprocess.Popen[str]
+    processes: set[int]
+    since_s: float
+
+
+@pytest.fixture(scope="module")
+def orphans(address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Orphans]:
+    services = Services(address, tmp_path_factory.mktemp("orphans"))
+    with services.up(**{"ray.orphan_timeout_s": ORPHAN_TIMEOUT_S}) as (_, front):
+        yield Orphans(front, ours(), time.monotonic())
+
+
 def ours() -> set[int]:
-    """Process ids of coordinator, router and expert actors."""
+    """Process ids of coordinators, routers and expert actors."""
     found = set()
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
@@ -97,9 +115,9 @@ def ours() -> set[int]:
     return found
 
 
-def wait_until_gone() -> None:
+def wait_until_gone(others: Set[int] = frozenset()) -> None:
     deadline = time.monotonic() + WAIT_S
-    while left := ours():
+    while left := ours() - others:
         assert time.monotonic() < deadline, left
         time.sleep(0.2)
 
@@ -113,13 +131,14 @@ def step_beyond(client: Client, job_id: str, step: int) -> int:
     return job.step
 
 
-def test_a_detached_service_goes_on_without_its_front(address: str, tmp_path: Path) -> None:
+def test_a_detached_service_goes_on_without_its_front(address: str, orphans: Orphans, tmp_path: Path) -> None:
     services = Services(address, tmp_path)
     detached = {"ray.detached": True}
     with services.up(**detached) as (target, front), Client(target) as client:
         job_id = client.submit_job(JOB).id
         step = step_beyond(client, job_id, 3)
         before = ours()
+        assert len(before - orphans.processes) >= 4
         front.kill()
         front.wait(10)
     refused = services.command("up", **detached, **{"experts.actors": 3})
@@ -137,14 +156,13 @@ def test_a_detached_service_goes_on_without_its_front(address: str, tmp_path: Pa
         down = services.command("down", "--target", target)
         down.communicate(timeout=WAIT_S)
         assert down.returncode == 0
-    wait_until_gone()
+    wait_until_gone(orphans.processes)
 
 
-def test_actors_of_another_service_end_themselves(address: str, tmp_path: Path) -> None:
-    with Services(address, tmp_path).up(**{"ray.orphan_timeout_s": 12}) as (_, front):
-        assert len(ours()) >= 4
-        time.sleep(15)
-        assert len(ours()) >= 4, "they are asked after"
-        front.kill()
-        front.wait(10)
+def test_actors_of_another_service_end_themselves(orphans: Orphans) -> None:
+    assert len(orphans.processes) >= 4
+    time.sleep(max(0.0, orphans.since_s + 1.5 * ORPHAN_TIMEOUT_S - time.monotonic()))
+    assert ours() == orphans.processes, "they are asked after"
+    orphans.front.kill()
+    orphans.front.wait(10)
     wait_until_gone()
