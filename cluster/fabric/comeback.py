@@ -26,7 +26,7 @@ from cluster.fabric.findings import Findings, on_their_way, tell_losses, weigh, 
 from cluster.fabric.journal import read_journal
 from cluster.fabric.options import COORDINATOR, NAMESPACE, ROUTER
 from cluster.fabric.routers import promote_timeout_s
-from cluster.fabric.workers import ExpertStanding, RouterStanding
+from cluster.fabric.standing import ExpertStanding, RouterStanding
 
 if TYPE_CHECKING:
     from actors.transport.curve import LinkKeys

@@ -30,14 +30,8 @@ from cluster.fabric.calls import call
 from cluster.fabric.links import link_keys
 from cluster.fabric.nodes import expert_room, node_names, nodes_with_room, short_name
 from cluster.fabric.options import ROUTER, expert_options, lasting, router_options
-from cluster.fabric.workers import (
-    ExpertContact,
-    ExpertStanding,
-    ExpertWorker,
-    RouterContact,
-    RouterStanding,
-    RouterWorker,
-)
+from cluster.fabric.standing import ExpertStanding, RouterStanding
+from cluster.fabric.workers import ExpertContact, ExpertWorker, RouterContact, RouterWorker
 from cluster.placement.placement import ActorSlot
 
 if TYPE_CHECKING:

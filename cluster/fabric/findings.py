@@ -15,7 +15,7 @@ from cluster.control.journal import Journal
 from cluster.control.past import Standing, StepTold
 from cluster.fabric.crew import Survivors
 from cluster.fabric.options import ROUTER
-from cluster.fabric.workers import ExpertStanding, RouterStanding
+from cluster.fabric.standing import ExpertStanding, RouterStanding
 from cluster.jobs.runner import metrics_of
 from cluster.jobs.schedule import lr_at
 

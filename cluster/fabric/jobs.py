@@ -23,7 +23,7 @@ from cluster.fabric.guarded import Guarded
 from cluster.fabric.options import ROUTER
 from cluster.fabric.recovery import Recovery
 from cluster.fabric.routers import Routers
-from cluster.fabric.workers import Following
+from cluster.fabric.standing import Following
 from cluster.jobs.batches import MicroBatch
 from cluster.jobs.runner import Documents, JobStopped, run_job
 from cluster.jobs.tokenizer import load_tokenizer

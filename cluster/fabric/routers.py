@@ -20,7 +20,7 @@ from cluster.fabric.calls import call
 from cluster.fabric.changes import Changes
 from cluster.fabric.crew import Crew
 from cluster.fabric.guarded import Guarded
-from cluster.fabric.workers import Following
+from cluster.fabric.standing import Following
 
 logger = logging.getLogger(__name__)
 

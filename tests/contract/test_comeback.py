@@ -26,7 +26,8 @@ from cluster.fabric.control import ControlWorker
 from cluster.fabric.crew import Crew, Survivors
 from cluster.fabric.findings import Findings, on_their_way, tell_losses, weigh, worth_keeping
 from cluster.fabric.guarded import Guarded
-from cluster.fabric.workers import ExpertContact, ExpertStanding, Following, RouterContact, RouterStanding
+from cluster.fabric.standing import ExpertStanding, Following, RouterStanding
+from cluster.fabric.workers import ExpertContact, RouterContact
 from tests.unit.test_coordinator import MODEL
 from tests.unit.test_journal import JOURNAL
 

@@ -20,7 +20,8 @@ from cluster.config import ClusterConfig, JobConfig, LinksConfig, OptimizerConfi
 from cluster.configfile import load_cluster
 from cluster.fabric import workers
 from cluster.fabric.links import link_keys
-from cluster.fabric.workers import ExpertContact, ExpertWorker, Following, RouterWorker
+from cluster.fabric.standing import Following
+from cluster.fabric.workers import ExpertContact, ExpertWorker, RouterWorker
 
 NAMES = ("expert-0", "expert-1")
 PLACEMENT = Placement(1, tuple((name,) for name in NAMES), 4)

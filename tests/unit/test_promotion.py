@@ -20,7 +20,7 @@ from cluster.fabric import jobs
 from cluster.fabric import routers as module
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.routers import Routers
-from cluster.fabric.workers import Following
+from cluster.fabric.standing import Following
 
 
 class Cast:
