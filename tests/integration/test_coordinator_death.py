@@ -18,6 +18,7 @@ import pytest
 import ray
 
 from actors.errors import MoeClusterError
+from actors.values import Growth
 from cluster.backend import JobState, OperationState, SamplingParams
 from cluster.service.client import Client
 from tests.integration.test_resume import JOB, STEPS, WAIT_S, config_in, finish, losses, running, watch_to
@@ -192,6 +193,33 @@ def test_afterwards_the_cluster_scales(client: Client) -> None:
     assert sum(actor.role == "expert" for actor in client.status().actors) == 3
     done = list(client.watch_operation(client.scale(2).id))[-1]
     assert done.state is OperationState.SUCCEEDED
+
+
+def test_a_growth_and_a_checkpoint_under_way_are_done_or_undone(client: Client) -> None:
+    num_experts, expected = client.status().num_experts, tokens(client)
+    victim = coordinator()
+    saving = threading.Thread(target=save, args=(client,), daemon=True)
+    saving.start()
+    operation = client.grow(Growth(2 * num_experts))
+    time.sleep(0.2)  # whatever it has come to
+    victim.kill()
+    saving.join(WAIT_S)
+    wait_until_back(client)
+    status = client.status()
+    ended = client.operation(operation.id)
+    assert ended.state is OperationState.FAILED or status.num_experts == 2 * num_experts
+    assert status.num_experts in (num_experts, 2 * num_experts)
+    assert len(status.owners) == status.num_experts, "every group has a holder"
+    assert tokens(client) == expected
+    if status.num_experts == num_experts:
+        again = list(client.watch_operation(client.grow(Growth(2 * num_experts)).id))[-1]
+        assert again.state is OperationState.SUCCEEDED, again.error
+    assert client.save_checkpoint().version == client.status().version
+
+
+def save(client: Client) -> None:
+    with suppress(MoeClusterError):
+        client.save_checkpoint()
 
 
 def test_training_and_streams_go_on_while_the_head_is_away(service: tuple[Client, Head]) -> None:
