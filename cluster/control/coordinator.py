@@ -413,8 +413,8 @@ class Coordinator:
         num_parameters: int | None = None,
     ) -> None:
         """What was lost is back, and everybody is at this version. `steps`: job -> step it goes on after. A job that
-        waits to go on after other steps has failed. `num_parameters`: of the model, if it has another number of experts
-        again."""
+        waits to go on after other steps has failed; one of which no step is known begins anew. `num_parameters`: of the
+        model, if it has another number of experts again."""
         self._disturbances.restored(self._version - version)
         if num_parameters is not None:
             self._resize(placement.num_experts, num_parameters)
@@ -427,7 +427,7 @@ class Coordinator:
                 resuming.go_back(step, message, now)
             elif record := self._active(job_id):
                 record.go_back(step, message, now)
-        if resuming and resuming.job.id not in steps:
+        if resuming and resuming.job.step and resuming.job.id not in steps:
             error = f"{message}; the checkpoint is not of this job, whose steps are lost"
             resuming.move(JobState.FAILED, now, error)
 

@@ -115,8 +115,10 @@ class JobTable:
         return record
 
     def resuming(self) -> JobRecord | None:
-        """A job that goes on after the steps it has done, and waits for the cluster to be ready."""
-        return next((r for r in self._records.values() if r.job.state is JobState.QUEUED and r.job.step), None)
+        """A job that had begun, goes on after the steps it has done, and waits for the cluster to be ready. How many
+        they are it may have to learn first: a journal has those of some moment before, or none yet."""
+        records = self._records.values()
+        return next((r for r in records if r.job.state is JobState.QUEUED and r.job.started_s is not None), None)
 
     def oldest_first(self) -> tuple[Job, ...]:
         return tuple(record.job for record in self._records.values())

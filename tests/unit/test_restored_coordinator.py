@@ -125,6 +125,18 @@ def test_with_the_router_dead_too_the_job_waits_for_the_checkpoint() -> None:
     assert coordinator.status().version == 18
 
 
+@pytest.mark.parametrize(("steps", "start"), [({"job-2": 15}, 15), ({}, 0)])
+def test_the_checkpoint_knows_steps_of_which_the_journal_knows_none(steps: dict[str, int], start: int) -> None:
+    """It is written when a job begins, and then not at every step."""
+    begun = Past(jobs=(DONE, replace(RUNNING, step=0)))
+    coordinator = restored(begun, replace(ALONE, can_restore=True))
+    waiting = coordinator.waiting_job()
+    assert waiting is not None
+    assert waiting.id == "job-2"
+    coordinator.restored(replace(PLACEMENT, epoch=5), 18, steps, "back", 102.0)
+    assert next_job(coordinator) == StartJob("job-2", CONFIG, start)
+
+
 def test_a_checkpoint_of_another_job_fails_the_one_that_waits() -> None:
     coordinator = restored(standing=replace(ALONE, can_restore=True))
     coordinator.restored(replace(PLACEMENT, epoch=5), 3, {}, "back", 102.0)
