@@ -92,6 +92,8 @@ class Coordinator:
         """Whether there is a checkpoint that what is lost can come back from."""
         self.is_pristine = True
         """The weights are still those of the model directory: no step and no import since."""
+        self.is_returning = False
+        """Everybody is on the way back to a checkpoint: no job begins before it is known which of its steps are there."""
         self.notice = ""
         """What status is to say beside what is known here."""
         self._stopping: str | None = None
@@ -502,7 +504,7 @@ class Coordinator:
 
     def _start_next(self, now: float) -> None:
         record = self._jobs.next_queued()
-        if record is None or self._jobs.active() or self._stopping or not self._is_ready():
+        if record is None or self._jobs.active() or self._stopping or self.is_returning or not self._is_ready():
             return
         record.move(JobState.RUNNING, now)
         self._decisions.append(StartJob(record.job.id, record.job.config, record.job.step))

@@ -108,6 +108,7 @@ class Recovery:
 
         `InvalidInput` if no checkpoint can be used: nothing will be tried again.
         """
+        self._set_returning(True)
         try:
             while not should_stop():
                 if self._changes.try_begin("the return to a checkpoint"):
@@ -125,7 +126,12 @@ class Recovery:
                 time.sleep(AGAIN_S)
             return None
         finally:
+            self._set_returning(False)
             self._tell("")
+
+    def _set_returning(self, is_returning: bool) -> None:
+        with self._state.changing() as coordinator:
+            coordinator.is_returning = is_returning
 
     def _go_back(self, job_id: str | None) -> int | None:
         with self._state.reading() as coordinator:

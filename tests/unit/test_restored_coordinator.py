@@ -133,7 +133,11 @@ def test_the_checkpoint_knows_steps_of_which_the_journal_knows_none(steps: dict[
     waiting = coordinator.waiting_job()
     assert waiting is not None
     assert waiting.id == "job-2"
+    coordinator.is_returning = True
+    beat(coordinator, 101.0)
+    assert coordinator.step(101.0) == [], "all are there again, and nobody knows its step yet"
     coordinator.restored(replace(PLACEMENT, epoch=5), 18, steps, "back", 102.0)
+    coordinator.is_returning = False
     assert next_job(coordinator) == StartJob("job-2", CONFIG, start)
 
 
