@@ -93,7 +93,7 @@ class Coordinator:
         self.is_pristine = True
         """The weights are still those of the model directory: no step and no import since."""
         self.is_returning = False
-        """Everybody is on the way back to a checkpoint: no job begins before it is known which of its steps are there."""
+        """Everybody is on the way back to a checkpoint: no job begins before it is known which of its steps it has."""
         self.notice = ""
         """What status is to say beside what is known here."""
         self._stopping: str | None = None
