@@ -22,6 +22,7 @@ class GradientPieces:
 
     def __init__(self, parameters: Sequence[nn.Parameter], max_bytes: int = PIECE_BYTES) -> None:
         self._parameters = list(parameters)
+        self._max_bytes = max_bytes
         self._pieces = _cut(self._parameters, max_bytes)
 
     def __len__(self) -> int:
@@ -41,6 +42,25 @@ class GradientPieces:
         """Gradients of any value for exactly these parameters, to be written piece by piece."""
         for parameter, is_present in zip(self._parameters, self._checked(present_P), strict=True):
             parameter.grad = torch.empty_like(parameter) if is_present else None
+
+    # -- what is sent may be another form of the gradients, with a memory: see `actors.compress.pieces` ----------------
+
+    def pack(self) -> None:
+        """The gradients of an attempt are there: `read` gives these from now on."""
+
+    def squeeze(self) -> None:
+        """The same by the leader, whose gradients become what others will make of the pieces."""
+
+    def keep(self) -> None:
+        """What was packed last is committed."""
+
+    def drop(self) -> None:
+        """It was given up."""
+
+    def forget(self) -> None:
+        """What is sent next does not follow on what was sent before."""
+
+    # -- pieces -------------------------------------------------------------------------------------------------------
 
     def read(self, piece: int) -> Tensor:
         """[N], on the CPU; memory of its own. Zeros where there is no gradient."""

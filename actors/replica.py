@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from actors.compress.settings import CompressionSettings
 from actors.dispatcher import LinkOpener, Peer, Roster
 from actors.errors import InvalidInput, LinkError, MoeClusterError, NonFinite, PeerLost, StepAborted
 from actors.exchange import Attempt
@@ -217,13 +218,15 @@ class Replica:
 
     def _begin_run(self, question: Message) -> Message:
         fields: Any = question.fields
-        balance = BalanceSettings(**fields["balance"])
-        self.router.follow_run(int(fields["run"]), OptimizerSettings(**fields["optimizer"]), balance)
+        settings = OptimizerSettings(**fields["optimizer"])
+        self.router.follow_run(int(fields["run"]), settings, *_rules(fields))
         return Message("ok")
 
     def _continue_run(self, question: Message) -> Message:
         fields: Any = question.fields
-        self.router.routing.begin_run(BalanceSettings(**fields["balance"]))
+        balance, compression = _rules(fields)
+        self.router.routing.begin_run(balance)
+        self.router.compress(compression)
         return Message("ok")
 
     def _state(self, question: Message) -> Message:
@@ -243,9 +246,9 @@ class Replica:
     def _take(self, tensors: Mapping[str, Tensor], ticket: Mapping[str, Any]) -> None:
         self._hold(Message("hold"))
         self._drop_gradients()
-        balance, optimizer = BalanceSettings(**ticket["balance"]), OptimizerSettings(**ticket["optimizer"])
+        optimizer = OptimizerSettings(**ticket["optimizer"])
         version, run, num_experts = (int(ticket[key]) for key in ("version", "run", "num_experts"))
-        self.router.take_state(tensors, version, run, optimizer, balance, num_experts)
+        self.router.take_state(tensors, version, run, optimizer, *_rules(ticket), num_experts)
         self._place(ticket)
         self._committed, self._has_joined = None, True
         self._resume()
@@ -329,3 +332,7 @@ class Replica:
         """Serving goes on."""
         self._pause.close()
         self._is_paused = False
+
+
+def _rules(fields: Mapping[str, Any]) -> tuple[BalanceSettings, CompressionSettings]:
+    return BalanceSettings(**fields["balance"]), CompressionSettings(**fields["compression"])

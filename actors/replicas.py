@@ -268,7 +268,7 @@ def _described(parts: Sequence[Part]) -> dict[str, Any]:
 
 
 def _flat(parts: Sequence[Part]) -> Tensor:
-    return torch.cat([part.ids_BS.reshape(-1).to("cpu", torch.int64) for part in parts])
+    return torch.cat([part.ids_BS.reshape(-1).to("cpu", torch.int32) for part in parts])
 
 
 def parts_in(question: Message) -> list[Part]:
@@ -277,7 +277,7 @@ def parts_in(question: Message) -> list[Part]:
     (flat,) = question.tensors
     pieces = flat.split([rows * length for _, rows, length, _ in described])
     return [
-        Part(int(number), ids.view(rows, length), float(share))
+        Part(int(number), ids.long().view(rows, length), float(share))
         for (number, rows, length, share), ids in zip(described, pieces, strict=True)
     ]
 

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from actors.compress.pieces import pieces_of
+from actors.compress.settings import CompressionSettings
 from actors.dispatcher import Dispatcher, Purpose, Roster
 from actors.division import Part
 from actors.engine import DecodeEngine
@@ -26,7 +28,7 @@ from actors.growing import Blueprint, Grower, GrownTrunk, base_settings, blank_t
 from actors.moe.gating import GatePast
 from actors.moe.settings import BalanceSettings, GateSettings
 from actors.optim import OptimizerSettings, adamw, scale_gradients, set_lr, square_sum
-from actors.pieces import PIECE_BYTES, GradientPieces
+from actors.pieces import PIECE_BYTES
 from actors.replicas import Replicas, Tally
 from actors.routing import Opening, Routing
 from actors.snapshots import SavedState, Snapshot, copy_all, moments, set_moments, to_host
@@ -118,7 +120,7 @@ class Router:
         self.replicas = Replicas(timeout_s, piece_bytes)
         self.replicas.on_experts_lost = self._training.close_links
         self._piece_bytes = piece_bytes
-        self.pieces = GradientPieces(self._parameters(), piece_bytes)
+        self.compress(CompressionSettings())
         self.version = self._run = 0
         self._roster = Roster(Placement(0, (), 1), {})
         self._settled = True
@@ -140,23 +142,42 @@ class Router:
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def begin_run(self, settings: OptimizerSettings, balance: BalanceSettings | None = None) -> Course:
-        """A new job: balance rules, optimizer settings and fresh moments, here and on every expert actor."""
+    def begin_run(
+        self,
+        settings: OptimizerSettings,
+        balance: BalanceSettings | None = None,
+        compression: CompressionSettings | None = None,
+    ) -> Course:
+        """A new job: balance rules, optimizer settings and fresh moments, here and on every expert actor; and how the
+        trunk's gradients travel between routers."""
         self.routing.begin_run(balance or BalanceSettings())
+        self.compress(compression or CompressionSettings())
         self._settings = settings
         self._reach_all()
         self._run += 1
         fields = {"optimizer": settings.to_dict(), "run": self._run}
         self._training.ask_all("begin_run", fields)
-        self.replicas.ask("begin_run", {**fields, "balance": asdict(self.routing.balance)})
+        self.replicas.ask("begin_run", {**fields, **self._rules()})
         self._optimizer = self._new_optimizer()
         return self.course
 
-    def continue_run(self, balance: BalanceSettings) -> Course:
-        """A job that goes on from a checkpoint: its balance rules. Its optimizer settings and moments are here."""
+    def continue_run(self, balance: BalanceSettings, compression: CompressionSettings | None = None) -> Course:
+        """A job that goes on from a checkpoint: its balance rules, and how gradients travel. Its optimizer settings and
+        moments are here."""
         self.routing.begin_run(balance)
-        self.replicas.ask("continue_run", {"balance": asdict(balance)})
+        self.compress(compression or CompressionSettings())
+        self.replicas.ask("continue_run", self._rules())
         return self.course
+
+    def compress(self, settings: CompressionSettings) -> None:
+        """Gradients travel so from now on; errors of before are forgotten. `InvalidInput` where the trunk's dtype
+        cannot be compressed."""
+        self.pieces = pieces_of(self._parameters(), settings, self._piece_bytes)
+        self.compression = settings
+
+    def _rules(self) -> dict[str, Any]:
+        """Of the job, as replicas are told."""
+        return {"balance": asdict(self.routing.balance), "compression": asdict(self.compression)}
 
     @property
     def course(self) -> Course:
@@ -204,6 +225,10 @@ class Router:
         mine = self.replicas.start(attempt, microbatches, num_tokens)
         own = self._accumulate(attempt.step, mine, num_tokens, len(microbatches))
         total = self.replicas.collect(own, self.pieces, self._training.load_LE)
+        if len(self.replicas):
+            self.pieces.squeeze()
+        else:
+            self.pieces.forget()
         square = square_sum(self._parameters())
         self._confirm_commit()
         for phase in ("prepare", "reduce") if self._roster.placement.has_copies else ("prepare",):
@@ -279,6 +304,7 @@ class Router:
         scale_gradients(self._parameters(), scale)
         set_lr(self._optimizer, lr)
         self._optimizer.step()
+        self.pieces.keep()
         self._memory_bytes = self._measure()
         self._optimizer.zero_grad(set_to_none=True)
         self.routing.update_bias(self._training.load_LE, bias_speed)
@@ -499,7 +525,7 @@ class Router:
         self.trunk, self._view, self.routing = trunk, view, routing
         self._connect()
         self._engine.use(view)
-        self.pieces = GradientPieces(self._parameters(), self._piece_bytes)
+        self.compress(self.compression)
 
     def _connect(self) -> None:
         layers = range(len(self._skeleton.layers))
@@ -545,6 +571,7 @@ class Router:
         optimizer = {name: found.pop(name) for name in saved.keys if name.startswith(_OPTIMIZER)}
         self._optimizer.zero_grad(set_to_none=True)
         self.routing.take_loss()
+        self.pieces.forget()
         self.snapshot = None
         with self._serving_lock, self._gate.writing():
             self._disconnect()
@@ -623,7 +650,7 @@ class Router:
             "run": self._run,
             "num_experts": self._skeleton.num_experts,
             "optimizer": self._settings.to_dict(),
-            "balance": asdict(self.routing.balance),
+            **self._rules(),
         }
         self.replicas.give_state(names, {name: tensor.contiguous() for name, tensor in tensors.items()}, ticket)
 
@@ -654,11 +681,13 @@ class Router:
         self._attempt = attempt.number
         self._training.load_LE.zero_()
         tally = self._accumulate(attempt.step, parts, num_tokens, num_microbatches, should_stop)
+        self.pieces.pack()
         self._confirm_commit()
         return tally
 
     def drop_gradients(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
+        self.pieces.drop()
         self.routing.take_loss()
 
     @property
@@ -670,9 +699,12 @@ class Router:
     def placement(self) -> Placement:
         return self._roster.placement
 
-    def follow_run(self, run: int, settings: OptimizerSettings, balance: BalanceSettings) -> None:
+    def follow_run(
+        self, run: int, settings: OptimizerSettings, balance: BalanceSettings, compression: CompressionSettings
+    ) -> None:
         """A replica's `begin_run`."""
         self.routing.begin_run(balance)
+        self.compress(compression)
         self._settings, self._run = settings, run
         self._optimizer = self._new_optimizer()
 
@@ -691,6 +723,7 @@ class Router:
         run: int,
         settings: OptimizerSettings,
         balance: BalanceSettings,
+        compression: CompressionSettings,
         num_experts: int,
     ) -> None:
         """All that the leader is, but for the placement; `follow` comes next. Serving waits already."""
@@ -701,7 +734,7 @@ class Router:
         self._reshape(num_experts)
         self._take_weights(found)
         self.version = version
-        self.follow_run(run, settings, balance)
+        self.follow_run(run, settings, balance, compression)
         set_moments(self._optimizer, self._named_parameters(), optimizer)
 
     def fence(self, term: int) -> dict[str, dict[str, Any]]:
@@ -843,6 +876,7 @@ class Router:
             load_weights(self.trunk, reader)
             self.routing.load(Path(path))
             self.routing.opening = None
+            self.pieces.forget()
             self._optimizer = self._new_optimizer()
 
     def export(self, directory: Path) -> list[str]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from actors.compress.settings import CompressionSettings
 from actors.moe.settings import BalanceSettings
 from actors.values import (
     Address,
@@ -312,16 +313,18 @@ class RouterWorker:
         threading.Event().wait()
 
     @ray.method(concurrency_group=TRAIN)
-    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings) -> Course:
+    def begin_run(
+        self, optimizer: OptimizerConfig, balance: BalanceSettings, compression: CompressionSettings
+    ) -> Course:
         from actors.optim import OptimizerSettings
 
         values = asdict(optimizer)
         settings = OptimizerSettings(**{k: values[k] for k in OptimizerSettings().to_dict()})
-        return self._router.begin_run(settings, balance)
+        return self._router.begin_run(settings, balance, compression)
 
     @ray.method(concurrency_group=TRAIN)
-    def continue_run(self, balance: BalanceSettings) -> Course:
-        return self._router.continue_run(balance)
+    def continue_run(self, balance: BalanceSettings, compression: CompressionSettings) -> Course:
+        return self._router.continue_run(balance, compression)
 
     @ray.method(concurrency_group=TRAIN)
     def take_snapshot(self) -> SnapshotTaken:

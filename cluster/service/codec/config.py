@@ -41,6 +41,8 @@ MAXIMA: Mapping[str, int] = {
     "balance.sequence": 1000,
     "balance.bias_speed": 1,
     "balance.bias_share": 1,
+    "compression.rank": 1 << 20,
+    "compression.share": 1,
 }
 """Every number of a job, and a size beyond which it can only be a mistake or an attack."""
 TEXTS: Mapping[str, int] = {"data.source": checks.MAX_PATH_CHARS, "data.text_field": 256}
@@ -91,7 +93,13 @@ def _from_message(cls: type[Config], message: Message, field: str) -> Config:
                 values[descriptor.name] = name
         else:
             values[descriptor.name] = value
-    return cls(**values)
+    try:
+        return cls(**values)
+    except InvalidInput as error:  # a part that checks itself, and knows the field but not the message
+        name = error.field.rpartition(".")[2]
+        raise InvalidInput(
+            error.message, field=f"{field}.{name}", value=values.get(name), remedy=error.remedy
+        ) from None
 
 
 def _to_message(config: Any, message: Message) -> None:
