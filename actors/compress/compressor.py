@@ -35,7 +35,8 @@ class Compressor:
     def __init__(
         self, shapes: Sequence[Shape], dtypes: Sequence[torch.dtype], settings: CompressionSettings
     ) -> None:
-        """`InvalidInput` for a dtype that cannot be compressed."""
+        """`InvalidInput` for a dtype that cannot be compressed, and for settings that cannot be used."""
+        settings.check()
         self._shapes, self._dtypes = list(shapes), list(dtypes)
         self._codecs: list[Codec] = [codec_for(*of, settings) for of in zip(shapes, dtypes, strict=True)]
         self._memory = [Memory()] * len(self._codecs)

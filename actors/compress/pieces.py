@@ -35,6 +35,7 @@ class CompressedPieces(GradientPieces):
         self, parameters: Sequence[nn.Parameter], settings: CompressionSettings, max_bytes: int = PIECE_BYTES
     ) -> None:
         super().__init__(parameters, max_bytes)
+        settings.check()
         self._slabs = [slab for number in range(len(parameters)) for slab in self._cut_parameter(number, settings)]
         dtypes = [self._parameters[number].dtype for number, _, _ in self._slabs]
         shapes = [self._shape(slab) for slab in self._slabs]
@@ -144,6 +145,7 @@ def _packed(sizes_P: Sequence[int], max_bytes: int) -> list[list[int]]:
 def pieces_of(
     parameters: Sequence[nn.Parameter], settings: CompressionSettings, max_bytes: int = PIECE_BYTES
 ) -> GradientPieces:
+    settings.check()
     if settings.method == "none":
         return GradientPieces(parameters, max_bytes)
     return CompressedPieces(parameters, settings, max_bytes)

@@ -15,7 +15,7 @@ MAX_RANK = 256
 class CompressionSettings:
     """What one sender leaves out of a step it adds to its next one (error feedback), so nothing is left out for good.
 
-    `InvalidInput` for a value that no method can use.
+    `check` says whether a method can use the values.
     """
 
     method: Method = "none"
@@ -28,7 +28,8 @@ class CompressionSettings:
     quantised: bool = False
     """What `powersgd` and `topk` send goes as INT8."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises `InvalidInput` for the first value that cannot be used."""
         self._check("method", self.method in get_args(Method), "is no method", f"use {', '.join(get_args(Method))}")
         for field in fields(self):
             hint = get_type_hints(type(self))[field.name]

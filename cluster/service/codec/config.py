@@ -93,13 +93,7 @@ def _from_message(cls: type[Config], message: Message, field: str) -> Config:
                 values[descriptor.name] = name
         else:
             values[descriptor.name] = value
-    try:
-        return cls(**values)
-    except InvalidInput as error:  # a part that checks itself, and knows the field but not the message
-        name = error.field.rpartition(".")[2]
-        raise InvalidInput(
-            error.message, field=f"{field}.{name}", value=values.get(name), remedy=error.remedy
-        ) from None
+    return cls(**values)
 
 
 def _to_message(config: Any, message: Message) -> None:
