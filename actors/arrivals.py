@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any
@@ -18,13 +17,11 @@ from actors.errors import LinkTimeout, StepAborted
 from actors.exchange import Exchange
 from actors.holdings import Holdings
 from actors.optim import OptimizerSettings
-from actors.transport.contract import Link, Pending
+from actors.transport.contract import Link
 from actors.transport.message import Message
 from actors.values import Address
 
 ASK_AGAIN_S = 0.005
-MAX_UNCONFIRMED = 64
-"""Updates sent to a follower before the first of them must be confirmed: it bounds what waits in its box."""
 
 
 @dataclass
@@ -41,7 +38,6 @@ class Arrivals:
     def __init__(self, exchange: Exchange, holdings: Callable[[], Holdings]) -> None:
         self._exchange, self._holdings = exchange, holdings
         self._arriving: dict[int, _Arrival] = {}
-        self._followers: dict[str, tuple[Link, deque[Pending]]] = {}
 
     def bring(
         self, lock: threading.Lock, group: int, owner: str, address: Address, here: Address, timeout_s: float
@@ -107,26 +103,6 @@ class Arrivals:
         self.arrived(group)
         if group in self._holdings().arriving:
             self._holdings().free(group)
-
-    # -- the owner's side ---------------------------------------------------------------------------------------------
-
-    def send(self, follower: str, address: Address, update: Message) -> None:
-        """Without waiting, unless many are unconfirmed. Raises `LinkError` if it cannot be reached."""
-        link, unconfirmed = self._followers.get(follower, (None, deque[Pending]()))
-        if link is None or link.closed:
-            link, unconfirmed = self._exchange.open(follower, address), deque()
-            self._followers[follower] = link, unconfirmed
-        try:
-            unconfirmed.append(link.start(update))
-            while len(unconfirmed) > MAX_UNCONFIRMED:
-                unconfirmed.popleft().result(self._exchange.timeout_s)
-        except BaseException:
-            link.close()
-            raise
-
-    def close(self) -> None:
-        for link, _ in self._followers.values():
-            link.close()
 
 
 def _ask(link: Link, question: Message, deadline: float) -> Message:

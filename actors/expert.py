@@ -15,7 +15,6 @@ import math
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,14 +23,16 @@ from torch import Tensor
 
 from actors.arrivals import Arrivals
 from actors.births import Births, give_birth
+from actors.copies import Copies
 from actors.errors import InvalidInput, LinkError, MoeClusterError, StepAborted
 from actors.exchange import Attempt, Exchange, PeerOpener
+from actors.followers import Followers
 from actors.holdings import Holdings, LoadLayer
 from actors.moe.cache import CacheSettings
-from actors.moe.experts import Saved, WeightGradients, Work
+from actors.moe.experts import Work
 from actors.optim import OptimizerSettings
 from actors.snapshots import ExpertKey, SavedState, Snapshot
-from actors.transport.contract import Pending
+from actors.transaction import Transaction
 from actors.transport.message import Message, error_answer
 from actors.trunk.checkpoint import CheckpointReader
 from actors.trunk.init import initial_experts
@@ -79,22 +80,15 @@ class ExpertHost:
         self.holdings = self._load(source, groups)
         self._lock = threading.Lock()
         self._memory_bytes = self.holdings.num_bytes()
-        self._placement = Placement(0, (), group_size)
-        """None yet: until the first `place` everything here is owned here."""
         self._run = 0
         self._term = 0
         """Of the router that leads; commits of one before are refused."""
-        self._attempt = Attempt(version, 0)
-        self._prepared: Attempt | None = None
-        self._touched: set[tuple[int, int]] = set()
-        """(group, layer) that got tokens in this attempt."""
-        self._saved: dict[tuple[int, int], Saved] = {}
-        self._deferred: deque[tuple[int, WeightGradients]] = deque()
-        self._followers: dict[tuple[int, int], dict[str, Address]] = {}
-        """(group, layer) -> actors to which it has been sent: they get every update until they are placed."""
+        self._step = Transaction(version)
         self.exchange = Exchange(name, open_peer, timeout_s=timeout_s)
         self.exchange.on_follow = self._follow
         self.exchange.on_update = self._take_updates
+        self._copies = Copies(self.exchange, group_size)
+        self._followers = Followers(self.exchange)
         self._arrivals = Arrivals(self.exchange, lambda: self.holdings)
         self.snapshot: Snapshot[ExpertKey] | None = None
         """The last one that was asked for, until `drop_snapshot`."""
@@ -129,7 +123,7 @@ class ExpertHost:
     def close(self) -> None:
         """Ends its links to other actors."""
         self.exchange.close()
-        self._arrivals.close()
+        self._followers.close()
         self.holdings.close()
 
     # -- what routers ask ---------------------------------------------------------------------------------------------
@@ -152,12 +146,9 @@ class ExpertHost:
     def idle(self) -> bool:
         """Does one piece of deferred work, between questions. False when none is left."""
         with self._lock:
-            if self._deferred:
-                layer, part = self._deferred.popleft()
-                self.holdings.stacks[layer].accumulate(part)
-            else:
+            if not self._step.do_deferred(self.holdings.stacks):
                 self._arrivals.catch_up()
-            return bool(self._deferred)
+            return self._step.has_deferred
 
     def _forward(self, question: Message) -> Message:
         """Tokens of one layer -> weighted sums. `keep` (training) saves what backward needs, by micro-batch, layer."""
@@ -175,8 +166,7 @@ class ExpertHost:
         placed = Work(work.token_P, self.holdings.by_place(work.counts_E), work.weight_P)
         y_TD, saved = stack(x_TD.to(self._device), placed, keep=keep)
         if saved is not None:
-            # A second forward of the same micro-batch (activation checkpointing) takes the place of the first.
-            self._saved[int(fields["microbatch"]), layer] = saved
+            self._step.keep(int(fields["microbatch"]), layer, saved)
             self._touch(layer, work.counts_E)
         self.tokens += x_TD.shape[0]
         self.pairs += len(token_P)
@@ -185,15 +175,12 @@ class ExpertHost:
     def _backward(self, question: Message) -> Message:
         self._enter(question.fields)
         layer = self._layer(question.fields)
-        microbatch = int(question.fields["microbatch"])  # type: ignore[arg-type]
-        saved = self._saved.pop((microbatch, layer), None)
-        if saved is None:
-            raise StepAborted(f"micro-batch {microbatch} of layer {layer} has no forward here")
+        saved = self._step.take(int(question.fields["microbatch"]), layer)  # type: ignore[arg-type]
         (grad_y_TD,) = question.tensors
         self._check_tokens(grad_y_TD)
         grad_x_TD, grad_weight_P, part = self.holdings.stacks[layer].backward(saved, grad_y_TD.to(self._device))
         if part is not None:
-            self._deferred.append((layer, part))
+            self._step.defer(layer, part)
         return Message("ok", {}, (grad_x_TD, grad_weight_P))
 
     def _prepare(self, question: Message) -> Message:
@@ -202,32 +189,18 @@ class ExpertHost:
         From here on only `reduce`, `commit` or `abort` is right.
         """
         self._enter(question.fields)
-        if self._saved:
-            raise StepAborted(f"{len(self._saved)} forwards have no backward yet")
-        self._finish_deferred()
-        self.exchange.settle(self._send_partial_sums())
-        self._prepared = self._attempt
-        return self._norm_of(group for group in self.groups if len(self._holders(group)) == 1)
+        self._step.check_complete()
+        while self._step.do_deferred(self.holdings.stacks):
+            pass
+        self._copies.send_partial_sums(self.holdings, self._step.touched, self._step.attempt)
+        self._step.prepare()
+        return self._norm_of(self._copies.alone(self.groups))
 
     def _reduce(self, question: Message) -> Message:
-        """All have prepared: sums the gradients of the groups owned here and sends the sums to their copies.
-
-        Always in the order of the placement, so that a repeated step gives the same bits.
-        """
-        if self._prepared != Attempt.of(question.fields):
-            raise StepAborted(f"reduce of {Attempt.of(question.fields)}, prepared is {self._prepared}")
-        owned = [g for g in self.groups if self._holders(g)[0] == self.name and len(self._holders(g)) > 1]
-        pending: list[Pending] = []
-        for group in owned:
-            copies = self._holders(group)[1:]
-            for layer in range(len(self.holdings.stacks)):
-                gradients = self.holdings.gradients(group, layer)
-                parts = self.exchange.gradients("partial", self._prepared, group, layer)
-                for sender in sorted(parts, key=copies.index):
-                    for gradient, part in zip(gradients, parts[sender], strict=True):
-                        gradient += part.to(gradient.device)
-                pending += [self._send("sum", copy, group, layer, gradients) for copy in copies]
-        answer = self._norm_of(owned)
+        """All have prepared: the sums of the groups owned here go to their copies."""
+        attempt = self._step.check_prepared("reduce", question.fields)
+        pending = self._copies.reduce(self.holdings, attempt)
+        answer = self._norm_of(self._copies.shared(self.groups))
         self.exchange.settle(pending)
         return answer
 
@@ -238,11 +211,9 @@ class ExpertHost:
             return Message("ok", {"version": self.version})  # repeated: already done
         if (term := int(fields.get("term", 0))) < self._term:
             raise StepAborted(f"commit of step {step} by a router of term {term}, now is {self._term}")
-        if self._prepared is None or self._prepared != Attempt.of(fields):
-            raise StepAborted(f"commit of step {step}, prepared is {self._prepared}")
-        self._take_sums(self._prepared)
+        self._copies.take_sums(self.holdings, self._step.check_prepared("commit", fields))
         lr, scale = float(fields["lr"]), float(fields["scale"])
-        self._tell_followers(step, lr, scale)
+        self._followers.tell(self.holdings, step, lr, scale)
         self.holdings.update(lr, scale)
         self.version = step
         self._end_attempt()
@@ -252,11 +223,7 @@ class ExpertHost:
         return Message("ok", {"version": self.version})
 
     def _abort(self, question: Message) -> Message:
-        attempt = Attempt.of(question.fields)
-        # An abort of a later step must not touch gradients that are prepared: their commit may still be on its way.
-        if attempt >= self._attempt and attempt.step == self.version + 1:
-            # The next try has a higher number; anything of this one that is still on its way is refused.
-            self._attempt = Attempt(attempt.step, attempt.number + 1)
+        if self._step.aborts(Attempt.of(question.fields), self.version):
             self._drop_gradients()
         return Message("ok", {"version": self.version})
 
@@ -269,41 +236,12 @@ class ExpertHost:
         """A new job: its optimizer settings, fresh moments. Groups on their way here have the old ones: dropped."""
         settings = OptimizerSettings(**question.fields["optimizer"])  # type: ignore[arg-type]
         self._new_run(question.fields)
-        self._attempt = Attempt(self.version, 0)  # a router before may have left one open
+        self._step.attempt = Attempt(self.version, 0)  # a router before may have left one open
         self._drop_gradients()
         self.holdings.begin_run(settings)
         return Message("ok", {"version": self.version})
 
-    # -- copies -------------------------------------------------------------------------------------------------------
-
-    def _holders(self, group: int) -> tuple[str, ...]:
-        """Owner first."""
-        return self._placement.holders[group] if self._placement.epoch else (self.name,)
-
-    def _send_partial_sums(self) -> list[Pending]:
-        """What tokens that were sent here gave for groups that others own."""
-        return [
-            self._send("partial", owner, group, layer, self.holdings.gradients(group, layer))
-            for group, layer in sorted(self._touched)
-            if (owner := self._holders(group)[0]) != self.name
-        ]
-
-    def _send(self, kind: str, peer: str, group: int, layer: int, gradients: Sequence[Tensor]) -> Pending:
-        step, number = self._attempt.step, self._attempt.number
-        fields = {"step": step, "attempt": number, "group": group, "layer": layer, "sender": self.name}
-        # Copies: this side writes into its gradients before the other has used what was sent.
-        return self.exchange.start(peer, Message(kind, fields, tuple(g.clone() for g in gradients)))
-
-    def _take_sums(self, attempt: Attempt) -> None:
-        """The owners' sums take the place of what was accumulated here."""
-        for group in self.groups:
-            owner = self._holders(group)[0]
-            for layer in range(len(self.holdings.stacks)) if owner != self.name else ():
-                sums = self.exchange.gradients("sum", attempt, group, layer)[owner]
-                for gradient, total in zip(self.holdings.gradients(group, layer), sums, strict=True):
-                    gradient.copy_(total)
-
-    def _norm_of(self, groups: Any) -> Message:
+    def _norm_of(self, groups: Sequence[int]) -> Message:
         square = self.holdings.square_sum(groups)
         return Message("ok", {"square_sum": square if math.isfinite(square) else None})
 
@@ -334,29 +272,17 @@ class ExpertHost:
         if not self._lock.acquire(timeout=0.05):
             return Message("busy")
         try:
-            if self._prepared is not None:
+            if self._step.prepared is not None:
                 return Message("busy")
             group, layer = int(fields["group"]), self._layer(fields)
-            if group not in self.groups or self._holders(group)[0] != self.name:
+            if group not in self._copies.owned(self.groups):
                 return error_answer(InvalidInput(f"{self.name} does not own it", field="group", value=group))
             tensors, updates = self.holdings.read(group, layer)
-            self._followers.setdefault((group, layer), {})[fields["follower"]] = Address(*fields["address"])
+            self._followers.add(group, layer, fields["follower"], Address(*fields["address"]))
             ticket = {"version": self.version, "updates": updates, "run": self._run}
             return Message("ok", {**ticket, "optimizer": self.holdings.settings.to_dict()}, tensors)
         finally:
             self._lock.release()
-
-    def _tell_followers(self, version: int, lr: float, scale: float) -> None:
-        """Not waited for: a follower that cannot be reached is struck off, and notices itself that updates fail."""
-        for (group, layer), followers in self._followers.items():
-            gradients = tuple(g.clone() for g in self.holdings.gradients(group, layer))
-            fields = {"group": group, "layer": layer, "version": version, "lr": lr, "scale": scale}
-            for name in list(followers):
-                try:
-                    self._arrivals.send(name, followers[name], Message("update", fields, gradients))
-                except MoeClusterError as error:
-                    logger.warning("%s follows group %d no longer: %s", name, group, error)
-                    del followers[name]
 
     def _take_updates(self) -> None:
         """In the exchange's thread. A busy host does it itself later."""
@@ -369,7 +295,7 @@ class ExpertHost:
     def _place(self, question: Message) -> Message:
         """The placement from now on; groups that are not held any more stay until `retire` or the next commit."""
         fields: Any = question.fields
-        if self._saved or self._prepared or self._deferred:
+        if self._step.under_way:
             raise StepAborted("groups change between steps, and one is under way")
         held = tuple(tuple(names) for names in fields["holders"])
         placement = Placement(int(fields["epoch"]), held, self.group_size)
@@ -377,7 +303,7 @@ class ExpertHost:
         version, run = int(fields["version"]), int(fields["run"])
         if not self.groups and version > self.version:
             self.version, self._run = version, run
-            self._attempt = Attempt(version, 0)
+            self._step.attempt = Attempt(version, 0)
         self._check_version(version)
         born: list[int] = []
         if births := Births.of(fields):
@@ -388,9 +314,11 @@ class ExpertHost:
         self._num_experts = placement.num_experts
         for group in wanted:
             self._arrivals.arrived(group)
-        self._placement = placement
+        self._copies.placement = placement
         self.exchange.connect({name: Address(*address) for name, address in fields["addresses"].items()})
-        self._strike_off_followers()
+        # Those that hold the group now take part in the steps, and those of groups owned elsewhere ask there.
+        owned = self._copies.owned(self.groups)
+        self._followers.keep(lambda group, name: group in owned and name not in self._copies.holders(group))
         return Message("ok", {"experts": self.experts, "version": self.version})
 
     def _await_arrivals(self, groups: Sequence[int], version: int, run: int) -> None:
@@ -401,19 +329,9 @@ class ExpertHost:
             self.exchange.wait_for_update(0.05)
             self._arrivals.catch_up()
 
-    def _strike_off_followers(self) -> None:
-        """Those that hold the group now take part in the steps, and those of groups owned elsewhere ask there."""
-        for (group, layer), followers in list(self._followers.items()):
-            owned = group in self.groups and self._holders(group)[0] == self.name
-            left = {n: a for n, a in followers.items() if owned and n not in self._holders(group)}
-            if left:
-                self._followers[group, layer] = left
-            else:
-                del self._followers[group, layer]
-
     def _retire(self, question: Message) -> Message:
         """Every router uses the new placement: what is not held any more may go."""
-        if not (self._saved or self._prepared or self._deferred):
+        if not self._step.under_way:
             self.holdings.free_leaving()
             self.holdings.trim()
             self._memory_bytes = self.holdings.num_bytes()
@@ -436,7 +354,7 @@ class ExpertHost:
             "experts": self.experts,
             "tokens": self.tokens,
             "run": self._run,
-            "attempt": self._attempt.number,
+            "attempt": self._step.attempt.number,
             "term": self._term,
             "memory_bytes": self._memory_bytes,
             "cache": self.holdings.cache_counters(),
@@ -445,7 +363,7 @@ class ExpertHost:
     def _export_layer(self, question: Message) -> Message:
         """Stacked weights of one layer's experts that are owned here; `experts` are their numbers, in that order."""
         layer = self._layer(question.fields)
-        owned = [group for group in self.groups if self._holders(group)[0] == self.name]
+        owned = self._copies.owned(self.groups)
         parts = [self.holdings.read(group, layer)[0][::3] for group in owned]
         tensors = tuple(torch.cat(kind) for kind in zip(*parts, strict=True))
         names = list(self.holdings.stacks[layer].names) if owned else []
@@ -475,7 +393,7 @@ class ExpertHost:
         version = int(fields["version"])
         if version != self.version:
             raise StepAborted(f"a snapshot of version {version} is asked for, {self.version} is here")
-        owned = [group for group in self.groups if self._holders(group)[0] == self.name]
+        owned = self._copies.owned(self.groups)
         self.snapshot = None  # its memory first
         self.snapshot = self.holdings.snapshot(owned, version, int(fields["run"]))
         return Message("ok", {"groups": owned, "version": version})
@@ -499,7 +417,7 @@ class ExpertHost:
         with self._lock:
             self.holdings.close()
             self.holdings = holdings
-            self.version, self._attempt = saved.version, Attempt(saved.version, 0)
+            self.version, self._step.attempt = saved.version, Attempt(saved.version, 0)
             self._memory_bytes = holdings.num_bytes()
 
     def _clear(self, run: int) -> None:
@@ -507,7 +425,7 @@ class ExpertHost:
         self._new_run({"run": run})
         self._drop_gradients()
         self.exchange.forget_gradients(Attempt(sys.maxsize, 0))  # steps with these numbers will come again
-        self._placement = Placement(0, (), self.group_size)
+        self._copies.placement = Placement(0, (), self.group_size)
         self.snapshot = None
         self.holdings.close()
         self.holdings = self._holdings_of((), lambda layer, groups: {})
@@ -541,22 +459,14 @@ class ExpertHost:
             self._arrivals.drop(group)
 
     def _enter(self, fields: Any) -> None:
-        """Admits a message of the current attempt; a new step may start only after the commit of the last."""
-        attempt = Attempt.of(fields)
-        if attempt < self._attempt or attempt.step <= self.version:
-            raise StepAborted(
-                f"message of {attempt} came after it ended; now at {self._attempt}, version {self.version}"
-            )
-        if attempt.step != self.version + 1:
-            raise StepAborted(f"message of step {attempt.step}, version here is {self.version}")
-        if attempt > self._attempt:
+        if self._step.begins(fields, self.version):
             self._drop_gradients()
-            self._attempt = attempt
 
     def _check_epoch(self, fields: Mapping[str, Any]) -> None:
         """A message that was routed by another placement counts experts that are not these."""
-        if (epoch := fields.get("epoch", self._placement.epoch)) != self._placement.epoch:
-            raise StepAborted(f"message of placement epoch {epoch}, here it is {self._placement.epoch}")
+        now = self._copies.placement.epoch
+        if (epoch := fields.get("epoch", now)) != now:
+            raise StepAborted(f"message of placement epoch {epoch}, here it is {now}")
 
     def _check_version(self, wanted: int) -> None:
         if wanted > self.version:
@@ -587,22 +497,16 @@ class ExpertHost:
             )
 
     def _touch(self, layer: int, counts_E: Sequence[int]) -> None:
-        if self._placement.has_copies:
+        if self._copies.placement.has_copies:
             size = self.group_size
-            self._touched |= {(g, layer) for i, g in enumerate(self.groups) if any(counts_E[i * size : (i + 1) * size])}
-
-    def _finish_deferred(self) -> None:
-        while self._deferred:
-            layer, part = self._deferred.popleft()
-            self.holdings.stacks[layer].accumulate(part)
+            self._step.touched |= {
+                (g, layer) for i, g in enumerate(self.groups) if any(counts_E[i * size : (i + 1) * size])
+            }
 
     def _drop_gradients(self) -> None:
         self.holdings.drop_gradients()
         self._end_attempt()
 
     def _end_attempt(self) -> None:
-        self._saved.clear()
-        self._deferred.clear()
-        self._touched.clear()
-        self._prepared = None
-        self.exchange.forget_gradients(self._attempt)
+        self._step.clear()
+        self.exchange.forget_gradients(self._step.attempt)

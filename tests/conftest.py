@@ -9,7 +9,7 @@ import cluster  # noqa: F401 - what it sets must be set before gRPC is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-# A call of Ray in a test that has no cluster fails. By default it would start one, whose end ends pytest a minute later.
+# Without a cluster a call of Ray fails. By default it would start one, whose end ends pytest a minute later.
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
