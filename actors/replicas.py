@@ -59,7 +59,8 @@ class Replicas:
         self._lost: list[str] = []
         self._stumbled: set[str] = set()
         """Replicas of which an attempt at this step has failed that the leader itself had no trouble with."""
-        self._speeds = Speeds()
+        self.speeds = Speeds()
+        """What batches are divided by."""
         self._asked: dict[str, Pending] = {}
 
     def __len__(self) -> int:
@@ -85,7 +86,7 @@ class Replicas:
         """On purpose. Nothing happens for one that is not there."""
         if (link := self._links.pop(name, None)) is not None:
             link.close()
-            self._speeds.forget(name)
+            self.speeds.forget(name)
 
     def cut(self, names: Sequence[str]) -> None:
         """Nothing is waited for from these any longer. From any thread."""
@@ -102,7 +103,7 @@ class Replicas:
     def start(self, attempt: Attempt, microbatches: Sequence[Tensor], num_tokens: int) -> list[Part]:
         """Divides the batch and gives every replica its part. -> the part of the leader."""
         sizes = [len(ids_BS) for ids_BS in microbatches]
-        mine, *theirs = parts_of(microbatches, divide(sizes, self._speeds.of([_ME, *self._links])))
+        mine, *theirs = parts_of(microbatches, divide(sizes, self.speeds.of([_ME, *self._links])))
         whole = {**_fields(attempt), "num_tokens": num_tokens, "num_microbatches": len(microbatches)}
         self._asked = {}
         for name, parts in zip(self.names, theirs, strict=True):
@@ -119,12 +120,12 @@ class Replicas:
         `StepAborted` if one of them could not do its part, `NonFinite` if it is not finite.
         """
         asked, self._asked = self._asked, {}
-        self._speeds.note(_ME, own.num_tokens, own.seconds)
+        self.speeds.note(_ME, own.num_tokens, own.seconds)
         deadline = time.monotonic() + STEP_FACTOR * self._timeout_s
         answers = {name: self._part_of(name, pending, deadline) for name, pending in asked.items()}
         for name, answer in answers.items():
             part = _tally(answer)
-            self._speeds.note(name, part.num_tokens, part.seconds)
+            self.speeds.note(name, part.num_tokens, part.seconds)
             own = Tally(own.loss + part.loss, own.balance + part.balance, own.num_tokens + part.num_tokens, own.seconds)
             load_LE += answer.tensors[0]
             pieces.make_present(answer.tensors[1])

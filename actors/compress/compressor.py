@@ -32,9 +32,7 @@ class Compressor:
     while a step is neither kept nor dropped. P: gradients.
     """
 
-    def __init__(
-        self, shapes: Sequence[Shape], dtypes: Sequence[torch.dtype], settings: CompressionSettings
-    ) -> None:
+    def __init__(self, shapes: Sequence[Shape], dtypes: Sequence[torch.dtype], settings: CompressionSettings) -> None:
         """`InvalidInput` for a dtype that cannot be compressed, and for settings that cannot be used."""
         settings.check()
         self._shapes, self._dtypes = list(shapes), list(dtypes)

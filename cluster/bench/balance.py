@@ -210,9 +210,7 @@ class LocalRouter:
     def __init__(self, router: Router) -> None:
         self._router = router
 
-    def begin_run(
-        self, optimizer: OptimizerConfig, balance: BalanceSettings, compression: CompressionSettings
-    ) -> None:
+    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings, compression: CompressionSettings) -> None:
         values = asdict(optimizer)
         settings = OptimizerSettings(**{k: values[k] for k in OptimizerSettings().to_dict()})
         self._router.begin_run(settings, balance, compression)

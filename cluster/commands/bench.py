@@ -32,6 +32,7 @@ NAMES = {
     "rebalance": "training under a Zipf load after a rebalance with copies, against before; a round is a step",
     "scale": "expert actors come and go under 16 streams and a training job; a round is every way once",
     "cache": "experts beyond the device's memory, against all of them there, under a Zipf choice",
+    "compression": "bytes between two routers and held-out loss with each compression; a round is a seed",
     "checkpoint": "kill -9 while a checkpoint is saved, against torch.save; a round is a kill",
 }
 
@@ -42,14 +43,14 @@ def add_parsers(subparsers: Subparsers, guarded: Guard) -> None:
     for name, help_text in NAMES.items():
         parser = names.add_parser(name, help=help_text, description=help_text)
         add_config_options(parser)
-        rounds = {"balance": 1, "scale": 1, "checkpoint": 200}.get(
+        rounds = {"balance": 1, "scale": 1, "compression": 1, "checkpoint": 200}.get(
             name, 7
         )  # a round of balance is many trainings: minutes
         parser.add_argument("--rounds", type=int, default=rounds, help="interleaved rounds (default: %(default)s)")
         parser.add_argument("--json", action="store_true", help="print one JSON document")
         if name == "experts":
             parser.add_argument("--hivemind", metavar="PYTHON", help="an interpreter that has hivemind, timed too")
-        if name == "balance":
+        if name in ("balance", "compression"):
             parser.add_argument("--output", metavar="FILE.png", type=_png, help="draw it as a picture as well")
         parser.set_defaults(run=guarded(run_bench))
 
@@ -58,6 +59,9 @@ def run_bench(args: argparse.Namespace) -> int:
     report = _run(args)
     if args.json:
         print_json(report.to_dict())
+        return 0
+    if args.name == "compression":
+        _print_compression(report)
         return 0
     rows = [
         (r.case, f"{r.value:,.3g} {r.unit}", f"{r.peer_value:,.3g} {r.unit}", r.peer, f"{r.ratio:.2f}", r.rounds)
@@ -86,6 +90,8 @@ def _run(args: argparse.Namespace) -> Report:
         return bench_checkpoint(rounds=args.rounds)
     if args.name == "balance":
         return _balance(args)
+    if args.name == "compression":
+        return _compression(args)
     config = replace(load_cluster(find_config(args.config), dict(args.overrides)), checkpoint=NO_CHECKPOINTS)
     if args.name == "dispatch":
         from cluster.bench.dispatch import bench_dispatch
@@ -122,6 +128,41 @@ def _balance(args: argparse.Namespace) -> Report:
 
         draw_balance(args.output, runs)
     return report_of(runs)
+
+
+def _compression(args: argparse.Namespace) -> Report:
+    from cluster.bench.compression import SETTINGS, STEPS, bench_compression, label, report_of
+
+    with _progress("compression", len(SETTINGS) * args.rounds * STEPS) as advance:
+        runs = bench_compression(
+            rounds=args.rounds, after_step=lambda run: advance(f"training {label(run.settings)}, seed {run.seed}")
+        )
+    report = report_of(runs)
+    if args.output is not None:
+        from cluster.report import draw_compression
+
+        draw_compression(args.output, report)
+    return report
+
+
+def _print_compression(report: Report) -> None:
+    from cluster.bench.compression import CompressionRow
+
+    rows = [
+        (
+            r.case,
+            f"{r.value:,.0f}",
+            f"{r.ratio:.1f}",
+            f"{r.link_ratio:.1f}",
+            f"{r.heldout_loss:.4f}",
+            f"{100 * r.loss_difference:+.2f} %",
+            r.rounds,
+        )
+        for r in report.rows
+        if isinstance(r, CompressionRow)
+    ]
+    columns = ("compression", "bytes a step", "fewer", "of all on the link", "held-out loss", "difference", "rounds")
+    print_table(columns, rows, title="bench compression")
 
 
 def _rebalance(config: ClusterConfig, rounds: int) -> Report:

@@ -31,9 +31,7 @@ class Written:
         self.evaluated_at: list[int] = []
         self._step = 0
 
-    def begin_run(
-        self, optimizer: OptimizerConfig, balance: BalanceSettings, compression: CompressionSettings
-    ) -> None:
+    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings, compression: CompressionSettings) -> None:
         self.begun += 1
 
     def train_step(
