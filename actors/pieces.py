@@ -43,13 +43,18 @@ class GradientPieces:
         for parameter, is_present in zip(self._parameters, self._checked(present_P), strict=True):
             parameter.grad = torch.empty_like(parameter) if is_present else None
 
+    def parameters_of(self, piece: int) -> set[int]:
+        """Numbers of those that it has a part of."""
+        return {number for number, _, _ in self._pieces[piece]}
+
     # -- what is sent may be another form of the gradients, with a memory: see `actors.compress.pieces` ----------------
 
-    def pack(self) -> None:
-        """The gradients of an attempt are there: `read` gives these from now on."""
+    def pack(self, piece: int) -> Tensor:
+        """As it is sent, once the attempt's gradients of its parameters are complete. [N]"""
+        return self.read(piece)
 
     def squeeze(self) -> None:
-        """The same by the leader, whose gradients become what others will make of the pieces."""
+        """The leader's gradients become what others will make of the pieces that `read` gives from now on."""
 
     def keep(self) -> None:
         """What was packed last is committed."""

@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from actors.buckets import Buckets
 from actors.compress.pieces import pieces_of
 from actors.compress.settings import CompressionSettings
 from actors.dispatcher import Dispatcher, Purpose, Roster
@@ -222,7 +223,7 @@ class Router:
         fields = {"step": attempt.step, "attempt": attempt.number}
         num_tokens = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in microbatches)
         self._training.load_LE.zero_()
-        mine = self.replicas.start(attempt, microbatches, num_tokens)
+        mine = self.replicas.start(attempt, microbatches, num_tokens, len(self.pieces))
         own = self._accumulate(attempt.step, mine, num_tokens, len(microbatches))
         total = self.replicas.collect(own, self.pieces, self._training.load_LE)
         if len(self.replicas):
@@ -255,6 +256,7 @@ class Router:
         num_tokens: int,
         num_microbatches: int,
         should_stop: Callable[[], bool] = lambda: False,
+        last_backward: AbstractContextManager[None] | None = None,
     ) -> Tally:
         """Forward and backward of parts of a batch, whose losses are normalised by the `num_tokens` of all of it."""
         started = time.monotonic()
@@ -276,7 +278,8 @@ class Router:
                 loss = loss + balance
             if not math.isfinite(total + total_balance):
                 raise NonFinite(f"loss is {total + total_balance}", step=step)
-            loss.backward()
+            with last_backward if last_backward and part is parts[-1] else nullcontext():
+                loss.backward()
             own_tokens += ids_BS.shape[0] * (ids_BS.shape[1] - 1)
         return Tally(total, total_balance, own_tokens, time.monotonic() - started)
 
@@ -675,15 +678,19 @@ class Router:
         num_tokens: int,
         num_microbatches: int,
         should_stop: Callable[[], bool],
+        buckets: Buckets,
     ) -> Tally:
-        """A replica's part of a step; its gradients and load stay here."""
+        """A replica's part of a step; its gradients and load stay here. `buckets` tells which pieces are complete."""
         self._reopen()
         self._attempt = attempt.number
         self._training.load_LE.zero_()
-        tally = self._accumulate(attempt.step, parts, num_tokens, num_microbatches, should_stop)
-        self.pieces.pack()
+        tally = self._accumulate(attempt.step, parts, num_tokens, num_microbatches, should_stop, buckets.watching())
+        buckets.close()
         self._confirm_commit()
         return tally
+
+    def new_buckets(self) -> Buckets:
+        return Buckets(self._parameters(), self.pieces)
 
     def drop_gradients(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)

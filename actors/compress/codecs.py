@@ -154,7 +154,7 @@ class LowRank(Codec):
         self.num_bytes = self._p.num_bytes + self._q.num_bytes
 
     def encode(self, x: Tensor, warm: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        raw_p, _ = self._p.encode(orthonormal(self._begin(x, warm) @ x.T), None)
+        raw_p, _ = self._p.encode(torch.linalg.qr(x @ self._begin(x, warm).T).Q.T, None)
         q_rn = self._p.decode(raw_p) @ x
         raw_q, _ = self._q.encode(q_rn, None)
         return torch.cat([raw_p, raw_q]), q_rn
@@ -174,21 +174,6 @@ class LowRank(Codec):
             return fresh_rn
         length_r1 = torch.linalg.vector_norm(warm_rn, dim=1, keepdim=True)
         return torch.where(length_r1 > 0, warm_rn / length_r1, fresh_rn)
-
-
-def orthonormal(x_rm: Tensor) -> Tensor:
-    """Rows of length 1 at right angles (modified Gram-Schmidt, each taken out twice); zeros for a row that lies in the
-    span of those before it."""
-    done: list[Tensor] = []
-    for row_m in x_rm:
-        length = torch.linalg.vector_norm(row_m)
-        rest_m = row_m / length if length > 0 else row_m
-        for _ in range(2):
-            for other_m in done:
-                rest_m = rest_m - (other_m @ rest_m) * other_m
-        left = torch.linalg.vector_norm(rest_m)
-        done.append(rest_m / left if left > 1e3 * torch.finfo(x_rm.dtype).eps else torch.zeros_like(rest_m))
-    return torch.stack(done)
 
 
 def _dense(shape: Shape, kind: torch.dtype, quantised: bool) -> Codec:

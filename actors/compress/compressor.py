@@ -27,7 +27,7 @@ class Compressor:
     """Error feedback (Karimireddy et al. 2019, 1901.09847): x = gradient + error; the bytes stand for x', and x - x' is
     the next error. So what was sent up to a step sums to the gradients up to it, less the last error.
 
-    A step may be given up: `compress` changes nothing before `keep`, and `drop` or another `compress` makes it undone.
+    A step may be given up: `compress` changes nothing before `keep`, and `drop` or compressing again makes it undone.
     The same gradients after the same kept steps give the same bytes. The memory is as large as the gradients, twice
     while a step is neither kept nor dropped. P: gradients.
     """
@@ -38,19 +38,29 @@ class Compressor:
         self._shapes, self._dtypes = list(shapes), list(dtypes)
         self._codecs: list[Codec] = [codec_for(*of, settings) for of in zip(shapes, dtypes, strict=True)]
         self._memory = [Memory()] * len(self._codecs)
-        self._next: list[Memory] | None = None
+        self._next: dict[int, Memory] = {}
 
     @property
     def sizes_P(self) -> list[int]:
         """Bytes of each, whatever its values."""
         return [codec.num_bytes for codec in self._codecs]
 
-    def compress(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
-        """-> uint8 [size] for each. None goes as zeros, and what is remembered of it stays."""
-        self._next = None
-        found = [self._compress(number, gradient) for number, gradient in enumerate(gradients)]
-        self._next = [memory for _, memory in found]
-        return [raw for raw, _ in found]
+    def compress(self, number: int, gradient: Tensor | None) -> Tensor:
+        """-> uint8 [size]. None goes as zeros, and what is remembered of it stays."""
+        codec, shape, dtype = self._codecs[number], self._shapes[number], self._dtypes[number]
+        if gradient is None:
+            self._next.pop(number, None)
+            return codec.encode(torch.zeros(shape, dtype=wide(dtype)), None)[0]
+        if tuple(gradient.shape) != shape or gradient.dtype != dtype:
+            found = (tuple(gradient.shape), gradient.dtype)
+            raise InvalidInput(f"need {shape} of {dtype}", field=f"gradients[{number}]", value=found)
+        memory = self._memory[number]
+        x = gradient.to(wide(dtype))
+        if memory.error is not None:
+            x = x + memory.error
+        raw, warm = codec.encode(x, memory.warm)
+        self._next[number] = Memory(x - codec.decode(raw), warm)
+        return raw
 
     def decompress(self, number: int, raw: Tensor) -> Tensor:
         """What the bytes of gradient `number` stand for. Of any sender: nothing is remembered of it."""
@@ -61,31 +71,15 @@ class Compressor:
         return codec.decode(raw)
 
     def keep(self) -> None:
-        """What `compress` made counts."""
-        if self._next is not None:
-            self._memory, self._next = self._next, None
+        """What was compressed last counts."""
+        for number, memory in self._next.items():
+            self._memory[number] = memory
+        self._next = {}
 
     def drop(self) -> None:
         """It does not."""
-        self._next = None
+        self._next = {}
 
     def forget(self) -> None:
         """As new."""
-        self._memory, self._next = [Memory()] * len(self._codecs), None
-
-    def _compress(self, number: int, gradient: Tensor | None) -> tuple[Tensor, Memory]:
-        codec, memory, shape = self._codecs[number], self._memory[number], self._shapes[number]
-        kind = wide(self._dtypes[number])
-        if gradient is None:
-            return codec.encode(torch.zeros(shape, dtype=kind), None)[0], memory
-        if tuple(gradient.shape) != shape or gradient.dtype != self._dtypes[number]:
-            raise InvalidInput(
-                f"need {shape} of {self._dtypes[number]}",
-                field=f"gradients[{number}]",
-                value=(tuple(gradient.shape), gradient.dtype),
-            )
-        x = gradient.to(kind)
-        if memory.error is not None:
-            x = x + memory.error
-        raw, warm = codec.encode(x, memory.warm)
-        return raw, Memory(x - codec.decode(raw), warm)
+        self._memory, self._next = [Memory()] * len(self._codecs), {}

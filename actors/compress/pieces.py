@@ -41,7 +41,8 @@ class CompressedPieces(GradientPieces):
         shapes = [self._shape(slab) for slab in self._slabs]
         self._compressor = Compressor(shapes, dtypes, settings)
         self._slabs_of = _packed(self._compressor.sizes_P, max_bytes)
-        self._bytes: list[Tensor] | None = None
+        self._bytes: dict[int, Tensor] = {}
+        """Of pieces that were packed."""
 
     def __len__(self) -> int:
         return len(self._slabs_of)
@@ -50,29 +51,33 @@ class CompressedPieces(GradientPieces):
     def num_bytes(self) -> int:
         return sum(self._compressor.sizes_P)
 
-    def pack(self) -> None:
-        raws = self._compressor.compress([self._rows(slab) for slab in self._slabs])
-        self._bytes = [torch.cat([raws[number].to("cpu") for number in numbers]) for numbers in self._slabs_of]
+    def parameters_of(self, piece: int) -> set[int]:
+        return {self._slabs[number][0] for number in self._slabs_of[piece]}
+
+    def pack(self, piece: int) -> Tensor:
+        numbers = self._slabs_of[piece]
+        raws = [self._compressor.compress(number, self._rows(self._slabs[number])) for number in numbers]
+        self._bytes[piece] = torch.cat([raw.to("cpu") for raw in raws])
+        return self._bytes[piece]
 
     def squeeze(self) -> None:
-        self.pack()
         for piece in range(len(self)):
-            self.write(piece, self.read(piece))
+            self.write(piece, self.pack(piece))
 
     def keep(self) -> None:
         self._compressor.keep()
-        self._bytes = None
+        self._bytes = {}
 
     def drop(self) -> None:
         self._compressor.drop()
-        self._bytes = None
+        self._bytes = {}
 
     def forget(self) -> None:
         self._compressor.forget()
-        self._bytes = None
+        self._bytes = {}
 
     def read(self, piece: int) -> Tensor:
-        if self._bytes is None:
+        if piece not in self._bytes:
             raise StepAborted("gradients are asked for that have not been computed")
         return self._bytes[piece]
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from actors.compress.settings import CompressionSettings
 from actors.dispatcher import Peer, Roster
@@ -32,6 +33,8 @@ from cluster.config import DataConfig
 from cluster.jobs.runner import run_job
 
 STEPS = 300
+THREADS = 1
+"""So small a model gains nothing from more, and loses much where others use the cores too."""
 UNCOMPRESSED = CompressionSettings()
 SETTINGS: Sequence[CompressionSettings] = (
     UNCOMPRESSED,
@@ -82,6 +85,7 @@ def bench_compression(
     after_step: AfterStep = lambda run: None,
 ) -> list[Run]:
     """Every setting with `rounds` seeds. The first setting is what the others are compared to."""
+    torch.set_num_threads(THREADS)
     runs = [Run(each, seed) for seed in range(rounds) for each in settings]
     for run in runs:
         _train(run, steps, after_step)
@@ -151,7 +155,7 @@ class _Recorder:
 
 
 class _Meter(LocalLink):
-    """Counts those bytes apart that are gradients; they follow load and presence in the messages that have these."""
+    """Counts those bytes apart that are gradients."""
 
     def __init__(self, replica: Replica) -> None:
         super().__init__(replica.name, self._counted)
@@ -161,10 +165,8 @@ class _Meter(LocalLink):
     def _counted(self, peer: str, question: Message) -> Message:
         answer = self._replica.handle(peer, question)
         match question.op:
-            case "accumulate":
-                gradients = answer.tensors[2:]
             case "prepare":
-                gradients = question.tensors[2:]
+                gradients = question.tensors[2:]  # load and presence come first
             case "gradients" | "sum":
                 gradients = question.tensors + answer.tensors
             case _:
