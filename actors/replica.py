@@ -158,7 +158,7 @@ class Replica:
     def _gradients(self, question: Message) -> Message:
         piece = self._piece(question)
         self._expect_work(question).wait(piece)
-        return Message("ok", {}, (self.router.pieces.pack(piece),))
+        return Message("ok", {}, (self.router.learner.pieces.pack(piece),))
 
     def _told(self, question: Message) -> Message:
         """Answers load [L, E], and which parameters have a gradient [P]."""
@@ -175,7 +175,7 @@ class Replica:
         tally = self._tally
         assert tally is not None
         told = {"loss": tally.loss, "balance": tally.balance, "num_tokens": tally.num_tokens, "seconds": tally.seconds}
-        return Message("ok", told, (self.router.load_LE.clone(), self.router.pieces.present_P()))
+        return Message("ok", told, (self.router.load_LE.clone(), self.router.learner.pieces.present_P()))
 
     def _expect_work(self, question: Message) -> Buckets:
         attempt = Attempt.of(question.fields)
@@ -194,10 +194,10 @@ class Replica:
         fields: Any = question.fields
         attempt = self._expect_next(fields)
         load_LE, present_P, first = question.tensors
-        self.router.pieces.make_exactly(present_P)
-        self.router.pieces.write(0, first)
+        self.router.learner.pieces.make_exactly(present_P)
+        self.router.learner.pieces.write(0, first)
         self.router.load_LE.copy_(load_LE)
-        self._missing = set(range(1, len(self.router.pieces)))
+        self._missing = set(range(1, len(self.router.learner.pieces)))
         report = StepReport(**fields["report"], load_LE=load_LE.tolist())
         lr, scale, bias_speed = (float(fields[name]) for name in ("lr", "scale", "bias_speed"))
         self._hold(question)
@@ -209,7 +209,7 @@ class Replica:
         piece = self._piece(question)
         if self._prepared is None or self._prepared.attempt != Attempt.of(question.fields):
             raise StepAborted(f"gradients of {Attempt.of(question.fields)}, prepared is {self._prepared}")
-        self.router.pieces.write(piece, *question.tensors)
+        self.router.learner.pieces.write(piece, *question.tensors)
         self._missing.discard(piece)
         return Message("ok")
 
@@ -239,7 +239,7 @@ class Replica:
 
     def _hold(self, question: Message) -> Message:
         if not self._is_paused:
-            self._pause.enter_context(self.router.pausing())
+            self._pause.enter_context(self.router.serving.pausing())
             self._is_paused = True
         return Message("ok")
 
@@ -265,7 +265,7 @@ class Replica:
         fields: Any = question.fields
         balance, compression = _rules(fields)
         self.router.routing.begin_run(balance)
-        self.router.compress(compression)
+        self.router.learner.compress(compression)
         return Message("ok")
 
     def _state(self, question: Message) -> Message:
@@ -353,7 +353,7 @@ class Replica:
         return attempt
 
     def _piece(self, question: Message) -> int:
-        piece, count = question.fields.get("piece"), len(self.router.pieces)
+        piece, count = question.fields.get("piece"), len(self.router.learner.pieces)
         if type(piece) is not int or not 0 <= piece < count:
             raise InvalidInput(f"must be 0 to {count - 1}", field="piece", value=piece)
         return piece
@@ -366,7 +366,7 @@ class Replica:
         self._end_work()
         self._prepared = None
         self._missing.clear()
-        self.router.drop_gradients()
+        self.router.learner.drop_gradients()
 
     def _resume(self) -> None:
         """Serving goes on."""

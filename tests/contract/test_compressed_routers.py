@@ -80,7 +80,7 @@ def run(group: Routers, settings: CompressionSettings, first: int = 0) -> list[S
 
 
 def weights(group: Routers) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in group.router._state().items()}
+    return {name: tensor.clone() for name, tensor in group.router.learner.state().items()}
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -128,7 +128,7 @@ def test_a_router_joins_and_one_leaves_in_the_middle(source: ModelSource, settin
         group.router.begin_run(OPTIMIZER, compression=settings)
         step(group, 0)
         joined = group.add()
-        assert group.seats[joined].router.compression == settings
+        assert group.seats[joined].router.learner.compression == settings
         step(group, 1)
         group.router.part("router-1")
         group.seats["router-1"].kill()
@@ -142,7 +142,7 @@ def test_a_promoted_router_goes_on_with_what_it_had_not_sent(source: ModelSource
         group.router.begin_run(OPTIMIZER, compression=INT8)
         step(group, 0)
         group.seats["router-0"].kill()
-        heir = group.seats["router-1"].router.pieces
+        heir = group.seats["router-1"].router.learner.pieces
         assert isinstance(heir, CompressedPieces)
         memory = list(heir._compressor._memory)
         assert any(m.error is not None and m.error.any() for m in memory)
@@ -159,7 +159,7 @@ def test_a_router_that_is_alone_again_begins_anew(source: ModelSource) -> None:
         group.router.part("router-1")
         group.seats["router-1"].kill()
         step(group, 0)
-        pieces = group.router.pieces
+        pieces = group.router.learner.pieces
         assert isinstance(pieces, CompressedPieces)
         assert all(memory.error is None for memory in pieces._compressor._memory)
         run(alone, INT8)
@@ -171,7 +171,7 @@ def test_another_job_has_its_own_method(source: ModelSource) -> None:
         run(group, INT8)
         group.router.replace_weights(str(source.path))
         second = run(group, CompressionSettings())
-        assert all(not isinstance(r.pieces, CompressedPieces) for r in group.living.values())
+        assert all(not isinstance(r.learner.pieces, CompressedPieces) for r in group.living.values())
         assert [r.loss for r in second] == [r.loss for r in run(other, CompressionSettings())]
 
 
@@ -180,7 +180,7 @@ def test_what_is_not_finite_leaves_no_trace(source: ModelSource) -> None:
         for each in (undisturbed, group):
             each.router.begin_run(OPTIMIZER, compression=INT8)
             step(each, 0)
-        embedding = group.seats["router-1"].router.trunk.get_input_embeddings()
+        embedding = group.seats["router-1"].router.learner.trunk.get_input_embeddings()
         handle = embedding.weight.register_hook(lambda grad: grad * float("nan"))
         with pytest.raises(NonFinite, match="gradient norm is nan"):
             group.router.train_step(BATCHES[1], lr=1e-2, clip_norm=1.0)
