@@ -14,6 +14,7 @@ from actors.compress.settings import CompressionSettings
 from actors.growing import Blueprint, GrownTrunk, base_settings, blank_trunk
 from actors.moe.settings import GateSettings
 from actors.optim import OptimizerSettings, adamw, scale_gradients, set_lr
+from actors.pieces import bucket_bytes
 from actors.routing import Opening, Routing
 from actors.snapshots import copy_all, moments, set_moments
 from actors.trunk.checkpoint import CheckpointReader
@@ -63,7 +64,8 @@ class Learner:
     def compress(self, settings: CompressionSettings) -> None:
         """Gradients travel so between routers from now on; errors of before are forgotten. `InvalidInput` where the
         trunk's dtype cannot be compressed."""
-        self.pieces = pieces_of(self.parameters(), settings, self._piece_bytes)
+        parameters = self.parameters()
+        self.pieces = pieces_of(parameters, settings, bucket_bytes(parameters, self._piece_bytes))
         self.compression = settings
 
     def update(self, lr: float, scale: float) -> None:

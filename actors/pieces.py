@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from actors.errors import InvalidInput
 
 PIECE_BYTES = 64 << 20
+"""Most of a message."""
+BUCKET_BYTES, MAX_BUCKETS = 1 << 20, 128
 Span = tuple[int, int, int]
 """Number of a parameter, and from where to where of it, flat."""
 
@@ -111,6 +113,13 @@ class GradientPieces:
             raise InvalidInput(f"need [{len(self._parameters)}]", field="present_P", value=tuple(present_P.shape))
         present: list[int] = present_P.tolist()
         return present
+
+
+def bucket_bytes(parameters: Sequence[nn.Parameter], most: int = PIECE_BYTES) -> int:
+    """Of a piece that is sent as soon as backward is done with it: small enough that most leave early, and not so small
+    that there are more than `MAX_BUCKETS` where a message could be larger."""
+    total = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    return min(most, max(BUCKET_BYTES, -(-total // MAX_BUCKETS)))
 
 
 def _cut(parameters: Sequence[nn.Parameter], max_bytes: int) -> list[list[Span]]:

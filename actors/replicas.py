@@ -111,7 +111,10 @@ class Replicas:
     # -- a step -------------------------------------------------------------------------------------------------------
 
     def start(self, attempt: Attempt, microbatches: Sequence[Tensor], num_tokens: int, num_pieces: int) -> list[Part]:
-        """Divides the batch and gives every replica its part. -> the part of the leader."""
+        """Divides the batch, gives every replica its part and asks for its gradients. -> the part of the leader.
+
+        What comes while the leader computes waits in its memory: up to the trunk's gradients of each replica, as sent.
+        """
         sizes = [len(ids_BS) for ids_BS in microbatches]
         mine, *theirs = parts_of(microbatches, divide(sizes, self.speeds.of([_ME, *self._links])))
         whole = {**_fields(attempt), "num_tokens": num_tokens, "num_microbatches": len(microbatches)}

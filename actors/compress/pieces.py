@@ -10,6 +10,7 @@ what it still had into the sums that it sends.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,7 +27,8 @@ Slab = tuple[int, int, int]
 
 
 class CompressedPieces(GradientPieces):
-    """N: bytes of a piece. A parameter whose bytes do not fit a piece is cut by rows before it is compressed.
+    """N: bytes of a piece. A parameter whose bytes do not fit a piece is cut by rows before it is compressed. Pieces are
+    of parameters that together take as much uncompressed, so that as many can be sent before backward ends.
 
     `InvalidInput` for a parameter whose dtype cannot be compressed.
     """
@@ -40,7 +42,8 @@ class CompressedPieces(GradientPieces):
         dtypes = [self._parameters[number].dtype for number, _, _ in self._slabs]
         shapes = [self._shape(slab) for slab in self._slabs]
         self._compressor = Compressor(shapes, dtypes, settings)
-        self._slabs_of = _packed(self._compressor.sizes_P, max_bytes)
+        plain = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
+        self._slabs_of = _packed(plain, max_bytes)
         self._bytes: dict[int, Tensor] = {}
         """Of pieces that were packed."""
 

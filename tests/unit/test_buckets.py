@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from actors.buckets import Buckets, Work
 from actors.errors import StepAborted
-from actors.pieces import GradientPieces
+from actors.pieces import BUCKET_BYTES, MAX_BUCKETS, GradientPieces, bucket_bytes
 
 WAIT_S = 30.0
 
@@ -127,3 +127,15 @@ def test_hooks_are_gone_after_the_step() -> None:
         pass
     first(torch.ones(2, 4)).sum().backward()
     assert not is_complete(buckets, 0)
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "expected"),
+    [
+        (1000, 1 << 26, BUCKET_BYTES),
+        (BUCKET_BYTES * MAX_BUCKETS, 1 << 26, 4 * BUCKET_BYTES),
+        (1000, 512, 512),
+    ],
+)
+def test_how_large_a_piece_is(size: int, most: int, expected: int) -> None:
+    assert bucket_bytes([nn.Parameter(torch.empty(size, device="meta"))], most) == expected
