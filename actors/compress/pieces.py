@@ -27,8 +27,8 @@ Slab = tuple[int, int, int]
 
 
 class CompressedPieces(GradientPieces):
-    """N: bytes of a piece. A parameter whose bytes do not fit a piece is cut by rows before it is compressed. Pieces are
-    of parameters that together take as much uncompressed, so that as many can be sent before backward ends.
+    """N: bytes of a piece. A parameter whose bytes do not fit a piece is cut by rows before it is compressed. The
+    parameters of a piece would fill one uncompressed too, so that as many can be sent before backward ends.
 
     `InvalidInput` for a parameter whose dtype cannot be compressed.
     """

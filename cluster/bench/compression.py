@@ -6,6 +6,10 @@ is a seed. A row is a setting: `value` is what gradients took on the link in a s
 counted it; `ratio` how many times that is fewer than without; `link_ratio` the same for everything that crossed the
 link, token ids and expert load included; `loss_difference` the held-out loss after the last step over that without
 compression, less one.
+
+With one seed INT8 and FP8 cost 0.2 % at most, PowerSGD at rank 8, with INT8 factors, 0.9 % for 16 times fewer bytes; at
+rank 1 it is 114 times fewer, and 7 %. Top-k costs more at the same bytes: AdamW divides each value by what it has seen
+of it, and rare large values make that large. What is left out comes later, so short trainings suffer most.
 """
 
 from __future__ import annotations
