@@ -8,8 +8,8 @@ link, token ids and expert load included; `loss_difference` the held-out loss af
 compression, less one.
 
 With one seed INT8 and FP8 cost 0.2 % at most, PowerSGD at rank 8, with INT8 factors, 0.9 % for 16 times fewer bytes; at
-rank 1 it is 114 times fewer, and 7 %. Top-k costs more at the same bytes: AdamW divides each value by what it has seen
-of it, and rare large values make that large. What is left out comes later, so short trainings suffer most.
+rank 1 it is 114 times fewer, and 7 %. Top-k costs more at the same bytes, likely since AdamW divides each value by what
+it has seen of it, which rare large values make large.
 """
 
 from __future__ import annotations
