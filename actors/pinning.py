@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any
@@ -25,8 +26,8 @@ class Pinning:
         self._learner, self._training, self._replicas, self._models = learner, training, replicas, models
         self._timeout_s = timeout_s
 
-    def pin(self, name: str, version: int, peers: Mapping[str, Peer]) -> Pinned:
-        """Keeps `version`, which is the newest, under a name. After an error nobody has it.
+    def pin(self, name: str, version: int, peers: Mapping[str, Peer], ttl_s: float) -> Pinned:
+        """Keeps `version`, which is the newest, under a name. After an error nobody has it. `ttl_s`: see `Router.pin`.
 
         `InvalidInput` where expert actors cannot keep one.
         """
@@ -37,7 +38,9 @@ class Pinning:
                 for actor, answer in self._training.ask_all("pin", {"name": name, "version": version}).items()
             }
             held = {actor: tuple(experts) for actor, experts in answers.items() if experts}
-            pinned = Pinned(name, version, held, self._learner.skeleton.num_experts)
+            now = time.time()
+            expires_s = now + ttl_s if ttl_s else None
+            pinned = Pinned(name, version, held, self._learner.skeleton.num_experts, now, expires_s)
             self.follow(pinned, peers)
         except MoeClusterError:
             with suppress(MoeClusterError):  # who is told of the next pins drops this one then
@@ -77,9 +80,11 @@ class Pinning:
 def to_fields(pinned: Pinned) -> dict[str, Any]:
     """Of the message that tells it."""
     held = {actor: list(experts) for actor, experts in pinned.held.items()}
-    return {"name": pinned.name, "version": pinned.version, "held": held, "num_experts": pinned.num_experts}
+    names = ("name", "version", "num_experts", "created_s", "expires_s")
+    return {"held": held, **{name: getattr(pinned, name) for name in names}}
 
 
 def of_fields(fields: Mapping[str, Any]) -> Pinned:
     held = {str(actor): tuple(map(int, experts)) for actor, experts in fields["held"].items()}
-    return Pinned(str(fields["name"]), int(fields["version"]), held, int(fields["num_experts"]))
+    name, version, num_experts = str(fields["name"]), int(fields["version"]), int(fields["num_experts"])
+    return Pinned(name, version, held, num_experts, float(fields["created_s"]), fields["expires_s"])

@@ -141,6 +141,10 @@ class Pinned:
     """Expert actor -> experts of it whose weights it keeps."""
     num_experts: int
     """Of every MoE layer then."""
+    created_s: float = 0.0
+    """Unix time, as is the end."""
+    expires_s: float | None = None
+    """When whoever looks after the cluster is to give it up; None: never."""
 
     def is_whole(self, actors: Collection[str]) -> bool:
         """Whether these actors together have every expert."""

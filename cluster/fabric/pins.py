@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from actors.errors import MoeClusterError
 from actors.values import Pinned
 from cluster.backend import Pin
-from cluster.errors import AlreadyExists, FailedPrecondition, NotFound
+from cluster.errors import AlreadyExists, FailedPrecondition, NotFound, Unavailable
 from cluster.fabric.calls import call
 from cluster.fabric.crew import Crew
 
@@ -19,22 +19,29 @@ logger = logging.getLogger(__name__)
 
 TOLD_AFTER_S = 2.0
 """What a router said of its pins may be from before a pin that is younger."""
+LOOK_AGAIN_S = 0.05
 
 
 @dataclass(frozen=True)
 class _Kept:
-    pin: Pin
     pinned: Pinned
     since: float
-    """By `time.monotonic`."""
+    """When it came to be known here, by `time.monotonic`."""
+
+    @property
+    def pin(self) -> Pin:
+        pinned = self.pinned
+        return Pin(pinned.name, pinned.version, pinned.created_s, pinned.expires_s)
 
 
 class Pins:
-    """Called by any thread; `look` by the coordinator's loop."""
+    """Called by any thread; `look` by the coordinator's loop. A coordinator that has come back knows of none until the
+    router that leads has told which there are."""
 
     def __init__(self, crew: Crew, max_pins: int) -> None:
         self._crew, self._max_pins = crew, max_pins
         self._kept: dict[str, _Kept] = {}
+        self._is_told = False
         self._turn = threading.Lock()
         """Of who changes them."""
 
@@ -46,6 +53,7 @@ class Pins:
         """Of the newest version; `version`: what that was when it was asked for. Errors as of `Backend.pin_version`."""
         deadline = time.monotonic() + timeout_s
         with self._turn:
+            self._await_told(deadline)
             known = self._kept.get(name or f"v{version}")
             if known is not None and known.pin.version == version:
                 return known.pin
@@ -54,38 +62,29 @@ class Pins:
                     f"pin {name} keeps version {known.pin.version}; unpin it first, or choose another name"
                 )
             self._check_room()
-            pinned = self._make(name, max(0.001, deadline - time.monotonic()))
-            now = time.time()
-            pin = Pin(pinned.name, pinned.version, now, now + ttl_s if ttl_s else None)
-            self._kept[pinned.name] = _Kept(pin, pinned, time.monotonic())
-            logger.info("pinned version %d as %s", pin.version, pin.name)
-            return pin
-
-    def _make(self, name: str, timeout_s: float) -> Pinned:
-        """Between two steps."""
-        leader, router = self._crew.leader, self._crew.router
-        try:
-            pinned: Pinned = call(leader, router.pin.remote(name), timeout_s)
-        except MoeClusterError:
-            router.keep_pins.remote(list(self._kept))  # it may be made after all, when nobody waits for it
-            raise
-        return pinned
+            pinned = self._make(name, ttl_s, max(0.001, deadline - time.monotonic()))
+            self._kept[pinned.name] = _Kept(pinned, time.monotonic())
+            logger.info("pinned version %d as %s", pinned.version, pinned.name)
+            return self._kept[pinned.name].pin
 
     def unpin(self, name: str, timeout_s: float) -> None:
         """Memory is given back at every actor when it returns."""
+        deadline = time.monotonic() + timeout_s
         with self._turn:
+            self._await_told(deadline)
             if name not in self._kept:
-                names = ", ".join(self._kept) or "none"
-                raise NotFound(f"no pin {name}; there are {names}")
+                raise NotFound(f"no pin {name}; there are {', '.join(self._kept) or 'none'}")
             del self._kept[name]
             self._forget_on_routers()
-            call(self._crew.leader, self._crew.router.keep_pins.remote(list(self._kept)), timeout_s)
+            left_s = max(0.001, deadline - time.monotonic())
+            call(self._crew.leader, self._crew.router.keep_pins.remote(list(self._kept)), left_s)
 
     def look(self) -> None:
         """Gives up what has expired, and what is no longer whole. Waits for nobody."""
         if not self._turn.acquire(blocking=False):
             return
         try:
+            self._hear()
             living = {contact.name for contact, _ in self._crew.experts()}
             for name, kept in list(self._kept.items()):
                 if reason := self._end_of(kept, living):
@@ -98,16 +97,41 @@ class Pins:
         finally:
             self._turn.release()
 
+    def _hear(self) -> None:
+        """Once: what there was before."""
+        if not self._is_told and (told := self._crew.pins_of(self._crew.leader)) is not None:
+            self._is_told = True
+            self._kept = {pinned.name: _Kept(pinned, told[0]) for pinned in told[1]}
+
+    def _await_told(self, deadline: float) -> None:
+        self._hear()
+        while not self._is_told:
+            if time.monotonic() > deadline:
+                raise Unavailable("no router has told which versions are pinned; try again")
+            time.sleep(LOOK_AGAIN_S)
+            self._hear()
+
+    def _make(self, name: str, ttl_s: float, timeout_s: float) -> Pinned:
+        """Between two steps. Without a name it is called by its version, which only the router knows then."""
+        leader, router = self._crew.leader, self._crew.router
+        try:
+            pinned: Pinned = call(leader, router.pin.remote(name, ttl_s), timeout_s)
+        except MoeClusterError:
+            router.keep_pins.remote(list(self._kept))  # it may be made after all, when nobody waits for it
+            raise
+        return pinned
+
     def _end_of(self, kept: _Kept, living: Collection[str]) -> str:
         """Empty if it goes on."""
-        if kept.pin.expires_s is not None and time.time() >= kept.pin.expires_s:
+        if kept.pinned.expires_s is not None and time.time() >= kept.pinned.expires_s:
             return "its time is over"
         if not kept.pinned.is_whole(living):
             return "an expert actor has ended that kept experts of it alone"
         told = self._crew.pins_of(self._crew.leader)
-        if told is not None and told[0] > kept.since + TOLD_AFTER_S and kept.pin.name not in told[1]:
-            return "no router has its trunk any longer"
-        return ""
+        if told is None or told[0] <= kept.since + TOLD_AFTER_S:
+            return ""
+        is_there = kept.pinned.name in [pinned.name for pinned in told[1]]
+        return "" if is_there else "no router has its trunk any longer"
 
     def _forget_on_routers(self) -> None:
         names = list(self._kept)

@@ -9,9 +9,13 @@ import pytest
 
 from actors.errors import LinkTimeout
 from actors.values import Pinned
-from cluster.errors import AlreadyExists, FailedPrecondition, NotFound
+from cluster.errors import AlreadyExists, FailedPrecondition, NotFound, Unavailable
 from cluster.fabric import pins as pins_module
 from cluster.fabric.pins import TOLD_AFTER_S, Pins
+
+
+def pinned(name: str, version: int = 3, expires_s: float | None = None) -> Pinned:
+    return Pinned(name, version, {"expert-0": (0, 1), "expert-1": (2, 3)}, 4, 1000.0, expires_s)
 
 
 class Crew:
@@ -21,7 +25,7 @@ class Crew:
         self.leader = "router-0"
         self.version = 3
         self.living = ["expert-0", "expert-1"]
-        self.told: tuple[float, tuple[str, ...]] | None = None
+        self.told: tuple[float, tuple[Pinned, ...]] | None = (0.0, ())
         self.kept: list[list[str]] = []
         """As every message to the leader said."""
         self.forgotten: list[tuple[str, list[str]]] = []
@@ -37,7 +41,7 @@ class Crew:
     def experts(self) -> list[Any]:
         return [(SimpleNamespace(name=name), None) for name in self.living]
 
-    def pins_of(self, router: str) -> tuple[float, tuple[str, ...]] | None:
+    def pins_of(self, router: str) -> tuple[float, tuple[Pinned, ...]] | None:
         return self.told
 
     def _handle(self, name: str) -> Any:
@@ -50,9 +54,8 @@ class Crew:
             keep_pins_here=method(lambda names: self.forgotten.append((name, names))),
         )
 
-    def _pin(self, name: str) -> Any:
-        held = {"expert-0": (0, 1), "expert-1": (2, 3)}
-        return self.failure or Pinned(name or f"v{self.version}", self.version, held, 4)
+    def _pin(self, name: str, ttl_s: float) -> Any:
+        return self.failure or pinned(name or f"v{self.version}", self.version, 1000.0 + ttl_s if ttl_s else None)
 
 
 @pytest.fixture
@@ -136,6 +139,25 @@ def test_a_router_that_knows_nothing_of_it(now: Any) -> None:
     pins = Pins(crew, 2)  # type: ignore[arg-type]
     pins.pin("prod", 0.0, 3, 5.0)
     for told_s, known, expected in ((0.5, (), 1), (TOLD_AFTER_S + 1, ("prod",), 1), (TOLD_AFTER_S + 1, (), 0)):
-        crew.told = now.s + told_s, known
+        crew.told = now.s + told_s, tuple(map(pinned, known))
         pins.look()
         assert len(pins.all()) == expected
+
+
+def test_a_coordinator_that_has_come_back_hears_of_them(now: Any) -> None:
+    crew = Crew()
+    crew.told = None
+    pins = Pins(crew, 1)  # type: ignore[arg-type]
+    with pytest.raises(Unavailable):
+        pins.pin("test", 0.0, 3, -1.0)
+    pins.look()
+    crew.told = now.s, (pinned("prod", 2, now.s + 5),)
+    pins.look()
+    (prod,) = pins.all()
+    assert (prod.name, prod.version, prod.expires_s) == ("prod", 2, now.s + 5)
+    with pytest.raises(FailedPrecondition, match="prod"):
+        pins.pin("test", 0.0, 3, 5.0)
+    now.s += 6
+    pins.look()
+    assert pins.all() == ()
+    assert pins.pin("test", 0.0, 3, 5.0).name == "test"
