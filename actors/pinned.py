@@ -36,8 +36,7 @@ class PinnedModel:
         *,
         timeout_s: float,
     ) -> None:
-        """`tensors`: what `Learner.copied` gave at that version. `peers`: every actor of
-        `pinned.held`, as far as it lives."""
+        """`tensors`: what `Learner.copied` gave at that version. `peers`: the actors of `pinned.held`."""
         self.pinned, self.peers, self.tensors = pinned, dict(peers), dict(tensors)
         self._view, routing = learner.view_of(tensors, pinned.num_experts)
         num_layers = len(learner.skeleton.layers)
@@ -56,16 +55,20 @@ class PinnedModel:
         """One forward. `VersionGone` once it is given up; `StepAborted` while nobody that lives keeps an expert."""
         version = self.pinned.version
         with self._lock:
-            if self._is_gone:
-                raise VersionGone(f"pin {self.pinned.name} of version {version} was given up")
+            self._check()
             self._link()
             purpose = Purpose(min_version=version, sequence_length=sequence_length, pasts=pasts, pin=self.pinned.name)
             self._dispatcher.begin(purpose)
             try:
                 yield lambda: version
-            except StepAborted:
+            except (StepAborted, LinkError):
+                self._check()
                 self._is_linked = False  # the next one looks whether those that are lost are back
                 raise
+
+    def _check(self) -> None:
+        if self._is_gone:
+            raise VersionGone(f"pin {self.pinned.name} of version {self.pinned.version} was given up")
 
     def _link(self) -> None:
         """To those that live."""
@@ -85,9 +88,10 @@ class PinnedModel:
         self._dispatcher.reopen()
 
     def close(self) -> None:
-        """After the forward at hand."""
+        """Also the forward at hand ends, though an actor that it waits for may be frozen."""
+        self._is_gone = True
+        self.cut(list(self._dispatcher.links))
         with self._lock:
-            self._is_gone = True
             self._dispatcher.close()
 
     def cut(self, names: Collection[str]) -> None:
@@ -98,10 +102,11 @@ class PinnedModel:
 
 
 class PinnedModels:
-    """Of one router. Pins are added and given up by one thread at a time, and chosen by any."""
+    """Of one router. From any thread."""
 
     def __init__(self) -> None:
         self._by_name: dict[str, PinnedModel] = {}
+        self._changing = threading.Lock()
 
     @property
     def names(self) -> list[str]:
@@ -113,12 +118,24 @@ class PinnedModels:
     def add(self, model: PinnedModel) -> None:
         """In the place of one of the same name."""
         name = model.pinned.name
-        self.keep([other for other in self.names if other != name])
-        self._by_name[name] = model
+        with self._changing:
+            self._give_up([name] if name in self._by_name else [])
+            self._by_name[name] = model
 
     def keep(self, names: Collection[str]) -> None:
         """All others are given up."""
-        for name in [name for name in self._by_name if name not in names]:
+        with self._changing:
+            self._give_up([name for name in self._by_name if name not in names])
+
+    def forget(self, name: str, created_s: float) -> None:
+        """The pin that was made then is given up. It may be gone already, or another may have its name."""
+        with self._changing:
+            model = self._by_name.get(name)
+            if model is not None and model.pinned.created_s == created_s:
+                self._give_up([name])
+
+    def _give_up(self, names: Sequence[str]) -> None:
+        for name in names:
             self._by_name.pop(name).close()
 
     def choose(self, choice: VersionChoice, newest: int) -> PinnedModel:

@@ -74,8 +74,7 @@ class Pins:
             self._await_told(deadline)
             if name not in self._kept:
                 raise NotFound(f"no pin {name}; there are {', '.join(self._kept) or 'none'}")
-            del self._kept[name]
-            self._forget_on_routers()
+            self._forget(name)
             left_s = max(0.001, deadline - time.monotonic())
             call(self._crew.leader, self._crew.router.keep_pins.remote(list(self._kept)), left_s)
 
@@ -89,8 +88,7 @@ class Pins:
             for name, kept in list(self._kept.items()):
                 if reason := self._end_of(kept, living):
                     logger.warning("gave up pin %s of version %d: %s", name, kept.pin.version, reason)
-                    del self._kept[name]
-                    self._forget_on_routers()
+                    self._forget(name)
                     self._crew.router.keep_pins.remote(list(self._kept))
         except MoeClusterError as error:  # no router leads: the next one is told with the next pin, or has none
             logger.info("pins are not told: %s", error)
@@ -133,10 +131,11 @@ class Pins:
         is_there = kept.pinned.name in [pinned.name for pinned in told[1]]
         return "" if is_there else "no router has its trunk any longer"
 
-    def _forget_on_routers(self) -> None:
-        names = list(self._kept)
+    def _forget(self, name: str) -> None:
+        """Requests are told at once. Memory at expert actors is given back in turn with the steps."""
+        created_s = self._kept.pop(name).pinned.created_s
         for _, handle in self._crew.routers().values():
-            handle.keep_pins_here.remote(names)
+            handle.forget_pin.remote(name, created_s)
 
     def _check_room(self) -> None:
         if len(self._kept) < self._max_pins:

@@ -375,9 +375,9 @@ class RouterWorker:
         self._router.keep_pins(names)
 
     @ray.method(concurrency_group=CONTROL)
-    def keep_pins_here(self, names: Sequence[str]) -> None:
+    def forget_pin(self, name: str, created_s: float) -> None:
         """At once, on this router alone: what requests ask for is gone."""
-        self._router.serving.pins.keep(names)
+        self._router.serving.pins.forget(name, created_s)
 
     @ray.method(concurrency_group=CONTROL)
     def wait_until_death(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -143,6 +145,52 @@ def test_a_version_that_is_gone_is_refused_and_says_which_are_there() -> None:
             local.router.serving.score(PROMPT, V2)
         with pytest.raises(VersionGone, match="given up"):
             next(stream)
+
+
+def test_what_is_forgotten_is_the_pin_that_was_meant() -> None:
+    """The message may come late, when another pin has the name."""
+    with cluster(SOURCE, 2) as local:
+        begin(local)
+        first = local.router.pin("prod")
+        local.router.keep_pins([])
+        train(local, 1)
+        second = local.router.pin("prod", ttl_s=60.0)
+        assert second.expires_s == second.created_s + 60.0
+        pins = local.router.serving.pins
+        pins.forget("prod", first.created_s)
+        assert local.router.serving.score(PROMPT, VersionChoice(pin="prod"))[1] == 3
+        pins.forget("prod", second.created_s)
+        pins.forget("prod", second.created_s)
+        with pytest.raises(VersionGone):
+            local.router.serving.score(PROMPT, VersionChoice(pin="prod"))
+
+
+def test_who_gives_a_pin_up_waits_for_no_frozen_actor() -> None:
+    with cluster(SOURCE, 2, links="socket") as local:
+        begin(local)
+        local.router.pin("prod")
+        local.router.serving.score(PROMPT, V2)
+        failures: list[BaseException] = []
+
+        def ask() -> None:
+            try:
+                local.router.serving.score(PROMPT, V2)
+            except VersionGone as error:
+                failures.append(error)
+
+        member = local.members["expert-0"]
+        member.freeze()
+        try:
+            asker = threading.Thread(target=ask)
+            asker.start()
+            time.sleep(0.2)
+            started = time.monotonic()
+            local.router.serving.pins.keep([])
+            asker.join(20.0)
+            assert len(failures) == 1
+            assert time.monotonic() - started < local.timeout_s / 2
+        finally:
+            member.thaw()
 
 
 def test_an_expert_cache_keeps_no_version() -> None:

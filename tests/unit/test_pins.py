@@ -28,7 +28,8 @@ class Crew:
         self.told: tuple[float, tuple[Pinned, ...]] | None = (0.0, ())
         self.kept: list[list[str]] = []
         """As every message to the leader said."""
-        self.forgotten: list[tuple[str, list[str]]] = []
+        self.forgotten: list[tuple[str, str, float]] = []
+        """Router, name and time of the pin."""
         self.failure: Exception | None = None
 
     @property
@@ -51,7 +52,7 @@ class Crew:
         return SimpleNamespace(
             pin=method(self._pin),
             keep_pins=method(self.kept.append),
-            keep_pins_here=method(lambda names: self.forgotten.append((name, names))),
+            forget_pin=method(lambda pin, created_s: self.forgotten.append((name, pin, created_s))),
         )
 
     def _pin(self, name: str, ttl_s: float) -> Any:
@@ -91,7 +92,7 @@ def test_as_many_as_may_be(now: Any) -> None:
     pins.unpin("prod", 5.0)
     assert names(pins) == ["v3"]
     assert crew.kept == [["v3"]]
-    assert crew.forgotten == [("router-0", ["v3"]), ("router-1", ["v3"])]
+    assert crew.forgotten == [("router-0", "prod", 1000.0), ("router-1", "prod", 1000.0)]
     with pytest.raises(NotFound, match="no pin prod; there are v3"):
         pins.unpin("prod", 5.0)
 
@@ -130,7 +131,7 @@ def test_what_is_no_longer_whole_is_given_up(now: Any) -> None:
     crew.living.remove("expert-0")
     pins.look()
     assert names(pins) == [], "who came later does not have it"
-    assert crew.forgotten[-1] == ("router-1", [])
+    assert crew.forgotten[-1] == ("router-1", "prod", 1000.0)
 
 
 def test_a_router_that_knows_nothing_of_it(now: Any) -> None:
