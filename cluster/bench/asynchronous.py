@@ -39,7 +39,7 @@ from actors.updates import Brake
 from actors.values import Placement, StepReport
 from cluster.bench.balance import GATE, GROUP_SIZE, JOB, MODEL, NUM_HOSTS, TASKS
 from cluster.bench.result import Report, Row, time_row
-from cluster.config import DataConfig, OptimizerConfig
+from cluster.config import DataConfig, EvalConfig, OptimizerConfig
 from cluster.jobs.batches import MicroBatch
 from cluster.jobs.runner import run_job
 
@@ -56,6 +56,17 @@ that much smaller than the mean of their squares, which stands for the curvature
 1, 5 and 20 for Muon, these left least (s = 4, one seed)."""
 RECENT_STEPS = 20
 """That a loss of training is averaged over."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Of torch's in each operation, as an actor among others has: small ones wait for their threads otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 # --- Learning ----------------------------------------------------------------------------------------------------
@@ -85,8 +96,9 @@ def cases() -> list[tuple[str, int]]:
 
 def train_all(*, seeds: int, steps: int, after_step: Callable[[Run], None] = lambda run: None) -> list[Run]:
     runs = [Run(name, staleness, seed) for seed in range(seeds) for name, staleness in cases()]
-    for run in runs:
-        _train(run, steps, after_step)
+    with one_thread():
+        for run in runs:
+            _train(run, steps, after_step)
     return runs
 
 
@@ -113,7 +125,8 @@ def _runs_of(runs: Sequence[Run], optimizer: str, staleness: int) -> list[Run]:
 
 
 def _train(run: Run, steps: int, after_step: Callable[[Run], None]) -> None:
-    job = replace(JOB, steps=steps, data=DataConfig(seed=run.seed), eval=replace(JOB.eval, every_steps=steps))
+    evaluation = EvalConfig(every_steps=steps, batches=24)
+    job = replace(JOB, steps=steps, data=DataConfig(seed=run.seed), eval=evaluation)
     with _late_router(run) as router:
         run_job(job, router, TASKS[TASK](job.data), _Recorder(run, after_step), should_stop=lambda: False)
 
@@ -201,15 +214,11 @@ SPARSE_CASES: Mapping[str, tuple[Sparse, bool]] = {
 
 def sparse_rows(*, rounds: int) -> Iterator[Row]:
     model = skeleton(ModelSource(values=SPARSE_MODEL))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # an actor's share; and thread barriers are most of what a loaded machine measures
-    try:
+    with one_thread():
         for case, (sparse, is_random) in SPARSE_CASES.items():
             ours, theirs = _Actor(model, sparse), _Actor(model, "none")
             seconds = [_interleaved(ours, theirs, number, is_random) for number in range(-WARMUPS, rounds)][WARMUPS:]
             yield time_row(case, "ms", 1e3, [s for s, _ in seconds], "dense", [s for _, s in seconds])
-    finally:
-        torch.set_num_threads(threads)
 
 
 WARMUPS = 4
@@ -270,7 +279,7 @@ class Extent:
     """Of what is timed."""
 
 
-WHOLE, QUICK = Extent(steps=120, seeds=3, rounds=9), Extent(steps=30, seeds=1, rounds=5)
+WHOLE, QUICK = Extent(steps=100, seeds=3, rounds=9), Extent(steps=30, seeds=1, rounds=5)
 
 
 def bench_async(
