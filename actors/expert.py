@@ -270,8 +270,7 @@ class ExpertHost:
         if self._staleness:
             self._put_update(step, lr, scale)
         else:
-            self.updates.brake.wait()
-            with self.updates.brake.slowing():
+            with self.updates.making():
                 self.holdings.update(lr, scale)
         self.version = step
         self._end_attempt()

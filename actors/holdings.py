@@ -45,6 +45,16 @@ class LayerStep:
     """Of the layer, that the gradients were computed with: for the delay correction."""
 
 
+@dataclass(frozen=True)
+class TakenGradients:
+    """Of one layer."""
+
+    groups: Mapping[int, list[Tensor]]
+    """Of each held group by name, as views."""
+    stacked: dict[str, Tensor]
+    """Of all places."""
+
+
 @dataclass
 class _Group:
     parameters: list[dict[str, nn.Parameter]]
@@ -208,8 +218,9 @@ class Holdings:
             optimizer.catch_up(layer, experts)
             self._residency.changed([self._places.index(group)])
 
-    def take_gradients(self) -> list[Mapping[int, list[Tensor]]]:
-        """By layer, of each held group by name: the caller's. What comes from now on is accumulated elsewhere.
+    def take_gradients(self) -> list[TakenGradients]:
+        """By layer, of each held group: the caller's until `give_back`. What comes from now on is accumulated
+        elsewhere.
 
         `InvalidInput` with an expert cache, which has one memory for them.
         """
@@ -218,9 +229,17 @@ class Holdings:
             stack.touched.clear()
         spans = {group: self._span(group) for group in self.groups}
         return [
-            {group: [stacked[name][span] for name in stack.names] for group, span in spans.items()}
+            TakenGradients(
+                {group: [stacked[name][span] for name in stack.names] for group, span in spans.items()}, stacked
+            )
             for stack, stacked in zip(self.stacks, taken, strict=True)
         ]
+
+    def give_back(self, layer: int, taken: TakenGradients) -> None:
+        """They have been used. From any thread."""
+        for gradient in taken.stacked.values():
+            gradient.zero_()
+        self.stacks[layer].give_back(taken.stacked)
 
     def updated(self, layer: int, steps: Mapping[int, Sequence[LayerStep]]) -> Weights:
         """Copy-on-write: the layer's weights after these steps of each group, one after the other, in new tensors.
@@ -229,11 +248,12 @@ class Holdings:
         the stack `switch`, which has to be next. Nothing else may touch the layer's weights and moments meanwhile.
         """
         stack = self.stacks[layer]
-        fresh = {name: tensor.clone() for name, tensor in stack.weights.items()}
+        fresh = stack.fresh()
+        for group, held in self._groups.items():  # also those that arrive or leave
+            for name, parameter in held.parameters[layer].items():
+                parameter.data = fresh[name][self._span(group)]
         for group, ordered in steps.items():
             span = self._span(group)
-            for name, parameter in self._groups[group].parameters[layer].items():
-                parameter.data = fresh[name][span]
             for step in ordered:
                 then = None if step.then is None else {name: step.then[name][span] for name in stack.names}
                 gradients = dict(zip(stack.names, step.gradients, strict=True))
@@ -262,6 +282,8 @@ class Holdings:
                 self._catch_up(number, layer)
         self.settings = settings
         self.drop_gradients()
+        for stack in self.stacks:
+            stack.drop_spares()
         for number, group in self._groups.items():
             group.optimizer = self._new_optimizer(number, group.parameters)
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from actors.errors import StepAborted
-from actors.holdings import Holdings, LayerStep
+from actors.holdings import Holdings, LayerStep, TakenGradients
 from actors.moe.experts import Weights
 
 logger = logging.getLogger(__name__)
@@ -39,8 +39,8 @@ class PendingUpdate:
     step: int
     lr: float
     scale: float
-    gradients: Sequence[Mapping[int, Sequence[Tensor]]]
-    """By layer, of each group, by name; of this update alone."""
+    gradients: Sequence[TakenGradients]
+    """By layer; of this update alone."""
     own: frozenset[int]
     """Groups that nobody else has to update alike: they may be merged, or corrected for what was computed with here."""
     then: Mapping[int, Weights] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class PendingUpdate:
 
     def of(self, layer: int, group: int) -> LayerStep:
         then = self.then.get(layer) if group in self.own else None
-        return LayerStep(self.gradients[layer][group], self.lr, self.scale, then=then)
+        return LayerStep(self.gradients[layer].groups[group], self.lr, self.scale, then=then)
 
     @property
     def mergeable(self) -> frozenset[int]:
@@ -226,6 +226,15 @@ class Updates:
         if self._thread is not None:
             self._thread.join(self._timeout_s)
 
+    @contextmanager
+    def making(self) -> Iterator[None]:
+        """Around an update that is made by the host's own thread, while all wait for it."""
+        started = time.monotonic()
+        self.brake.wait()
+        with self.brake.slowing():
+            yield
+        self.busy_s += time.monotonic() - started
+
     # -- the thread ---------------------------------------------------------------------------------------------------
 
     def _lag(self, layer: int) -> int:
@@ -269,6 +278,8 @@ class Updates:
             with self.brake.slowing(), self._beside.after([update.summed for update in batch]):
                 fresh = holdings.updated(layer, _steps_of(batch, layer, merging))
             self._beside.hand_over(fresh.values())
+            for update in batch:
+                holdings.give_back(layer, update.gradients[layer])
             with self._changed:
                 stack.switch(fresh)
                 self._num_switched = layer + 1
@@ -313,7 +324,7 @@ class _Beside:
 def _steps_of(batch: Sequence[PendingUpdate], layer: int, merging: Collection[int]) -> dict[int, Sequence[LayerStep]]:
     """Of each group, in the order in which they are to be made."""
     steps: dict[int, Sequence[LayerStep]] = {}
-    for group in batch[0].gradients[layer]:
+    for group in batch[0].gradients[layer].groups:
         ordered = [update.of(layer, group) for update in batch]
         steps[group] = [merged(ordered)] if group in merging else ordered
     return steps

@@ -10,9 +10,9 @@ The layout of the weights and the gating function are those of the transformers 
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -23,7 +23,16 @@ from actors.moe.grouped import add_bias, add_grouped_outer, add_grouped_sum, gro
 
 Weights = Mapping[str, Tensor]
 """A stack's parameters by name, [E, ...] each. Where updates are copy-on-write nobody writes to these tensors again:
-whoever holds the mapping has one version of the layer for as long as needed, whatever becomes of the stack."""
+whoever holds the mapping has one version of the layer for as long as needed, whatever becomes of the stack. Once nobody
+holds the mapping its tensors are used again, so they must not be kept without it."""
+
+
+class _Version(dict[str, Tensor]):
+    """Weights that `weakref` can tell the end of."""
+
+
+MAX_SPARES = 2
+"""Sets of tensors that a stack keeps: on a CPU the first touch of new memory costs several times the copying."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +128,8 @@ class ExpertStack(nn.Module):
         self.touched: set[int] = set()
         """Experts that may have a gradient other than zero; who takes or zeroes the gradients clears it."""
         self._weights = self._bound()
+        self._spare_weights: list[dict[str, Tensor]] = []
+        self._spare_gradients: list[dict[str, Tensor]] = []
 
     @property
     def num_experts(self) -> int:
@@ -141,9 +152,20 @@ class ExpertStack(nn.Module):
 
         From any thread. One assignment: a forward beside it has all of the old ones or all of the new ones.
         """
-        self._weights = MappingProxyType(dict(weights))
+        version = _Version(weights)
+        if not self._is_cuda:  # there another stream may still read what nobody holds any more
+            weakref.finalize(version, _retire, weakref.ref(self), dict(weights)).atexit = False
+        self._weights = version
         for name, tensor in weights.items():
             self._parameter(name).data = tensor
+
+    def fresh(self) -> dict[str, Tensor]:
+        """A copy of the weights, to be written and given to `switch`. From one thread at a time."""
+        with torch.no_grad():
+            if not self._spare_weights:
+                return {name: tensor.clone() for name, tensor in self._weights.items()}
+            spare = self._spare_weights.pop()
+            return {name: spare[name].copy_(tensor) for name, tensor in self._weights.items()}
 
     def gradient(self, name: str) -> Tensor:
         return _grad(self._parameter(name))
@@ -151,9 +173,29 @@ class ExpertStack(nn.Module):
     def take_gradients(self) -> dict[str, Tensor]:
         """What was accumulated, by name, is the caller's; what comes from now on is added up elsewhere."""
         taken = {name: self.gradient(name) for name in self.names}
+        spare = self._spare_gradients.pop() if self._spare_gradients else {}
         for name in self.names:
-            self._parameter(name).grad = None
+            self._parameter(name).grad = spare.get(name)
         return taken
+
+    def give_back(self, gradients: dict[str, Tensor]) -> None:
+        """What `take_gradients` gave is not needed any more, and zero. From any thread."""
+        if not self._is_cuda:
+            self._keep_spare(self._spare_gradients, gradients)
+
+    def drop_spares(self) -> None:
+        """Gives back the memory that is kept for updates."""
+        self._spare_weights.clear()
+        self._spare_gradients.clear()
+
+    def _keep_spare(self, spares: list[dict[str, Tensor]], tensors: dict[str, Tensor]) -> None:
+        fit = all(tensors[name].shape == self._parameter(name).shape for name in self.names)
+        if fit and len(spares) < MAX_SPARES:
+            spares.append(tensors)
+
+    @property
+    def _is_cuda(self) -> bool:
+        return self._parameter(self._in).device.type == "cuda"
 
     def zero_gradients(self) -> None:
         for name in self.names:
@@ -177,6 +219,7 @@ class ExpertStack(nn.Module):
             new.grad = None if old.grad is None else change(old.grad)
             self.register_parameter(name, new)
         self._weights = self._bound()
+        self.drop_spares()
 
     @property
     def width(self) -> int:
@@ -303,7 +346,7 @@ class ExpertStack(nn.Module):
         return cast(nn.Parameter, self._parameters[name])
 
     def _bound(self) -> Weights:
-        return MappingProxyType({name: self._parameter(name).detach() for name in self.names})
+        return _Version({name: self._parameter(name).detach() for name in self.names})
 
     def _bias(self, weights: Weights, name: str) -> Tensor | None:
         return weights.get(f"{name}_bias")
@@ -312,6 +355,12 @@ class ExpertStack(nn.Module):
         template: Any = self._template
         result: Tensor = template._apply_gate(pre_PH) if template.has_gate else template.act_fn(pre_PH)
         return result
+
+
+def _retire(stack_of: Callable[[], ExpertStack | None], tensors: dict[str, Tensor]) -> None:
+    """Nobody holds a version of these tensors any more."""
+    if (stack := stack_of()) is not None:
+        stack._keep_spare(stack._spare_weights, tensors)
 
 
 def _grad(parameter: nn.Parameter) -> Tensor:

@@ -220,6 +220,29 @@ def test_who_reads_or_moves_groups_gets_every_update(source: ModelSource, tmp_pa
         assert behind(local) == [0, 0]
 
 
+def test_a_group_that_arrives_while_updates_are_pending_equals_its_owners(source: ModelSource) -> None:
+    """It follows its owner's updates, whatever the actor that it comes to has still to make, and is a copy then."""
+    with cluster(source, 2) as local:
+        start(local, 2, hold=2)
+        step(local, 0)
+        step(local, 1)
+        owner = local.placement.owner(0)
+        (other,) = set(local.members) - {owner}
+        local.arrive(0, owner, other)
+        step(local, 2)
+        step(local, 3)
+        holders = [[*held] for held in local.placement.holders]
+        holders[0].append(other)
+        local.adopt(*("".join(name.removeprefix("expert-") for name in held) for held in holders))
+        step(local, 4)
+        drain(local)
+        mine, theirs = (local.members[name].host.holdings for name in (owner, other))
+        for layer in range(len(mine.stacks)):
+            (tensors, count), (copies, other_count) = mine.read(0, layer), theirs.read(0, layer)
+            assert count == other_count == 5
+            assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True))
+
+
 def _counts(local: LocalCluster) -> dict[int, int]:
     hosts = {group: local.members[local.placement.owner(group)].host for group in range(local.placement.num_groups)}
     return {group: host.holdings.read(group, 0)[1] for group, host in hosts.items()}

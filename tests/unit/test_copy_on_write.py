@@ -85,9 +85,10 @@ def test_the_numbers_are_those_of_updates_in_place(model: Skeleton) -> None:
         here.update(1e-2, 0.5)
         before = [stack.weights for stack in beside.stacks]
         copies = [{name: t.clone() for name, t in weights.items()} for weights in before]
-        for layer, gradients in enumerate(beside.take_gradients()):
-            steps = {group: [LayerStep(parts, 1e-2, 0.5)] for group, parts in gradients.items()}
+        for layer, taken in enumerate(beside.take_gradients()):
+            steps = {group: [LayerStep(parts, 1e-2, 0.5)] for group, parts in taken.groups.items()}
             beside.stacks[layer].switch(beside.updated(layer, steps))
+            beside.give_back(layer, taken)
         for weights, copy in zip(before, copies, strict=True):
             assert all(torch.equal(weights[name], copy[name]) for name in copy), "nobody writes to these any more"
         assert not any(g.any() for g in beside.gradients(0, 0)), "the next step's gradients begin at zero"
@@ -96,6 +97,35 @@ def test_the_numbers_are_those_of_updates_in_place(model: Skeleton) -> None:
                 (mine, count), (theirs, other) = beside.read(group, layer), here.read(group, layer)
                 assert count == other == seed + 1
                 assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_memory_is_used_again_once_nobody_holds_the_version(model: Skeleton) -> None:
+    holdings = held(model, (0, 1))
+    stack = holdings.stacks[0]
+
+    def update() -> set[int]:
+        fill(holdings, 1)
+        taken = holdings.take_gradients()
+        fresh = holdings.updated(0, {group: [LayerStep(parts, 1e-2, 1.0)] for group, parts in taken[0].groups.items()})
+        stack.switch(fresh)
+        holdings.give_back(0, taken[0])
+        return {tensor.data_ptr() for tensor in fresh.values()}
+
+    update()
+    kept = stack.weights
+    copy = {name: tensor.clone() for name, tensor in kept.items()}
+    pointers = {tensor.data_ptr() for tensor in kept.values()}
+    used = [update() for _ in range(4)]
+    assert all(torch.equal(kept[name], copy[name]) for name in copy)
+    assert all(not pointers & each for each in used)
+    assert used[0] & used[2], "nobody held the version in between"
+    assert used[1] & used[3]
+    del kept
+    used = [update() for _ in range(2)]
+    assert any(pointers & each for each in used)
+    stack.resize(6)
+    assert not stack._spare_weights
+    assert not stack._spare_gradients
 
 
 def test_an_expert_cache_has_one_version(model: Skeleton) -> None:
