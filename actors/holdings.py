@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from actors.errors import InvalidInput
 from actors.moe.cache import CacheSettings
 from actors.moe.experts import ExpertStack, Weights
+from actors.moe.optimizer import GroupOptimizer
 from actors.optim import OptimizerSettings, square_sum_of
 from actors.residency import residency
 from actors.snapshots import KINDS, ExpertKey, SavedState, Snapshot, to_host
 from actors.trunk.model import Skeleton
-from actors.updating import GroupOptimizer
 
 LoadLayer = Callable[[int, Sequence[int]], Mapping[str, Tensor]]
 """(layer, groups) -> stacked parameters of these groups' experts, in that order."""

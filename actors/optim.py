@@ -32,7 +32,7 @@ class OptimizerSettings:
     momentum: float = 0.95
     """Muon's."""
     sparse: Sparse = "none"
-    """What becomes of an expert without a gradient, see `actors.updating`."""
+    """What becomes of an expert without a gradient, see `actors.moe.optimizer`."""
     delay_correction: float = 0.0
     """Strength of what is added to gradients of older weights, see `actors.moe.delay`."""
     staleness: int = 0

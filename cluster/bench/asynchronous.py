@@ -10,6 +10,8 @@ has gradients, against a dense update of the same. Experts without tokens are le
 each step; `_random`: another one each time; `_exact`: their steps are put off instead, and made before the next forward
 that wants them, which is counted.
 
+`straggler_*`, `retained_*`, `hidden_optimizer_share`: see `cluster.bench.stragglers`.
+
 Everything runs in this process over local links, without Ray.
 
     S steps   E experts
@@ -39,6 +41,7 @@ from actors.updates import Brake
 from actors.values import Placement, StepReport
 from cluster.bench.balance import GATE, GROUP_SIZE, JOB, MODEL, NUM_HOSTS, TASKS
 from cluster.bench.result import Report, Row, time_row
+from cluster.bench.stragglers import Shape, hidden_rows, straggler_rows
 from cluster.config import DataConfig, EvalConfig, OptimizerConfig
 from cluster.jobs.batches import MicroBatch
 from cluster.jobs.runner import run_job
@@ -277,16 +280,22 @@ class Extent:
     seeds: int
     rounds: int
     """Of what is timed."""
+    shape: Shape
 
 
-WHOLE, QUICK = Extent(steps=100, seeds=3, rounds=9), Extent(steps=30, seeds=1, rounds=5)
+WHOLE = Extent(steps=100, seeds=3, rounds=5, shape=Shape())
+QUICK = Extent(steps=30, seeds=1, rounds=1, shape=Shape(warmups=5, steps=6, pause_s=1.0, window_s=2.0))
 
 
 def bench_async(
     extent: Extent, after_step: Callable[[Run], None] = lambda run: None
 ) -> tuple[Report, list[Run], Mapping[int, float]]:
     """-> the report, what it was made of, and tokens a second by staleness against those of s = 0."""
-    rows = list(sparse_rows(rounds=extent.rounds))
-    speed: dict[int, float] = {}
+    rows = [
+        *sparse_rows(rounds=extent.rounds),
+        *hidden_rows(rounds=extent.rounds, shape=extent.shape),
+        *straggler_rows(rounds=extent.rounds, shape=extent.shape),
+    ]
+    speed = {0: 1.0} | {s: row.ratio for row in rows for s in STALENESS if row.case == f"straggler_4x_s{s}"}
     runs = train_all(seeds=extent.seeds, steps=extent.steps, after_step=after_step)
     return Report("async", [*loss_rows(runs), *time_rows(runs, speed), *rows]), runs, speed
