@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from actors.compress.settings import CompressionSettings
 from actors.moe.settings import BalanceSettings, GateSettings
 
 
@@ -19,6 +20,12 @@ class RayConfig:
     nodes: int = 2
     """Simulated nodes that carry expert actors when embedded (the head takes none)."""
     start_timeout_s: float = 60.0
+    detached: bool = False
+    """existing: the cluster goes on when the process that has started it ends or is killed. `moe-cluster up` with the
+    same checkpoint folder attaches to it, `moe-cluster down` ends it."""
+    orphan_timeout_s: float = 60.0
+    """existing: router and expert actors end themselves when no coordinator has asked after them for so long. Ray must
+    be able to start it again within that time, also when its head was away."""
     revive_after_s: float = 5.0
     """An embedded node that died is started again after so long, as a cluster's own manager would; 0: never."""
 
@@ -253,3 +260,5 @@ class JobConfig:
     data: DataConfig = DataConfig()
     eval: EvalConfig = EvalConfig()
     balance: BalanceSettings = field(default_factory=BalanceSettings)
+    compression: CompressionSettings = field(default_factory=CompressionSettings)
+    """Of the trunk's gradients, where there are several routers."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from actors.compress.settings import MAX_RANK
 from actors.staleness import MAX_STALENESS
 from cluster.config import (
     ClusterConfig,
@@ -92,6 +93,9 @@ def validate_job(config: JobConfig, source: str, *, max_positions: int = 0) -> J
     for name in ("entropy", "frequency", "sequence", "bias_speed"):
         check.at_least(f"balance.{name}", getattr(config.balance, name), 0)
     check.within("balance.bias_share", config.balance.bias_share, 0, 1)
+    check.within("compression.rank", config.compression.rank, 1, MAX_RANK)
+    check.above("compression.share", config.compression.share, 0)
+    check.within("compression.share", config.compression.share, 0, 1)
     check.that(
         config.data.heldout_every > 0 or config.eval.every_steps == 0,
         "data.heldout_every",
@@ -145,10 +149,13 @@ def _check_model(config: ModelConfig, check: _Check) -> None:
 def _check_ray(config: RayConfig, check: _Check) -> None:
     check.at_least("nodes", config.nodes, 1)
     check.above("start_timeout_s", config.start_timeout_s, 0)
+    check.at_least("orphan_timeout_s", config.orphan_timeout_s, 5)
     check.at_least("revive_after_s", config.revive_after_s, 0)
     if config.mode == "embedded":
         remedy = "leave the address out, or set ray.mode to existing"
         check.that(config.address is None, "address", "an embedded cluster has none", config.address, remedy)
+        remedy = "leave it out, or set ray.mode to existing"
+        check.that(not config.detached, "detached", "an embedded cluster ends with its process", True, remedy)
     else:
         remedy = "give one, e.g. auto or 10.0.0.1:6379, or set ray.mode to embedded"
         check.that(bool(config.address), "address", "is needed to join an existing cluster", config.address, remedy)

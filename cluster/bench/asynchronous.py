@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actors.compress.settings import CompressionSettings
 from actors.dispatcher import Peer, Roster
 from actors.expert import ExpertHost
 from actors.holdings import Holdings
@@ -176,10 +177,10 @@ class _LateRouter:
     hosts: Sequence[ExpertHost]
     settings: OptimizerSettings
 
-    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings) -> None:
+    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings, compression: CompressionSettings) -> None:
         values = asdict(optimizer)
         shared = {name: values[name] for name in ("lr", "beta1", "beta2", "eps", "weight_decay")}
-        self.router.begin_run(replace(self.settings, **shared), balance)
+        self.router.begin_run(replace(self.settings, **shared), balance, compression)
 
     def train_step(
         self, microbatches: Sequence[MicroBatch], *, lr: float, clip_norm: float, bias_speed: float

@@ -18,6 +18,7 @@ from cluster.errors import StartupError, Unavailable
 from cluster.fabric.changes import Changes, Report
 from cluster.fabric.crew import Crew
 from cluster.fabric.guarded import Guarded
+from cluster.fabric.underway import UnderWay
 
 logger = logging.getLogger(__name__)
 
@@ -31,15 +32,12 @@ STARTED = 0.3
 """Share of a scaling operation that starting actors counts for."""
 
 
-class _Cancelled(Exception):
-    """Between two moves; what was done so far stays."""
-
-
 class Scaling:
-    def __init__(self, state: Guarded, crew: Crew, changes: Changes, config: ExpertsConfig) -> None:
+    def __init__(self, state: Guarded, crew: Crew, changes: Changes, config: ExpertsConfig, wanted: int) -> None:
+        """`wanted`: expert actors there should be by now."""
         self._state, self._crew, self._changes, self._config = state, crew, changes, config
         self._limits = ScalingLimits(config.min_actors, config.max_actors)
-        self._wanted = config.actors
+        self._wanted = self._wanted_before = wanted
         self._heal_at_s = 0.0
 
     def scale(self, actors: int, request_id: str) -> Operation:
@@ -74,35 +72,30 @@ class Scaling:
         self._changes.begin(f"scaling to {actors} expert actors")
 
     def _run(self, operation: Operation) -> None:
-        def report(share: float, message: str) -> None:
-            with self._state.changing() as coordinator:
-                coordinator.operations.progress(operation.id, share, message)
-                if coordinator.operations.is_cancelling(operation.id):
-                    raise _Cancelled
-
-        started = time.monotonic()
         before, self._wanted = self._wanted, operation.target
-        try:
-            kind: Kind = "scale_up" if operation.target > before else "scale_down"
+        kind: Kind = "scale_up" if operation.target > before else "scale_down"
+        under_way = UnderWay(self._state, operation)
+
+        def resized() -> float:
             with self._changes.priced(kind, f"{operation.target} expert actors") as price:
-                stall_s = price(self._resize(operation.target, report))
-            with self._state.changing() as coordinator:
-                seconds = time.monotonic() - started
-                coordinator.operations.succeeded(operation.id, time.time(), seconds - stall_s, stall_s)
-        except _Cancelled:
+                return price(self._resize(operation.target, under_way.report))
+
+        def settled() -> None:
+            self._wanted_before = self._wanted
+
+        def stopped() -> None:
             self._end_idle()
-            with self._state.changing() as coordinator:
+            with self._state.reading() as coordinator:
                 self._wanted = len(coordinator.actors())
-                coordinator.operations.cancelled(operation.id, time.time())
-        except Exception as error:
-            is_ours = isinstance(error, MoeClusterError)
-            logger.log(logging.WARNING if is_ours else logging.ERROR, "%s failed", operation.id, exc_info=not is_ours)
+
+        def undone() -> None:
             self._wanted = before
             self._end_idle()
-            text = str(error) if is_ours else f"{type(error).__name__} in the coordinator; see its log"
-            with self._state.changing() as coordinator:
-                coordinator.operations.failed(operation.id, text, time.time())
+
+        try:
+            under_way.run(resized, done=settled, cancelled=stopped, failed=undone)
         finally:
+            self._wanted_before = self._wanted
             self._changes.end()
 
     def heal(self) -> None:
@@ -160,7 +153,7 @@ class Scaling:
         """After a change that stopped half way: actors that got nothing end, the others stay. In the caller's turn."""
         self._end_idle()
         with self._state.reading() as coordinator:
-            self._wanted = max(self._wanted, len(coordinator.actors()))
+            self._wanted = self._wanted_before = max(self._wanted, len(coordinator.actors()))
 
     def _resize(
         self, wanted: int, report: Report, deadline: float | None = None, patience_s: float | None = None
@@ -195,6 +188,11 @@ class Scaling:
     def wanted(self) -> int:
         """Expert actors there should be."""
         return self._wanted
+
+    @property
+    def wanted_if_cut_off(self) -> int:
+        """The same, as if an operation that is under way had failed."""
+        return self._wanted_before
 
     def start(self, count: int, patience_s: float | None = None, avoid: Collection[str] = ()) -> None:
         """Actors without groups, seen alive. `StartupError` if the nodes have no room for one of them: then none is.
