@@ -55,8 +55,8 @@ class JobEvent:
     state: JobState
     step: int
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """step: loss (nats a token), grad_norm, lr, tokens, tokens_per_s, load_max_over_mean, retries;
-    with a staleness also staleness_mean and staleness_max of the experts it was computed on, merged_updates;
+    """step: loss (nats a token), grad_norm, lr, tokens, tokens_per_s, load_max_over_mean, retries,
+    staleness_mean and staleness_max (updates that were not in the experts it was computed on), merged_updates;
     eval: heldout_loss (nats a token), heldout_tokens."""
     message: str = ""
 

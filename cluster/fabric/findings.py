@@ -101,8 +101,7 @@ def _with_job(standing: Standing, router: RouterStanding) -> Standing:
     for time_s, report in router.reports:
         number = report.step - course.version
         lr = lr_at(number, job.config.steps, job.config.optimizer, job.config.schedule)
-        metrics = metrics_of(report, lr, report.seconds, job.config.optimizer.staleness)
-        reports.append(StepTold(time_s, report.seconds, metrics))
+        reports.append(StepTold(time_s, report.seconds, metrics_of(report, lr, report.seconds)))
     return replace(standing, job=job, step=step, reports=tuple(reports))
 
 

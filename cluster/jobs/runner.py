@@ -95,8 +95,7 @@ def run_job(
             )
         except NonFinite as error:
             raise NonFinite(f"step {step}: {error}", step=step) from error
-        metrics = metrics_of(report, lr, time.monotonic() - started, config.optimizer.staleness)
-        reporter.step_committed(step, metrics, report.load_LE)
+        reporter.step_committed(step, metrics_of(report, lr, time.monotonic() - started), report.load_LE)
         if config.eval.every_steps and (step % config.eval.every_steps == 0 or step == config.steps):
             evaluation.after(step)
         after_step(step)
@@ -124,8 +123,8 @@ class _Evaluation:
             self._reporter.evaluated(step, {"heldout_loss": loss, "heldout_tokens": float(count)})
 
 
-def metrics_of(report: StepReport, lr: float, seconds: float, staleness: int) -> dict[str, float]:
-    """What is told of a step, which took so long in all. `staleness`: that the job allows."""
+def metrics_of(report: StepReport, lr: float, seconds: float) -> dict[str, float]:
+    """What is told of a step, which took so long in all."""
     metrics = {
         "loss": report.loss,
         "grad_norm": report.grad_norm,
@@ -134,13 +133,12 @@ def metrics_of(report: StepReport, lr: float, seconds: float, staleness: int) ->
         "tokens_per_s": report.num_tokens / seconds,
         "load_max_over_mean": max_over_mean(report.load_LE),
         "retries": float(report.retries),
+        "staleness_mean": report.staleness_mean,
+        "staleness_max": float(report.staleness_max),
+        "merged_updates": float(report.merged_updates),
     }
     if report.balance_loss:
         metrics["balance_loss"] = report.balance_loss
-    if staleness:
-        metrics["staleness_mean"] = report.staleness_mean
-        metrics["staleness_max"] = float(report.staleness_max)
-        metrics["merged_updates"] = float(report.merged_updates)
     return metrics
 
 

@@ -22,6 +22,7 @@ from actors.transport.faulty import Fault, FaultyLink
 from actors.transport.message import Message
 from actors.trunk.model import ModelSource
 from actors.updates import Brake
+from actors.values import Placement
 from tests.families import save
 from tests.local import LocalCluster, cluster
 
@@ -231,9 +232,9 @@ def test_a_group_that_arrives_while_updates_are_pending_equals_its_owners(source
         local.arrive(0, owner, other)
         step(local, 2)
         step(local, 3)
-        holders = [[*held] for held in local.placement.holders]
-        holders[0].append(other)
-        local.adopt(*("".join(name.removeprefix("expert-") for name in held) for held in holders))
+        holders = ((owner, other), *local.placement.holders[1:])
+        local.placement = Placement(local.placement.epoch + 1, holders, local.placement.group_size)
+        local.router.adopt(local.roster(local.placement))  # not with a second arrival, as `local.adopt` would
         step(local, 4)
         drain(local)
         mine, theirs = (local.members[name].host.holdings for name in (owner, other))
