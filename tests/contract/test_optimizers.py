@@ -60,7 +60,7 @@ def numbers(
         if between and t in between:
             between[t]()
         losses += steps(local, t, t + 1)
-    return losses, local.router.logits(IDS)
+    return losses, local.router.serving.logits(IDS)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_when_every_expert_has_tokens_sparse_is_dense(tmp_path: Path) -> None:
             local.router.begin_run(SETTINGS[name])
             reports = [local.router.train_step([batch], lr=1e-3, clip_norm=1.0) for _ in range(4)]
             assert all(min(load) > 0 for report in reports for load in report.load_LE)
-            found[name] = [report.loss for report in reports], local.router.logits(IDS)
+            found[name] = [report.loss for report in reports], local.router.serving.logits(IDS)
     same(found["exact"], found["none"], 1e-12)
     same(found["skip"], found["none"], 1e-12)
 
@@ -144,7 +144,7 @@ def test_a_checkpoint_has_all_of_it(source: ModelSource, plain: dict[str, Number
             restore_all(other, found, spread_over(3, 2))
             other.router.continue_run(BalanceSettings())
             losses += steps(other, 5, len(BATCHES))
-            same((losses, other.router.logits(IDS)), plain[name])
+            same((losses, other.router.serving.logits(IDS)), plain[name])
 
 
 @pytest.mark.parametrize("name", ["skip", "muon", "muon-skip"])
@@ -157,7 +157,7 @@ def test_beside_forwards_the_updates_are_the_same(source: ModelSource, name: str
                 host.updates.brake = Brake(hold=1)
             losses, _ = numbers(local, replace(SETTINGS[name], staleness=1))
             drain(local)
-            found.append((losses, local.router.logits(IDS)))
+            found.append((losses, local.router.serving.logits(IDS)))
             copies_agree(local)
     same(found[0], found[1])
 
