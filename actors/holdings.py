@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from actors.errors import InvalidInput
 from actors.moe.cache import CacheSettings
 from actors.moe.experts import ExpertStack, Weights
+from actors.moe.optimizer import GroupOptimizer
 from actors.optim import OptimizerSettings, square_sum_of
 from actors.residency import residency
 from actors.snapshots import KINDS, ExpertKey, SavedState, Snapshot, to_host
 from actors.trunk.model import Skeleton
-from actors.updating import GroupOptimizer
 
 LoadLayer = Callable[[int, Sequence[int]], Mapping[str, Tensor]]
 """(layer, groups) -> stacked parameters of these groups' experts, in that order."""
@@ -185,7 +185,7 @@ class Holdings:
         """Gradients, or those parts of them that may be other than zero."""
         candidates, gradients = self._candidates(group, layer), self._gradients(group, layer)
         if candidates is None or (candidates and self.settings.sparse == "exact"):
-            return gradients  # whole, so that the sum is to the bit that of `off`
+            return gradients  # whole, so that the sum is to the bit that of `none`
         return [gradient[expert] for gradient in gradients for expert in candidates]
 
     def update(self, lr: float, scale: float) -> None:
@@ -215,14 +215,14 @@ class Holdings:
 
     def _candidates(self, group: int, layer: int) -> list[int] | None:
         """Experts of the group that may have a gradient; None: no matter."""
-        if self.settings.sparse == "off":
+        if self.settings.sparse == "none":
             return None
         span, touched = self._span(group), self.stacks[layer].touched
         return [i - span.start for i in range(span.start, span.stop) if i in touched]
 
     def _drop_used(self) -> None:
         """All gradients are zero then, and those that were are not written."""
-        if self.settings.sparse == "off":
+        if self.settings.sparse == "none":
             self.drop_gradients()
             return
         for layer, stack in enumerate(self.stacks):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from actors.errors import InvalidInput
 
 Experts = Literal["adamw", "muon"]
-Sparse = Literal["off", "exact", "skip"]
+Sparse = Literal["none", "exact", "skip"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class OptimizerSettings:
     """`muon`: their matrices by Muon, with the same learning rate and decay; their biases by AdamW."""
     momentum: float = 0.95
     """Muon's."""
-    sparse: Sparse = "off"
-    """What becomes of an expert without a gradient, see `actors.updating`."""
+    sparse: Sparse = "none"
+    """What becomes of an expert without a gradient, see `actors.moe.optimizer`."""
     delay_correction: float = 0.0
     """Strength of what is added to gradients of older weights, see `actors.moe.delay`."""
     staleness: int = 0
@@ -44,14 +44,14 @@ class OptimizerSettings:
                 "under Muon a step without a gradient is as long and as dear as any other",
                 field="optimizer.sparse",
                 value=self.sparse,
-                remedy="use skip, which leaves experts without tokens alone, or off",
+                remedy="use skip, which leaves experts without tokens alone, or none",
             )
         if self.staleness and self.sparse == "exact":
             raise InvalidInput(
                 "beside forwards nobody makes steps that were put off",
                 field="optimizer.sparse",
                 value=self.sparse,
-                remedy="use skip or off, or optimizer.staleness 0",
+                remedy="use skip or none, or optimizer.staleness 0",
             )
 
     def to_dict(self) -> dict[str, float | str]:

@@ -224,7 +224,7 @@ class OptimizerConfig:
     """What steps the experts' matrices; all else is AdamW's."""
     momentum: float = 0.95
     """Muon's."""
-    sparse: Literal["off", "exact", "skip"] = "off"
+    sparse: Literal["none", "exact", "skip"] = "none"
     """Experts without tokens in a step: stepped like the others; so too, but when they are wanted; or left alone."""
     delay_correction: float = 0.0
     """Strength of DC-ASGD's correction of gradients that were computed with older experts; 0 switches it off."""

@@ -227,14 +227,14 @@ def _check_optimizer(config: OptimizerConfig, check: _Check) -> None:
         "sparse",
         "beside forwards nobody makes steps that were put off",
         config.sparse,
-        "use skip or off, or optimizer.staleness 0",
+        "use skip or none, or optimizer.staleness 0",
     )
     check.that(
         config.experts != "muon" or config.sparse != "exact",
         "sparse",
         "under Muon a step without a gradient is as long and as dear as any other",
         config.sparse,
-        "use skip, which leaves experts without tokens alone, or off",
+        "use skip, which leaves experts without tokens alone, or none",
     )
 
 

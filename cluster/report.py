@@ -122,7 +122,8 @@ def draw_async(path: Path, runs: Sequence[asynchronous.Run], speed: Mapping[int,
     """A column an optimizer: losses of training at equal tokens, at equal time with one actor four times slower, and
     below held-out losses against those without delay. `speed`: of s against s = 0, where time was measured."""
     names = list(dict.fromkeys(run.optimizer for run in runs))
-    figure, axes = plt.subplots(3, len(names), figsize=(4.5 * len(names), 10), layout="constrained", squeeze=False)
+    shape = (4.5 * len(names), 10)
+    figure, axes = plt.subplots(3, len(names), figsize=shape, sharey="row", layout="constrained", squeeze=False)
     for name, (by_tokens, by_time, below) in zip(names, axes.T, strict=True):
         by_staleness: dict[int, list[asynchronous.Run]] = {}
         for run in runs:

@@ -210,6 +210,7 @@ class ExpertStack(nn.Module):
         """Gives up all but these; between two steps, since what is saved counts by the old numbers."""
         kept_E = torch.tensor(experts, device=self._parameter(self._in).device)
         self._rebuild(lambda old: old.index_select(0, kept_E))
+        self.touched.clear()
 
     @torch.no_grad()
     def _rebuild(self, change: Callable[[Tensor], Tensor]) -> None:

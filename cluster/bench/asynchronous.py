@@ -10,6 +10,8 @@ has gradients, against a dense update of the same. Experts without tokens are le
 each step; `_random`: another one each time; `_exact`: their steps are put off instead, and made before the next forward
 that wants them, which is counted.
 
+`straggler_*`, `retained_*`, `hidden_optimizer_share`: see `cluster.bench.stragglers`.
+
 Everything runs in this process over local links, without Ray.
 
     S steps   E experts
@@ -40,22 +42,35 @@ from actors.updates import Brake
 from actors.values import Placement, StepReport
 from cluster.bench.balance import GATE, GROUP_SIZE, JOB, MODEL, NUM_HOSTS, TASKS
 from cluster.bench.result import Report, Row, time_row
-from cluster.config import DataConfig, OptimizerConfig
+from cluster.bench.stragglers import Shape, hidden_rows, straggler_rows
+from cluster.config import DataConfig, EvalConfig, OptimizerConfig
 from cluster.jobs.batches import MicroBatch
 from cluster.jobs.runner import run_job
 
 TASK = "text"
 STALENESS = (0, 1, 2, 4)
-CORRECTION = 1.0
-"""Strength of the delay correction."""
 OPTIMIZERS: Mapping[str, OptimizerSettings] = {
     "adamw": OptimizerSettings(),
-    "adamw_corrected": OptimizerSettings(delay_correction=CORRECTION),
+    "adamw_corrected": OptimizerSettings(delay_correction=200.0),
     "muon": OptimizerSettings(experts="muon"),
-    "muon_corrected": OptimizerSettings(experts="muon", delay_correction=CORRECTION),
+    "muon_corrected": OptimizerSettings(experts="muon", delay_correction=1.0),
 }
+"""DC-ASGD's own strength, 2, is for gradients of single samples' size: the square of a mean over hundreds of tokens is
+that much smaller than the mean of their squares, which stands for the curvature. Of 1, 20, 100, 200 and 600 for AdamW,
+1, 5 and 20 for Muon, these left least (s = 4, one seed)."""
 RECENT_STEPS = 20
 """That a loss of training is averaged over."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Of torch's in each operation, as an actor among others has: small ones wait for their threads otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 # --- Learning ----------------------------------------------------------------------------------------------------
@@ -85,8 +100,9 @@ def cases() -> list[tuple[str, int]]:
 
 def train_all(*, seeds: int, steps: int, after_step: Callable[[Run], None] = lambda run: None) -> list[Run]:
     runs = [Run(name, staleness, seed) for seed in range(seeds) for name, staleness in cases()]
-    for run in runs:
-        _train(run, steps, after_step)
+    with one_thread():
+        for run in runs:
+            _train(run, steps, after_step)
     return runs
 
 
@@ -113,7 +129,8 @@ def _runs_of(runs: Sequence[Run], optimizer: str, staleness: int) -> list[Run]:
 
 
 def _train(run: Run, steps: int, after_step: Callable[[Run], None]) -> None:
-    job = replace(JOB, steps=steps, data=DataConfig(seed=run.seed), eval=replace(JOB.eval, every_steps=steps))
+    evaluation = EvalConfig(every_steps=steps, batches=24)
+    job = replace(JOB, steps=steps, data=DataConfig(seed=run.seed), eval=evaluation)
     with _late_router(run) as router:
         run_job(job, router, TASKS[TASK](job.data), _Recorder(run, after_step), should_stop=lambda: False)
 
@@ -201,15 +218,11 @@ SPARSE_CASES: Mapping[str, tuple[Sparse, bool]] = {
 
 def sparse_rows(*, rounds: int) -> Iterator[Row]:
     model = skeleton(ModelSource(values=SPARSE_MODEL))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # an actor's share; and thread barriers are most of what a loaded machine measures
-    try:
+    with one_thread():
         for case, (sparse, is_random) in SPARSE_CASES.items():
-            ours, theirs = _Actor(model, sparse), _Actor(model, "off")
+            ours, theirs = _Actor(model, sparse), _Actor(model, "none")
             seconds = [_interleaved(ours, theirs, number, is_random) for number in range(-WARMUPS, rounds)][WARMUPS:]
             yield time_row(case, "ms", 1e3, [s for s, _ in seconds], "dense", [s for _, s in seconds])
-    finally:
-        torch.set_num_threads(threads)
 
 
 WARMUPS = 4
@@ -268,16 +281,22 @@ class Extent:
     seeds: int
     rounds: int
     """Of what is timed."""
+    shape: Shape
 
 
-WHOLE, QUICK = Extent(steps=120, seeds=3, rounds=9), Extent(steps=30, seeds=1, rounds=5)
+WHOLE = Extent(steps=100, seeds=3, rounds=5, shape=Shape())
+QUICK = Extent(steps=30, seeds=1, rounds=1, shape=Shape(warmups=5, steps=6, pause_s=1.0, window_s=2.0))
 
 
 def bench_async(
     extent: Extent, after_step: Callable[[Run], None] = lambda run: None
 ) -> tuple[Report, list[Run], Mapping[int, float]]:
     """-> the report, what it was made of, and tokens a second by staleness against those of s = 0."""
-    rows = list(sparse_rows(rounds=extent.rounds))
-    speed: dict[int, float] = {}
+    rows = [
+        *sparse_rows(rounds=extent.rounds),
+        *hidden_rows(rounds=extent.rounds, shape=extent.shape),
+        *straggler_rows(rounds=extent.rounds, shape=extent.shape),
+    ]
+    speed = {0: 1.0} | {s: row.ratio for row in rows for s in STALENESS if row.case == f"straggler_4x_s{s}"}
     runs = train_all(seeds=extent.seeds, steps=extent.steps, after_step=after_step)
     return Report("async", [*loss_rows(runs), *time_rows(runs, speed), *rows]), runs, speed

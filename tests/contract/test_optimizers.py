@@ -26,7 +26,7 @@ BATCHES = [[torch.randint(0, 256, (1, 3), generator=torch.Generator().manual_see
 """So few tokens that every step passes over some experts."""
 IDS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(99))
 SETTINGS = {
-    "off": OptimizerSettings(),
+    "none": OptimizerSettings(),
     "exact": OptimizerSettings(sparse="exact"),
     "skip": OptimizerSettings(sparse="skip"),
     "muon": OptimizerSettings(experts="muon"),
@@ -60,7 +60,7 @@ def numbers(
         if between and t in between:
             between[t]()
         losses += steps(local, t, t + 1)
-    return losses, local.router.logits(IDS)
+    return losses, local.router.serving.logits(IDS)
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +78,8 @@ def same(got: Numbers, expected: Numbers, rtol: float = 1e-9) -> None:
 
 
 def test_exact_is_dense_and_the_others_are_themselves(plain: dict[str, Numbers]) -> None:
-    same(plain["exact"], plain["off"])
-    for a, b in itertools.combinations(("off", "skip", "muon", "muon-skip"), 2):
+    same(plain["exact"], plain["none"])
+    for a, b in itertools.combinations(("none", "skip", "muon", "muon-skip"), 2):
         assert plain[a][0][0] == plain[b][0][0]
         assert plain[a][0][-1] != plain[b][0][-1]
 
@@ -88,14 +88,14 @@ def test_when_every_expert_has_tokens_sparse_is_dense(tmp_path: Path) -> None:
     source = ModelSource(path=str(save("mixtral", tmp_path / "m", torch.float64)), dtype="float64")
     found = {}
     batch = torch.randint(0, 256, (16, 32), generator=torch.Generator().manual_seed(7))
-    for name in ("off", "exact", "skip"):
+    for name in ("none", "exact", "skip"):
         with cluster(source, 2) as local:
             local.router.begin_run(SETTINGS[name])
             reports = [local.router.train_step([batch], lr=1e-3, clip_norm=1.0) for _ in range(4)]
             assert all(min(load) > 0 for report in reports for load in report.load_LE)
-            found[name] = [report.loss for report in reports], local.router.logits(IDS)
-    same(found["exact"], found["off"], 1e-12)
-    same(found["skip"], found["off"], 1e-12)
+            found[name] = [report.loss for report in reports], local.router.serving.logits(IDS)
+    same(found["exact"], found["none"], 1e-12)
+    same(found["skip"], found["none"], 1e-12)
 
 
 # Muon's products in bfloat16 differ when another number of experts is in a batch, which no placement changes.
@@ -126,11 +126,11 @@ def test_behind_a_cache_it_is_the_same_bits(source: ModelSource, plain: dict[str
 
 def test_groups_without_tokens_are_not_brought_to_the_device_again(source: ModelSource) -> None:
     loaded = {}
-    for name in ("off", "skip"):
+    for name in ("none", "skip"):
         with cluster(source, 1, group_size=1, cache=CacheSettings(8, "")) as local:
             numbers(local, SETTINGS[name])
             loaded[name] = local.hosts[0].status()["cache"]["loaded_bytes"]
-    assert loaded["skip"] < loaded["off"]
+    assert loaded["skip"] < loaded["none"]
 
 
 @pytest.mark.parametrize("name", list(SETTINGS))
@@ -144,7 +144,7 @@ def test_a_checkpoint_has_all_of_it(source: ModelSource, plain: dict[str, Number
             restore_all(other, found, spread_over(3, 2))
             other.router.continue_run(BalanceSettings())
             losses += steps(other, 5, len(BATCHES))
-            same((losses, other.router.logits(IDS)), plain[name])
+            same((losses, other.router.serving.logits(IDS)), plain[name])
 
 
 @pytest.mark.parametrize("name", ["skip", "muon", "muon-skip"])
@@ -157,7 +157,7 @@ def test_beside_forwards_the_updates_are_the_same(source: ModelSource, name: str
                 host.updates.brake = Brake(hold=1)
             losses, _ = numbers(local, replace(SETTINGS[name], staleness=1))
             drain(local)
-            found.append((losses, local.router.logits(IDS)))
+            found.append((losses, local.router.serving.logits(IDS)))
             copies_agree(local)
     same(found[0], found[1])
 
@@ -189,12 +189,12 @@ def test_steps_that_were_put_off_are_not_made_beside_forwards() -> None:
 
 def test_a_new_job_finds_experts_up_to_date(source: ModelSource) -> None:
     after = {}
-    for name in ("off", "exact"):
+    for name in ("none", "exact"):
         with cluster(source, 2) as local:
             numbers(local, SETTINGS[name])
             local.router.begin_run(OptimizerSettings())
             local.router.status()
             after[name] = [h.holdings.read(g, 0)[0] for h in local.hosts for g in h.groups]
-    for mine, theirs in zip(after["exact"], after["off"], strict=True):
+    for mine, theirs in zip(after["exact"], after["none"], strict=True):
         for a, b in zip(mine, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)

@@ -13,10 +13,10 @@ from actors.errors import InvalidInput
 from actors.holdings import Holdings, LayerStep
 from actors.moe.cache import CacheSettings
 from actors.moe.experts import ExpertStack, Work
+from actors.moe.optimizer import GroupOptimizer
 from actors.optim import OptimizerSettings
 from actors.trunk.init import initial_experts
 from actors.trunk.model import ModelSource, Skeleton, skeleton
-from actors.updating import GroupOptimizer
 from tests.families import FAMILIES
 
 T, E = 12, 4

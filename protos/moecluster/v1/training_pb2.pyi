@@ -24,7 +24,7 @@ class ExpertOptimizer(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 class SparseUpdates(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     SPARSE_UPDATES_UNSPECIFIED: _ClassVar[SparseUpdates]
-    SPARSE_UPDATES_OFF: _ClassVar[SparseUpdates]
+    SPARSE_UPDATES_NONE: _ClassVar[SparseUpdates]
     SPARSE_UPDATES_EXACT: _ClassVar[SparseUpdates]
     SPARSE_UPDATES_SKIP: _ClassVar[SparseUpdates]
 
@@ -74,7 +74,7 @@ EXPERT_OPTIMIZER_UNSPECIFIED: ExpertOptimizer
 EXPERT_OPTIMIZER_ADAMW: ExpertOptimizer
 EXPERT_OPTIMIZER_MUON: ExpertOptimizer
 SPARSE_UPDATES_UNSPECIFIED: SparseUpdates
-SPARSE_UPDATES_OFF: SparseUpdates
+SPARSE_UPDATES_NONE: SparseUpdates
 SPARSE_UPDATES_EXACT: SparseUpdates
 SPARSE_UPDATES_SKIP: SparseUpdates
 SCHEDULE_KIND_UNSPECIFIED: ScheduleKind

@@ -1,8 +1,8 @@
 """How the parameters of one expert group are updated: AdamW or Muon, all experts or only those with a gradient.
 
 `sparse` of the job says what becomes of an expert whose gradient is zero in a step, since no token came to it:
-`off`: it is stepped like the others. `exact`: its steps are put off until its state is wanted and then made one after
-the other, in pieces that stay in the processor's cache. They are the very steps of `off`, so nothing differs by a bit
+`none`: it is stepped like the others. `exact`: its steps are put off until its state is wanted and then made one after
+the other, in pieces that stay in the processor's cache. They are the very steps of `none`, so nothing differs by a bit
 where an expert's tensors fill whole cache lines, elsewhere by the last digit; copies on several actors stay equal in
 any case, whenever each of them makes the steps. It saves work for experts that are not wanted for long. `skip`: weights
 and moments are left alone, and AdamW's correction of the moments counts the steps of the run, as
@@ -90,7 +90,7 @@ class GroupOptimizer:
 
     @property
     def is_sparse(self) -> bool:
-        return self.settings.sparse != "off"
+        return self.settings.sparse != "none"
 
     def updates(self, layer: int) -> int:
         return self._layers[layer].updates

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actors import updating
 from actors.errors import InvalidInput
+from actors.moe import optimizer
 from actors.moe.delay import compensate_
 from actors.moe.muon import muon_, orthogonal
+from actors.moe.optimizer import GroupOptimizer
 from actors.optim import OptimizerSettings, adamw
-from actors.updating import GroupOptimizer
 
 E = 4
 SHAPES = {"down_proj": (E, 8, 6), "gate_up_proj": (E, 12, 8), "gate_up_proj_bias": (E, 12)}
@@ -114,8 +114,8 @@ def test_when_steps_are_made_changes_no_bit() -> None:
 
 
 def test_steps_put_off_are_bounded_and_their_pieces_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(updating, "MAX_BEHIND", 3)
-    monkeypatch.setattr(updating, "PIECE", 20)
+    monkeypatch.setattr(optimizer, "MAX_BEHIND", 3)
+    monkeypatch.setattr(optimizer, "PIECE", 20)
     plan = [[0, 1], *[[0]] * 8]
     dense, ours = Group(OptimizerSettings()), Group(OptimizerSettings(sparse="exact"))
     for group in (dense, ours):
