@@ -8,12 +8,14 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import ray
+from ray._private import services
 from ray._private.state import available_resources_per_node
 from ray.cluster_utils import Cluster
 
@@ -65,7 +67,7 @@ def _embedded(config: ClusterConfig) -> Iterator[None]:
     """A head and `ray.nodes` nodes as processes of this machine, beside any other Ray cluster that runs here."""
     _isolate()
     with ExitStack() as stack:
-        with _keeping_sigterm():
+        with _keeping_sigterm(), _patience(config.ray.start_timeout_s):
             cluster = _start_head(config)
             stack.callback(cluster.shutdown)
             stack.callback(ray.shutdown)
@@ -112,7 +114,7 @@ def _start_node(cluster: Cluster, name: str, resources: Mapping[str, float]) -> 
     }
     try:
         return cluster.add_node(wait=False, **node)
-    except Exception as error:  # as above; Ray gives it 30 s, which a machine that does much else may not keep
+    except Exception as error:  # as above
         raise StartupError(f"{name} did not start: {error}") from error
 
 
@@ -130,6 +132,28 @@ def _wait_for_nodes(cluster: Cluster, timeout_s: float) -> None:
 
 def _connect(address: str | None) -> None:
     ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+
+
+@contextmanager
+def _patience(timeout_s: float) -> Iterator[None]:
+    """Ray gives a node that it starts 30 s to appear, which a machine that does much else may not keep."""
+    ask = services.get_node
+
+    def ask_until_there(address: str, node_id: str) -> Any:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return ask(address, node_id)
+            except RuntimeError:  # it is not there yet
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.1)
+
+    services.get_node = ask_until_there
+    try:
+        yield
+    finally:
+        services.get_node = ask
 
 
 @contextmanager
