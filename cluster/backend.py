@@ -145,6 +145,8 @@ class ActorStatus:
     """Kind of its link to the router, e.g. `socket/ipc`."""
     cache: ExpertCache | None = None
     """Of an expert actor whose device does not hold all its groups."""
+    zone: str = ""
+    """Of the node; empty if it is not known."""
 
 
 @dataclass(frozen=True)
