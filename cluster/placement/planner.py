@@ -101,9 +101,11 @@ def plan(
 
     With `node_limited` a group (`group_U`: unit -> group number; left out, every unit is its own) has `redundancy`
     home nodes: each holds the whole group, and hot units get further copies inside them only. Without it units are
-    free, and `redundancy` copies are on different nodes. Where devices tell their zones, these copies are in as many
-    zones as there are, up to `redundancy`, and as there is room in; that comes before an even load. No device holds two copies of a unit. Without `hot_copies` no
+    free, and `redundancy` copies are on different nodes. No device holds two copies of a unit. Without `hot_copies` no
     unit gets more copies than that.
+
+    Where devices tell their zones the `redundancy` copies are in as many of them, as far as there are zones and room
+    in them; that comes before an even load.
 
     With `previous` it is improved rather than made anew: of all layouts on the way to the best balance, the one with
     the least `maximum / average + move_cost * copies moved` is taken, layer by layer; a plan from scratch takes part.
