@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from actors.losses import token_losses
 from actors.optim import OptimizerSettings, adamw, scale_gradients, set_lr, square_sum
-from actors.router import token_losses
 from actors.trunk.model import DTYPES
 
 

@@ -143,21 +143,21 @@ class Replica:
         except LinkError as error:
             raise StepAborted(str(error)) from error
         told = {"loss": tally.loss, "balance": tally.balance, "num_tokens": tally.num_tokens, "seconds": tally.seconds}
-        pieces = self.router.pieces
+        pieces = self.router.learner.pieces
         return Message("ok", told, (self.router.load_LE.clone(), pieces.present_P(), pieces.read(0)))
 
     def _gradients(self, question: Message) -> Message:
-        return Message("ok", {}, (self.router.pieces.read(self._piece(question)),))
+        return Message("ok", {}, (self.router.learner.pieces.read(self._piece(question)),))
 
     def _prepare(self, question: Message) -> Message:
         """From here on serving waits: what other routers commit must not be seen in the middle of a forward."""
         fields: Any = question.fields
         attempt = self._expect_next(fields)
         load_LE, present_P, first = question.tensors
-        self.router.pieces.make_exactly(present_P)
-        self.router.pieces.write(0, first)
+        self.router.learner.pieces.make_exactly(present_P)
+        self.router.learner.pieces.write(0, first)
         self.router.load_LE.copy_(load_LE)
-        self._missing = set(range(1, len(self.router.pieces)))
+        self._missing = set(range(1, len(self.router.learner.pieces)))
         report = StepReport(**fields["report"], load_LE=load_LE.tolist())
         lr, scale, bias_speed = (float(fields[name]) for name in ("lr", "scale", "bias_speed"))
         self._hold(question)
@@ -169,7 +169,7 @@ class Replica:
         piece = self._piece(question)
         if self._prepared is None or self._prepared.attempt != Attempt.of(question.fields):
             raise StepAborted(f"gradients of {Attempt.of(question.fields)}, prepared is {self._prepared}")
-        self.router.pieces.write(piece, *question.tensors)
+        self.router.learner.pieces.write(piece, *question.tensors)
         self._missing.discard(piece)
         return Message("ok")
 
@@ -311,7 +311,7 @@ class Replica:
         return attempt
 
     def _piece(self, question: Message) -> int:
-        piece, count = question.fields.get("piece"), len(self.router.pieces)
+        piece, count = question.fields.get("piece"), len(self.router.learner.pieces)
         if type(piece) is not int or not 0 <= piece < count:
             raise InvalidInput(f"must be 0 to {count - 1}", field="piece", value=piece)
         return piece
@@ -323,7 +323,7 @@ class Replica:
     def _drop_gradients(self) -> None:
         self._prepared = None
         self._missing.clear()
-        self.router.drop_gradients()
+        self.router.learner.drop_gradients()
 
     def _resume(self) -> None:
         """Serving goes on."""

@@ -111,10 +111,10 @@ class Routers:
     def agree(self) -> None:
         """Bit for bit: weights, moments, gate biases, version and run of every router."""
         first, *others = self.living.values()
-        state = {**first._state(), **first._moments()}
+        state = {**first.learner.state(), **first.learner.moments()}
         for other in others:
             assert (other.version, other.course) == (first.version, first.course)
-            theirs = {**other._state(), **other._moments()}
+            theirs = {**other.learner.state(), **other.learner.moments()}
             assert set(theirs) == set(state)
             assert all(torch.equal(theirs[name], tensor) for name, tensor in state.items())
 

@@ -220,7 +220,7 @@ class _LocalRouter:
         return self._router.train_step(tensors, lr=lr, clip_norm=clip_norm, bias_speed=bias_speed)
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
-        return self._router.evaluate([torch.from_numpy(ids_BS) for ids_BS in batches])
+        return self._router.serving.evaluate([torch.from_numpy(ids_BS) for ids_BS in batches])
 
 
 # --- The tasks ---------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 
 from actors.transport.message import Message
-from actors.transport.socket import SocketLink
 from actors.trunk.model import skeleton
+from cluster.bench.live import link_to
 from cluster.bench.result import Report, interleaved, time_row
 from cluster.config import ClusterConfig
 from cluster.fabric.launch import launched
@@ -28,14 +28,7 @@ def bench_dispatch(config: ClusterConfig, *, rounds: int) -> Report:
         model = skeleton(model_source(config))
         width, top_k = int(model.config.get_text_config().hidden_size), model.top_k
         pairs = max(1, top_k // config.experts.actors)
-        link = SocketLink(
-            contact.name,
-            contact.address,
-            name="bench",
-            max_bytes=config.links.max_message_bytes,
-            timeout_s=TIMEOUT_S,
-            keys=running.link_keys(),
-        )
+        link = link_to(contact, running, config, TIMEOUT_S)
         num_experts = len(link.call(Message("status"), TIMEOUT_S).fields["experts"])
         question = _question(num_experts, width, pairs, model.dtype)
 

@@ -21,6 +21,7 @@ from actors.optim import OptimizerSettings, adamw
 from actors.transport.contract import Pending
 from actors.transport.message import Message
 from actors.transport.socket import SocketLink
+from cluster.bench.live import link_to
 from cluster.bench.result import Report, Row, interleaved, rate_row
 from cluster.config import ClusterConfig, ModelConfig
 from cluster.fabric.launch import launched
@@ -56,14 +57,7 @@ def _bench_shape(config: ClusterConfig, hidden_size: int, num_tokens: int, round
     )
     with launched(config) as running:
         contact, _ = running.ask_expert(0)
-        link = SocketLink(
-            contact.name,
-            contact.address,
-            name="bench",
-            max_bytes=config.links.max_message_bytes,
-            timeout_s=TIMEOUT_S,
-            keys=running.link_keys(),
-        )
+        link = link_to(contact, running, config, TIMEOUT_S)
         steps = STEPS_A_ROUND[hidden_size]
         candidates = {
             "ours": _behind_link(link, hidden_size, num_tokens, steps),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,93 +22,21 @@ if TYPE_CHECKING:
     from cluster.bench.result import Report
     from cluster.config import ClusterConfig
 
-NAMES = {
-    "dispatch": "a small message to an expert actor and back, against a Ray actor call",
-    "links": "a message over an encrypted link between hosts, against the same without encryption",
-    "train": "training tokens a second, against plain transformers in one process",
-    "memory": "loading a quarter of the experts, against loading the whole model",
-    "planner": "placement of experts by load, against the public EPLB algorithm",
-    "experts": "training one expert behind a link, against the same expert in one process",
-    "balance": "load and learning under each balance rule, against training without one; a round is a seed",
-    "rebalance": "training under a Zipf load after a rebalance with copies, against before; a round is a step",
-    "scale": "expert actors come and go under 16 streams and a training job; a round is every way once",
-    "cache": "experts beyond the device's memory, against all of them there, under a Zipf choice",
-    "checkpoint": "kill -9 while a checkpoint is saved, against torch.save; a round is a kill",
-}
+Run = Callable[[argparse.Namespace], "Report"]
 
 
-def add_parsers(subparsers: Subparsers, guarded: Guard) -> None:
-    bench = subparsers.add_parser("bench", help="measure against a peer in the same run")
-    names = bench.add_subparsers(required=True, metavar="NAME", dest="name")
-    for name, help_text in NAMES.items():
-        parser = names.add_parser(name, help=help_text, description=help_text)
-        add_config_options(parser)
-        rounds = {"balance": 1, "scale": 1, "checkpoint": 200}.get(
-            name, 7
-        )  # a round of balance is many trainings: minutes
-        parser.add_argument("--rounds", type=int, default=rounds, help="interleaved rounds (default: %(default)s)")
-        parser.add_argument("--json", action="store_true", help="print one JSON document")
-        if name == "experts":
-            parser.add_argument("--hivemind", metavar="PYTHON", help="an interpreter that has hivemind, timed too")
-        if name == "balance":
-            parser.add_argument("--output", metavar="FILE.png", type=_png, help="draw it as a picture as well")
-        parser.set_defaults(run=guarded(run_bench))
+def _alone(name: str) -> Run:
+    return lambda args: _function(name)(rounds=args.rounds)
 
 
-def run_bench(args: argparse.Namespace) -> int:
-    report = _run(args)
-    if args.json:
-        print_json(report.to_dict())
-        return 0
-    rows = [
-        (r.case, f"{r.value:,.3g} {r.unit}", f"{r.peer_value:,.3g} {r.unit}", r.peer, f"{r.ratio:.2f}", r.rounds)
-        for r in report.rows
-    ]
-    print_table(("case", "ours", "peer's", "peer", "ratio", "rounds"), rows, title=f"bench {report.bench}")
-    return 0
+def _on_a_cluster(name: str) -> Run:
+    return lambda args: _function(name)(_config(args), rounds=args.rounds)
 
 
-def _run(args: argparse.Namespace) -> Report:
-    if args.name == "memory":
-        from cluster.bench.memory import bench_memory
-
-        return bench_memory(rounds=args.rounds)
-    if args.name == "planner":
-        from cluster.bench.planner import bench_planner
-
-        return bench_planner(rounds=args.rounds)
-    if args.name == "links":
-        from cluster.bench.links import bench_links
-
-        return bench_links(rounds=args.rounds)
-    if args.name == "checkpoint":
-        from cluster.bench.checkpoint import bench_checkpoint
-
-        return bench_checkpoint(rounds=args.rounds)
-    if args.name == "balance":
-        return _balance(args)
-    config = replace(load_cluster(find_config(args.config), dict(args.overrides)), checkpoint=NO_CHECKPOINTS)
-    if args.name == "dispatch":
-        from cluster.bench.dispatch import bench_dispatch
-
-        return bench_dispatch(config, rounds=args.rounds)
-    if args.name == "rebalance":
-        return _rebalance(config, args.rounds)
-    if args.name == "cache":
-        from cluster.bench.cache import bench_cache
-
-        return bench_cache(config, rounds=args.rounds)
-    if args.name == "scale":
-        from cluster.bench.scale import bench_scale
-
-        return bench_scale(config, rounds=args.rounds)
-    if args.name == "train":
-        from cluster.bench.train import bench_train
-
-        return bench_train(config, rounds=args.rounds)
+def _experts(args: argparse.Namespace) -> Report:
     from cluster.bench.experts import bench_experts
 
-    return bench_experts(config, rounds=args.rounds, hivemind=args.hivemind)
+    return bench_experts(_config(args), rounds=args.rounds, hivemind=args.hivemind)
 
 
 def _balance(args: argparse.Namespace) -> Report:
@@ -124,11 +53,90 @@ def _balance(args: argparse.Namespace) -> Report:
     return report_of(runs)
 
 
-def _rebalance(config: ClusterConfig, rounds: int) -> Report:
+def _rebalance(args: argparse.Namespace) -> Report:
     from cluster.bench.rebalance import bench_rebalance, num_steps
 
-    with _progress("fitting gates, starting the cluster", 2 * num_steps(rounds)) as advance:
-        return bench_rebalance(config, rounds=rounds, after_step=advance)
+    with _progress("fitting gates, starting the cluster", 2 * num_steps(args.rounds)) as advance:
+        return bench_rebalance(_config(args), rounds=args.rounds, after_step=advance)
+
+
+@dataclass(frozen=True)
+class Bench:
+    help: str
+    run: Run
+    rounds: int = 7
+    """Unless told."""
+
+
+BENCHES = {
+    "dispatch": Bench(
+        "a small message to an expert actor and back, against a Ray actor call", _on_a_cluster("dispatch")
+    ),
+    "links": Bench("a message over an encrypted link between hosts, against the same in the clear", _alone("links")),
+    "train": Bench("training tokens a second, against plain transformers in one process", _on_a_cluster("train")),
+    "memory": Bench("loading a quarter of the experts, against loading the whole model", _alone("memory")),
+    "planner": Bench("placement of experts by load, against the public EPLB algorithm", _alone("planner")),
+    "experts": Bench("training one expert behind a link, against the same expert in one process", _experts),
+    "balance": Bench(
+        "load and learning under each balance rule, against training without one; a round is a seed",
+        _balance,
+        rounds=1,  # minutes each
+    ),
+    "rebalance": Bench(
+        "training under a Zipf load after a rebalance with copies, against before; a round is a step", _rebalance
+    ),
+    "scale": Bench(
+        "expert actors come and go under 16 streams and a training job; a round is every way once",
+        _on_a_cluster("scale"),
+        rounds=1,
+    ),
+    "cache": Bench(
+        "experts beyond the device's memory, against all of them there, under a Zipf choice", _on_a_cluster("cache")
+    ),
+    "checkpoint": Bench(
+        "kill -9 while a checkpoint is saved, against torch.save; a round is a kill", _alone("checkpoint"), rounds=200
+    ),
+}
+
+
+def add_parsers(subparsers: Subparsers, guarded: Guard) -> None:
+    parser = subparsers.add_parser("bench", help="measure against a peer in the same run")
+    names = parser.add_subparsers(required=True, metavar="NAME", dest="name")
+    for name, bench in BENCHES.items():
+        parser = names.add_parser(name, help=bench.help, description=bench.help)
+        add_config_options(parser)
+        parser.add_argument(
+            "--rounds", type=int, default=bench.rounds, help="interleaved rounds (default: %(default)s)"
+        )
+        parser.add_argument("--json", action="store_true", help="print one JSON document")
+        if name == "experts":
+            parser.add_argument("--hivemind", metavar="PYTHON", help="an interpreter that has hivemind, timed too")
+        if name == "balance":
+            parser.add_argument("--output", metavar="FILE.png", type=_png, help="draw it as a picture as well")
+        parser.set_defaults(run=guarded(run_bench))
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    report = BENCHES[args.name].run(args)
+    if args.json:
+        print_json(report.to_dict())
+        return 0
+    rows = [
+        (r.case, f"{r.value:,.3g} {r.unit}", f"{r.peer_value:,.3g} {r.unit}", r.peer, f"{r.ratio:.2f}", r.rounds)
+        for r in report.rows
+    ]
+    print_table(("case", "ours", "peer's", "peer", "ratio", "rounds"), rows, title=f"bench {report.bench}")
+    return 0
+
+
+def _function(name: str) -> Callable[..., Report]:
+    """Imported when it is run: others need not wait for torch."""
+    function: Callable[..., Report] = getattr(importlib.import_module(f"cluster.bench.{name}"), f"bench_{name}")
+    return function
+
+
+def _config(args: argparse.Namespace) -> ClusterConfig:
+    return replace(load_cluster(find_config(args.config), dict(args.overrides)), checkpoint=NO_CHECKPOINTS)
 
 
 @contextmanager

@@ -353,7 +353,7 @@ class RouterWorker:
 
     @ray.method(concurrency_group=TRAIN)
     def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
-        return self._router.evaluate(_tensors(batches))
+        return self._router.serving.evaluate(_tensors(batches))
 
     @ray.method(concurrency_group=SERVE, num_returns="streaming")
     def generate(
@@ -361,7 +361,7 @@ class RouterWorker:
     ) -> Iterator[TokenEvent]:
         self._sessions.add(session)
         try:
-            for event in self._router.generate(prompt, sampling, timeout_s=timeout_s):
+            for event in self._router.serving.generate(prompt, sampling, timeout_s=timeout_s):
                 if session not in self._sessions:
                     return
                 yield event
@@ -375,11 +375,11 @@ class RouterWorker:
 
     @ray.method(concurrency_group=SERVE)
     def score(self, ids: Sequence[int]) -> tuple[list[float], int]:
-        return self._router.score(ids)
+        return self._router.serving.score(ids)
 
     @ray.method(concurrency_group=SERVE)
     def embed(self, ids: Sequence[int]) -> tuple[list[float], int]:
-        return self._router.embed(ids)
+        return self._router.serving.embed(ids)
 
     @ray.method(concurrency_group=CONTROL)
     def vitals(self) -> dict[str, Any]:
@@ -387,7 +387,7 @@ class RouterWorker:
 
     @ray.method(concurrency_group=SERVE)
     def logits(self, ids: MicroBatch) -> Any:
-        return self._router.logits(*_tensors([ids])).cpu()
+        return self._router.serving.logits(*_tensors([ids])).cpu()
 
     @ray.method(concurrency_group=CONTROL)
     def export(self, directory: str) -> list[str]:

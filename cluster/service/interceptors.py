@@ -47,6 +47,8 @@ DEFAULT_DEADLINES_S: Mapping[str, float] = {
     "/moecluster.v1.ClusterService/ExportModel": 1800.0,
     "/moecluster.v1.ClusterService/ImportModel": 1800.0,
 }
+WRITE_GRACE_S = 0.5
+"""For a message that is on its way when a call ends."""
 
 Context = Any
 Behaviour = Callable[[Any, Context], Any]
@@ -193,7 +195,18 @@ async def _stream(behaviour: Behaviour, request: Any, context: Context) -> None:
         return
     async with calls.closing(behaviour(request, context)) as responses:
         async for response in responses:
-            await context.write(response)
+            await _write(context, response)
+
+
+async def _write(context: Context, response: Any) -> None:
+    """Not given up halfway: gRPC sends no status while a message is on its way, and the caller would wait for one."""
+    writing = asyncio.ensure_future(context.write(response))
+    try:
+        await asyncio.shield(writing)
+    except asyncio.CancelledError:
+        await asyncio.wait([writing], timeout=WRITE_GRACE_S)  # longer only if the caller does not read
+        writing.cancel()
+        raise
 
 
 async def _checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:

@@ -60,7 +60,7 @@ Numbers = tuple[list[float], Tensor, dict[tuple[int, int], tuple[Tensor, ...]]]
 def numbers(local: LocalCluster, between: Between | None = None) -> Numbers:
     """Losses of some steps, and logits, weights and moments after them."""
     losses = run(local, between)
-    return losses, local.router.logits(IDS), state(local)
+    return losses, local.router.serving.logits(IDS), state(local)
 
 
 def equal(got: Numbers, expected: Numbers) -> None:
@@ -165,7 +165,7 @@ def test_saved_restored_and_exported(source: ModelSource, behind: str, tmp_path:
     with cluster(source, 2) as plain:
         run(plain)
         found = save_all(plain, store)
-        expected = steps(plain), plain.router.logits(IDS), state(plain)
+        expected = steps(plain), plain.router.serving.logits(IDS), state(plain)
         plain.router.export(tmp_path / "plain")
     with cluster(source, 2, cache=cache) as local:
         numbers(local)  # other moments, and a cache full of other weights
@@ -173,7 +173,7 @@ def test_saved_restored_and_exported(source: ModelSource, behind: str, tmp_path:
         restore_all(local, found, spread_over(2, 2))
         assert mapped(behind) == (2 * 4 if behind else 0), "what was there before waits for the garbage collector"
         gc.enable()
-        got = steps(local), local.router.logits(IDS), state(local)
+        got = steps(local), local.router.serving.logits(IDS), state(local)
         equal(got, expected)
         within_bounds(local, 1)
         local.router.export(tmp_path / "cached")
@@ -182,7 +182,7 @@ def test_saved_restored_and_exported(source: ModelSource, behind: str, tmp_path:
         assert file.read_bytes() == (tmp_path / "cached" / file.name).read_bytes(), file.name
     with cluster(source, 1) as plain:
         restore_all(plain, found, spread_over(1, 2))
-        equal(([], plain.router.logits(IDS), state(plain)), ([], *expected[1:]))
+        equal(([], plain.router.serving.logits(IDS), state(plain)), ([], *expected[1:]))
 
 
 def steps(local: LocalCluster) -> list[float]:
@@ -191,11 +191,11 @@ def steps(local: LocalCluster) -> list[float]:
 
 def test_another_model_takes_the_place_of_what_is_cached(source: ModelSource, behind: str, tmp_path: Path) -> None:
     with cluster(source, 2, cache=CacheSettings(1, behind)) as local:
-        before = local.router.logits(IDS)
+        before = local.router.serving.logits(IDS)
         local.router.export(tmp_path / "out")
         run(local)
         local.router.replace_weights(str(tmp_path / "out"))
-        assert torch.equal(local.router.logits(IDS), before)
+        assert torch.equal(local.router.serving.logits(IDS), before)
         within_bounds(local, 1)
 
 
@@ -204,7 +204,7 @@ def test_files_are_gone_at_the_end(source: ModelSource, tmp_path: Path) -> None:
         run(local)
         assert mapped(str(tmp_path / "cache")) == 2 * 4
         assert list((tmp_path / "cache").iterdir()) == [], "whoever is killed leaves nothing behind"
-        assert not local.router.logits(IDS).isnan().any()
+        assert not local.router.serving.logits(IDS).isnan().any()
     assert mapped(str(tmp_path / "cache")) == 0
 
 
@@ -242,11 +242,11 @@ def test_a_disk_that_is_full_when_a_job_begins(
     with cluster(source, 2) as plain:
         expected = numbers(plain)
     with cluster(source, 2, cache=CacheSettings(1, str(tmp_path))) as local:
-        before = local.router.logits(IDS)
+        before = local.router.serving.logits(IDS)
         full_from(monkeypatch, 2)
         with pytest.raises(InvalidInput, match=r"experts\.cache_dir: no room for .* gradients and moments"):
             local.router.begin_run(OptimizerSettings())
-        assert torch.equal(local.router.logits(IDS), before), "serving goes on"
+        assert torch.equal(local.router.serving.logits(IDS), before), "serving goes on"
         monkeypatch.undo()
         equal(numbers(local), expected)
 

@@ -45,7 +45,7 @@ def unmoved(source: ModelSource) -> Numbers:
 
 def numbers_of(source: ModelSource) -> Numbers:
     with cluster(source, 2) as still:
-        return run(still), still.router.logits(IDS)
+        return run(still), still.router.serving.logits(IDS)
 
 
 def run(
@@ -79,7 +79,7 @@ def copies_agree(local: LocalCluster) -> None:
 
 def same(local: LocalCluster, losses: list[float], expected: Numbers) -> None:
     torch.testing.assert_close(losses, expected[0], rtol=1e-9, atol=0)
-    torch.testing.assert_close(local.router.logits(IDS), expected[1], rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(local.router.serving.logits(IDS), expected[1], rtol=1e-9, atol=1e-10)
 
 
 # Four groups on actors 0 and 1, which own two each; "02": owned by actor 0, with a copy on actor 2.
@@ -180,10 +180,10 @@ def test_serving_goes_on_at_another_copy(source: ModelSource, unmoved: Numbers) 
     with cluster(source, 3, links="socket", redundancy=2) as local:
         run(local)
         local.members["expert-1"].kill()
-        torch.testing.assert_close(local.router.logits(IDS), unmoved[1], rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(local.router.serving.logits(IDS), unmoved[1], rtol=1e-9, atol=1e-10)
         local.members["expert-2"].kill()
         with pytest.raises(StepAborted, match="no expert actor holds"):
-            local.router.logits(IDS)
+            local.router.serving.logits(IDS)
 
 
 def test_without_a_copy_the_death_of_an_actor_is_an_error(source: ModelSource) -> None:
@@ -236,7 +236,7 @@ def test_a_group_that_left_and_missed_a_step_is_not_taken_back(source: ModelSour
         held = tuple((f"expert-{n}",) for n in (0, 0, 1, 1))
         with pytest.raises(InvalidInput, match="is not here"):
             local.router.adopt(local.roster(Placement(9, held, 2)))
-        assert local.router.logits(IDS).isfinite().all()
+        assert local.router.serving.logits(IDS).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_arrivals_that_cannot_be_are_refused(
         local.add()
         with pytest.raises(MoeClusterError, match=text):
             local.arrive(group, source_actor, target)
-        assert local.router.logits(IDS).isfinite().all()
+        assert local.router.serving.logits(IDS).isfinite().all()
 
 
 def test_a_message_of_another_placement_is_refused(source: ModelSource) -> None:

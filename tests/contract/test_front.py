@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import time
 import uuid
@@ -403,6 +404,27 @@ class TestHealth:
                 next(changes)
             assert caught.value.code() is Code.UNAVAILABLE
             assert not run(backend.operation(operation.id, timeout_s=1.0)).state.is_final
+
+    def test_no_status_before_the_message_that_is_being_sent(self):
+        order = []
+
+        class Context:
+            async def write(self, response):
+                order.append("begun")
+                await asyncio.sleep(0.05)
+                order.append("written")
+
+        async def behaviour(request, context):
+            yield "message"
+
+        async def ended_in_the_middle():
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.01):
+                    await interceptors._stream(behaviour, "request", Context())
+            order.append("status")
+
+        run(ended_in_the_middle())
+        assert order == ["begun", "written", "status"]
 
     def test_nor_does_a_watch_of_the_load(self):
         with running_front(MemoryBackend()) as front, grpc.insecure_channel(front.target) as channel:

@@ -76,9 +76,9 @@ def train(local: LocalCluster, steps: int, bias_speed: float = 0.0) -> list[floa
 
 def grow(local: LocalCluster, growth: Growth) -> None:
     """The loss of the same tokens just before and just after."""
-    before, _ = local.router.evaluate(BATCHES)
+    before, _ = local.router.serving.evaluate(BATCHES)
     local.grow(growth)
-    after, _ = local.router.evaluate(BATCHES)
+    after, _ = local.router.serving.evaluate(BATCHES)
     assert after == pytest.approx(before, rel=JUMP)
 
 
@@ -110,15 +110,17 @@ def test_from_8_to_16_to_32_while_training(
         exported = plain(tmp_path / "out", torch.float64)
         with torch.no_grad():
             expected = exported(input_ids=IDS).logits
-        torch.testing.assert_close(local.router.logits(IDS), expected, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(local.router.serving.logits(IDS), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", GREW_WITH_A_BIAS)
 def test_fresh_experts_are_let_in_step_by_step(directories: Callable[[str], Path], tmp_path: Path, family: str) -> None:
     with trained(source_of(directories(family)), 3, redundancy=2) as local:
-        expected = local.router.logits(IDS)
+        expected = local.router.serving.logits(IDS)
         local.grow(Growth(12, "fresh", open_steps=OPEN_STEPS))
-        torch.testing.assert_close(local.router.logits(IDS), expected, rtol=1e-5, atol=1e-7)  # gates are in float32
+        torch.testing.assert_close(
+            local.router.serving.logits(IDS), expected, rtol=1e-5, atol=1e-7
+        )  # gates are in float32
         assert not used_of_new(local, 8), "they are not let in before the first step"
         train(local, OPEN_STEPS)
         assert used_of_new(local, 8)
@@ -126,16 +128,16 @@ def test_fresh_experts_are_let_in_step_by_step(directories: Callable[[str], Path
         local.router.export(tmp_path / "out")
         with torch.no_grad():
             found = plain(tmp_path / "out", torch.float64)(input_ids=IDS).logits
-        torch.testing.assert_close(local.router.logits(IDS), found, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(local.router.serving.logits(IDS), found, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(GREW_WITH_A_BIAS)))
 def test_a_gate_without_a_bias_takes_no_fresh_experts(directories: Callable[[str], Path], family: str) -> None:
     with cluster(source_of(directories(family))) as local:
-        expected = local.router.logits(IDS)
+        expected = local.router.serving.logits(IDS)
         with pytest.raises(InvalidInput, match="no bias that could keep new experts out"):
             local.router.grow(Growth(16, "fresh"))
-        torch.testing.assert_close(local.router.logits(IDS), expected, rtol=0, atol=0)
+        torch.testing.assert_close(local.router.serving.logits(IDS), expected, rtol=0, atol=0)
 
 
 GATES = {
@@ -161,19 +163,19 @@ def test_gates_of_ours_grow_too(directories: Callable[[str], Path], tmp_path: Pa
         train(local, OPEN_STEPS)
         assert used_of_new(local, 8)
         local.router.export(tmp_path / "out")
-        expected = local.router.logits(IDS)
+        expected = local.router.serving.logits(IDS)
     grown = replace(gate, num_groups=2 * gate.num_groups if gate.num_groups > 1 else 1)
     with cluster(source_of(tmp_path / "out"), gate=grown) as other:
-        torch.testing.assert_close(other.router.logits(IDS), expected, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(other.router.serving.logits(IDS), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_a_gate_that_would_jump_is_refused(directories: Callable[[str], Path]) -> None:
     """Softmax weights that are not renormalised depend on experts that are not chosen."""
     with trained(source_of(directories("qwen3_moe")), gate=GATES["deepseek_moe"]) as local:
-        expected = local.router.logits(IDS)
+        expected = local.router.serving.logits(IDS)
         with pytest.raises(InvalidInput, match="the loss would jump"):
             local.router.grow(Growth(12))
-        torch.testing.assert_close(local.router.logits(IDS), expected, rtol=0, atol=0)
+        torch.testing.assert_close(local.router.serving.logits(IDS), expected, rtol=0, atol=0)
         train(local, 1)
 
 
@@ -192,7 +194,7 @@ def test_numbers_that_cannot_be_are_refused(source: ModelSource, growth: Growth,
     with cluster(source) as local:
         with pytest.raises(InvalidInput, match=text):
             local.router.grow(growth)
-        assert local.router.logits(IDS).isfinite().all()
+        assert local.router.serving.logits(IDS).isfinite().all()
 
 
 # --- Training goes on as of one process --------------------------------------------------------------------------
@@ -218,17 +220,17 @@ def test_moments_go_on(source: ModelSource) -> None:
         local.router.status()
         host = local.hosts[0]
         old, updates = host.holdings.read(0, 0)
-        gate = {n: p for n, p in local.router.trunk.named_parameters() if "mlp.gate.weight" in n}
-        moments = {n: local.router._optimizer.state[p]["exp_avg"].clone() for n, p in gate.items()}
+        gate = {n: p for n, p in local.router.learner.trunk.named_parameters() if "mlp.gate.weight" in n}
+        moments = {n: local.router.learner.optimizer.state[p]["exp_avg"].clone() for n, p in gate.items()}
         grown = local.grow(Growth(16))
         (copy,) = [g for g in host.groups if g >= 4 and grown.placement.owner(g) == host.name][:1]
         read, counted = host.holdings.read(copy, 0)
         assert counted == updates == 6
         assert read[1].count_nonzero()
         assert read[2].count_nonzero()
-        for name, parameter in local.router.trunk.named_parameters():
+        for name, parameter in local.router.learner.trunk.named_parameters():
             if name in moments:
-                found = local.router._optimizer.state[parameter]["exp_avg"]
+                found = local.router.learner.optimizer.state[parameter]["exp_avg"]
                 assert found.shape == (16, 32)
                 assert torch.equal(found[:8], moments[name])
                 assert all(any(torch.equal(row, old_row) for old_row in moments[name]) for row in found[8:])
@@ -248,8 +250,8 @@ def test_copies_differ_by_the_perturbation_asked_for(source: ModelSource) -> Non
 def test_a_stream_goes_on(source: ModelSource) -> None:
     sampling = Sampling(max_tokens=12)
     with trained(source, 3, redundancy=2, links="socket") as local:
-        expected = [event.token for event in local.router.generate([3, 4, 5], sampling, timeout_s=30)]
-        stream = local.router.generate([3, 4, 5], sampling, timeout_s=30)
+        expected = [event.token for event in local.router.serving.generate([3, 4, 5], sampling, timeout_s=30)]
+        stream = local.router.serving.generate([3, 4, 5], sampling, timeout_s=30)
         found = [next(stream).token for _ in range(4)]
         local.grow(Growth(16))
         assert found + [event.token for event in stream] == expected
@@ -259,11 +261,11 @@ def test_new_groups_move_to_an_actor_that_joins(source: ModelSource) -> None:
     with trained(source, links="socket") as local:
         local.grow(Growth(16, open_steps=OPEN_STEPS))
         train(local, 2)
-        expected = local.router.logits(IDS)
+        expected = local.router.serving.logits(IDS)
         local.add()
         holders = ["2" if group >= 4 else local.placement.owner(group)[-1] for group in range(8)]
         local.adopt(*holders)
-        torch.testing.assert_close(local.router.logits(IDS), expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(local.router.serving.logits(IDS), expected, rtol=1e-5, atol=1e-7)
         assert set(local.hosts[2].groups) == {4, 5, 6, 7}
         train(local, 2)
 
@@ -311,13 +313,13 @@ def test_a_death_in_the_middle_undoes_it_and_the_next_try_grows(source: ModelSou
 
     with trained(source, 3, links="socket", redundancy=2, heals=True, wrap=wrap, gate=EXACT) as local:
         victims.append(local.members[f"expert-{victim}"].kill)
-        before, _ = local.router.evaluate(BATCHES)
+        before, _ = local.router.serving.evaluate(BATCHES)
         with pytest.raises(LinkError, match=f"expert-{victim}"):
             local.router.grow(Growth(16))
         assert local.members[f"expert-{victim}"].dead
         local.router.adopt(local.without([f"expert-{victim}"]))
         assert all(max(h.groups) < 4 for m in local.members.values() if not m.dead for h in [m.host])
-        assert local.router.evaluate(BATCHES)[0] == pytest.approx(before, rel=SAME)
+        assert local.router.serving.evaluate(BATCHES)[0] == pytest.approx(before, rel=SAME)
         grow(local, Growth(16, open_steps=OPEN_STEPS))
         copies_agree(local)
         train(local, 2)
@@ -361,13 +363,13 @@ def test_a_grown_model_is_saved_and_brought_back(
         train(local, 2)
         found = save_all(local, CheckpointStore(str(tmp_path)))
         expected = train(local, 3)
-        after = local.router.logits(IDS)
+        after = local.router.serving.logits(IDS)
     slots = [ActorSlot(f"expert-{i}", f"n{i}") for i in range(3)]
     with cluster(source, 3, gate=settings) as other:
         restore_all(other, found, spread(16, 2, slots, epoch=5))
         other.router.continue_run(BalanceSettings())
         assert train(other, 3) == pytest.approx(expected, rel=SAME)
-        torch.testing.assert_close(other.router.logits(IDS), after, rtol=SAME, atol=1e-7)
+        torch.testing.assert_close(other.router.serving.logits(IDS), after, rtol=SAME, atol=1e-7)
         grow(other, Growth(32))
 
 
@@ -375,7 +377,7 @@ def test_a_router_can_start_at_the_grown_size_to_be_restored(source: ModelSource
     with trained(source) as local:
         local.grow(Growth(16))
         found = save_all(local, CheckpointStore(str(tmp_path)))
-        expected = local.router.logits(IDS)
+        expected = local.router.serving.logits(IDS)
     with cluster(source) as other:
         slots = [ActorSlot(f"expert-{i}", f"n{i}") for i in range(2)]
         placement = spread(16, 2, slots, epoch=5)
@@ -383,7 +385,7 @@ def test_a_router_can_start_at_the_grown_size_to_be_restored(source: ModelSource
             other.members[name].host.restore(placement.held_by(name), read_experts(found), 7)
         router = Router(replace(source, num_experts=16), other.roster(placement))
         router.restore(other.roster(placement), read_router(found), 7)
-        torch.testing.assert_close(router.logits(IDS), expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(router.serving.logits(IDS), expected, rtol=1e-5, atol=1e-7)
         assert router.grown_to == 16
         router.close()
 

@@ -100,7 +100,7 @@ def run(group: Routers, between: Between | None = None) -> list[StepReport]:
 @pytest.fixture(scope="module")
 def alone(source: ModelSource) -> tuple[list[StepReport], torch.Tensor]:
     with routers(source, 1, links="local") as group:
-        return run(group), group.router.logits(IDS)
+        return run(group), group.router.serving.logits(IDS)
 
 
 Numbers = tuple[list[StepReport], torch.Tensor]
@@ -115,7 +115,7 @@ def same(group: Routers, reports: list[StepReport], alone: Numbers) -> None:
         measured = [getattr(r, name) for r in reports]
         torch.testing.assert_close(measured, [getattr(r, name) for r in expected], rtol=1e-9, atol=0)
     for router in group.living.values():
-        torch.testing.assert_close(router.logits(IDS), logits, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(router.serving.logits(IDS), logits, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("links", ["local", "socket"])
@@ -332,7 +332,7 @@ def test_a_dead_leaders_commit_that_comes_late_is_refused(source: ModelSource) -
 def test_what_is_not_finite_changes_nothing_anywhere(source: ModelSource, alone: Numbers) -> None:
     with routers(source, 2) as group:
         reports = [run_one(group, 0)]
-        embedding = group.seats["router-1"].router.trunk.get_input_embeddings().weight
+        embedding = group.seats["router-1"].router.learner.trunk.get_input_embeddings().weight
         kept = embedding.detach().clone()
         with torch.no_grad():
             embedding.fill_(float("nan"))
@@ -356,17 +356,17 @@ def test_every_router_serves_while_they_train(source: ModelSource, alone: Number
     known = []
     with routers(source, 1, links="local") as still:
         still.router.begin_run(OPTIMIZER)
-        known.append(still.router.logits(IDS))
+        known.append(still.router.serving.logits(IDS))
         for number in range(len(BATCHES)):
             step(still, number)
-            known.append(still.router.logits(IDS))
+            known.append(still.router.serving.logits(IDS))
     with routers(source, 3) as group:
         stop, seen, errors = threading.Event(), {name: [] for name in group.seats}, []
 
         def serve(name: str) -> None:
             try:
                 while not stop.is_set():
-                    seen[name].append(group.seats[name].router.logits(IDS))
+                    seen[name].append(group.seats[name].router.serving.logits(IDS))
             except Exception as error:
                 errors.append(error)
 
@@ -392,9 +392,9 @@ def test_a_stream_goes_on_at_another_router_with_the_same_tokens(source: ModelSo
     with routers(source, 2) as group:
         run(group)
         first, second = group.living.values()
-        whole = [event.token for event in first.generate([5, 6, 7], sampling, timeout_s=10)]
+        whole = [event.token for event in first.serving.generate([5, 6, 7], sampling, timeout_s=10)]
         begun = whole[:5]
-        rest = second.generate([5, 6, 7, *begun], Sampling(max_tokens=7, temperature=0.8, seed=3), timeout_s=10)
+        rest = second.serving.generate([5, 6, 7, *begun], Sampling(max_tokens=7, temperature=0.8, seed=3), timeout_s=10)
         assert [*begun, *(event.token for event in rest)] == whole
 
 
@@ -402,12 +402,12 @@ def test_who_was_left_out_gives_no_answer_of_two_versions(source: ModelSource) -
     with routers(source, 2) as group:
         run(group)
         outsider = group.seats["router-1"].router
-        outsider.logits(IDS)
+        outsider.serving.logits(IDS)
         group.router.replicas.leave_out("router-1", "the test says so")
         step(group, 0)
-        group.router.logits(IDS)
+        group.router.serving.logits(IDS)
         with pytest.raises(StepAborted, match="is at version"):
-            outsider.logits(IDS)
+            outsider.serving.logits(IDS)
 
 
 def test_a_replica_that_does_not_answer_is_cut_off(source: ModelSource, alone: Numbers) -> None:
@@ -479,13 +479,13 @@ def test_new_weights_and_a_new_job_reach_every_router(source: ModelSource, alone
 def test_all_routers_have_the_experts_of_a_growth(source: ModelSource) -> None:
     with routers(source, 2, gate=None) as group:
         run(group)
-        before = group.router.evaluate(BATCHES[0])[0]
+        before = group.router.serving.evaluate(BATCHES[0])[0]
         num_experts = 2 * group.router.placement.num_experts
         group.local.placement = group.router.grow(Growth(num_experts)).placement
         group.agree()
         for router in group.living.values():
             assert router.grown_to == num_experts
-            assert router.evaluate(BATCHES[0])[0] == pytest.approx(before, rel=0.01)
+            assert router.serving.evaluate(BATCHES[0])[0] == pytest.approx(before, rel=0.01)
         for batch in BATCHES[:2]:
             group.router.train_step(batch, lr=1e-3, clip_norm=1.0)
             group.agree()

@@ -105,9 +105,9 @@ def test_decoding_token_by_token_sees_what_a_whole_forward_sees(deepseek: ModelS
         for batch in BATCHES:
             local.router.train_step(batch, lr=3e-2, clip_norm=1.0)
         ids = IDS[0].tolist()
-        greedy = [e.token for e in local.router.generate(ids, Sampling(max_tokens=12), timeout_s=30)]
+        greedy = [e.token for e in local.router.serving.generate(ids, Sampling(max_tokens=12), timeout_s=30)]
         for token in greedy:
-            assert token == int(local.router.logits(torch.tensor([ids]))[0, -1].argmax())
+            assert token == int(local.router.serving.logits(torch.tensor([ids]))[0, -1].argmax())
             ids.append(token)
 
 
@@ -160,10 +160,10 @@ def test_gates_go_out_and_come_in_with_the_model(mixtral: ModelSource, tmp_path:
         for batch in BATCHES:
             local.router.train_step(batch, lr=3e-2, clip_norm=1.0, bias_speed=0.01)
         assert GATES_FILE in local.router.export(tmp_path / "out")
-        expected = local.router.logits(IDS)
+        expected = local.router.serving.logits(IDS)
     again = ModelSource(path=str(tmp_path / "out"), dtype="float64")
     with cluster(again, 2, gate=gate) as local:
-        torch.testing.assert_close(local.router.logits(IDS), expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(local.router.serving.logits(IDS), expected, rtol=1e-9, atol=1e-12)
     with pytest.raises(CheckpointError, match="other gates"), cluster(again, 2, gate=GateSettings(kind="top_k")):
         pass
 

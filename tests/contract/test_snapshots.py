@@ -49,7 +49,7 @@ def unbroken(model: Model) -> tuple[list[float], torch.Tensor]:
     source, gate, balance = model
     with cluster(source, 2, gate=gate) as local:
         local.router.begin_run(OPTIMIZER, balance)
-        return train(local, balance, range(6)), local.router.logits(IDS)
+        return train(local, balance, range(6)), local.router.serving.logits(IDS)
 
 
 def train(local: LocalCluster, balance: BalanceSettings, steps: range) -> list[float]:
@@ -75,7 +75,7 @@ def restore_all(local: LocalCluster, found: Found, placement: Placement, run: in
 
 def same(local: LocalCluster, losses: list[float], unbroken: tuple[list[float], torch.Tensor]) -> None:
     torch.testing.assert_close(losses, unbroken[0], rtol=1e-9, atol=0)
-    torch.testing.assert_close(local.router.logits(IDS), unbroken[1], rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(local.router.serving.logits(IDS), unbroken[1], rtol=1e-9, atol=1e-10)
 
 
 def spread_over(actors: int, group_size: int, redundancy: int = 1, epoch: int = 5) -> Placement:
@@ -171,11 +171,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
 def test_before_the_first_step(source: ModelSource, tmp_path: Path) -> None:
     with cluster(source, 2) as local:
         found = save_all(local, CheckpointStore(str(tmp_path)))
-        before = local.router.logits(IDS)
+        before = local.router.serving.logits(IDS)
         local.router.begin_run(OptimizerSettings())
         train(local, BalanceSettings(), range(2))
         restore_all(local, found, spread_over(2, 2))
-        assert torch.equal(local.router.logits(IDS), before)
+        assert torch.equal(local.router.serving.logits(IDS), before)
         assert local.router.version == 0
 
 
@@ -208,4 +208,4 @@ def test_until_it_is_placed_a_restored_host_refuses_work(source: ModelSource, tm
         found = save_all(local, CheckpointStore(str(tmp_path)))
         local.hosts[0].restore((0,), read_experts(found), 1)
         with pytest.raises((StepAborted, InvalidInput), match="epoch"):
-            local.router.logits(IDS)
+            local.router.serving.logits(IDS)

@@ -110,7 +110,7 @@ def test_the_last_commit_arrives_with_whoever_needs_it(
             local.router.train_step(BATCHES[0], lr=1e-2, clip_norm=1.0)
         assert disturbed.hosts[1].version == 0, "the commit must be lost"
         ids = BATCHES[1][0]
-        assert torch.equal(disturbed.router.logits(ids), whole.router.logits(ids))
+        assert torch.equal(disturbed.router.serving.logits(ids), whole.router.serving.logits(ids))
         assert disturbed.hosts[1].version == 1
 
 
@@ -126,7 +126,7 @@ def test_experts_without_a_token_decay_as_in_one_process(source: ModelSource) ->
             report = local.router.train_step(batch, lr=3e-2, clip_norm=1.0)
         assert any(not sum(load_E[:2]) or not sum(load_E[6:]) for load_E in report.load_LE), "an actor must be left out"
         ids = BATCHES[0][0]
-        torch.testing.assert_close(local.router.logits(ids), reference.logits(ids), rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(local.router.serving.logits(ids), reference.logits(ids), rtol=1e-8, atol=1e-9)
 
 
 def test_two_faults_in_one_step(source: ModelSource, undisturbed: list[float]) -> None:
@@ -141,18 +141,18 @@ def test_retries_are_bounded_and_the_version_stays(source: ModelSource) -> None:
 
     with cluster(source, 2, links="socket", wrap=wrap, timeout_s=0.3, max_step_retries=2) as local:
         local.router.begin_run(OptimizerSettings())
-        before = local.router.logits(BATCHES[0][0])
+        before = local.router.serving.logits(BATCHES[0][0])
         with pytest.raises((LinkError, StepAborted)):
             local.router.train_step(BATCHES[0], lr=1e-2, clip_norm=1.0)
         assert local.router.version == 0
-        assert torch.equal(local.router.logits(BATCHES[0][0]), before)
+        assert torch.equal(local.router.serving.logits(BATCHES[0][0]), before)
 
 
 def test_a_non_finite_loss_names_the_step_and_changes_nothing(source: ModelSource, undisturbed: list[float]) -> None:
     with cluster(source, 2) as local:
         local.router.begin_run(OptimizerSettings())
         first = local.router.train_step(BATCHES[0], lr=1e-2, clip_norm=1.0)
-        embedding = local.router.trunk.get_input_embeddings().weight
+        embedding = local.router.learner.trunk.get_input_embeddings().weight
         kept = embedding.detach().clone()
         with torch.no_grad():
             embedding[BATCHES[1][0][0, 0]] = float("nan")

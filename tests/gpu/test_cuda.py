@@ -93,9 +93,9 @@ def test_bfloat16_logits_equal_those_of_transformers(tmp_path: Path, family: str
     plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, experts_implementation="eager")
     expected = plain.to("cuda").eval()(input_ids=IDS.cuda()).logits.float()
     with cluster(ModelSource(path=directory, dtype="bfloat16"), 2, device="cuda") as local:
-        got = local.router.logits(IDS).float()
+        got = local.router.serving.logits(IDS).float()
         torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05 * float(expected.detach().abs().max()))
-        tokens = [e.token for e in local.router.generate(IDS[0].tolist(), Sampling(max_tokens=8), timeout_s=60)]
+        tokens = [e.token for e in local.router.serving.generate(IDS[0].tolist(), Sampling(max_tokens=8), timeout_s=60)]
         assert len(tokens) == 8
         local.router.begin_run(OptimizerSettings())
         again = [local.router.train_step(BATCHES[0], lr=1e-2, clip_norm=1.0).loss for _ in range(8)]
@@ -115,9 +115,9 @@ def test_a_model_goes_out_of_the_device_and_comes_in_again(tmp_path: Path) -> No
         local.router.begin_run(OptimizerSettings())
         local.router.train_step(BATCHES[0], lr=1e-2, clip_norm=1.0)
         local.router.export(tmp_path / "out")
-        expected = local.router.logits(IDS).cpu()
+        expected = local.router.serving.logits(IDS).cpu()
     with cluster(ModelSource(path=str(tmp_path / "out")), 2) as local:
-        torch.testing.assert_close(local.router.logits(IDS), expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(local.router.serving.logits(IDS), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_copies_on_the_device_stay_equal_and_take_over(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 
@@ -15,7 +14,8 @@ from actors.values import Growth
 from cluster.backend import JobState, OperationState
 from cluster.serve import served
 from cluster.service.client import Client
-from tests.integration.test_copies import JOB, WAIT_S, config_in, losses, text, wait_for_step
+from tests.integration.load import streams
+from tests.integration.test_copies import JOB, config_in, losses, text, wait_for_step
 
 pytestmark = pytest.mark.timeout(600)  # starting processes that import torch takes minutes on a busy machine
 
@@ -37,32 +37,12 @@ def test_under_training_and_serving(client: Client) -> None:
     with pytest.raises(InvalidInput, match="only added"):
         client.grow(Growth(num_experts))
     job = client.submit_job(JOB)
-    texts: list[str] = []
-    errors: list[Exception] = []
-    stop = threading.Event()
-
-    def serve() -> None:
-        while not stop.is_set():
-            try:
-                texts.append(text(client))
-            except Exception as error:
-                errors.append(error)
-
-    threads = [threading.Thread(target=serve) for _ in range(NUM_STREAMS)]
-    for thread in threads:
-        thread.start()
-    wait_for_step(client, job.id, 5)
-    try:
+    with streams(client, NUM_STREAMS):
+        wait_for_step(client, job.id, 5)
         started = client.grow(Growth(2 * num_experts, open_steps=10), request_id="once")
         *_, operation = client.watch_operation(started.id)
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join(WAIT_S)
     assert operation.state is OperationState.SUCCEEDED, operation.error
     assert client.grow(Growth(2 * num_experts, open_steps=10), request_id="once").id == operation.id
-    assert not errors
-    assert len(texts) >= NUM_STREAMS
     events = list(client.watch_job(job.id))
     (grown_after,) = [e.step for e in events if "experts a layer now" in e.message]
     found = losses(client, job.id)

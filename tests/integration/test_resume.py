@@ -214,22 +214,43 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path
         pass
 
 
+class SmallDisk:
+    """A file system of its own; without the right to mount one, a folder whose writers find it full when told so."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)]
+        self.is_real = subprocess.run(mount, capture_output=True).returncode == 0
+        self._filler = folder / ("filler" if self.is_real else "full")
+
+    def fill(self) -> None:
+        if not self.is_real:
+            self._filler.touch()
+            return
+        with suppress(OSError), self._filler.open("wb", buffering=0) as handle:
+            for size in (1 << 20, 1 << 12):
+                with suppress(OSError):
+                    while handle.write(bytes(size)) == size:
+                        pass
+
+    def free(self) -> None:
+        self._filler.unlink()
+
+    def close(self) -> None:
+        if self.is_real:
+            subprocess.run(["umount", "-l", str(self.folder)], check=True)
+
+
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)], capture_output=True).returncode:
-        pytest.skip("a file system of its own takes the right to mount one")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def fill(file: Path) -> None:
-    with suppress(OSError), file.open("wb", buffering=0) as handle:
-        for size in (1 << 20, 1 << 12):
-            with suppress(OSError):
-                while handle.write(bytes(size)) == size:
-                    pass
+def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallDisk]:
+    disk = SmallDisk(tmp_path / "disk")
+    if not disk.is_real:
+        monkeypatch.setenv("FULL_DISK", str(disk.folder))
+        path = [str(Path(__file__).parent / "fulldisk"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    yield disk
+    disk.close()
 
 
 def wait_for_message(client: Client, job_id: str, text: str) -> None:
@@ -240,25 +261,25 @@ def wait_for_message(client: Client, job_id: str, text: str) -> None:
 
 
 def test_a_full_disk_pauses_the_job_and_nothing_else(
-    tmp_path: Path, small_disk: Path, unbroken: list[JobEvent]
+    tmp_path: Path, small_disk: SmallDisk, unbroken: list[JobEvent]
 ) -> None:
-    with running(config_in(tmp_path, **{"checkpoint.url": f"file://{small_disk}/here"})) as client:
+    with running(config_in(tmp_path, **{"checkpoint.url": f"file://{small_disk.folder}/here"})) as client:
         job = client.submit_job(JOB)
         watch_to(client, job.id, 2)
-        fill(small_disk / "filler")
-        wait_for_message(client, job.id, f"paused: no room for a checkpoint at {small_disk}/here; waiting")
+        small_disk.fill()
+        wait_for_message(client, job.id, f"paused: no room for a checkpoint at {small_disk.folder}/here; waiting")
         step = client.get_job(job.id).step
         assert client.status().ready
         assert len(list(client.generate("def "))) > 0
         assert client.get_job(job.id).step == step < STEPS
-        (small_disk / "filler").unlink()
+        small_disk.free()
         events = finish(client, job.id)
         same(events, unbroken)
         assert client.status().message == ""
         assert any("there is room again" in event.message for event in events)
         filled = client.submit_job(JOB)
         watch_to(client, filled.id, 2)
-        fill(small_disk / "filler")
+        small_disk.fill()
         wait_for_message(client, filled.id, "paused")
         client.cancel_job(filled.id)
         list(client.watch_job(filled.id))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,8 @@ from cluster.backend import JobState, OperationState
 from cluster.errors import FailedPrecondition
 from cluster.serve import served
 from cluster.service.client import Client
-from tests.integration.test_copies import JOB, WAIT_S, config_in, losses, text, wait_for_step
+from tests.integration.load import streams
+from tests.integration.test_copies import JOB, WAIT_S, config_in, losses, wait_for_step
 
 pytestmark = pytest.mark.timeout(600)  # starting processes that import torch takes minutes on a busy machine
 
@@ -48,30 +48,10 @@ def test_up_and_down_under_training_and_serving(client: Client) -> None:
     undisturbed = losses(client, client.submit_job(JOB).id)
     pids = {actor.pid for actor in client.status().actors}
     job = client.submit_job(JOB)
-    texts: list[str] = []
-    errors: list[Exception] = []
-    stop = threading.Event()
-
-    def serve() -> None:
-        while not stop.is_set():
-            try:
-                texts.append(text(client))
-            except Exception as error:
-                errors.append(error)
-
-    threads = [threading.Thread(target=serve) for _ in range(NUM_STREAMS)]
-    for thread in threads:
-        thread.start()
-    wait_for_step(client, job.id, 5)
-    try:
+    with streams(client, NUM_STREAMS):
+        wait_for_step(client, job.id, 5)
         stalls = [scale(client, actors) for actors in (3, 2, 4, 3)]
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join(WAIT_S)
     assert max(stalls) < 1
-    assert not errors
-    assert len(texts) >= NUM_STREAMS
     found = losses(client, job.id)
     assert len(found) == len(undisturbed)
     assert client.get_job(job.id).state is JobState.SUCCEEDED

@@ -38,7 +38,7 @@ class _Port:
         return self._router.train_step([torch.tensor(m) for m in microbatches], lr=lr, clip_norm=clip_norm)
 
     def logits(self, ids: MicroBatch) -> torch.Tensor:
-        return self._router.logits(torch.tensor(ids))
+        return self._router.serving.logits(torch.tensor(ids))
 
     def export(self, directory: str) -> object:
         return self._router.export(Path(directory))

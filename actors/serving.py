@@ -1,0 +1,155 @@
+"""Serving from the weights that are being trained: streams, scores, embeddings and losses of one router."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actors.commits import LastCommit
+from actors.dispatcher import Dispatcher, Purpose
+from actors.engine import DecodeEngine
+from actors.errors import InvalidInput
+from actors.learner import Learner
+from actors.losses import token_losses
+from actors.moe.gating import GatePast
+from actors.values import Sampling, TokenEvent
+from actors.versions import VersionGate
+
+
+class Serving:
+    """Called by any number of threads; one forward at a time, over links of its own."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        dispatcher: Dispatcher,
+        last_commit: LastCommit,
+        version: Callable[[], int],
+        *,
+        max_sessions: int,
+    ) -> None:
+        """`version`: of the trunk, now."""
+        self._learner, self._dispatcher, self._last_commit, self._version = learner, dispatcher, last_commit, version
+        self._lock = threading.Lock()
+        self._gate = VersionGate()
+        text = learner.skeleton.config.get_text_config()
+        self.vocab_size = int(text.vocab_size)
+        self.max_positions = int(getattr(text, "max_position_embeddings", 1 << 20))
+        self._engine = DecodeEngine(
+            learner.view,
+            self.reading,
+            lambda: learner.routing.new_pasts(),
+            max_sessions=max_sessions,
+            max_positions=self.max_positions,
+            end_ids=_end_ids(learner.skeleton.config),
+        )
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def generate(self, prompt: Sequence[int], sampling: Sampling, *, timeout_s: float) -> Iterator[TokenEvent]:
+        self._check_prompt(prompt)
+        return self._engine.stream(prompt, sampling, timeout_s)
+
+    def score(self, ids: Sequence[int]) -> tuple[list[float], int]:
+        """Natural log-probability of each token but the first, and the version they are of."""
+        self._check_prompt(ids, least=2)
+        logits_BSV, version = self._logits(torch.tensor([ids]))
+        logprobs_SV = torch.log_softmax(logits_BSV[0, :-1].float(), dim=-1)
+        next_S1 = torch.tensor(ids[1:], device=logprobs_SV.device).unsqueeze(1)
+        return logprobs_SV.gather(1, next_S1).squeeze(1).tolist(), version
+
+    def logits(self, ids_BS: Tensor) -> Tensor:
+        """[B, S, V] of the serving view."""
+        self.check_ids(ids_BS, least=1)
+        return self._logits(ids_BS)[0]
+
+    def embed(self, ids: Sequence[int]) -> tuple[list[float], int]:
+        """Mean of the last hidden states [D]."""
+        self._check_prompt(ids)
+        with self.reading(len(ids)) as version, torch.no_grad():
+            base: nn.Module = self._learner.view.base_model
+            ids_BS = torch.tensor([ids], device=self._learner.device)
+            hidden_BSD = base(input_ids=ids_BS, use_cache=False).last_hidden_state
+        return hidden_BSD[0].float().mean(0).tolist(), version
+
+    def evaluate(self, batches: Sequence[Tensor]) -> tuple[float, int]:
+        """Mean loss (nats a token) over the batches, and their number of predicted tokens."""
+        total, count = 0.0, 0
+        for ids_BS in batches:
+            self.check_ids(ids_BS)
+            logits_BSV, _ = self._logits(ids_BS)
+            total += token_losses(logits_BSV, ids_BS.to(logits_BSV.device)).item()
+            count += ids_BS.shape[0] * (ids_BS.shape[1] - 1)
+        return total / max(count, 1), count
+
+    def queue(self) -> tuple[int, float]:
+        """Streams that wait for their turn, and how long the first of them has, in seconds."""
+        return self._engine.queue()
+
+    def _logits(self, ids_BS: Tensor) -> tuple[Tensor, int]:
+        with self.reading(ids_BS.shape[1]) as version, torch.no_grad():
+            return self._learner.view(input_ids=ids_BS.to(self._learner.device), use_cache=False).logits, version
+
+    # -- what keeps forwards and updates apart ------------------------------------------------------------------------
+
+    @contextmanager
+    def reading(self, sequence_length: int = 1, pasts: Sequence[GatePast] | None = None) -> Iterator[int]:
+        """One forward at a time on the serving links, none while a commit goes out. -> the version."""
+        with self._lock, self._gate.reading():
+            self.reach()
+            version = self._version()
+            self._dispatcher.begin(Purpose(min_version=version, sequence_length=sequence_length, pasts=pasts))
+            yield version
+
+    def reach(self) -> None:
+        """Open links, over which every expert actor has confirmed the last commit. Inside `reading` or `stopped`."""
+        self._dispatcher.reopen()
+        self._last_commit.bring(self._dispatcher, self._version())
+
+    def pausing(self) -> AbstractContextManager[None]:
+        """Forwards wait inside. To be entered and left in any thread."""
+        return self._gate.writing()
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Forwards wait inside, and the links are free for other questions."""
+        with self._lock, self._gate.writing():
+            yield
+
+    def use_view(self) -> None:
+        """The learner's view is another one now. Inside `stopped`, or where nothing is served yet."""
+        self._engine.use(self._learner.view)
+
+    # -- input --------------------------------------------------------------------------------------------------------
+
+    def check_ids(self, ids_BS: Tensor, least: int = 2) -> None:
+        if ids_BS.ndim != 2 or ids_BS.shape[0] == 0 or ids_BS.shape[1] < least:
+            raise InvalidInput(f"need [B, S] with S of at least {least}", field="token_ids", value=tuple(ids_BS.shape))
+        if ids_BS.shape[1] > self.max_positions:
+            raise InvalidInput(
+                "sequence is longer than the model",
+                field="sequence_length",
+                value=ids_BS.shape[1],
+                remedy=f"use at most {self.max_positions} tokens",
+            )
+        low, high = int(ids_BS.min()), int(ids_BS.max())
+        if low < 0 or high >= self.vocab_size:
+            raise InvalidInput(
+                "token outside the vocabulary",
+                field="token_ids",
+                value=low if low < 0 else high,
+                remedy=f"ids are 0 to {self.vocab_size - 1}",
+            )
+
+    def _check_prompt(self, ids: Sequence[int], least: int = 1) -> None:
+        self.check_ids(torch.tensor([list(ids)], dtype=torch.int64), least)
+
+
+def _end_ids(config: Any) -> list[int]:
+    ids = getattr(config.get_text_config(), "eos_token_id", None)
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
