@@ -18,6 +18,9 @@ class RayConfig:
     address: str | None = None
     nodes: int = 2
     """Simulated nodes that carry expert actors when embedded (the head takes none)."""
+    zones: int = 0
+    """Zones in which the simulated nodes are, in turn; 0: they have none. Nodes of an existing cluster tell theirs by
+    Ray's label `ray.io/availability-zone`."""
     start_timeout_s: float = 60.0
     revive_after_s: float = 5.0
     """An embedded node that died is started again after so long, as a cluster's own manager would; 0: never."""

@@ -38,7 +38,7 @@ class Zones:
 
     @cached_property
     def member_NZ(self) -> Ints:
-        return (self.zone_N[:, None] == np.arange(self.zone_N.max() + 1)).astype(np.int64)
+        return np.asarray(self.zone_N[:, None] == np.arange(self.zone_N.max() + 1), dtype=np.int64)
 
     def on(self, on_XN: NDArray) -> Ints:
         """[X, Z]: copies in each zone, from those (or whether there are some) on each node."""
@@ -119,9 +119,8 @@ class _Chain:
         self.zones, self.lodging, self.group = zones, lodging, group
         on_Z = zones.on(lodging.homes_GN[group])
         doubled = lodging.homes_GN[group] & (on_Z[zones.zone_N] > 1)
-        self.leaves: list[int | None] = np.flatnonzero(doubled).tolist()
-        if lodging.homes_GN[group].sum() < homes_each:
-            self.leaves.insert(0, None)
+        self.leaves: list[int | None] = [None] if lodging.homes_GN[group].sum() < homes_each else []
+        self.leaves += np.flatnonzero(doubled).tolist()
         self.targets = np.flatnonzero(on_Z[zones.zone_N] == 0)
         busy_N = (lodging.share_G @ lodging.homes_GN) * lodging.slowness_N
         self.nodes: list[int] = np.argsort(busy_N, kind="stable").tolist()

@@ -18,6 +18,8 @@ from cluster.config import ClusterConfig, LinksConfig
 from cluster.configfile import load_cluster
 from cluster.fabric import workers
 from cluster.fabric.links import link_keys
+from cluster.fabric.measures import status_fields
+from cluster.fabric.options import ZONE_LABEL
 from cluster.fabric.workers import ExpertContact, ExpertWorker, RouterWorker
 
 NAMES = ("expert-0", "expert-1")
@@ -31,7 +33,8 @@ def config() -> ClusterConfig:
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    context = SimpleNamespace(get_node_id=lambda: "node")
+    labels = {ZONE_LABEL: "zone-2"}
+    context = SimpleNamespace(get_node_id=lambda: "node", get_node_labels=lambda: labels)
     monkeypatch.setattr(workers.ray, "get_runtime_context", lambda: context)
 
 
@@ -68,6 +71,11 @@ def test_they_reach_each_other(config, secured):
         link = worker._open_peer(other.name, other.exchange)
         assert link.kind in kinds
         link.close()
+        assert status_fields(worker.vitals())["zone"] == "zone-2"
+        assert {use.kind for use in status_fields(worker.vitals())["link_use"]} == kinds
+    (use,) = status_fields(router.vitals())["link_use"]
+    assert use.sent_bytes > 0 < use.received_bytes
+    assert use.wait_s > 0
     router._router.close()
 
 
