@@ -14,9 +14,10 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
@@ -29,22 +30,28 @@ START_TIMEOUT_S = 120.0
 GRACE_S = 3.0
 STOP_TIMEOUT_S = 20.0
 OBJECT_STORE_BYTES = 80 << 20
+NodeType = dict[str, Any]
+"""As in the file of Ray's autoscaler, `available_node_types`."""
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 
 
 @contextmanager
-def autoscaled_ray(max_nodes: int, idle_s: float) -> Iterator[str]:
-    """Address of a cluster that begins with a head alone. Up to `max_nodes` nodes with room for one expert actor each
-    come when actors wait for them, and go when they were idle for so long. Afterwards all its processes have ended."""
+def autoscaled_ray(node_types: Mapping[str, NodeType], idle_s: float) -> Iterator[str]:
+    """Address of a cluster that begins with a head and what the types have at least. More nodes come when actors wait
+    for them, and go when they were idle for so long. Without a type for routers the head has room for one. Afterwards
+    all processes have ended."""
     # Not pytest's directory: paths of sockets must be short.
     with tempfile.TemporaryDirectory(prefix="ray-") as directory:
         address = f"{get_node_ip_address()}:{_free_port()}"
         config = Path(directory) / "autoscaler.json"
-        config.write_text(json.dumps(_config(address, max_nodes, idle_s)))
+        config.write_text(json.dumps(_config(address, node_types, idle_s)))
         log = Path(directory) / "head.log"
         with log.open("wb") as output:
             head = subprocess.Popen(
-                _command(address, directory, config), env=_environment(), stdout=output, stderr=output
+                _command(address, directory, config, _of_head(node_types)),
+                env=_environment(),
+                stdout=output,
+                stderr=output,
             )
         try:
             _wait_for(head, address, log)
@@ -53,20 +60,42 @@ def autoscaled_ray(max_nodes: int, idle_s: float) -> Iterator[str]:
             _end(head, directory)
 
 
-def _config(address: str, max_nodes: int, idle_s: float) -> dict[str, object]:
-    worker = {
-        "resources": {"CPU": 0, EXPERT_RESOURCE: 1, "object_store_memory": OBJECT_STORE_BYTES},
-        "node_config": {},
-        "min_workers": 0,
-        "max_workers": max_nodes,
+def expert_nodes(max_nodes: int) -> dict[str, NodeType]:
+    """Up to so many nodes with room for one expert actor each."""
+    resources = {"CPU": 0, EXPERT_RESOURCE: 1, "object_store_memory": OBJECT_STORE_BYTES}
+    return {"expert": {"resources": resources, "node_config": {}, "min_workers": 0, "max_workers": max_nodes}}
+
+
+def worker_groups(cluster: Mapping[str, Any]) -> dict[str, NodeType]:
+    """The groups of a RayCluster as KubeRay tells them to the autoscaler: bounds, resources, labels."""
+    return {
+        group["groupName"]: {
+            "resources": {
+                **{name: float(amount) for name, amount in group["resources"].items()},
+                "object_store_memory": OBJECT_STORE_BYTES,
+            },
+            "labels": dict(group["labels"]),
+            "node_config": {},
+            "min_workers": group["minReplicas"],
+            "max_workers": group["maxReplicas"],
+        }
+        for group in cluster["spec"]["workerGroupSpecs"]
     }
+
+
+def _of_head(node_types: Mapping[str, NodeType]) -> dict[str, int]:
+    has_routers = any(ROUTER_RESOURCE in node_type["resources"] for node_type in node_types.values())
+    return {} if has_routers else {ROUTER_RESOURCE: 1}
+
+
+def _config(address: str, node_types: Mapping[str, NodeType], idle_s: float) -> dict[str, object]:
     commands = "initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray"
     return {
         **{f"{name}_commands": [] for name in commands},
         **{name: {} for name in ("auth", "docker", "file_mounts")},
         "cluster_synced_files": [],
         "cluster_name": "autoscaled",
-        "max_workers": max_nodes,
+        "max_workers": sum(node_type["max_workers"] for node_type in node_types.values()),
         "idle_timeout_minutes": idle_s / 60,
         "upscaling_speed": 10.0,
         "provider": {
@@ -79,19 +108,23 @@ def _config(address: str, max_nodes: int, idle_s: float) -> dict[str, object]:
         },
         "head_node_type": FAKE_HEAD_NODE_TYPE,
         "available_node_types": {
-            FAKE_HEAD_NODE_TYPE: {"resources": {"CPU": 2, ROUTER_RESOURCE: 1}, "node_config": {}, "max_workers": 0},
-            "expert": worker,
+            FAKE_HEAD_NODE_TYPE: {
+                "resources": {"CPU": 2, **_of_head(node_types)},
+                "node_config": {},
+                "max_workers": 0,
+            },
+            **node_types,
         },
     }
 
 
-def _command(address: str, directory: str, config: Path) -> list[str]:
+def _command(address: str, directory: str, config: Path, resources: Mapping[str, int]) -> list[str]:
     options = {
         "port": address.rpartition(":")[2],
         "temp-dir": directory,
         "autoscaling-config": config,
         "num-cpus": 2,
-        "resources": json.dumps({ROUTER_RESOURCE: 1}),
+        "resources": json.dumps(resources),
         "labels": f"{NODE_LABEL}=head",
         "object-store-memory": OBJECT_STORE_BYTES,
         "include-dashboard": "false",

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cluster.backend import JobState, OperationState
 from cluster.serve import served
 from cluster.service.client import Client
 from tests.integration.load import LONG_JOB, streams
 from tests.integration.test_copies import WAIT_S, config_in, wait_for_step
-from tests.ray_autoscaler import autoscaled_ray, num_nodes
+from tests.manifests.kustomize import K8S, find_kubectl, overlay, ray_cluster
+from tests.ray_autoscaler import NodeType, autoscaled_ray, expert_nodes, num_nodes, worker_groups
 
 pytestmark = pytest.mark.timeout(600)  # starting processes that import torch takes minutes on a busy machine
 
@@ -23,7 +28,7 @@ IDLE_S = 4.0
 
 @pytest.fixture
 def address() -> Iterator[str]:
-    with autoscaled_ray(max_nodes=4, idle_s=IDLE_S) as address:
+    with autoscaled_ray(expert_nodes(max_nodes=4), idle_s=IDLE_S) as address:
         yield address
 
 
@@ -55,6 +60,48 @@ def test_nodes_come_for_expert_actors_and_go_when_they_are_drained(address: str,
         assert len(set(status.owners.values())) == 1
         assert [entry.kind for entry in client.ledger().entries] == ["scale_up", "scale_down"], "nobody died"
     wait_for_nodes(address, 0)
+
+
+@pytest.fixture
+def groups() -> dict[str, NodeType]:
+    """Of the overlay for a laptop, whose actors need no GPU; without kubectl, of what it is made from."""
+    if find_kubectl():
+        return worker_groups(ray_cluster(overlay("kind")))
+    return worker_groups(yaml.safe_load((K8S / "base" / "raycluster.yaml").read_text()))
+
+
+def test_the_groups_on_kubernetes_offer_what_actors_ask_for(groups: dict[str, NodeType], tmp_path: Path) -> None:
+    least = {name: group["min_workers"] for name, group in groups.items()}
+    assert least == {"router": 1, "experts": 2}
+    with autoscaled_ray(groups, idle_s=IDLE_S) as address:
+        wait_for_nodes(address, 3)
+        changes = {"ray.mode": "existing", "ray.address": address, "experts.actors": 2, "experts.max_actors": 3}
+        with served(config_in(tmp_path, **changes)) as service, Client(service.target) as client:
+            job = client.submit_job(LONG_JOB)
+            wait_for_step(client, job.id, 3)
+            with streams(client, 2):
+                scale(client, 3)
+                wait_for_nodes(address, 4)
+                scale(client, 2)
+                wait_for_nodes(address, 3)
+                pod_ends(client)
+            actors = client.status().actors
+            assert len({actor.node for actor in actors}) == 3, "the router and the expert actors, on a node each"
+            step = client.get_job(job.id).step
+            wait_for_step(client, job.id, step + 3)
+            client.cancel_job(job.id)
+            assert [entry.kind for entry in client.ledger().entries] == ["scale_up", "scale_down", "drain"]
+
+
+def pod_ends(client: Client) -> None:
+    """Kubernetes ends an expert pod: it runs the preStop hook there first, and waits for it."""
+    node = next(actor.node for actor in client.status().actors if actor.role == "expert")
+    here = os.path.dirname(sys.executable)
+    environment = os.environ | {"NODE_NAME": node, "MOE_CLUSTER_TARGET": client.target, "DRAIN_LOG": os.devnull}
+    environment["PATH"] = f"{here}:{environment['PATH']}"
+    hook = [str(K8S / "hooks" / "drain.sh")]
+    subprocess.run(hook, env=environment | {"DRAIN_TIMEOUT_S": "120"}, check=True, timeout=150)
+    assert not any(actor.node == node for actor in client.status().actors)
 
 
 def scale(client: Client, actors: int) -> None:
