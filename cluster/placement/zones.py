@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,24 +113,29 @@ def set_apart(zones: Zones, lodging: Lodging, homes_each: int) -> None:
             chain.follow()
 
 
+class _Step(NamedTuple):
+    group: int
+    source: int | None
+    """Node that the group leaves, if it leaves one."""
+    target: int
+
+
 class _Chain:
-    """Shortest row of groups that make room for one another, at whose head is the one to be set apart."""
+    """The shortest row of groups that make room for one another, at whose head is the one to be set apart."""
 
     def __init__(self, zones: Zones, lodging: Lodging, group: int, homes_each: int) -> None:
         self.zones, self.lodging, self.group = zones, lodging, group
         on_Z = zones.on(lodging.homes_GN[group])
-        doubled = lodging.homes_GN[group] & (on_Z[zones.zone_N] > 1)
-        self.leaves: list[int | None] = [None] if lodging.homes_GN[group].sum() < homes_each else []
-        self.leaves += np.flatnonzero(doubled).tolist()
-        self.targets = np.flatnonzero(on_Z[zones.zone_N] == 0)
+        doubled_N = lodging.homes_GN[group] & (on_Z[zones.zone_N] > 1)
+        self.sources: list[int | None] = [None] if lodging.homes_GN[group].sum() < homes_each else []
+        self.sources += np.flatnonzero(doubled_N).tolist()
         busy_N = (lodging.share_G @ lodging.homes_GN) * lodging.slowness_N
         self.nodes: list[int] = np.argsort(busy_N, kind="stable").tolist()
-        self.leave: int | None = None
-        self.steps: list[tuple[int, int | None, int]] = []
-        """Group, the node it leaves, the node it comes to."""
+        self.targets = [node for node in self.nodes if not on_Z[zones.zone_N[node]]]
+        self.steps: list[_Step] = []
 
     def found(self) -> bool:
-        return any(self._search(leave) for leave in self.leaves)
+        return any(self._search(source) for source in self.sources)
 
     def follow(self) -> None:
         lodging = self.lodging
@@ -140,50 +146,45 @@ class _Chain:
             lodging.homes_GN[group, target] = True
             lodging.room_N[target] -= lodging.size_G[group]
 
-    def _search(self, leave: int | None) -> bool:
-        lodging = self.lodging
-        room_N = lodging.room_N.copy()
-        if leave is not None:
-            room_N[leave] += lodging.size_G[self.group]
-        targets = set(self.targets.tolist())
-        # Node -> how it comes to hold more than it has room for: the steps so far, the last one into it.
-        queue = deque([[(self.group, leave, node)] for node in self.nodes if node in targets])
-        seen = set(targets)
+    def _search(self, source: int | None) -> bool:
+        """Breadth first over the nodes that would hold more than they have room for."""
+        room_N = self.lodging.room_N.copy()
+        if source is not None:
+            room_N[source] += self.lodging.size_G[self.group]
+        queue = deque([_Step(self.group, source, target)] for target in self.targets)
         for steps in queue:
             if self._ends_well(steps, room_N):
                 return True
+        seen = set(self.targets)
         while queue:
             steps = queue.popleft()
-            for step in self._next(steps, leave, room_N):
-                if step[2] in seen:
-                    continue
-                longer = [*steps, step]
-                if self._ends_well(longer, room_N):
-                    return True
-                seen.add(step[2])
-                queue.append(longer)
+            for step in self._next(steps, room_N):
+                if step.target not in seen:
+                    seen.add(step.target)
+                    queue.append([*steps, step])
+                    if self._ends_well(queue[-1], room_N):
+                        return True
         return False
 
-    def _ends_well(self, steps: list[tuple[int, int | None, int]], room_N: Ints) -> bool:
-        group, _, node = steps[-1]
-        if room_N[node] < self.lodging.size_G[group]:
-            return False
+    def _ends_well(self, steps: list[_Step], room_N: Ints) -> bool:
+        """Whether there is room for the last group where it comes to."""
         self.steps = steps
-        return True
+        return bool(room_N[steps[-1].target] >= self.lodging.size_G[steps[-1].group])
 
-    def _next(
-        self, steps: list[tuple[int, int | None, int]], leave: int | None, room_N: Ints
-    ) -> Iterator[tuple[int, int | None, int]]:
-        """Groups that can go from the last node and leave enough room there, those of like load first."""
+    def _next(self, steps: list[_Step], room_N: Ints) -> Iterator[_Step]:
+        """Groups that can leave the last node and make enough room there, those of like load first."""
         lodging, (comer, _, node) = self.lodging, steps[-1]
-        moved = {group for group, _, _ in steps}
-        here = [g for g in np.flatnonzero(lodging.homes_GN[:, node]).tolist() if g not in moved]
-        here = [g for g in here if room_N[node] + lodging.size_G[g] >= lodging.size_G[comer]]
-        for group in sorted(here, key=lambda g: abs(lodging.share_G[g] - lodging.share_G[comer])):
-            before = self.zones.number(lodging.homes_GN[group])
-            for target in self.nodes:
-                if not lodging.homes_GN[group, target]:
-                    after_N = lodging.homes_GN[group].copy()
-                    after_N[[node, target]] = False, True
-                    if self.zones.number(after_N) >= before:
-                        yield group, node, target
+        size_G, share_G = lodging.size_G, lodging.share_G
+        here = set(np.flatnonzero(lodging.homes_GN[:, node]).tolist()) - {step.group for step in steps}
+        for group in sorted(here, key=lambda group: (abs(share_G[group] - share_G[comer]), group)):
+            if room_N[node] + size_G[group] >= size_G[comer]:
+                yield from (_Step(group, node, target) for target in self.nodes if self._may_go(group, node, target))
+
+    def _may_go(self, group: int, source: int, target: int) -> bool:
+        """It is not there yet, and stays in as many zones."""
+        homes_N = self.lodging.homes_GN[group]
+        if homes_N[target]:
+            return False
+        after_N = homes_N.copy()
+        after_N[[source, target]] = False, True
+        return bool(self.zones.number(after_N) >= self.zones.number(homes_N))
