@@ -68,7 +68,7 @@ class Homes:
             set_apart(self.zones, lodging, self.wanted)
 
     def gathered_L(self) -> Bools:
-        """Layers in which whole groups are in less zones than wanted."""
+        """Layers in which whole groups are in fewer zones than wanted."""
         assert self.zones is not None
         few_LG = self.zones.number(self.homes_LGN) < self.zones.wanted
         return np.asarray((few_LG & self.homes_LGN.any(-1)).any(-1))

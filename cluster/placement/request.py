@@ -94,7 +94,7 @@ def _lacking_copies(lacking_L: Ints, num_units: int, problem: Problem) -> str:
 
 
 def _gathered_copies(on_LUN: Bools, zones: Zones) -> list[str]:
-    """Units with copies in less zones than they could be in if there were more room."""
+    """Units with copies in fewer zones than they could be in if there were more room."""
     lacking_L = zones.lacking(on_LUN)
     if not lacking_L.any():
         return []

@@ -28,7 +28,7 @@ class Zones:
 
     @staticmethod
     def of(names_N: Sequence[str], slots_N: Ints, redundancy: int) -> Zones | None:
-        """None where zones make no difference: less than two have slots, or units have one copy.
+        """None where zones make no difference: fewer than two have slots, or units have one copy.
 
         Nodes of which no zone is known (an empty name) count as one zone together: nothing says that they are apart.
         """
@@ -50,7 +50,7 @@ class Zones:
         return np.asarray((self.on(on_XN) > 0).sum(-1))
 
     def lacking(self, on_LUN: NDArray) -> Ints:
-        """[L]: units in less zones than wanted."""
+        """[L]: units in fewer zones than wanted."""
         return np.asarray((self.number(on_LUN) < self.wanted).sum(-1))
 
     def order(self, key_LN: Floats) -> Ints:
@@ -98,7 +98,7 @@ class Lodging:
 
 
 def set_apart(zones: Zones, lodging: Lodging, homes_each: int) -> None:
-    """Groups in less zones than wanted get a home in another, hottest first, as long as there is a way.
+    """Groups in fewer zones than wanted get a home in another, hottest first, as long as there is a way.
 
     A full node there takes a group if one of its own can go elsewhere: to the home that the group leaves, to a node
     with room, or to a full one where it goes on in this way. So for groups of one size this finds room wherever there
