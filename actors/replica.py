@@ -79,6 +79,20 @@ class Replica:
             "fence": self._fence,
         }
 
+    @property
+    def leads(self) -> bool:
+        return self._leads
+
+    @property
+    def has_joined(self) -> bool:
+        """Whether it has the trunk, its own or that of a leader."""
+        return self._has_joined
+
+    @property
+    def term(self) -> int:
+        """The highest that it has heard of."""
+        return max(self._term, self.router.replicas.term)
+
     def handle(self, peer: str, question: Message) -> Message:
         """Never raises: errors are answers too."""
         with self._lock:

@@ -43,7 +43,7 @@ class Job:
     ended_s: float | None = None
     error: str = ""
     last_event: int = 0
-    """Number of the newest event; events are numbered from 1 without gaps."""
+    """Number of the newest event; numbers rise from 1, without gaps but where the coordinator died."""
 
 
 @dataclass(frozen=True)

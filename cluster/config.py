@@ -22,6 +22,12 @@ class RayConfig:
     """Zones in which the simulated nodes are, in turn; 0: they have none. Nodes of an existing cluster tell theirs by
     Ray's label `ray.io/availability-zone`."""
     start_timeout_s: float = 60.0
+    detached: bool = False
+    """existing: the cluster goes on when the process that has started it ends or is killed. `moe-cluster up` with the
+    same checkpoint folder attaches to it, `moe-cluster down` ends it."""
+    orphan_timeout_s: float = 60.0
+    """existing: router and expert actors end themselves when no coordinator has asked after them for so long. Ray must
+    be able to start it again within that time, also when its head was away."""
     revive_after_s: float = 5.0
     """An embedded node that died is started again after so long, as a cluster's own manager would; 0: never."""
 

@@ -132,10 +132,13 @@ def _check_ray(config: RayConfig, check: _Check) -> None:
     check.at_least("nodes", config.nodes, 1)
     check.within("zones", config.zones, 0, config.nodes)
     check.above("start_timeout_s", config.start_timeout_s, 0)
+    check.at_least("orphan_timeout_s", config.orphan_timeout_s, 5)
     check.at_least("revive_after_s", config.revive_after_s, 0)
     if config.mode == "embedded":
         remedy = "leave the address out, or set ray.mode to existing"
         check.that(config.address is None, "address", "an embedded cluster has none", config.address, remedy)
+        remedy = "leave it out, or set ray.mode to existing"
+        check.that(not config.detached, "detached", "an embedded cluster ends with its process", True, remedy)
     else:
         remedy = "give one, e.g. auto or 10.0.0.1:6379, or set ray.mode to embedded"
         check.that(bool(config.address), "address", "is needed to join an existing cluster", config.address, remedy)

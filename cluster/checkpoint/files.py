@@ -18,6 +18,8 @@ from cluster.checkpoint.disk import Disk
 from cluster.checkpoint.manifest import MANIFEST_NAME
 from cluster.checkpoint.names import Folder
 
+ASIDE = ".unreadable"
+
 
 class Files(ABC):
     """All methods raise OSError. Folders are named by `Folder`, files by their name in it."""
@@ -58,6 +60,22 @@ class Files(ABC):
     @abstractmethod
     def read(self, folder: Folder, file: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes [start, end) of a file, fewer where it ends earlier."""
+
+    @abstractmethod
+    def put(self, name: str, data: bytes) -> None:
+        """A small file of its own beside the folders: replaced wholly or not at all, durable on return."""
+
+    @abstractmethod
+    def get(self, name: str) -> bytes | None:
+        """What `put` wrote last; None where it never did."""
+
+    @abstractmethod
+    def drop(self, name: str) -> None:
+        """Removes such a file; one that is gone is no error."""
+
+    @abstractmethod
+    def put_aside(self, name: str) -> None:
+        """Such a file that cannot be used, under a name that nobody reads. What was put aside before is gone."""
 
 
 class LocalFiles(Files):
@@ -125,6 +143,32 @@ class LocalFiles(Files):
             handle.seek(start)
             return handle.read(-1 if end is None else end - start)
 
+    def put(self, name: str, data: bytes) -> None:
+        self._make_root()
+        path = f"{self.url}/{name}"
+        handle = self._disk.create(f"{path}.new")
+        try:
+            self._disk.write(handle, memoryview(data))
+            self._disk.fsync(handle)
+        finally:
+            os.close(handle)
+        self._disk.rename(f"{path}.new", path)
+        self._disk.fsync_dir(self.url)
+
+    def get(self, name: str) -> bytes | None:
+        try:
+            with open(f"{self.url}/{name}", "rb") as handle:
+                return handle.read()
+        except FileNotFoundError:
+            return None
+
+    def drop(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._disk.remove(f"{self.url}/{name}")
+
+    def put_aside(self, name: str) -> None:
+        self._disk.rename(f"{self.url}/{name}", f"{self.url}/{name}{ASIDE}")
+
 
 class ObjectFiles(Files):
     draft_is_named = False
@@ -178,6 +222,29 @@ class ObjectFiles(Files):
         with _as_os_error():
             data: bytes = self._fs.cat_file(f"{self._path(folder)}/{file}", start=start, end=end)
             return data
+
+    def put(self, name: str, data: bytes) -> None:
+        with _as_os_error():
+            with contextlib.suppress(OSError, NotImplementedError):  # as of `make_draft`
+                self._fs.mkdir(self._root, create_parents=False)
+            self._fs.pipe_file(f"{self._root}/{name}", data)  # one request: wholly or not at all
+
+    def get(self, name: str) -> bytes | None:
+        self._fs.invalidate_cache()
+        with _as_os_error():
+            try:
+                data: bytes = self._fs.cat_file(f"{self._root}/{name}")
+            except FileNotFoundError:
+                return None
+            return data
+
+    def drop(self, name: str) -> None:
+        with _as_os_error(), contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(f"{self._root}/{name}")
+
+    def put_aside(self, name: str) -> None:
+        with _as_os_error():
+            self._fs.mv(f"{self._root}/{name}", f"{self._root}/{name}{ASIDE}")
 
     def _path(self, folder: Folder) -> str:
         return f"{self._root}/{folder}"

@@ -18,6 +18,7 @@ import psutil
 
 from cluster.commands.options import Subparsers, default_target, override
 from cluster.commands.output import print_json, print_line
+from cluster.config import ClusterConfig
 from cluster.configfile import find_config, load_cluster
 from cluster.errors import NotFound, StartupError
 
@@ -68,12 +69,13 @@ def run_up(args: argparse.Namespace) -> int:
     with terminated_as_interrupted():
         try:
             with served(config) as service:
-                record = _Record.write(service.target)
+                record = _Record.write(service.target, _detached(config))
                 try:
-                    _announce(service.target, args.json)
+                    _announce(service.target, args.json, config.ray.detached)
                     wait_for_signal()
                 finally:
-                    record.remove()
+                    if not config.ray.detached:  # `down` is to find the cluster
+                        record.remove()
         except KeyboardInterrupt:
             return 0  # being told to end is how this command ends
     return 0
@@ -81,28 +83,44 @@ def run_up(args: argparse.Namespace) -> int:
 
 def run_down(args: argparse.Namespace) -> int:
     record = _Record(args.target)
-    process = record.process()
-    if process is None:
+    process, detached = record.process(), record.detached()
+    if process is None and detached is None:
         raise NotFound(f"no service that was started here serves {args.target}; `moe-cluster status` shows any other")
-    process.terminate()
-    try:
-        process.wait(STOP_TIMEOUT_S)
-    except psutil.TimeoutExpired:
-        raise StartupError(f"process {process.pid} did not end within {STOP_TIMEOUT_S:.0f} s") from None
+    if process is not None:
+        process.terminate()
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except psutil.TimeoutExpired:
+            raise StartupError(f"process {process.pid} did not end within {STOP_TIMEOUT_S:.0f} s") from None
+    if detached is not None:
+        from cluster.fabric.launch import end_detached
+
+        end_detached(**detached)
     record.remove()
     if args.json:
-        print_json({"target": args.target, "pid": process.pid, "ended": True})
+        print_json({"target": args.target, "pid": process.pid if process else None, "ended": True})
     else:
         print_line(f"{args.target} has ended")
     return 0
 
 
-def _announce(target: str, as_json: bool) -> None:
+def _announce(target: str, as_json: bool, detached: bool) -> None:
     if as_json:
         print_json({"target": target, "pid": os.getpid()})
+    elif detached:
+        print_line(f"ready at {target} (Ctrl-C ends this front, `moe-cluster down --target {target}` the cluster)")
     else:
         print_line(f"ready at {target} (Ctrl-C ends it)")
     sys.stdout.flush()
+
+
+def _detached(config: ClusterConfig) -> dict[str, str] | None:
+    """How to find a cluster that outlives this process; None if it does not."""
+    if not config.ray.detached:
+        return None
+    from cluster.fabric.attaching import name_of
+
+    return {"address": str(config.ray.address), "cluster": name_of(config)}
 
 
 def _detach(args: argparse.Namespace) -> int:
@@ -159,11 +177,20 @@ class _Record:
         self._path = _directory() / f"{target.replace(':', '_').replace('/', '_')}.json"
 
     @classmethod
-    def write(cls, target: str) -> _Record:
+    def write(cls, target: str, detached: dict[str, str] | None) -> _Record:
         record = cls(target)
         own = psutil.Process()
-        record._path.write_text(json.dumps({"pid": own.pid, "created": own.create_time()}))
+        values = {"pid": own.pid, "created": own.create_time(), "detached": detached}
+        record._path.write_text(json.dumps(values))
         return record
+
+    def detached(self) -> dict[str, str] | None:
+        """Of a cluster that outlives the process: see `end_detached`."""
+        try:
+            values = json.loads(self._path.read_text())["detached"]
+            return None if values is None else {name: str(values[name]) for name in ("address", "cluster")}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def process(self) -> psutil.Process | None:
         """None if there is no record, or its process id belongs to another process by now."""

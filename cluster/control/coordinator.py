@@ -24,6 +24,7 @@ from cluster.control.ledger import Kind, Ledger
 from cluster.control.load import LoadLE, LoadWindow
 from cluster.control.members import Members
 from cluster.control.operations import OperationTable
+from cluster.control.past import BACK, Past, Standing, after_death, after_restart
 from cluster.control.rebalancing import Proposal, named, propose
 from cluster.errors import FailedPrecondition
 from cluster.placement.placement import ActorSlot
@@ -91,11 +92,54 @@ class Coordinator:
         """Whether there is a checkpoint that what is lost can come back from."""
         self.is_pristine = True
         """The weights are still those of the model directory: no step and no import since."""
+        self.is_returning = False
+        """Everybody is on the way back to a checkpoint: no job begins before it is known which of its steps it has."""
         self.notice = ""
         """What status is to say beside what is known here."""
         self._stopping: str | None = None
         """A job that failed here while its steps may still be running."""
         self._decisions: list[Decision] = []
+
+    @classmethod
+    def restored_from(
+        cls,
+        model: ModelFacts,
+        placement: Placement,
+        past: Past,
+        standing: Standing,
+        now: float,
+        since_s: float,
+        limits: Limits | None = None,
+        *,
+        redundancy: int = 1,
+        max_groups: int = 0,
+    ) -> Coordinator:
+        """After the death of the one before, at `since_s`, while the actors went on. `placement`: that in use; who of
+        it is dead is to be told with `actor_lost`.
+
+        A job that ran goes on after the steps that the router says it has done. Where it cannot say so, as it is dead
+        too, the job waits for the last checkpoint; without one it has failed.
+        """
+        self = cls(model, placement, limits, redundancy=redundancy, max_groups=max_groups)
+        self._version, self.is_pristine, self.can_restore = standing.version, standing.is_pristine, standing.can_restore
+        self.ledger = Ledger.of(past.entries)
+        self._disturbances = Disturbances(self.ledger)
+        reports = standing.reports
+        self._disturbances.recall(reports[-1].time_s if reports else None, [report.seconds for report in reports])
+        self._disturbances.lost("coordinator_restart", "coordinator", now, since_s, BACK)
+        self.operations.recall(past.operations, "the coordinator died meanwhile; ask for it again", now)
+        for recalled in after_death(past.jobs, standing):
+            self._jobs.recall(recalled, now)
+        return self
+
+    def recalled(self, past: Past, saved: Job | None, message: str, now: float) -> None:
+        """After a restart of everything, before the first report: what was known before; see `after_restart`."""
+        self.ledger = Ledger.of(past.entries)
+        self._disturbances = Disturbances(self.ledger)
+        self._disturbances.recall(None, ())
+        self.operations.recall(past.operations, "everything was started anew meanwhile; ask for it again", now)
+        for recalled in after_restart(past.jobs, saved, message):
+            self._jobs.recall(recalled, now)
 
     # --- Asked by clients ----------------------------------------------------------------------------------------
 
@@ -132,6 +176,16 @@ class Coordinator:
         """Events with a number above `after`, oldest first, of those that are kept; and the job."""
         record = self._jobs[job_id]
         return record.events_after(after, max_events), record.job
+
+    @property
+    def past(self) -> Past:
+        """All that would be forgotten with this coordinator."""
+        operations = tuple(reversed(self.operations.all()))
+        return Past(self._jobs.oldest_first(), operations, self.ledger.entries())
+
+    @property
+    def model(self) -> ModelFacts:
+        return self._model
 
     def status(self) -> ClusterStatus:
         holders = dict(enumerate(self._placement.holders))
@@ -262,6 +316,11 @@ class Coordinator:
             return self.can_restore
         return self.is_router_lost and (self.can_restore or self.is_pristine)
 
+    def waiting_job(self) -> Job | None:
+        """One that goes on after the steps it has done, as soon as the cluster is ready."""
+        record = self._jobs.resuming()
+        return record.job if record else None
+
     @property
     def is_training(self) -> bool:
         return self._jobs.active() is not None
@@ -303,12 +362,11 @@ class Coordinator:
         record = self._jobs.active()
         return record.job if record else None
 
-    def resumed(self, version: int, job: Job | None, message: str, now: float) -> None:
+    def resumed(self, version: int, job: Job | None, message: str, now: float, past: Past | None = None) -> None:
         """At the start: all is as it was at this version, and the job goes on after its step."""
         self._version = version
         self.is_pristine = False
-        if job:
-            self._jobs.adopt(job, message, now)
+        self.recalled(past or Past(), job, message, now)
 
     def check_growth(self, num_experts: int) -> None:
         """Before the router is asked. `FailedPrecondition` while the placement is not whole, `InvalidInput` if the
@@ -356,17 +414,24 @@ class Coordinator:
         now: float,
         num_parameters: int | None = None,
     ) -> None:
-        """What was lost is back, and everybody is at this version. `steps`: job -> step it goes on after.
-        `num_parameters`: of the model, if it has another number of experts again."""
+        """What was lost is back, and everybody is at this version. `steps`: job -> step it goes on after. A job that
+        waits to go on after other steps has failed; one of which no step is known begins anew. `num_parameters`: of the
+        model, if it has another number of experts again."""
         self._disturbances.restored(self._version - version)
         if num_parameters is not None:
             self._resize(placement.num_experts, num_parameters)
         self.placed(placement)
         self._version = version
         self._loads = self._new_window()
+        resuming = self._jobs.resuming()
         for job_id, step in steps.items():
-            if record := self._active(job_id):
+            if resuming and resuming.job.id == job_id:
+                resuming.go_back(step, message, now)
+            elif record := self._active(job_id):
                 record.go_back(step, message, now)
+        if resuming and resuming.job.step and resuming.job.id not in steps:
+            error = f"{message}; the checkpoint is not of this job, whose steps are lost"
+            resuming.move(JobState.FAILED, now, error)
 
     def imported(self) -> None:
         """The weights are those of another directory now."""
@@ -386,12 +451,13 @@ class Coordinator:
         """What to do now, in order. Each decision is given out once."""
         for actor_id in self._members.silent(now):
             self._lose(actor_id, now, f"silent for more than {self._limits.heartbeat_timeout_s:g} s", is_dead=False)
-        if self._jobs.active() is None:
+        if self._jobs.active() is None and self._jobs.resuming() is None:
             self._disturbances.idle()
         has_routers = self._members.count_ready("router") >= self.routers_wanted
         if self._is_ready() and has_routers and not self._groups_below(self._redundancy):
             self._disturbances.whole(now)
             self._members.forget_dead("expert")
+        self._give_up_waiting(now)
         self._jobs.forget_old(keep=self._stopping)
         self._start_next(now)
         decisions, self._decisions = self._decisions, []
@@ -430,9 +496,15 @@ class Coordinator:
             error = f"{who} was lost after step {record.job.step}: {reason}; no actor holds {named(gone)} any more"
             self._fail(record, error, now)
 
+    def _give_up_waiting(self, now: float) -> None:
+        """A job that was to go on, and that nothing can bring back what it needs for."""
+        record = self._jobs.resuming()
+        if record and (self._placement.missing or self.is_router_lost) and not self.can_return:
+            record.move(JobState.FAILED, now, self._message())
+
     def _start_next(self, now: float) -> None:
         record = self._jobs.next_queued()
-        if record is None or self._jobs.active() or self._stopping or not self._is_ready():
+        if record is None or self._jobs.active() or self._stopping or self.is_returning or not self._is_ready():
             return
         record.move(JobState.RUNNING, now)
         self._decisions.append(StartJob(record.job.id, record.job.config, record.job.step))

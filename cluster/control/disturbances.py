@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from statistics import median
 
 from cluster.control.ledger import Kind, Ledger
@@ -30,6 +31,13 @@ class Disturbances:
         self._latest = number
         if self._last_step_s is not None:
             self._unpriced.append(number)
+
+    def recall(self, last_step_s: float | None, step_s: Sequence[float]) -> None:
+        """Before the first report after a restart: those that were not over then end when all is as before. A job that
+        runs committed its last step then, and its steps usually take so long."""
+        self._open = [entry.number for entry in self._ledger.entries() if entry.recovered_s is None]
+        self._last_step_s = last_step_s
+        self._step_s.extend(step_s)
 
     def stepped(self, now: float, retries: int, tokens: int) -> None:
         """A step was committed, of so many tokens, after so many tries that came to nothing."""

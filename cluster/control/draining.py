@@ -48,6 +48,11 @@ class Leaving:
         """Node id -> name."""
         return {node_id: self._names[node_id] for node_id in {*self._asked, *self._announced}}
 
+    @property
+    def asked(self) -> Mapping[str, str]:
+        """Of `names` those that somebody asked for."""
+        return {node_id: self._names[node_id] for node_id in self._asked}
+
     def ask(self, node_id: str, name: str) -> None:
         self._asked.add(node_id)
         self._names[node_id] = name

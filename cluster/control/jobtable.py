@@ -11,17 +11,19 @@ from actors.errors import InvalidInput
 from cluster.backend import Job, JobEvent, JobState
 from cluster.config import JobConfig
 from cluster.configfile import job_from_dict, to_dict
+from cluster.control.past import Recalled, number_of
 from cluster.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted
 
 _NEXT: dict[JobState, frozenset[JobState]] = {
-    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.CANCELLED}),
+    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.CANCELLED, JobState.FAILED}),
     JobState.RUNNING: frozenset({JobState.CANCELLING, JobState.SUCCEEDED, JobState.FAILED}),
     JobState.CANCELLING: frozenset({JobState.CANCELLED, JobState.SUCCEEDED, JobState.FAILED}),
 }
 
 
 class JobRecord:
-    """One job: its current value, and its newest events numbered from 1 without gaps."""
+    """One job: its current value, and its newest events. Their numbers rise from 1, without gaps but where the
+    coordinator died: there some may have been told that nobody remembers."""
 
     def __init__(self, job: Job, max_events: int) -> None:
         self.job = job
@@ -89,18 +91,37 @@ class JobTable:
         self._id_of_request[request_id] = job.id
         return record.job
 
-    def adopt(self, job: Job, message: str, now: float) -> None:
-        """A job of before a restart of everything, in an empty table. It keeps its id and its request id, and its
-        events go on with the next number; one that was running is the next to start, after its step."""
-        if job.state is JobState.CANCELLING:
+    def recall(self, recalled: Recalled, now: float) -> None:
+        """A job of before a restart, oldest first. It keeps its id and its request id, and its events go on with the
+        next number; one that was running is the next to start, after its step."""
+        job = recalled.job
+        if recalled.message and job.state is JobState.CANCELLING:
             job = dataclasses.replace(job, state=JobState.CANCELLED, ended_s=now)
-        elif not job.state.is_final:
+        elif recalled.message and not job.state.is_final:
             job = dataclasses.replace(job, state=JobState.QUEUED)
+        record = self._keep(job)
+        if recalled.message:
+            record.record("note", now, message=recalled.message)
+        for step, report in enumerate(recalled.reports, job.step + 1):
+            record.commit(step, report.metrics, report.time_s)
+        if recalled.error and not job.state.is_final:
+            record.move(JobState.FAILED, now, recalled.error)
+
+    def _keep(self, job: Job) -> JobRecord:
         record = JobRecord(job, self._max_events)
-        record.record("note", now, message=message)
         self._records[job.id] = record
         self._id_of_request[job.request_id] = job.id
-        self._num_submitted = int(job.id.rpartition("-")[2])
+        self._num_submitted = max(self._num_submitted, number_of(job))
+        return record
+
+    def resuming(self) -> JobRecord | None:
+        """A job that had begun, goes on after the steps it has done, and waits for the cluster to be ready. How many
+        they are it may have to learn first: a journal has those of some moment before, or none yet."""
+        records = self._records.values()
+        return next((r for r in records if r.job.state is JobState.QUEUED and r.job.started_s is not None), None)
+
+    def oldest_first(self) -> tuple[Job, ...]:
+        return tuple(record.job for record in self._records.values())
 
     def __getitem__(self, job_id: str) -> JobRecord:
         try:

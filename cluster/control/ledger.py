@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, Literal, cast, get_args, get_type_hints
@@ -136,6 +136,17 @@ class Ledger:
     def to_json(self) -> str:
         entries = [dataclasses.asdict(entry) for entry in self._entries.values()]
         return json.dumps({"format": FORMAT, "entries": entries}, allow_nan=False)
+
+    @classmethod
+    def of(cls, entries: Iterable[Entry], max_entries: int = 1000) -> Ledger:
+        """Of entries that were given out, in their order; the next number follows the last."""
+        ledger = cls(max_entries)
+        for entry in entries:
+            if entry.number <= ledger._last:
+                raise InvalidInput("is out of order", field="ledger.entries.number", value=entry.number)
+            ledger._last = entry.number
+            ledger._keep(entry)
+        return ledger
 
     @classmethod
     def from_json(cls, text: str, max_entries: int = 1000) -> Ledger:

@@ -48,6 +48,17 @@ class OperationTable:
         self._forget_old()
         return operation
 
+    def recall(self, operations: Sequence[Operation], error: str, now: float) -> None:
+        """Those of before a restart, oldest first, into an empty table: who carried out one that had not ended is gone,
+        so it has failed with this error."""
+        for operation in operations:
+            if not operation.state.is_final:
+                operation = dataclasses.replace(operation, state=OperationState.FAILED, ended_s=now, error=error)
+            self._operations[operation.id] = operation
+            self._id_of_request[operation.request_id] = operation.id
+            self._num_started = max(self._num_started, int(operation.id.rpartition("-")[2]))
+        self._forget_old()
+
     def get(self, operation_id: str) -> Operation:
         try:
             return self._operations[operation_id]

@@ -29,11 +29,16 @@ from cluster.backend import (
 )
 from cluster.config import JobConfig, ModelConfig
 from cluster.control.ledger import Entry
+from cluster.errors import Unavailable
 from cluster.fabric.calls import acall, translated
 from cluster.fabric.options import COORDINATOR, ROUTER
 from cluster.fabric.reach import Reach
 from cluster.jobs.tokenizer import Tokenizer, load_tokenizer
 from cluster.serving import TextStream
+
+PATIENCE_S = 10.0
+"""For a coordinator that is coming back; who asks is then told to try again."""
+AGAIN_S = 0.2
 
 
 class RayBackend:
@@ -45,26 +50,27 @@ class RayBackend:
         self._tokenizer: Tokenizer = load_tokenizer(model)
 
     async def submit_job(self, config: JobConfig, *, request_id: str, timeout_s: float) -> Job:
-        job: Job = await acall(COORDINATOR, self._control.submit.remote(config, request_id), timeout_s)
+        job: Job = await self._of_coordinator(lambda control: control.submit.remote(config, request_id), timeout_s)
         return job
 
     async def get_job(self, job_id: str, *, timeout_s: float) -> Job:
-        job: Job = await acall(COORDINATOR, self._control.job.remote(job_id), timeout_s)
+        job: Job = await self._of_coordinator(lambda control: control.job.remote(job_id), timeout_s)
         return job
 
     async def list_jobs(self, *, timeout_s: float) -> Sequence[Job]:
-        jobs: Sequence[Job] = await acall(COORDINATOR, self._control.jobs.remote(), timeout_s)
+        jobs: Sequence[Job] = await self._of_coordinator(lambda control: control.jobs.remote(), timeout_s)
         return jobs
 
     async def cancel_job(self, job_id: str, *, timeout_s: float) -> Job:
-        job: Job = await acall(COORDINATOR, self._control.cancel.remote(job_id), timeout_s)
+        job: Job = await self._of_coordinator(lambda control: control.cancel.remote(job_id), timeout_s)
         return job
 
     async def job_events(
         self, job_id: str, *, after: int, max_events: int, wait_s: float
     ) -> tuple[Sequence[JobEvent], Job]:
-        ref = self._control.job_events.remote(job_id, after, max_events, wait_s)
-        found: tuple[Sequence[JobEvent], Job] = await acall(COORDINATOR, ref, wait_s + 10)
+        found: tuple[Sequence[JobEvent], Job] = await self._of_coordinator(
+            lambda control: control.job_events.remote(job_id, after, max_events, wait_s), wait_s + 10
+        )
         return found
 
     async def generate(
@@ -130,11 +136,11 @@ class RayBackend:
                 await self._reach.after(error, deadline)
 
     async def status(self, *, timeout_s: float) -> ClusterStatus:
-        status: ClusterStatus = await acall(COORDINATOR, self._control.status.remote(), timeout_s)
+        status: ClusterStatus = await self._of_coordinator(lambda control: control.status.remote(), timeout_s)
         return status
 
     async def load_report(self, *, timeout_s: float) -> LoadReport:
-        report: LoadReport = await acall(COORDINATOR, self._control.load_report.remote(), timeout_s)
+        report: LoadReport = await self._of_coordinator(lambda control: control.load_report.remote(), timeout_s)
         return report
 
     async def rebalance(self, *, dry_run: bool, timeout_s: float) -> Rebalance:
@@ -142,38 +148,49 @@ class RayBackend:
         return result
 
     async def scale(self, actors: int, *, request_id: str, timeout_s: float) -> Operation:
-        operation: Operation = await acall(COORDINATOR, self._control.scale.remote(actors, request_id), timeout_s)
+        operation: Operation = await self._of_coordinator(
+            lambda control: control.scale.remote(actors, request_id), timeout_s
+        )
         return operation
 
     async def drain(self, node: str, deadline_s: float, *, request_id: str, timeout_s: float) -> Operation:
-        ref = self._control.drain.remote(node, deadline_s, request_id)
-        operation: Operation = await acall(COORDINATOR, ref, timeout_s)
+        operation: Operation = await self._of_coordinator(
+            lambda control: control.drain.remote(node, deadline_s, request_id), timeout_s
+        )
         return operation
 
     async def grow(self, growth: Growth, *, request_id: str, timeout_s: float) -> Operation:
-        operation: Operation = await acall(COORDINATOR, self._control.grow.remote(growth, request_id), timeout_s)
+        operation: Operation = await self._of_coordinator(
+            lambda control: control.grow.remote(growth, request_id), timeout_s
+        )
         return operation
 
     async def scale_routers(self, routers: int, *, request_id: str, timeout_s: float) -> Operation:
-        ref = self._control.scale_routers.remote(routers, request_id)
-        operation: Operation = await acall(COORDINATOR, ref, timeout_s)
+        operation: Operation = await self._of_coordinator(
+            lambda control: control.scale_routers.remote(routers, request_id), timeout_s
+        )
         return operation
 
     async def operation(self, operation_id: str, *, timeout_s: float) -> Operation:
-        operation: Operation = await acall(COORDINATOR, self._control.operation.remote(operation_id), timeout_s)
+        operation: Operation = await self._of_coordinator(
+            lambda control: control.operation.remote(operation_id), timeout_s
+        )
         return operation
 
     async def operations(self, *, timeout_s: float) -> Sequence[Operation]:
-        operations: Sequence[Operation] = await acall(COORDINATOR, self._control.operations.remote(), timeout_s)
+        operations: Sequence[Operation] = await self._of_coordinator(
+            lambda control: control.operations.remote(), timeout_s
+        )
         return operations
 
     async def cancel_operation(self, operation_id: str, *, timeout_s: float) -> Operation:
-        ref = self._control.cancel_operation.remote(operation_id)
-        operation: Operation = await acall(COORDINATOR, ref, timeout_s)
+        operation: Operation = await self._of_coordinator(
+            lambda control: control.cancel_operation.remote(operation_id), timeout_s
+        )
         return operation
 
     async def ledger(self, after: int, *, timeout_s: float) -> Sequence[Entry]:
-        entries: Sequence[Entry] = await acall(COORDINATOR, self._control.ledger.remote(after), timeout_s)
+        entries: Sequence[Entry] = await self._of_coordinator(lambda control: control.ledger.remote(after), timeout_s)
         return entries
 
     async def save_checkpoint(self, *, timeout_s: float) -> Checkpoint:
@@ -181,7 +198,9 @@ class RayBackend:
         return saved
 
     async def checkpoints(self, *, timeout_s: float) -> Sequence[Checkpoint]:
-        found: Sequence[Checkpoint] = await acall(COORDINATOR, self._control.checkpoints.remote(), timeout_s)
+        found: Sequence[Checkpoint] = await self._of_coordinator(
+            lambda control: control.checkpoints.remote(), timeout_s
+        )
         return found
 
     async def export_model(self, path: str, *, timeout_s: float) -> ModelDirectory:
@@ -191,6 +210,18 @@ class RayBackend:
     async def import_model(self, path: str, *, timeout_s: float) -> ClusterStatus:
         status: ClusterStatus = await acall(COORDINATOR, self._control.import_model.remote(path, timeout_s), timeout_s)
         return status
+
+    async def _of_coordinator(self, ask: Callable[[Any], Any], timeout_s: float) -> Any:
+        """What may be asked twice: a coordinator that has died is awaited for a while."""
+        now = time.monotonic()
+        deadline, patient_until = now + timeout_s, now + min(PATIENCE_S, 0.9 * timeout_s)
+        while True:
+            try:
+                return await acall(COORDINATOR, ask(self._control), deadline - time.monotonic())
+            except Unavailable:
+                if time.monotonic() + AGAIN_S > patient_until:
+                    raise
+                await asyncio.sleep(AGAIN_S)
 
     def _ids(self, prompt: Prompt) -> list[int]:
         ids = list(prompt.token_ids) if prompt.token_ids is not None else self._tokenizer.encode(prompt.text or "")
@@ -205,7 +236,8 @@ async def _events(stream: Any, deadline: float) -> AsyncGenerator[TokenEvent]:
     while True:
         with translated(ROUTER):
             try:
-                ref = await asyncio.wait_for(anext(iterator), max(0.0, deadline - time.monotonic()))
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    ref = await anext(iterator)
             except StopAsyncIteration:
                 return
             event: TokenEvent = await ref

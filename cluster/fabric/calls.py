@@ -50,8 +50,5 @@ def call(who: str, ref: Any, timeout_s: float) -> Any:
 
 async def acall(who: str, ref: Any, timeout_s: float) -> Any:
     with translated(who):
-        return await asyncio.wait_for(_awaited(ref), timeout_s)
-
-
-async def _awaited(ref: Any) -> Any:
-    return await ref
+        async with asyncio.timeout(timeout_s):  # `wait_for` of Python 3.11 may lose a cancellation
+            return await ref

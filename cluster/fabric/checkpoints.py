@@ -45,14 +45,18 @@ _GROWN_TO = "grown_to"
 """Fact of a model that has more experts than its config says."""
 
 
+def vault_url(config: ClusterConfig) -> str:
+    url = config.checkpoint.url or str(Path(config.storage.root).resolve() / "checkpoints")
+    return open_files(url, DISK).url
+
+
 class Vault:
     """Where a cluster's checkpoints are, and which of them it can load."""
 
     def __init__(self, config: ClusterConfig, model: ModelFacts) -> None:
         self._config = config
         self._facts = _facts(config, model)
-        url = config.checkpoint.url or str(Path(config.storage.root).resolve() / "checkpoints")
-        self.url = open_files(url, DISK).url
+        self.url = vault_url(config)
 
     def store(self) -> CheckpointStore:
         from cluster.checkpoint.store import CheckpointStore
@@ -140,6 +144,11 @@ class Checkpoints:
             course = begin()
             self._course = job_id, replace(course, version=course.version - step)
         return course
+
+    def job_goes_on(self, job_id: str, course: Course) -> None:
+        """As the router says to a coordinator that is new to it; `course`: what its steps are counted from."""
+        with self._course_lock:
+            self._course = job_id, course
 
     # -- when ---------------------------------------------------------------------------------------------------------
 

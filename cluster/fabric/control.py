@@ -15,28 +15,27 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from actors.errors import InvalidInput
+from actors.errors import InvalidInput, MoeClusterError
 from actors.values import Growth, Placement
 from cluster.backend import Checkpoint, ClusterStatus, Job, JobEvent, LoadReport, ModelDirectory, Operation, Rebalance
 from cluster.config import ClusterConfig, JobConfig
-from cluster.control.coordinator import Coordinator
+from cluster.control.coordinator import Coordinator, ModelFacts
 from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
+from cluster.control.journal import Journal
 from cluster.control.ledger import Entry
-from cluster.errors import StartupError
-from cluster.fabric.autoscaling import Autoscaler
+from cluster.control.past import Past
+from cluster.errors import StartupError, Unavailable
+from cluster.fabric.attaching import check_same
 from cluster.fabric.calls import call
-from cluster.fabric.changes import Changes
-from cluster.fabric.checkpoints import Checkpoints, Vault, num_experts_in, sentence, told
+from cluster.fabric.checkpoints import Vault, num_experts_in, sentence, told
+from cluster.fabric.comeback import come_back
 from cluster.fabric.crew import Crew
-from cluster.fabric.draining import Draining
-from cluster.fabric.growing import Growing
+from cluster.fabric.desk import Desk, Known, Wanted, set_up
 from cluster.fabric.guarded import Guarded
-from cluster.fabric.jobs import JobThreads
+from cluster.fabric.journal import name_for, read_journal
 from cluster.fabric.options import ROUTER
-from cluster.fabric.rebalancing import Rebalancer
-from cluster.fabric.recovery import Recovery, begin_from, load_experts
-from cluster.fabric.routers import Routers, ready_routers
-from cluster.fabric.scaling import Scaling
+from cluster.fabric.recovery import begin_from, load_experts
+from cluster.fabric.routers import ready_routers
 from cluster.fabric.workers import ExpertContact
 from cluster.jobs.tokenizer import check_vocabulary, load_tokenizer
 from cluster.placement.placement import spread
@@ -48,55 +47,83 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BEAT_S = 0.1
+PING_EVERY_S = 2.0
+AGAIN_S = 2.0
+"""After an attempt to come back that failed."""
 FIRST_RUN = 1
 """Of a router that starts from a checkpoint; the next job's is one more."""
 
 
 class ControlWorker:
-    """Created once a cluster; `start` brings up the actors, `stop` ends them."""
+    """Created once a cluster; `start` brings up the actors, `stop` ends them.
 
-    def __init__(self, config: ClusterConfig) -> None:
-        self._config = config
+    Ray starts another process in the place of one that died. It finds the actors as they are, which went on meanwhile;
+    until it knows all of them its calls raise `Unavailable`.
+    """
+
+    def __init__(self, config: ClusterConfig, cluster: str) -> None:
+        """`cluster`: a name that no other one on this Ray cluster has."""
+        self._config, self._cluster = config, cluster
         self._stopping = threading.Event()
-        self._crew = Crew(config)
+        self._crew = Crew(config, cluster)
+        checkpoint = config.checkpoint
+        self._journal_name = name_for(cluster, is_passing=not checkpoint.resume and not checkpoint.every_steps)
+        self._seat: Desk | None = None
+        self._starting = threading.Lock()
+        context = ray.get_runtime_context()
+        self._me = context.current_actor
+        threading.Thread(target=self._ping, name="pings", daemon=True).start()
+        if context.was_current_actor_reconstructed:
+            threading.Thread(target=self._come_back, name="comeback", daemon=True).start()
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
     def start(self) -> Any:
         """Starts every actor and returns the router's handle. `StartupError` or `InvalidInput` if that cannot be."""
-        self._me = ray.get_runtime_context().current_actor
+        with self._starting:
+            if self._seat is None:
+                self._begin()
+        if not self._state.wait_for(lambda c: c.status().ready, self._config.ray.start_timeout_s):
+            raise StartupError(f"not ready in time: {self.status().message}")
+        return self._crew.router
+
+    def attach(self, config: ClusterConfig) -> Any:
+        """For another front: the router's handle, or None while it or an expert actor is not there. `InvalidInput` that
+        names the first value in which its config is not that of the cluster; `Unavailable` before the start is over."""
+        check_same(self._config, config)
+        with self._at.state.reading() as coordinator:
+            return self._crew.router if coordinator.status().ready else None
+
+    def _begin(self) -> None:
         experts = self._config.experts
-        model = self._crew.start_router()
-        vault = Vault(self._config, model)
+        model = origin = self._crew.start_router()
+        vault = Vault(self._config, origin)
         found = vault.newest() if self._config.checkpoint.resume else None
-        check_vocabulary(load_tokenizer(self._config.model), model.vocab_size)
-        if found is not None and (num_experts := num_experts_in(found)) != model.num_experts:
+        past = self._past_of(read_journal(vault.url), origin) if self._config.checkpoint.resume else Past()
+        check_vocabulary(load_tokenizer(self._config.model), origin.vocab_size)
+        if found is not None and (num_experts := num_experts_in(found)) != origin.num_experts:
             self._crew.num_experts = num_experts
             model = self._crew.facts(num_experts)
         slots = self._crew.start_experts(experts.actors)
         placement = spread(model.num_experts, experts.group_size, slots, experts.redundancy)
         coordinator = Coordinator(model, placement, redundancy=experts.redundancy, max_groups=experts.max_groups)
-        self._state = Guarded(coordinator)
-        self._changes = Changes(self._state, self._crew)
-        self._scaling = Scaling(self._state, self._crew, self._changes, experts)
-        self._rebalancer = Rebalancer(self._changes, experts.rebalance_every_s)
-        self._autoscaler = Autoscaler(self._state, self._crew, self._changes, self._scaling, experts)
-        self._draining = Draining(self._state, self._crew, self._changes, self._scaling)
-        self._checkpoints = Checkpoints(vault, self._config.checkpoint.every_steps, self._state, self._crew)
-        self._recovery = Recovery(
-            self._state, self._crew, self._changes, self._scaling, self._checkpoints, self._me, experts.redundancy
-        )
-        self._growing = Growing(self._state, self._crew, self._changes, self._checkpoints)
+        wanted = Wanted(experts.actors, self._config.router.actors)
+        desk = self._set_up(Known(coordinator, vault, origin, wanted))
         self._load(placement, [slot.id for slot in slots], found)
-        self._routers = Routers(self._state, self._crew, self._changes, self._me, self._config.router)
-        self._routers.start()
-        self._jobs = JobThreads(
-            self._state, self._crew, self._config.model, self._checkpoints, self._recovery, self._routers
-        )
-        threading.Thread(target=self._loop, name="coordinator", daemon=True).start()
-        if not self._state.wait_for(lambda c: c.status().ready, self._config.ray.start_timeout_s):
-            raise StartupError(f"not ready in time: {self.status().message}")
-        return self._crew.router
+        if found is not None:
+            begin_from(desk.state, found, past)
+        else:
+            coordinator.recalled(past, None, "", time.time())
+        desk.routers.start()
+        self._sit_down(desk)
+
+    def _past_of(self, journal: Journal | None, origin: ModelFacts) -> Past:
+        if journal is None:
+            return Past()
+        if journal.origin != origin:
+            logger.warning("the journal is of another model, %s: its jobs are not taken over", journal.origin.name)
+            return Past()
+        return Past(journal.jobs, journal.operations, journal.entries)
 
     def _load(self, placement: Placement, names: Sequence[str], found: Found | None) -> None:
         """From the model directory, or from a checkpoint."""
@@ -107,8 +134,47 @@ class ControlWorker:
             self._crew.load_experts(Placement(0, (), placement.group_size), names)
             load_experts(self._crew, placement, found, FIRST_RUN)
         self._crew.load_router(placement, self._me, found, FIRST_RUN)
-        if found is not None:
-            begin_from(self._state, found)
+
+    def _set_up(self, known: Known) -> Desk:
+        return set_up(self._config, self._cluster, self._crew, self._me, known, self._journal_name)
+
+    def _sit_down(self, desk: Desk) -> None:
+        self._seat = desk
+        desk.keeper.start()
+        threading.Thread(target=self._loop, args=(desk,), name="coordinator", daemon=True).start()
+
+    def _come_back(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self._find_everybody()
+                return
+            except MoeClusterError as error:
+                logger.error("the coordinator is not back yet: %s", error)
+            except Exception:
+                logger.exception("the coordinator's return stumbled")
+            self._stopping.wait(AGAIN_S)
+
+    def _find_everybody(self) -> None:
+        known = come_back(self._config, self._cluster, self._crew, self._journal_name)
+        if known is None:
+            logger.error("nobody outlived the coordinator; all begins anew")
+            self._begin()
+            return
+        coordinator, desk = known.coordinator, self._set_up(known)
+        may_lack_a_checkpoint = not coordinator.is_pristine and coordinator.waiting_job() is None
+        self._sit_down(desk)
+        if may_lack_a_checkpoint:  # of a change, or of a job's end, right before the death
+            desk.checkpoints.after_change()
+
+    @property
+    def _at(self) -> Desk:
+        if self._seat is None:
+            raise Unavailable("the coordinator has just come back and looks around; try again")
+        return self._seat
+
+    @property
+    def _state(self) -> Guarded:
+        return self._at.state
 
     def ready_routers(self) -> dict[str, Any]:
         """Handles of the routers by name, where they and the experts can answer."""
@@ -117,27 +183,32 @@ class ControlWorker:
 
     def stop(self) -> None:
         self._stopping.set()
-        if hasattr(self, "_draining"):
-            self._draining.stop()
-        if hasattr(self, "_jobs"):
-            self._jobs.stop_all()
+        if (desk := self._seat) is not None:
+            desk.draining.stop()
+            desk.jobs.stop_all()
+            desk.keeper.close()
         self._crew.end_all()
 
     def experts(self) -> list[tuple[ExpertContact, Any]]:
         return self._crew.experts()
 
     def link_keys(self) -> LinkKeys | None:
-        return self._crew.link_keys
+        with self._state.reading():  # before it knows everybody it would make new ones
+            return self._crew.link_keys
 
     # -- asked by the front -------------------------------------------------------------------------------------------
 
     def submit(self, config: JobConfig, request_id: str) -> Job:
         with self._state.changing() as coordinator:
-            return coordinator.submit(config, request_id, time.time())
+            job = coordinator.submit(config, request_id, time.time())
+        self._at.keeper.write_now()  # what was promised must not be forgotten
+        return job
 
     def job(self, job_id: str) -> Job:
         with self._state.reading() as coordinator:
-            return coordinator.job(job_id)
+            job = coordinator.job(job_id)
+        self._keep_end_of(job)
+        return job
 
     def jobs(self) -> Sequence[Job]:
         with self._state.reading() as coordinator:
@@ -145,7 +216,9 @@ class ControlWorker:
 
     def cancel(self, job_id: str) -> Job:
         with self._state.changing() as coordinator:
-            return coordinator.cancel(job_id, time.time())
+            job = coordinator.cancel(job_id, time.time())
+        self._at.keeper.write_now()
+        return job
 
     def job_events(self, job_id: str, after: int, max_events: int, wait_s: float) -> tuple[Sequence[JobEvent], Job]:
         def is_there(coordinator: Coordinator) -> bool:
@@ -154,7 +227,14 @@ class ControlWorker:
 
         self._state.wait_for(is_there, wait_s)
         with self._state.reading() as coordinator:
-            return coordinator.job_events(job_id, after, max_events)
+            events, job = coordinator.job_events(job_id, after, max_events)
+        self._keep_end_of(job)
+        return events, job
+
+    def _keep_end_of(self, told: Job | Operation) -> None:
+        """Whoever is told of an end must not find it undone by the death of this process."""
+        if told.state.is_final:
+            self._at.keeper.write_now()
 
     def status(self) -> ClusterStatus:
         with self._state.reading() as coordinator:
@@ -165,23 +245,33 @@ class ControlWorker:
             return coordinator.load_report()
 
     def rebalance(self, dry_run: bool, timeout_s: float) -> Rebalance:
-        return self._changes.rebalance(dry_run, timeout_s)
+        return self._at.changes.rebalance(dry_run, timeout_s)
 
     def scale(self, actors: int, request_id: str) -> Operation:
-        return self._scaling.scale(actors, request_id)
+        operation = self._at.scaling.scale(actors, request_id)
+        self._at.keeper.write_now()
+        return operation
 
     def drain(self, node: str, deadline_s: float, request_id: str) -> Operation:
-        return self._draining.drain(node, deadline_s, request_id)
+        operation = self._at.draining.drain(node, deadline_s, request_id)
+        self._at.keeper.write_now()
+        return operation
 
     def grow(self, growth: Growth, request_id: str) -> Operation:
-        return self._growing.grow(growth, request_id)
+        operation = self._at.growing.grow(growth, request_id)
+        self._at.keeper.write_now()
+        return operation
 
     def scale_routers(self, routers: int, request_id: str) -> Operation:
-        return self._routers.scale(routers, request_id)
+        operation = self._at.routers.scale(routers, request_id)
+        self._at.keeper.write_now()
+        return operation
 
     def operation(self, operation_id: str) -> Operation:
         with self._state.reading() as coordinator:
-            return coordinator.operations.get(operation_id)
+            operation = coordinator.operations.get(operation_id)
+        self._keep_end_of(operation)
+        return operation
 
     def operations(self) -> Sequence[Operation]:
         with self._state.reading() as coordinator:
@@ -210,64 +300,70 @@ class ControlWorker:
         with self._state.reading() as coordinator:
             coordinator.require_idle("a model cannot be imported")
         call(ROUTER, self._crew.router.check_same_architecture.remote(str(directory)), timeout_s)
-        call(ROUTER, self._crew.router.replace_weights.remote(str(directory)), timeout_s)
         with self._state.changing() as coordinator:
             coordinator.imported()
-        self._checkpoints.after_change()
+        self._at.keeper.write_now()  # before it is true: whoever comes back must not take them for untouched
+        call(ROUTER, self._crew.router.replace_weights.remote(str(directory)), timeout_s)
+        self._at.checkpoints.after_change()
         return self.status()
 
     def save_checkpoint(self, timeout_s: float) -> Checkpoint:
         """Steps wait for the copying alone. `StorageFull`, or `Unavailable` while another is written for too long."""
-        return told(self._checkpoints.save(timeout_s))
+        return told(self._at.checkpoints.save(timeout_s))
 
     def checkpoints(self) -> Sequence[Checkpoint]:
         """Newest first."""
-        return [told(found) for found in self._checkpoints.vault.all()]
+        return [told(found) for found in self._at.checkpoints.vault.all()]
 
     # -- asked by the router ------------------------------------------------------------------------------------------
 
     def without(self, gone: Sequence[str]) -> tuple[Placement, list[ExpertContact]]:
-        return self._changes.without(gone)
+        return self._at.changes.without(gone)
+
+    def _ping(self) -> None:
+        """Beside all else: loading takes minutes, in which nobody is asked how it is."""
+        while not self._stopping.wait(PING_EVERY_S):
+            self._crew.ping()
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
-    def _loop(self) -> None:
+    def _loop(self, desk: Desk) -> None:
         while not self._stopping.wait(BEAT_S):
             try:
-                self._look()
-                with self._state.changing() as coordinator:
+                self._look(desk)
+                with desk.state.changing() as coordinator:
                     decisions = coordinator.step(time.time())
                 for decision in decisions:
-                    self._carry_out(decision)
-                self._draining.look()
-                self._routers.look()
-                self._scaling.heal()
-                self._recovery.heal()
-                self._autoscaler.look()
-                self._rebalancer.look()
+                    self._carry_out(desk, decision)
+                desk.draining.look()
+                desk.routers.look()
+                desk.scaling.heal()
+                desk.recovery.heal()
+                desk.autoscaler.look()
+                desk.rebalancer.look()
             except Exception:  # the loop must survive: without it no job starts and no death is noticed
                 logger.exception("the coordinator's loop stumbled")
 
-    def _look(self) -> None:
+    def _look(self, desk: Desk) -> None:
         signs = self._crew.look()
-        with self._state.changing() as coordinator:
+        with desk.state.changing() as coordinator:
             for status in signs.seen:
                 coordinator.actor_seen(status, time.time())
         for name, reason in signs.dead.items():
             logger.error("lost %s: %s", name, reason)
-            self._changes.bury(name, reason)
+            desk.changes.bury(name, reason)
         for name, silent_s in signs.frozen.items():
             self._crew.cut_off(name)
-            self._changes.bury(name, f"no answer for {silent_s:.1f} s", silent_s)
+            desk.changes.bury(name, f"no answer for {silent_s:.1f} s", silent_s)
 
-    def _carry_out(self, decision: Decision) -> None:
+    def _carry_out(self, desk: Desk, decision: Decision) -> None:
         match decision:
             case StartJob(job_id, config, start_step):
-                self._jobs.start(job_id, config, start_step)
+                desk.jobs.start(job_id, config, start_step)
             case StopJob(job_id, _):
-                self._jobs.stop(job_id)
+                desk.jobs.stop(job_id)
             case ActorLost(placement=Placement() as placement) if not placement.missing:
-                self._changes.switch(placement)
+                desk.changes.switch(placement)
             case ActorLost():
                 pass
 

@@ -8,6 +8,7 @@ import re
 import signal
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,12 +24,14 @@ from cluster.backend import ActorStatus, ExpertCache
 from cluster.config import ClusterConfig
 from cluster.control.coordinator import ModelFacts
 from cluster.control.heartbeats import Heartbeats
+from cluster.control.journal import Process
 from cluster.errors import StartupError, Unavailable
 from cluster.fabric.calls import call
 from cluster.fabric.links import link_keys
 from cluster.fabric.measures import status_fields
 from cluster.fabric.nodes import expert_room, node_names, node_zones, nodes_with_room, short_name
-from cluster.fabric.options import ROUTER, expert_options, router_options
+from cluster.fabric.options import ROUTER, expert_options, lasting, router_options
+from cluster.fabric.standing import ExpertStanding, RouterStanding
 from cluster.fabric.workers import ExpertContact, ExpertWorker, RouterContact, RouterWorker
 from cluster.placement.placement import ActorSlot
 
@@ -53,11 +56,27 @@ class Signs:
     """Actor -> seconds for which it has not answered; its process may live."""
 
 
+@dataclass(frozen=True)
+class Survivors:
+    """Actors that outlived a coordinator: handles, and what they say of themselves."""
+
+    routers: dict[str, tuple[Any, RouterStanding]]
+    """Those that have the trunk."""
+    leader: str
+    """One of them; empty where there are none."""
+    experts: dict[str, tuple[Any, ExpertStanding]]
+
+    @property
+    def lead(self) -> RouterStanding | None:
+        return self.routers[self.leader][1] if self.leader else None
+
+
 class Crew:
     """Thread-safe."""
 
-    def __init__(self, config: ClusterConfig) -> None:
-        self._config = config
+    def __init__(self, config: ClusterConfig, cluster: str) -> None:
+        """`cluster`: what its actors are named after; see `options.lasting`."""
+        self._config, self._cluster = config, cluster
         self._lock = threading.RLock()
         self._handles: dict[str, Any] = {}
         self._experts: dict[str, ExpertContact] = {}
@@ -66,6 +85,8 @@ class Crew:
         self._leader = ROUTER
         """Empty while none leads."""
         self._deaths: dict[str, Any] = {}
+        self._nodes: dict[str, str] = {}
+        """Names of those that have or had an actor: asked for when one starts, since Ray's head may be away later."""
         self._pings: dict[str, Any] = {}
         self._links: dict[str, str] = {}
         """Link kind of each expert actor, as a router last told."""
@@ -117,12 +138,10 @@ class Crew:
 
     def start_replicas(self, count: int, control: Any) -> list[RouterContact]:
         """Routers that have yet to join. `StartupError` if there is no room for one of them: then none is started."""
-        worker = ray.remote(**router_options(self._config))(RouterWorker)
         with self._lock:
             names = [f"router-{self._next_router + i}" for i in range(count)]
             self._next_router += count
-            for name in names:
-                self._handles[name] = worker.remote(name, self._config)
+        self._create_routers(names)
         loading = {
             name: self._handles[name].load_replica.remote(control, self.num_experts, self.link_keys) for name in names
         }
@@ -135,6 +154,7 @@ class Crew:
     def joined(self, contact: RouterContact, leader: str) -> None:
         """It has the trunk from this leader: it is watched from now on, and serves. `Unavailable` if that one leads no
         more: who leads now does not know it."""
+        self._learn_nodes()
         with self._lock:
             if self._leader != leader:
                 raise Unavailable(f"{leader}, which {contact.name} joined, has ended")
@@ -146,16 +166,24 @@ class Crew:
         vitals = call(name, self.handle(name).vitals.remote(), ASK_TIMEOUT_S)
         with self._lock:
             _found(self._deaths, name)
-            return self._status(name, vitals, node_names())
+            return self._status(name, vitals)
 
     def start_router(self) -> ModelFacts:
         """Its process, in the place of all before; `load_router` gives it its weights."""
         self.end([ROUTER, *self.routers()])
-        handle = ray.remote(**router_options(self._config))(RouterWorker).remote(ROUTER, self._config)
+        self._create_routers([ROUTER])
         with self._lock:
-            self._handles[ROUTER] = handle
             self._leader = ROUTER
         return self.facts()
+
+    def _create_routers(self, names: Sequence[str]) -> None:
+        # Without the lock: while Ray's head is away, an actor with a name keeps whoever creates it waiting. And such a
+        # name is free again only some time after its actor has ended, while a router's own may be given again at once.
+        worker = ray.remote(**router_options(self._config))(RouterWorker)
+        own = {name: lasting(self._cluster, f"{name}/{uuid.uuid4().hex[:8]}") for name in names}
+        handles = {name: worker.options(**own[name]).remote(name, self._config) for name in names}
+        with self._lock:
+            self._handles |= handles
 
     def facts(self, num_experts: int = 0) -> ModelFacts:
         """Of the model as the config says, or grown to so many experts."""
@@ -208,9 +236,11 @@ class Crew:
         with self._lock:
             names = [f"expert-{self._next_number + i}" for i in range(count)]
             self._next_number += count
-            for name in names:
-                self._handles[name] = worker.remote(name, self._config)
-        return {name: self._handles[name].node_id.remote() for name in names}
+        # Without the lock, as for routers.
+        handles = {name: worker.options(**lasting(self._cluster, name)).remote(name, self._config) for name in names}
+        with self._lock:
+            self._handles |= handles
+        return {name: handle.node_id.remote() for name, handle in handles.items()}
 
     def load_experts(self, placement: Placement, names: Sequence[str]) -> None:
         """Each takes the groups it holds from the model directory; without any it is there for those that arrive."""
@@ -220,6 +250,7 @@ class Crew:
         }
         for name, ref in loading.items():
             contact = self._started(name, ref)
+            self._learn_nodes()
             with self._lock:
                 self._experts[name] = contact
                 self._deaths[name] = self._handles[name].wait_until_death.remote()
@@ -230,6 +261,47 @@ class Crew:
         contacts = self.contacts(placement)
         ref = self.router.load.remote(placement, contacts, control, self.num_experts, found, run, self.link_keys)
         self.joined(self._started(ROUTER, ref), ROUTER)
+
+    def take_over(self, found: Survivors, numbers: tuple[int, int], num_experts: int, keys: LinkKeys | None) -> None:
+        """Actors that another coordinator started, loaded all of them, and watched from now on. `numbers`: those that
+        it would have given next, see `next_numbers`. `keys`: of their links."""
+        self._learn_nodes()
+        self.num_experts, self.link_keys = num_experts, keys
+        # Whom the router that leads has left out is not to be mistaken for one that is new.
+        left_out = found.lead.vitals["left_out"] if found.lead else ()
+        with self._lock:
+            self._next_number = max([numbers[0], *(number_of(name) + 1 for name in found.experts)])
+            self._next_router = max([numbers[1], *(number_of(name) + 1 for name in (*found.routers, *left_out))])
+            for name, (handle, expert) in found.experts.items():
+                self._handles[name], self._experts[name] = handle, expert.contact
+            for name, (handle, router) in found.routers.items():
+                self._handles[name], self._routers[name] = handle, router.contact
+            self._leader = found.leader
+            for name in (*found.routers, *found.experts):
+                self._deaths[name] = self._handles[name].wait_until_death.remote()
+
+    def processes(self) -> tuple[Process, ...]:
+        with self._lock:
+            contacts: list[RouterContact | ExpertContact] = [*self._routers.values(), *self._experts.values()]
+            return tuple(Process(contact.name, contact.node_id, contact.pid) for contact in contacts)
+
+    @property
+    def next_numbers(self) -> tuple[int, int]:
+        """Of the next expert actor, and of the next router."""
+        return self._next_number, self._next_router
+
+    def leave_off(self, groups: dict[str, Sequence[int]]) -> None:
+        """These are not awaited any more by these expert actors, and copies of state for checkpoints are dropped."""
+        with self._lock:
+            for name, on_their_way in groups.items():
+                self._handles[name].leave_off.remote(on_their_way)
+            for handle in self._handles.values():
+                handle.drop_snapshot.remote()
+
+    def _learn_nodes(self) -> None:
+        names = node_names()
+        with self._lock:
+            self._nodes |= names
 
     def _started(self, name: str, ref: Any) -> Any:
         try:
@@ -327,11 +399,17 @@ class Crew:
             contact = self._experts.get(name) or self._routers.get(name)
         ray.wait(refs, num_returns=len(refs), timeout=1.0)
         if contact is not None:
-            _kill_process(contact.node_id, contact.pid)
+            end_process(contact.node_id, contact.pid)
 
     def end_all(self) -> None:
         for handle in self._handles.values():
             ray.kill(handle)
+
+    def ping(self) -> None:
+        """Tells all, also those that are being loaded, that there is a coordinator."""
+        with self._lock:
+            for handle in self._handles.values():
+                handle.ping.remote()
 
     # -- watching -----------------------------------------------------------------------------------------------------
 
@@ -360,7 +438,6 @@ class Crew:
     def _read_answers(self, signs: Signs, now: float) -> None:
         refs = list(self._pings.values())
         ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0) if refs else ([], [])
-        nodes = node_names() if ready else {}
         for name in [n for n, ref in self._pings.items() if ref in ready]:
             try:
                 vitals = call(name, self._pings.pop(name), 1.0)
@@ -372,7 +449,7 @@ class Crew:
             self._note_load(name, vitals, now)
             if name == self._leader:
                 signs.dead |= {n: f"left out by {name}" for n in vitals["left_out"] if n in self._deaths}
-            signs.seen.append(self._status(name, vitals, nodes))
+            signs.seen.append(self._status(name, vitals))
 
     def _note_load(self, name: str, vitals: dict[str, Any], now: float) -> None:
         if name in self._routers:
@@ -391,13 +468,13 @@ class Crew:
             waiting, queue_s = zip(*self._queues.values(), strict=True) if self._queues else ((), ())
             return busy, sum(waiting), max(queue_s, default=0.0)
 
-    def _status(self, name: str, vitals: dict[str, Any], nodes: dict[str, str]) -> ActorStatus:
+    def _status(self, name: str, vitals: dict[str, Any]) -> ActorStatus:
         expert = self._experts.get(name)
         contact = expert or self._routers[name]
         return ActorStatus(
             id=name,
             role="expert" if expert else "router",
-            node=nodes.get(contact.node_id, short_name(contact.node_id)),
+            node=self._nodes.get(contact.node_id, short_name(contact.node_id)),
             pid=contact.pid,
             state="ready",
             device=self._config.experts.device if expert else self._config.router.device,
@@ -430,11 +507,21 @@ def _slot(name: str, node_id: str) -> ActorSlot:
     return ActorSlot(name, node_id, node_zones().get(node_id, ""))
 
 
-def _kill_process(node_id: str, pid: int) -> None:
+def number_of(actor: str) -> int:
+    """In the name of an expert actor or router."""
+    return int(actor.rpartition("-")[2])
+
+
+def end_process(node_id: str, pid: int) -> None:
     """Fencing: a frozen process does not hear Ray's own kill, and must not come back with old weights."""
-    strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    options = {"num_cpus": 0, "scheduling_strategy": strategy, "max_retries": 0}
-    ray.remote(**options)(_kill).remote(pid)
+
+    def kill() -> None:
+        strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        options = {"num_cpus": 0, "scheduling_strategy": strategy, "max_retries": 0}
+        ray.remote(**options)(_kill).remote(pid)
+
+    # While Ray's head is away this waits for it, and nobody may wait with it.
+    threading.Thread(target=kill, name="fencing", daemon=True).start()
 
 
 def _kill(pid: int) -> None:

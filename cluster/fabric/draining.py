@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Mapping
 
 import ray
 
@@ -36,10 +37,18 @@ class _Cancelled(Exception):
 
 
 class Draining:
-    def __init__(self, state: Guarded, crew: Crew, changes: Changes, scaling: Scaling) -> None:
+    def __init__(
+        self, state: Guarded, crew: Crew, changes: Changes, scaling: Scaling, leaving: Mapping[str, str]
+    ) -> None:
+        """`leaving`: id -> name of nodes that were emptied before, and are to be taken away."""
         self._state, self._crew, self._changes, self._scaling = state, crew, changes, scaling
         self._lock = threading.Lock()
         self._leaving = Leaving()
+        for node_id, name in leaving.items():
+            self._leaving.ask(node_id, name)
+        self._crew.leaving = self._leaving.names
+        self._emptying: set[str] = set()
+        """Ids of the nodes of operations that are under way."""
         self._notices = Notices()
         self._control_node: str = ray.get_runtime_context().get_node_id()
 
@@ -54,6 +63,13 @@ class Draining:
         nodes = node_names()
         node_id = find_node(node, nodes, self._keepers())
         return self._start(node, node_id, nodes[node_id], deadline_s, request_id)
+
+    @property
+    def leaving_if_cut_off(self) -> Mapping[str, str]:
+        """Id -> name of the nodes that are to stay empty, as if an operation that is under way had failed. What Ray
+        announces it will announce again."""
+        with self._lock:
+            return {node_id: name for node_id, name in self._leaving.asked.items() if node_id not in self._emptying}
 
     def look(self) -> None:
         """To be called often: begins to empty what Ray announced."""
@@ -97,6 +113,7 @@ class Draining:
         if is_known:
             return operation
         with self._lock:
+            self._emptying.add(node_id)
             self._leaving.ask(node_id, name)
             self._crew.leaving = self._leaving.names
         arguments = operation, node_id, time.monotonic() + deadline_s
@@ -110,6 +127,7 @@ class Draining:
                 stall_s = price(self._empty(operation, node_id, deadline))
             with self._state.changing() as coordinator:
                 seconds = time.monotonic() - started
+                self._stays_empty(node_id)
                 coordinator.operations.succeeded(operation.id, time.time(), seconds - stall_s, stall_s)
             logger.info("node %s is empty", operation.node)
         except _Cancelled:
@@ -176,10 +194,15 @@ class Draining:
         if missing:
             raise Unavailable(f"{node} was lost before its groups were elsewhere")
 
+    def _stays_empty(self, node_id: str) -> None:
+        with self._lock:
+            self._emptying.discard(node_id)
+
     def _give_up(self, node_id: str) -> None:
         """The node stays, unless Ray announced its end; so do groups that have left it."""
         with self._lock:
             self._leaving.take_back(node_id)
+            self._emptying.discard(node_id)
             self._crew.leaving = self._leaving.names
         try:
             self._changes.begin_in_turn("the end of a drain", time.monotonic() + SETTLE_S, lambda: None)

@@ -12,6 +12,7 @@ from typing import Any
 from actors.errors import MoeClusterError
 from actors.moe.settings import BalanceSettings
 from actors.values import Course, Promotion, StepReport
+from cluster.backend import Job
 from cluster.config import JobConfig, ModelConfig, OptimizerConfig
 from cluster.control.coordinator import Coordinator
 from cluster.errors import Unavailable
@@ -22,6 +23,7 @@ from cluster.fabric.guarded import Guarded
 from cluster.fabric.options import ROUTER
 from cluster.fabric.recovery import Recovery
 from cluster.fabric.routers import Routers
+from cluster.fabric.standing import Following
 from cluster.jobs.batches import MicroBatch
 from cluster.jobs.runner import Documents, JobStopped, run_job
 from cluster.jobs.tokenizer import load_tokenizer
@@ -94,7 +96,7 @@ class JobThreads:
     def _run_steps(self, job_id: str, config: JobConfig, step: int, stop: threading.Event) -> None:
         run_job(
             config,
-            _JobRouter(self._crew, self._routers, self._checkpoints, job_id, step),
+            _JobRouter(self._crew, self._routers, self._checkpoints, self._job(job_id, step)),
             self._documents(config),
             _Reporter(self._state, job_id),
             stop.is_set,
@@ -123,6 +125,10 @@ class JobThreads:
     def _end(self, report: Callable[[Coordinator, float], None]) -> None:
         with self._state.changing() as coordinator:
             report(coordinator, time.time())
+
+    def _job(self, job_id: str, step: int) -> Job:
+        with self._state.reading() as coordinator:
+            return replace(coordinator.job(job_id), step=step)
 
     def _documents(self, config: JobConfig) -> Documents:
         from cluster.fabric.data import open_tokens  # Ray Data: a second of importing that only jobs need
@@ -177,25 +183,27 @@ class RayRouter:
 
 
 class _JobRouter:
-    """`RouterPort` over whichever router leads, of a job that has done `step` steps; checkpoints learn which job the
-    router's steps belong to. When the leader dies another one goes on with the very step."""
+    """`RouterPort` over whichever router leads, of a job that has done so many steps; checkpoints and all routers learn
+    whose their steps are. When the leader dies another one goes on with the very step."""
 
-    def __init__(self, crew: Crew, routers: Routers, checkpoints: Checkpoints, job_id: str, step: int) -> None:
+    def __init__(self, crew: Crew, routers: Routers, checkpoints: Checkpoints, job: Job) -> None:
         self._crew, self._routers = crew, routers
-        self._checkpoints, self._job_id, self._step = checkpoints, job_id, step
+        self._checkpoints, self._job = checkpoints, job
         self._version = 0
         self._num_again = 0
         """Tries at the step at hand that ended with a leader's death."""
 
     def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings = NO_BALANCE) -> Course:
         def begin() -> Course:
-            if self._step == 0:
-                course: Course = self._ask(lambda handle: handle.begin_run.remote(optimizer, balance))
+            if self._job.step == 0:
+                course: Course = self._ask(lambda handle: handle.begin_run.remote(optimizer, balance, self._job))
             else:
-                course = self._ask(lambda handle: handle.continue_run.remote(balance))
+                course = self._ask(lambda handle: handle.continue_run.remote(balance, self._job))
             return course
 
-        course = self._checkpoints.job_begins(self._job_id, begin, self._step)
+        course = self._checkpoints.job_begins(self._job.id, begin, self._job.step)
+        begun = replace(course, version=course.version - self._job.step)
+        self._routers.follow(Following(self._job, begun))
         self._version, self._num_again = course.version, 0
         return course
 

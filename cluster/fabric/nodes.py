@@ -38,7 +38,8 @@ def connected(config: ClusterConfig) -> Iterator[None]:
             "or set ray.mode to existing in a process of its own"
         )
     if config.ray.mode == "existing":
-        with _existing(config):
+        assert config.ray.address is not None  # the config's checks hold it
+        with joined(config.ray.address):
             yield
     else:
         with _embedded(config):
@@ -46,12 +47,13 @@ def connected(config: ClusterConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _existing(config: ClusterConfig) -> Iterator[None]:
+def joined(address: str) -> Iterator[None]:
+    """As a driver of a Ray cluster that exists, which goes on afterwards."""
     try:
         with _keeping_sigterm():
-            _connect(config.ray.address)
+            _connect(address)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise StartupError(f"no Ray cluster answers at ray.address {config.ray.address!r}: {error}") from error
+        raise StartupError(f"no Ray cluster answers at ray.address {address!r}: {error}") from error
     try:
         yield
     finally:

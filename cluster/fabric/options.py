@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
 from cluster.config import ClusterConfig
 
 ROUTER_RESOURCE = "moe_router"
@@ -20,6 +18,9 @@ ZONE_LABEL = "ray.io/availability-zone"
 NODE_ID_LABEL = "ray.io/node-id"
 """Given by Ray to every node."""
 
+NAMESPACE = "moe-cluster"
+"""Of all clusters that run on one Ray cluster."""
+
 COORDINATOR, ROUTER = "coordinator", "router-0"
 """Names of the coordinator and of the first router; checkpoints have the trunk under the latter, whoever leads."""
 
@@ -27,10 +28,22 @@ TRAIN, SERVE, CONTROL = "train", "serve", "control"
 """Concurrency groups of a router actor."""
 
 
-def coordinator_options(node_id: str) -> dict[str, Any]:
-    """`node_id`: where whoever starts it lives. Nodes of expert actors come and go, and are for them."""
-    beside = NodeAffinitySchedulingStrategy(node_id, soft=False)  # a soft one Ray 2.60 takes for none
-    return {"num_cpus": 0, "max_concurrency": 64, "max_restarts": 0, "scheduling_strategy": beside}
+def coordinator_options(node_id: str, *, may_move: bool) -> dict[str, Any]:
+    """It comes back whenever it dies, and the others go on meanwhile.
+
+    `node_id`: where whoever starts it lives; nodes of expert actors come and go, and are for them. `may_move`: when
+    that node is gone any other will do. Said by labels: for an actor without resources Ray 2.60 takes a soft node
+    affinity for none.
+    """
+    beside: dict[str, Any] = {"label_selector": {NODE_ID_LABEL: node_id}}
+    elsewhere: dict[str, Any] = {"fallback_strategy": [{"label_selector": {}}]} if may_move else {}
+    return {"num_cpus": 0, "max_concurrency": 64, "max_restarts": -1, **beside, **elsewhere}
+
+
+def lasting(cluster: str, name: str) -> dict[str, Any]:
+    """Of an actor that outlives the coordinator that has started it, and that the next one finds. `name`: of this
+    process; the one that takes its place has another."""
+    return {"name": f"{cluster}/{name}", "namespace": NAMESPACE, "lifetime": "detached"}
 
 
 def expert_options(config: ClusterConfig, leaving: Collection[str] = ()) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import ray
 from actors.errors import InvalidInput, LinkError, MoeClusterError, StepAborted
 from actors.values import Placement
 from cluster.control.coordinator import Coordinator
+from cluster.control.past import Past
 from cluster.control.rebalancing import named
 from cluster.errors import StartupError, Unavailable
 from cluster.fabric.calls import call
@@ -107,6 +108,7 @@ class Recovery:
 
         `InvalidInput` if no checkpoint can be used: nothing will be tried again.
         """
+        self._set_returning(True)
         try:
             while not should_stop():
                 if self._changes.try_begin("the return to a checkpoint"):
@@ -124,7 +126,12 @@ class Recovery:
                 time.sleep(AGAIN_S)
             return None
         finally:
+            self._set_returning(False)
             self._tell("")
+
+    def _set_returning(self, is_returning: bool) -> None:
+        with self._state.changing() as coordinator:
+            coordinator.is_returning = is_returning
 
     def _go_back(self, job_id: str | None) -> int | None:
         with self._state.reading() as coordinator:
@@ -209,10 +216,10 @@ class Recovery:
     def _report(
         self, before: Placement, placement: Placement, found: Found, job_id: str | None, num_parameters: int | None
     ) -> int | None:
-        saved = job_in(found)
-        steps = {saved.id: saved.step} if saved and saved.id == job_id else {}
-        if job_id and not steps and self._checkpoints.begun_at(job_id) == found.manifest.version:
-            steps = {job_id: 0}  # it died before its first checkpoint, and these are the weights that it began with
+        with self._state.reading() as coordinator:
+            waiting = coordinator.waiting_job()
+        of = job_id or (waiting.id if waiting else "")
+        steps = self._steps_in(found, of) if of else {}
         with self._state.changing() as coordinator:
             if coordinator.placement != before:
                 raise Unavailable("an actor died meanwhile")
@@ -223,14 +230,23 @@ class Recovery:
         logger.warning(message)
         return steps.get(job_id or "")
 
+    def _steps_in(self, found: Found, job_id: str) -> dict[str, int]:
+        """Step of the job that the checkpoint is of; empty if it is not of this job."""
+        saved = job_in(found)
+        if saved and saved.id == job_id:
+            return {job_id: saved.step}
+        if self._checkpoints.begun_at(job_id) == found.manifest.version:
+            return {job_id: 0}  # it died before its first checkpoint, and these are the weights that it began with
+        return {}
+
     def _tell(self, notice: str) -> None:
         with self._state.changing() as coordinator:
             coordinator.notice = notice
 
 
-def begin_from(state: Guarded, found: Found) -> None:
-    """At the start: what the checkpoint says of version and job becomes the coordinator's."""
+def begin_from(state: Guarded, found: Found, past: Past) -> None:
+    """At the start: what the checkpoint says of version and job becomes the coordinator's, and what it knew before."""
     job: Any = job_in(found)
     with state.changing() as coordinator:
         coordinator.can_restore = True
-        coordinator.resumed(found.manifest.version, job, f"resumed {sentence(found)}", time.time())
+        coordinator.resumed(found.manifest.version, job, f"resumed {sentence(found)}", time.time(), past)

@@ -20,6 +20,7 @@ from cluster.fabric.calls import call
 from cluster.fabric.changes import Changes
 from cluster.fabric.crew import Crew
 from cluster.fabric.guarded import Guarded
+from cluster.fabric.standing import Following
 
 logger = logging.getLogger(__name__)
 
@@ -38,25 +39,40 @@ class _Cancelled(Exception):
 
 
 class Routers:
-    def __init__(self, state: Guarded, crew: Crew, changes: Changes, control: Any, config: RouterConfig) -> None:
-        """`control`: the coordinator's own handle."""
+    def __init__(
+        self,
+        state: Guarded,
+        crew: Crew,
+        changes: Changes,
+        control: Any,
+        config: RouterConfig,
+        wanted: int,
+        term: int = 0,
+    ) -> None:
+        """`control`: the coordinator's own handle. `wanted`: routers there should be by now. `term`: the highest that
+        any router has led in."""
         self._state, self._crew, self._changes, self._control = state, crew, changes, control
         self._max_actors = config.max_actors
-        # An heir may have to wait for one message that the leader's death left without an answer.
-        self._promote_timeout_s = 2 * config.request_timeout_s + 30.0
-        self._term = 0
+        self._promote_timeout_s = promote_timeout_s(config)
+        self._term = term
         self._promotions: dict[str, Promotion] = {}
         """By the name of the router that was promoted."""
         self._promoting: threading.Thread | None = None
         self._turn = threading.Lock()
         """Of who changes the number of routers."""
         self._heal_at_s = 0.0
-        self._want(config.actors)
+        self._wanted_before = wanted
+        self._want(wanted)
 
     @property
     def wanted(self) -> int:
         """Routers there should be."""
         return self._wanted
+
+    @property
+    def wanted_if_cut_off(self) -> int:
+        """The same, as if an operation that is under way had failed."""
+        return self._wanted_before
 
     def _want(self, count: int) -> None:
         self._wanted = count
@@ -75,7 +91,7 @@ class Routers:
             if self._crew.routers():
                 self._promoting = threading.Thread(target=self._promote, name="promotion", daemon=True)
                 self._promoting.start()
-        elif self._is_short() and time.monotonic() >= self._heal_at_s and self._turn.acquire(blocking=False):
+        elif self._is_off() and time.monotonic() >= self._heal_at_s and self._turn.acquire(blocking=False):
             threading.Thread(target=self._heal, name="new-router", daemon=True).start()
 
     # -- another leads ------------------------------------------------------------------------------------------------
@@ -115,6 +131,12 @@ class Routers:
         except Exception:
             logger.exception("a promotion stumbled")
 
+    def follow(self, following: Following) -> None:
+        """Tells those that may have to lead whose steps they do; who leads knows."""
+        for name, (_, handle) in self._crew.routers().items():
+            if name != self._crew.leader:
+                handle.follow.remote(following)
+
     # -- how many -----------------------------------------------------------------------------------------------------
 
     def scale(self, routers: int, request_id: str) -> Operation:
@@ -140,16 +162,21 @@ class Routers:
                 if coordinator.operations.is_cancelling(operation.id):
                     raise _Cancelled
 
+        with self._turn:  # to its end: nobody else changes their number before it is known what came of this
+            self._carry_out(operation, report)
+
+    def _carry_out(self, operation: Operation, report: Report) -> None:
         before, started = self._wanted, time.monotonic()
         try:
-            with self._turn:
-                self._want(operation.target)
-                stall_s = self._resize(operation.target, report)
+            self._want(operation.target)
+            stall_s = self._resize(operation.target, report)
             with self._state.changing() as coordinator:
                 prepare_s = time.monotonic() - started - stall_s
+                self._wanted_before = self._wanted
                 coordinator.operations.succeeded(operation.id, time.time(), prepare_s, stall_s)
         except _Cancelled:
             self._want(max(1, len(self._crew.routers())))
+            self._wanted_before = self._wanted
             with self._state.changing() as coordinator:
                 coordinator.operations.cancelled(operation.id, time.time())
         except Exception as error:
@@ -186,6 +213,7 @@ class Routers:
                 leader = self._crew.leader
                 call(leader, self._crew.router.join.remote(contact), JOIN_TIMEOUT_S)
                 self._crew.joined(contact, leader)
+                self._tell_whom_to_follow(contact.name)
                 took_s.append(time.monotonic() - begun)
                 seen = self._crew.status_of(contact.name)
                 with self._state.changing() as coordinator:
@@ -195,6 +223,14 @@ class Routers:
             raise
         return max(took_s)
 
+    def _tell_whom_to_follow(self, name: str) -> None:
+        """Of a job that begins later it hears as all do."""
+        try:
+            following = call(self._crew.leader, self._crew.router.following.remote(), NOTICED_S)
+            self._crew.handle(name).follow.remote(following)
+        except MoeClusterError as error:  # it follows all the same
+            logger.warning("%s does not know whose steps it does: %s", name, error)
+
     def _end(self, name: str) -> None:
         """Its streams go on at others."""
         call(self._crew.leader, self._crew.router.part.remote(name), JOIN_TIMEOUT_S)
@@ -202,19 +238,25 @@ class Routers:
             coordinator.actor_left(name)
         self._crew.end([name])
 
-    def _is_short(self) -> bool:
-        return 0 < len(self._crew.routers()) < self._wanted
+    def _is_off(self) -> bool:
+        """Also when there are more: a coordinator may have died while it changed their number."""
+        return 0 < len(self._crew.routers()) != self._wanted
 
     def _heal(self) -> None:
         try:
             self._resize(self._wanted, lambda share, message: None)
         except (MoeClusterError, ray.exceptions.RayError) as error:
-            logger.warning("there are fewer routers than there should be: %s", error)
+            logger.warning("there are not as many routers as there should be: %s", error)
         except Exception:
             logger.exception("a router was not replaced")
         finally:
             self._heal_at_s = time.monotonic() + HEAL_AGAIN_S
             self._turn.release()
+
+
+def promote_timeout_s(config: RouterConfig) -> float:
+    """An heir may have to wait for one message that the leader's death left without an answer."""
+    return 2 * config.request_timeout_s + 30.0
 
 
 def ready_routers(coordinator: Coordinator, crew: Crew) -> dict[str, Any]:

@@ -36,10 +36,11 @@ class _Cancelled(Exception):
 
 
 class Scaling:
-    def __init__(self, state: Guarded, crew: Crew, changes: Changes, config: ExpertsConfig) -> None:
+    def __init__(self, state: Guarded, crew: Crew, changes: Changes, config: ExpertsConfig, wanted: int) -> None:
+        """`wanted`: expert actors there should be by now."""
         self._state, self._crew, self._changes, self._config = state, crew, changes, config
         self._limits = ScalingLimits(config.min_actors, config.max_actors)
-        self._wanted = config.actors
+        self._wanted = self._wanted_before = wanted
         self._heal_at_s = 0.0
 
     def scale(self, actors: int, request_id: str) -> Operation:
@@ -88,6 +89,7 @@ class Scaling:
                 stall_s = price(self._resize(operation.target, report))
             with self._state.changing() as coordinator:
                 seconds = time.monotonic() - started
+                self._wanted_before = self._wanted
                 coordinator.operations.succeeded(operation.id, time.time(), seconds - stall_s, stall_s)
         except _Cancelled:
             self._end_idle()
@@ -103,6 +105,7 @@ class Scaling:
             with self._state.changing() as coordinator:
                 coordinator.operations.failed(operation.id, text, time.time())
         finally:
+            self._wanted_before = self._wanted
             self._changes.end()
 
     def heal(self) -> None:
@@ -160,7 +163,7 @@ class Scaling:
         """After a change that stopped half way: actors that got nothing end, the others stay. In the caller's turn."""
         self._end_idle()
         with self._state.reading() as coordinator:
-            self._wanted = max(self._wanted, len(coordinator.actors()))
+            self._wanted = self._wanted_before = max(self._wanted, len(coordinator.actors()))
 
     def _resize(
         self, wanted: int, report: Report, deadline: float | None = None, patience_s: float | None = None
@@ -195,6 +198,11 @@ class Scaling:
     def wanted(self) -> int:
         """Expert actors there should be."""
         return self._wanted
+
+    @property
+    def wanted_if_cut_off(self) -> int:
+        """The same, as if an operation that is under way had failed."""
+        return self._wanted_before
 
     def start(self, count: int, patience_s: float | None = None, avoid: Collection[str] = ()) -> None:
         """Actors without groups, seen alive. `StartupError` if the nodes have no room for one of them: then none is.

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,17 +30,21 @@ from actors.values import (
     StepReport,
     TokenEvent,
 )
+from cluster.backend import Job
 from cluster.config import ClusterConfig, OptimizerConfig
 from cluster.control.coordinator import ModelFacts
+from cluster.control.jobtable import job_of_dict
 from cluster.fabric.calls import call
 from cluster.fabric.measures import Measures
 from cluster.fabric.options import CONTROL, COORDINATOR, ROUTER, SERVE, TRAIN
+from cluster.fabric.standing import ExpertStanding, Following, RouterStanding, Watch
 from cluster.jobs.batches import MicroBatch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from actors.dispatcher import Peer, Roster
+    from actors.replica import Replica
     from actors.router import Router
     from actors.transport.contract import Link
     from actors.transport.curve import LinkKeys
@@ -47,6 +52,10 @@ if TYPE_CHECKING:
     from actors.transport.socket import SocketServer
     from cluster.checkpoint.manifest import Shard
     from cluster.checkpoint.store import Draft, Found
+
+MAX_REPORTS = 64
+UNTOLD_S = 2.0
+"""A step's report reaches those who watch its job within this time."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,8 @@ class ExpertWorker:
         _import_torch(config.experts.threads)
         self._name, self._config = name, config
         self._measures = Measures(config.experts.device)
+        self._watch = Watch(config)
+        self._contact: ExpertContact | None = None
         self._bind_host = "127.0.0.1" if config.ray.mode == "embedded" else ray.util.get_node_ip_address()
 
     def node_id(self) -> str:
@@ -107,7 +118,25 @@ class ExpertWorker:
         )
         self._server = self._serve(self._host.handle, self._host.idle)
         self._exchange = self._serve(self._host.exchange.handle)
-        return ExpertContact(self._name, self.node_id(), os.getpid(), self._server.address, self._exchange.address)
+        self._contact = ExpertContact(
+            self._name, self.node_id(), os.getpid(), self._server.address, self._exchange.address
+        )
+        return self._contact
+
+    def ping(self) -> None:
+        """There is a coordinator."""
+        self._watch.pinged()
+
+    def standing(self) -> ExpertStanding | None:
+        """None as long as it has not been loaded."""
+        if self._contact is None:
+            return None
+        heard_s = self._watch.heard_s
+        return ExpertStanding(self._contact, self.vitals(), heard_s)
+
+    def link_keys(self) -> LinkKeys | None:
+        """As it was given them: for a coordinator that is new to it."""
+        return self._keys
 
     def _serve(self, handler: Any, idle: Callable[[], bool] = lambda: False) -> SocketServer:
         from actors.transport.socket import SocketServer
@@ -159,11 +188,13 @@ class ExpertWorker:
         return self._host.handle("ray", question)
 
     def vitals(self) -> dict[str, Any]:
+        self._watch.vitals_asked()
         return {**self._host.status(), **self._measures.told(), "busy_s": self._server.busy_s}
 
     def wait_until_death(self) -> None:
-        """Never returns: the caller's reference fails the moment this process is gone."""
-        threading.Event().wait()
+        """Does not return: the caller's reference fails the moment this process is gone. Only when another coordinator
+        waits here it ends."""
+        self._watch.wait()
 
 
 class RouterWorker:
@@ -174,6 +205,10 @@ class RouterWorker:
         self._name, self._config = name, config
         self._measures = Measures(config.router.device)
         self._sessions: set[str] = set()
+        self._watch = Watch(config)
+        self._replica: Replica | None = None
+        self._following = Following(None, Course(0, 0))
+        self._reports: deque[tuple[float, StepReport]] = deque(maxlen=MAX_REPORTS)
         self._bind_host = "127.0.0.1" if config.ray.mode == "embedded" else ray.util.get_node_ip_address()
         self._node_id = ray.get_runtime_context().get_node_id()
 
@@ -207,6 +242,7 @@ class RouterWorker:
             from cluster.checkpoint.state import read_router
 
             router.restore(self._roster(placement, experts), read_router(found), run)
+            self._follow_saved(found, router.course)
         return self._serve(router, leads=True)
 
     @ray.method(concurrency_group=CONTROL)
@@ -237,16 +273,18 @@ class RouterWorker:
         from actors.transport.socket import SocketServer
 
         self._router = router
-        self._replica = Replica(self._name, router, self._find_peer, leads=leads)
+        replica = Replica(self._name, router, self._find_peer, leads=leads)
         self._server = SocketServer(
             self._name,
-            self._replica.handle,
+            replica.handle,
             host=self._bind_host,
             max_bytes=self._config.links.max_message_bytes,
             keys=self._keys,
         )
         self._server.start()
-        return RouterContact(self._name, self._node_id, os.getpid(), self._server.address)
+        self._contact = RouterContact(self._name, self._node_id, os.getpid(), self._server.address)
+        self._replica = replica
+        return self._contact
 
     @ray.method(concurrency_group=TRAIN)
     def join(self, replica: RouterContact) -> None:
@@ -261,8 +299,13 @@ class RouterWorker:
     @ray.method(concurrency_group=TRAIN)
     def promote(self, others: Sequence[RouterContact], term: int) -> Promotion:
         """The router that led is dead: this one does from now on."""
+        assert self._replica is not None  # only those that were loaded are asked
         openers = {other.name: (lambda other=other: self._open_replica(other)) for other in others}
-        return self._replica.promote(openers, term)
+        promotion = self._replica.promote(openers, term)
+        self._reports.clear()
+        if promotion.report is not None:
+            self._remember(promotion.report)
+        return promotion
 
     def _open_replica(self, replica: RouterContact) -> Link:
         link = _open_link(replica.name, replica.address, self._name, self._config, self._keys)
@@ -316,19 +359,71 @@ class RouterWorker:
 
     @ray.method(concurrency_group=CONTROL)
     def wait_until_death(self) -> None:
-        threading.Event().wait()
+        """As of an expert actor."""
+        self._watch.wait()
 
     @ray.method(concurrency_group=TRAIN)
-    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings) -> Course:
+    def standing(self) -> RouterStanding | None:
+        """After the step at hand, and all else that the coordinator before had asked for. None: it has no trunk yet."""
+        if self._replica is None or not self._replica.has_joined:
+            return None
+        return RouterStanding(
+            self._contact,
+            self._replica.leads,
+            self._replica.term,
+            tuple(self._router.replicas.names) if self._replica.leads else (),
+            self._router.placement,
+            self._router.vitals(),
+            self._following,
+            tuple(self._reports),
+            self._watch.heard_s,
+        )
+
+    @ray.method(concurrency_group=CONTROL)
+    def ping(self) -> None:
+        """Answers, whatever the step at hand takes."""
+        self._watch.pinged()
+
+    @ray.method(concurrency_group=CONTROL)
+    def link_keys(self) -> LinkKeys | None:
+        """As it was given them: for a coordinator that is new to it."""
+        return self._keys
+
+    @ray.method(concurrency_group=CONTROL)
+    def following(self) -> Following:
+        return self._following
+
+    @ray.method(concurrency_group=CONTROL)
+    def follow(self, following: Following) -> None:
+        """Whose steps the router that leads does from now on, for the case that this one is to lead. News of an earlier
+        run are late."""
+        if following.course.run >= self._following.course.run:
+            self._following = following
+
+    def _follow_saved(self, found: Found, course: Course) -> None:
+        values = found.manifest.job
+        job = None if values is None else job_of_dict(values, found.url)
+        self._follow(job, course, job.step if job else 0)
+
+    def _follow(self, job: Job | None, course: Course, step: int) -> Course:
+        """Whose steps come now: `course` is that after `step` of them."""
+        self._following = Following(job, replace(course, version=course.version - step))
+        self._reports.clear()
+        return course
+
+    @ray.method(concurrency_group=TRAIN)
+    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings, job: Job | None = None) -> Course:
+        """`job`: whose run it is, for a coordinator that comes to know it from here."""
         from actors.optim import OptimizerSettings
 
         values = asdict(optimizer)
         settings = OptimizerSettings(**{k: values[k] for k in OptimizerSettings().to_dict()})
-        return self._router.begin_run(settings, balance)
+        return self._follow(job, self._router.begin_run(settings, balance), 0)
 
     @ray.method(concurrency_group=TRAIN)
-    def continue_run(self, balance: BalanceSettings) -> Course:
-        return self._router.continue_run(balance)
+    def continue_run(self, balance: BalanceSettings, job: Job) -> Course:
+        """Of a job that goes on after the step that it has done."""
+        return self._follow(job, self._router.continue_run(balance), job.step)
 
     @ray.method(concurrency_group=TRAIN)
     def take_snapshot(self) -> SnapshotTaken:
@@ -351,12 +446,22 @@ class RouterWorker:
         from cluster.checkpoint.state import read_router
 
         self._router.restore(self._roster(placement, experts), read_router(found), run)
+        self._follow_saved(found, self._router.course)
 
     @ray.method(concurrency_group=TRAIN)
     def train_step(
         self, microbatches: Sequence[MicroBatch], lr: float, clip_norm: float, bias_speed: float
     ) -> StepReport:
-        return self._router.train_step(_tensors(microbatches), lr=lr, clip_norm=clip_norm, bias_speed=bias_speed)
+        report = self._router.train_step(_tensors(microbatches), lr=lr, clip_norm=clip_norm, bias_speed=bias_speed)
+        self._remember(report)
+        return report
+
+    def _remember(self, report: StepReport) -> None:
+        """A coordinator that dies may take the news of its last steps with it."""
+        now = time.time()
+        self._reports.append((now, report))
+        while self._reports[0][0] < now - UNTOLD_S:
+            self._reports.popleft()
 
     @ray.method(concurrency_group=TRAIN)
     def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
@@ -390,6 +495,7 @@ class RouterWorker:
 
     @ray.method(concurrency_group=CONTROL)
     def vitals(self) -> dict[str, Any]:
+        self._watch.vitals_asked()
         return {**self._router.vitals(), **self._measures.told()}
 
     @ray.method(concurrency_group=SERVE)

@@ -67,12 +67,12 @@ def run_job(
     With a `start_step` the router has the state after that step, and the job goes on at the batch that is next.
     `after_step` is called between steps, also before the first, with the number of those that are done; it may wait.
     """
-    heldout: list[MicroBatch] = []
-    if config.eval.every_steps and config.data.heldout_every:
-        heldout = evaluation_batches(documents.heldout(), config.batch, documents.eos_id, config.eval.batches)
+    evaluation = _Evaluation(config, router, documents, reporter)
+    if start_step == 0:
+        evaluation.batches()  # its faults come before anything has begun; a job that goes on does not wait for them
     router.begin_run(config.optimizer, config.balance)
     if start_step == 0:
-        _evaluate(router, heldout, reporter, 0)
+        evaluation.after(0)
         after_step(0)
     shuffle_seed = config.data.seed if config.data.shuffle else None
     batches = StepBatches(
@@ -92,19 +92,36 @@ def run_job(
             )
         except NonFinite as error:
             raise NonFinite(f"step {step}: {error}", step=step) from error
-        reporter.step_committed(step, _metrics(report, lr, time.monotonic() - started), report.load_LE)
+        reporter.step_committed(step, metrics_of(report, lr, time.monotonic() - started), report.load_LE)
         if config.eval.every_steps and (step % config.eval.every_steps == 0 or step == config.steps):
-            _evaluate(router, heldout, reporter, step)
+            evaluation.after(step)
         after_step(step)
 
 
-def _evaluate(router: RouterPort, heldout: list[MicroBatch], reporter: Reporter, step: int) -> None:
-    if heldout:
-        loss, count = router.evaluate(heldout)
-        reporter.evaluated(step, {"heldout_loss": loss, "heldout_tokens": float(count)})
+class _Evaluation:
+    """Reads the held-out batches when they are needed first."""
+
+    def __init__(self, config: JobConfig, router: RouterPort, documents: Documents, reporter: Reporter) -> None:
+        self._config, self._router, self._documents, self._reporter = config, router, documents, reporter
+        self._batches: list[MicroBatch] | None = None
+
+    def batches(self) -> list[MicroBatch]:
+        """Empty if the job wants no evaluation. `InvalidInput` if too few documents are held out."""
+        if self._batches is None:
+            config, self._batches = self._config, []
+            if config.eval.every_steps and config.data.heldout_every:
+                documents, eos_id = self._documents.heldout(), self._documents.eos_id
+                self._batches = evaluation_batches(documents, config.batch, eos_id, config.eval.batches)
+        return self._batches
+
+    def after(self, step: int) -> None:
+        if batches := self.batches():
+            loss, count = self._router.evaluate(batches)
+            self._reporter.evaluated(step, {"heldout_loss": loss, "heldout_tokens": float(count)})
 
 
-def _metrics(report: StepReport, lr: float, seconds: float) -> dict[str, float]:
+def metrics_of(report: StepReport, lr: float, seconds: float) -> dict[str, float]:
+    """What is told of a step, which took so long in all."""
     metrics = {
         "loss": report.loss,
         "grad_norm": report.grad_norm,

@@ -10,16 +10,19 @@ from types import SimpleNamespace
 import pytest
 
 from actors.errors import PeerLost
+from actors.moe.settings import BalanceSettings
 from actors.transport.curve import LinkKeys
 from actors.transport.message import Message
 from actors.transport.socket import SocketLink
-from actors.values import Placement
-from cluster.config import ClusterConfig, LinksConfig
+from actors.values import Course, Placement
+from cluster.backend import Job, JobState
+from cluster.config import ClusterConfig, JobConfig, LinksConfig, OptimizerConfig
 from cluster.configfile import load_cluster
 from cluster.fabric import workers
 from cluster.fabric.links import link_keys
 from cluster.fabric.measures import status_fields
 from cluster.fabric.options import ZONE_LABEL
+from cluster.fabric.standing import Following
 from cluster.fabric.workers import ExpertContact, ExpertWorker, RouterWorker
 
 NAMES = ("expert-0", "expert-1")
@@ -77,6 +80,32 @@ def test_they_reach_each_other(config, secured):
     assert use.sent_bytes > 0 < use.received_bytes
     assert use.wait_s > 0
     router._router.close()
+
+
+def test_routers_tell_a_new_coordinator_who_leads(config, secured):
+    experts, contacts, keys = secured
+    job = Job("job-1", "mine", JobConfig(), JobState.RUNNING, 0, 1.0)
+    first, second = (RouterWorker(f"router-{number}", config) for number in (0, 1))
+    leader = first.load(PLACEMENT, contacts, None, 0, None, 0, keys)
+    replica = second.load_replica(None, 0, keys)
+    assert second.standing() is None
+    first.begin_run(OptimizerConfig(), BalanceSettings(), job)
+    first.join(replica)
+    second.follow(first.following())
+    second.follow(Following(None, Course(0, 0)))
+    said, other = first.standing(), second.standing()
+    assert (said.contact, said.leads, said.followers) == (leader, True, ("router-1",))
+    assert (other.contact, other.leads, other.followers) == (replica, False, ())
+    assert other.placement == said.placement == PLACEMENT
+    assert other.following == said.following == Following(job, Course(1, 0))
+    assert first.link_keys() == second.link_keys() == experts[0].link_keys() == keys
+    first._server.stop()
+    first._router.close()
+    second.promote([], said.term + 1)
+    now = second.standing()
+    assert (now.leads, now.term, now.following, now.vitals["run"]) == (True, said.term + 1, said.following, 1)
+    second._server.stop()
+    second._router.close()
 
 
 @pytest.mark.parametrize("keys", [None, LinkKeys.generate(on_ipc=True)], ids=["no keys", "other keys"])

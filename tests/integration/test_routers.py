@@ -11,9 +11,10 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.backend import ActorStatus, JobEvent, OperationState, SamplingParams
+from cluster.backend import ActorStatus, JobEvent, JobState, OperationState, SamplingParams
 from cluster.config import BatchConfig, OptimizerConfig
 from cluster.service.client import Client
+from tests.integration.test_coordinator_death import coordinator
 from tests.integration.test_resume import JOB, WAIT_S, config_in, finish, losses, running, watch_to
 
 pytestmark = pytest.mark.timeout(600)  # starting processes that import torch takes minutes on a busy machine
@@ -125,3 +126,24 @@ def test_a_replica_freezes_under_a_job(client: Client, alone: list[JobEvent]) ->
     # Whoever leads saves.
     assert "router-0" not in routers(client)
     assert client.save_checkpoint().version == client.status().version
+
+
+def test_the_coordinator_and_the_leader_die_at_once(client: Client, alone: list[JobEvent]) -> None:
+    scale(client, 1)
+    scale(client, 2)
+    client.import_model("same")
+    version = client.status().version
+    leader = next(iter(routers(client).values()))
+    job = client.submit_job(STEADY)
+    watch_to(client, job.id, 12)
+    os.kill(leader.pid, signal.SIGKILL)
+    coordinator().kill()
+    # A few steps may be told to nobody: they are done, and no other coordinator has heard of them.
+    told, expected = losses(list(client.watch_job(job.id))), losses(alone)
+    assert told == pytest.approx({step: expected[step] for step in told}, rel=1e-9)
+    assert max(told) == STEADY.steps
+    assert client.get_job(job.id).state is JobState.SUCCEEDED
+    assert client.status().version == version + STEADY.steps, "no step was done twice"
+    wait_for_routers(client, 2)
+    assert leader.id not in routers(client)
+    assert "coordinator_restart" in [entry.kind for entry in client.ledger().entries]

@@ -59,9 +59,9 @@ class TestLeaving:
         leaving = Leaving()
         leaving.ask("bb", "node-1")
         leaving.announced({}, NODES)
-        assert leaving.names == {"bb": "node-1"}
+        assert leaving.names == leaving.asked == {"bb": "node-1"}
         leaving.take_back("bb")
-        assert leaving.names == {}
+        assert leaving.names == leaving.asked == {}
         leaving.ask("bb", "node-1")
         leaving.announced({}, {"aa": "head"})
         assert leaving.names == {}
@@ -72,6 +72,7 @@ class TestLeaving:
         leaving.ask("bb", "node-1")
         leaving.take_back("bb")
         assert leaving.names == {"bb": "node-1"}
+        assert leaving.asked == {}
 
     def test_the_one_that_ends_first_is_next_if_it_holds_something(self) -> None:
         leaving = Leaving()

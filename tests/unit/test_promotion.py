@@ -12,13 +12,15 @@ from ray.exceptions import RayActorError
 
 from actors.errors import InvalidInput, MoeClusterError, StepAborted
 from actors.values import Course, Placement, Promotion, StepReport
-from cluster.config import OptimizerConfig, RouterConfig
+from cluster.backend import Job, JobState
+from cluster.config import JobConfig, OptimizerConfig, RouterConfig
 from cluster.control.coordinator import Coordinator, ModelFacts
 from cluster.errors import Unavailable
 from cluster.fabric import jobs
 from cluster.fabric import routers as module
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.routers import Routers
+from cluster.fabric.standing import Following
 
 
 class Cast:
@@ -60,7 +62,7 @@ def of(cast: Cast, monkeypatch: pytest.MonkeyPatch) -> Routers:
     monkeypatch.setattr(module, "call", answer_of)
     state = Guarded(Coordinator(ModelFacts("m", 1, 2, 1, 1, 8, 8), Placement(1, (("expert-0",),), 2)))
     crew: Any = cast
-    return Routers(state, crew, crew, None, RouterConfig(actors=2, max_actors=3))
+    return Routers(state, crew, crew, None, RouterConfig(actors=2, max_actors=3), 2)
 
 
 def promoted(routers: Routers) -> None:
@@ -89,6 +91,30 @@ def test_who_waits_is_told_that_nobody_is_left(monkeypatch: pytest.MonkeyPatch) 
         routers.after("dead", Unavailable("it died"))
 
 
+def test_terms_go_on_after_those_that_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    cast: Any = Cast(a=Promotion(7, None))
+    monkeypatch.setattr(module, "call", answer_of)
+    state = Guarded(Coordinator(ModelFacts("m", 1, 2, 1, 1, 8, 8), Placement(1, (("expert-0",),), 2)))
+    promoted(Routers(state, cast, cast, None, RouterConfig(), 1, term=4))
+    assert cast.asked == [("a", [], 5)]
+
+
+@pytest.mark.parametrize(("wanted", "is_off"), [(1, True), (2, False), (3, True)])
+def test_more_routers_than_wanted_are_as_wrong_as_fewer(
+    monkeypatch: pytest.MonkeyPatch, wanted: int, is_off: bool
+) -> None:
+    """A coordinator may have died while it changed their number."""
+    cast: Any = Cast(a=Promotion(7, None), b=Promotion(7, None))
+    state = Guarded(Coordinator(ModelFacts("m", 1, 2, 1, 1, 8, 8), Placement(1, (("expert-0",),), 2)))
+    routers = Routers(state, cast, cast, None, RouterConfig(), wanted)
+    cast.leader = "a"
+    resized: list[int] = []
+    monkeypatch.setattr(routers, "_resize", lambda count, report: resized.append(count))
+    routers.look()
+    assert routers._turn.acquire(timeout=10)
+    assert resized == ([wanted] if is_off else [])
+
+
 def test_one_that_only_seems_dead_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     cast = Cast(a=Promotion(1, None))
     cast.leader = "a"
@@ -103,6 +129,7 @@ def test_numbers_that_cannot_be(monkeypatch: pytest.MonkeyPatch, count: int) -> 
         of(Cast(), monkeypatch).scale(count, "r")
 
 
+JOB = Job("job-1", "mine", JobConfig(), JobState.RUNNING, 0, 1.0)
 REPORT = StepReport(step=4, loss=2.0, grad_norm=1.0, num_tokens=8, seconds=0.1, retries=0, load_LE=[[1]])
 
 
@@ -124,12 +151,16 @@ class Stage:
 
         return SimpleNamespace(
             begin_run=SimpleNamespace(remote=lambda *args: Course(run=1, version=3)),
+            continue_run=SimpleNamespace(remote=lambda *args: Course(run=1, version=3)),
             train_step=SimpleNamespace(remote=train_step),
         )
 
     def after(self, leader: str, error: Unavailable) -> Promotion:
         self.leader = "second"
         return self.promotion
+
+    def follow(self, following: Following) -> None:
+        self.following = following
 
     def job_begins(self, job_id: str, begin: Callable[[], Course], step: int) -> Course:
         return begin()
@@ -154,16 +185,25 @@ def test_a_step_that_counts_already_is_not_run_again(
 ) -> None:
     stage: Any = Stage(promotion)
     monkeypatch.setattr(jobs, "call", answer_of)
-    router = jobs._JobRouter(stage, stage, stage, "job-1", 0)
+    router = jobs._JobRouter(stage, stage, stage, JOB)
     router.begin_run(OptimizerConfig())
     report = router.train_step([[[1, 2]]], lr=1e-3, clip_norm=1.0)
     assert (report.step, report.retries, stage.asked) == (4, retries, asked)
 
 
+@pytest.mark.parametrize("step", [0, 5])
+def test_all_routers_learn_whose_steps_they_do(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    stage: Any = Stage(Promotion(3, None))
+    monkeypatch.setattr(jobs, "call", answer_of)
+    job = replace(JOB, step=step)
+    jobs._JobRouter(stage, stage, stage, job).begin_run(OptimizerConfig())
+    assert stage.following == Following(job, Course(run=1, version=3 - step))
+
+
 def test_a_step_that_nobody_can_tell_of_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     stage: Any = Stage(Promotion(4, None))
     monkeypatch.setattr(jobs, "call", answer_of)
-    router = jobs._JobRouter(stage, stage, stage, "job-1", 0)
+    router = jobs._JobRouter(stage, stage, stage, JOB)
     router.begin_run(OptimizerConfig())
     with pytest.raises(MoeClusterError, match="step to version 4"):
         router.train_step([[[1, 2]]], lr=1e-3, clip_norm=1.0)

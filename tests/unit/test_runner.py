@@ -49,13 +49,21 @@ class Written:
         self.evaluated_at.append(step)
 
 
-def documents() -> Documents:
+def documents(opened: list[str] | None = None) -> Documents:
+    """`opened`: is told which are opened, in turn."""
+    opened = [] if opened is None else opened
+
+    def heldout() -> Iterator[list[int]]:
+        opened.append("heldout")
+        yield list(range(40))
+
     def train() -> Iterator[list[int]]:
+        opened.append("train")
         rng = np.random.default_rng(0)
         while True:
             yield rng.integers(0, 100, 30).tolist()
 
-    return Documents(train, lambda: [list(range(40))], eos_id=0)
+    return Documents(train, heldout, eos_id=0)
 
 
 def run(start_step: int = 0, stop: Callable[[], bool] = lambda: False) -> tuple[Written, list[int]]:
@@ -85,3 +93,12 @@ def test_it_stops_between_steps() -> None:
     answers = iter([False, False, True])
     with pytest.raises(JobStopped):
         run(stop=lambda: next(answers))
+
+
+def test_only_a_job_that_begins_waits_for_heldout_documents_before_its_first_step() -> None:
+    opened = {0: list[str](), 4: list[str]()}
+    for start_step, names in opened.items():
+        written = Written()
+        run_job(JOB, written, documents(names), written, lambda: False, start_step=start_step)
+        assert written.evaluated_at[-1] == 6
+    assert opened == {0: ["heldout", "train"], 4: ["train", "heldout"]}
