@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from actors.compress.settings import CompressionSettings
 from actors.moe.settings import BalanceSettings, GateSettings
 
 
@@ -251,3 +252,5 @@ class JobConfig:
     data: DataConfig = DataConfig()
     eval: EvalConfig = EvalConfig()
     balance: BalanceSettings = field(default_factory=BalanceSettings)
+    compression: CompressionSettings = field(default_factory=CompressionSettings)
+    """Of the trunk's gradients, where there are several routers."""

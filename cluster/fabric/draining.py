@@ -13,12 +13,13 @@ from actors.errors import MoeClusterError
 from cluster.backend import Operation
 from cluster.control.draining import Leaving, find_node
 from cluster.errors import FailedPrecondition, Unavailable
-from cluster.fabric.changes import Changes
+from cluster.fabric.changes import Changes, Report
 from cluster.fabric.crew import Crew
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.nodes import node_names
 from cluster.fabric.notices import Notices
 from cluster.fabric.scaling import Scaling
+from cluster.fabric.underway import UnderWay
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +31,6 @@ MOST_PATIENCE_S = 60.0
 LOOK_S = 0.05
 AGAIN_S = 0.5
 SETTLE_S = 10.0
-
-
-class _Cancelled(Exception):
-    """Between two moves; what was done so far stays."""
 
 
 class Draining:
@@ -121,64 +118,47 @@ class Draining:
         return operation
 
     def _run(self, operation: Operation, node_id: str, deadline: float) -> None:
-        started = time.monotonic()
-        try:
-            with self._changes.priced("drain", operation.node) as price:
-                stall_s = price(self._empty(operation, node_id, deadline))
-            with self._state.changing() as coordinator:
-                seconds = time.monotonic() - started
-                self._stays_empty(node_id)
-                coordinator.operations.succeeded(operation.id, time.time(), seconds - stall_s, stall_s)
-            logger.info("node %s is empty", operation.node)
-        except _Cancelled:
-            self._give_up(node_id)
-            with self._state.changing() as coordinator:
-                coordinator.operations.cancelled(operation.id, time.time())
-        except Exception as error:
-            is_ours = isinstance(error, MoeClusterError)
-            logger.log(logging.WARNING if is_ours else logging.ERROR, "%s failed", operation.id, exc_info=not is_ours)
-            self._give_up(node_id)
-            text = str(error) if is_ours else f"{type(error).__name__} in the coordinator; see its log"
-            with self._state.changing() as coordinator:
-                coordinator.operations.failed(operation.id, text, time.time())
+        under_way = UnderWay(self._state, operation)
 
-    def _empty(self, operation: Operation, node_id: str, deadline: float) -> float:
+        def emptied() -> float:
+            with self._changes.priced("drain", operation.node) as price:
+                return price(self._empty(operation.node, node_id, under_way.report, deadline))
+
+        def given_up() -> None:
+            self._give_up(node_id)
+
+        if under_way.run(emptied, done=lambda: self._stays_empty(node_id), cancelled=given_up, failed=given_up):
+            logger.info("node %s is empty", operation.node)
+
+    def _empty(self, node: str, node_id: str, report: Report, deadline: float) -> float:
         """-> longest wait of a step, in seconds. Tries until the deadline: a death meanwhile, or too little room, need
         not last."""
         stall_s = 0.0
         while on_node := self._crew.on_node(node_id):
             try:
-                stall_s = max(stall_s, self._move_away(operation, deadline))
+                stall_s = max(stall_s, self._move_away(node, report, deadline))
                 self._wait_for_end(node_id, deadline)
             except MoeClusterError as error:
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
-                    what = f"{operation.node} still holds {', '.join(on_node)} at the deadline"
+                    what = f"{node} still holds {', '.join(on_node)} at the deadline"
                     raise Unavailable(f"{what}: {error}") from error
-                self._report(operation, 0.0, f"tries again: {error}")
+                report(0.0, f"tries again: {error}")
                 time.sleep(min(AGAIN_S, left_s))
-        self._check_nothing_lost(operation.node)
+        self._check_nothing_lost(node)
         return stall_s
 
-    def _move_away(self, operation: Operation, deadline: float) -> float:
+    def _move_away(self, node: str, report: Report, deadline: float) -> float:
         def waits() -> None:
-            self._report(operation, 0.0, "waits for another change to end")
+            report(0.0, "waits for another change to end")
 
-        self._changes.begin_in_turn(f"draining {operation.node}", deadline, waits)
+        self._changes.begin_in_turn(f"draining {node}", deadline, waits)
         try:
             left_s = max(0.0, deadline - time.monotonic())
             patience_s = min(MOST_PATIENCE_S, left_s * (1 - MOVING_SHARE))
-            return self._scaling.empty_leaving(
-                lambda share, message: self._report(operation, share, message), deadline, patience_s
-            )
+            return self._scaling.empty_leaving(report, deadline, patience_s)
         finally:
             self._changes.end()
-
-    def _report(self, operation: Operation, share: float, message: str) -> None:
-        with self._state.changing() as coordinator:
-            coordinator.operations.progress(operation.id, share, message)
-            if coordinator.operations.is_cancelling(operation.id):
-                raise _Cancelled
 
     def _wait_for_end(self, node_id: str, deadline: float) -> None:
         """Until the processes of the actors that were ended are gone."""

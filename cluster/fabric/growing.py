@@ -6,16 +6,17 @@ import logging
 import threading
 import time
 
-from actors.errors import LinkError, MoeClusterError, StepAborted
+from actors.errors import LinkError, StepAborted
 from actors.values import Grown, Growth
 from cluster.backend import Operation
 from cluster.errors import FailedPrecondition, Unavailable
 from cluster.fabric.calls import call
-from cluster.fabric.changes import Changes
+from cluster.fabric.changes import Changes, Report
 from cluster.fabric.checkpoints import Checkpoints
 from cluster.fabric.crew import Crew
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.options import ROUTER
+from cluster.fabric.underway import UnderWay
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +26,6 @@ GROW_TIMEOUT_S = 3600.0
 ATTEMPTS = 5
 """Of one growth: a death in the middle undoes the attempt, and the next finds the placement without the dead."""
 AGAIN_S = 1.0
-
-
-class _Cancelled(Exception):
-    """Before an attempt: nobody has grown."""
 
 
 class Growing:
@@ -54,39 +51,31 @@ class Growing:
         return operation
 
     def _run(self, operation: Operation, growth: Growth) -> None:
-        started = time.monotonic()
-        try:
+        under_way = UnderWay(self._state, operation)
+
+        def grow() -> float:
             with self._changes.priced("grow", f"{growth.num_experts} experts a layer") as price:
-                grown = self._grow(operation, growth)
+                grown = self._grow(under_way.report, growth)
                 price(grown.waited_s)
             message = f"{grown.way}: {grown.moved_share:.2%} of the tried gate weight went to other experts"
             with self._state.changing() as coordinator:
                 coordinator.operations.progress(operation.id, 1.0, message)
-                seconds = time.monotonic() - started
-                coordinator.operations.succeeded(
-                    operation.id, time.time(), max(0.0, seconds - grown.waited_s), grown.waited_s
-                )
-            self._checkpoints.after_change()
-        except _Cancelled:
-            with self._state.changing() as coordinator:
-                coordinator.operations.cancelled(operation.id, time.time())
-        except Exception as error:
-            is_ours = isinstance(error, MoeClusterError)
-            logger.log(logging.WARNING if is_ours else logging.ERROR, "%s failed", operation.id, exc_info=not is_ours)
-            text = str(error) if is_ours else f"{type(error).__name__} in the coordinator; see its log"
-            with self._state.changing() as coordinator:
-                coordinator.operations.failed(operation.id, text, time.time())
+            return grown.waited_s
+
+        try:
+            if under_way.run(grow):
+                self._checkpoints.after_change()
         finally:
             self._changes.end()
 
-    def _grow(self, operation: Operation, growth: Growth) -> Grown:
+    def _grow(self, report: Report, growth: Growth) -> Grown:
         """Tries again after a death in the middle."""
         for attempt in range(1, ATTEMPTS + 1):
-            self._report(operation, f"attempt {attempt}, between two steps")
+            report(0.0, f"attempt {attempt}, between two steps")
             try:
                 return self._attempt(growth)
             except (LinkError, StepAborted, Unavailable, FailedPrecondition) as error:
-                logger.warning("%s, attempt %d: nobody has grown: %s", operation.id, attempt, error)
+                logger.warning("growth, attempt %d: nobody has grown: %s", attempt, error)
                 if attempt == ATTEMPTS:
                     raise
                 time.sleep(AGAIN_S)
@@ -105,9 +94,3 @@ class Growing:
         if has_lost and not placement.missing:
             self._changes.switch(placement)
         return grown
-
-    def _report(self, operation: Operation, message: str) -> None:
-        with self._state.changing() as coordinator:
-            coordinator.operations.progress(operation.id, 0.0, message)
-            if coordinator.operations.is_cancelling(operation.id):
-                raise _Cancelled

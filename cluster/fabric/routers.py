@@ -21,6 +21,7 @@ from cluster.fabric.changes import Changes
 from cluster.fabric.crew import Crew
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.standing import Following
+from cluster.fabric.underway import UnderWay
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +33,6 @@ HEAL_AGAIN_S = 5.0
 LOOK_EVERY_S = 0.05
 
 Report = Callable[[float, str], None]
-
-
-class _Cancelled(Exception):
-    """Between two routers; what was done so far stays."""
 
 
 class Routers:
@@ -156,36 +153,21 @@ class Routers:
         return operation
 
     def _run(self, operation: Operation) -> None:
-        def report(share: float, message: str) -> None:
-            with self._state.changing() as coordinator:
-                coordinator.operations.progress(operation.id, share, message)
-                if coordinator.operations.is_cancelling(operation.id):
-                    raise _Cancelled
-
         with self._turn:  # to its end: nobody else changes their number before it is known what came of this
-            self._carry_out(operation, report)
+            before, under_way = self._wanted, UnderWay(self._state, operation)
 
-    def _carry_out(self, operation: Operation, report: Report) -> None:
-        before, started = self._wanted, time.monotonic()
-        try:
-            self._want(operation.target)
-            stall_s = self._resize(operation.target, report)
-            with self._state.changing() as coordinator:
-                prepare_s = time.monotonic() - started - stall_s
+            def resized() -> float:
+                self._want(operation.target)
+                return self._resize(operation.target, under_way.report)
+
+            def settled() -> None:
                 self._wanted_before = self._wanted
-                coordinator.operations.succeeded(operation.id, time.time(), prepare_s, stall_s)
-        except _Cancelled:
-            self._want(max(1, len(self._crew.routers())))
-            self._wanted_before = self._wanted
-            with self._state.changing() as coordinator:
-                coordinator.operations.cancelled(operation.id, time.time())
-        except Exception as error:
-            is_ours = isinstance(error, MoeClusterError)
-            logger.log(logging.WARNING if is_ours else logging.ERROR, "%s failed", operation.id, exc_info=not is_ours)
-            self._want(before)
-            text = str(error) if is_ours else f"{type(error).__name__} in the coordinator; see its log"
-            with self._state.changing() as coordinator:
-                coordinator.operations.failed(operation.id, text, time.time())
+
+            def stopped() -> None:
+                self._want(max(1, len(self._crew.routers())))
+                settled()
+
+            under_way.run(resized, done=settled, cancelled=stopped, failed=lambda: self._want(before))
 
     def _resize(self, wanted: int, report: Report) -> float:
         """-> seconds that steps may have waited for joins."""

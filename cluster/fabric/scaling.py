@@ -18,6 +18,7 @@ from cluster.errors import StartupError, Unavailable
 from cluster.fabric.changes import Changes, Report
 from cluster.fabric.crew import Crew
 from cluster.fabric.guarded import Guarded
+from cluster.fabric.underway import UnderWay
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +30,6 @@ ROOM_LOOK_S = 1.0
 """Between two looks for room where there was none: each asks Ray's control store."""
 STARTED = 0.3
 """Share of a scaling operation that starting actors counts for."""
-
-
-class _Cancelled(Exception):
-    """Between two moves; what was done so far stays."""
 
 
 class Scaling:
@@ -75,35 +72,28 @@ class Scaling:
         self._changes.begin(f"scaling to {actors} expert actors")
 
     def _run(self, operation: Operation) -> None:
-        def report(share: float, message: str) -> None:
-            with self._state.changing() as coordinator:
-                coordinator.operations.progress(operation.id, share, message)
-                if coordinator.operations.is_cancelling(operation.id):
-                    raise _Cancelled
-
-        started = time.monotonic()
         before, self._wanted = self._wanted, operation.target
-        try:
-            kind: Kind = "scale_up" if operation.target > before else "scale_down"
+        kind: Kind = "scale_up" if operation.target > before else "scale_down"
+        under_way = UnderWay(self._state, operation)
+
+        def resized() -> float:
             with self._changes.priced(kind, f"{operation.target} expert actors") as price:
-                stall_s = price(self._resize(operation.target, report))
-            with self._state.changing() as coordinator:
-                seconds = time.monotonic() - started
-                self._wanted_before = self._wanted
-                coordinator.operations.succeeded(operation.id, time.time(), seconds - stall_s, stall_s)
-        except _Cancelled:
+                return price(self._resize(operation.target, under_way.report))
+
+        def settled() -> None:
+            self._wanted_before = self._wanted
+
+        def stopped() -> None:
             self._end_idle()
-            with self._state.changing() as coordinator:
+            with self._state.reading() as coordinator:
                 self._wanted = len(coordinator.actors())
-                coordinator.operations.cancelled(operation.id, time.time())
-        except Exception as error:
-            is_ours = isinstance(error, MoeClusterError)
-            logger.log(logging.WARNING if is_ours else logging.ERROR, "%s failed", operation.id, exc_info=not is_ours)
+
+        def undone() -> None:
             self._wanted = before
             self._end_idle()
-            text = str(error) if is_ours else f"{type(error).__name__} in the coordinator; see its log"
-            with self._state.changing() as coordinator:
-                coordinator.operations.failed(operation.id, text, time.time())
+
+        try:
+            under_way.run(resized, done=settled, cancelled=stopped, failed=undone)
         finally:
             self._wanted_before = self._wanted
             self._changes.end()

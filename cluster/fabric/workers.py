@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from actors.compress.settings import CompressionSettings
 from actors.moe.settings import BalanceSettings
 from actors.values import (
     Address,
@@ -412,18 +413,24 @@ class RouterWorker:
         return course
 
     @ray.method(concurrency_group=TRAIN)
-    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings, job: Job | None = None) -> Course:
+    def begin_run(
+        self,
+        optimizer: OptimizerConfig,
+        balance: BalanceSettings,
+        compression: CompressionSettings,
+        job: Job | None = None,
+    ) -> Course:
         """`job`: whose run it is, for a coordinator that comes to know it from here."""
         from actors.optim import OptimizerSettings
 
         values = asdict(optimizer)
         settings = OptimizerSettings(**{k: values[k] for k in OptimizerSettings().to_dict()})
-        return self._follow(job, self._router.begin_run(settings, balance), 0)
+        return self._follow(job, self._router.begin_run(settings, balance, compression), 0)
 
     @ray.method(concurrency_group=TRAIN)
-    def continue_run(self, balance: BalanceSettings, job: Job) -> Course:
+    def continue_run(self, balance: BalanceSettings, compression: CompressionSettings, job: Job) -> Course:
         """Of a job that goes on after the step that it has done."""
-        return self._follow(job, self._router.continue_run(balance), job.step)
+        return self._follow(job, self._router.continue_run(balance, compression), job.step)
 
     @ray.method(concurrency_group=TRAIN)
     def take_snapshot(self) -> SnapshotTaken:
