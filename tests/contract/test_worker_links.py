@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from actors.compress.settings import CompressionSettings
 from actors.errors import PeerLost
 from actors.moe.settings import BalanceSettings
 from actors.transport.curve import LinkKeys
@@ -89,7 +90,7 @@ def test_routers_tell_a_new_coordinator_who_leads(config, secured):
     leader = first.load(PLACEMENT, contacts, None, 0, None, 0, keys)
     replica = second.load_replica(None, 0, keys)
     assert second.standing() is None
-    first.begin_run(OptimizerConfig(), BalanceSettings(), job)
+    first.begin_run(OptimizerConfig(), BalanceSettings(), CompressionSettings(), job)
     first.join(replica)
     second.follow(first.following())
     second.follow(Following(None, Course(0, 0)))
