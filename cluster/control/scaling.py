@@ -268,21 +268,23 @@ def actors_to_remove(
     """Who of the living `actors` goes so that `keep` stay, first to last.
 
     `leaving`: nodes that are being drained. Theirs go first whatever the redundancy, which they could not serve for
-    long. Of the others go those that leave `redundancy` nodes, where `keep` allows it, then those with the fewest
-    groups to move, one by one; then those on the fullest node, and the newest.
+    long. Of the others go those that leave `redundancy` nodes, where `keep` allows it, and as many zones, then those
+    with the fewest groups to move, one by one; then those on the fullest node, and the newest.
     """
     _require(keep >= 1, "actors", "is below 1", keep, "keep 1 or more")
     place = {actor.id: number for number, actor in enumerate(actors)}
     held = {actor.id: placement.held_by(actor.id) for actor in actors}
     node_of = {actor.id: actor.node for actor in actors}
     """Of those that stay so far."""
+    zone_of = {actor.id: actor.zone for actor in actors}
 
-    def cost(actor: str) -> tuple[bool, int, int, int, int]:
-        sizes = Counter(node_of.values())
+    def cost(actor: str) -> tuple[bool, bool, int, int, int, int]:
+        sizes, zones = Counter(node_of.values()), Counter(zone_of[other] for other in node_of)
         loses_node = len(sizes) <= redundancy and sizes[node_of[actor]] == 1
+        loses_zone = 1 < len(zones) <= redundancy and zones[zone_of[actor]] == 1
         others = ({node_of[o] for o in placement.holders[g] if o in node_of and o != actor} for g in held[actor])
         num_moves = sum(len(nodes) < redundancy for nodes in others)
-        return loses_node, num_moves, -sizes[node_of[actor]], len(held[actor]), -place[actor]
+        return loses_node, loses_zone, num_moves, -sizes[node_of[actor]], len(held[actor]), -place[actor]
 
     gone: list[str] = []
     while len(node_of) > keep:

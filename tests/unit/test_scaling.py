@@ -296,6 +296,7 @@ def test_limits_steps_and_cool_down_hold_whatever_comes(
 
 
 @given(st.lists(st.floats(-1e6, 0.0), max_size=100), st.sampled_from([0.0, 4.0]))
+@settings(deadline=None)
 def test_a_clock_that_runs_backwards_scales_nothing(jumps: list[float], need: float) -> None:
     now, state = 1e9, ScalingState(seen_s=1e9, above_s=0.0, below_s=290.0, fits=1)
     for jump in jumps:
