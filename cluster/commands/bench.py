@@ -129,6 +129,7 @@ BENCHES = {
         _on_a_cluster("serve"),
         rounds=5,
     ),
+    "metrics": Bench("training while metrics are scraped every second, against without them", _on_a_cluster("metrics")),
     "memory": Bench("loading a quarter of the experts, against loading the whole model", _alone("memory")),
     "planner": Bench("placement of experts by load, against the public EPLB algorithm", _alone("planner")),
     "experts": Bench("training one expert behind a link, against the same expert in one process", _experts),
