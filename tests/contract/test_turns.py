@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 from actors.expert import ExpertHost
@@ -20,9 +21,12 @@ def question(training: bool, number: int) -> Message:
 def test_requests_overtake_training_and_do_not_stop_it() -> None:
     """The first question is answered when all others have arrived."""
     seen: list[tuple[bool, int]] = []
+    is_held = threading.Event()
 
     def handle(peer: str, asked: Message) -> Message:
         deadline = time.monotonic() + WAIT_S
+        if asked.op == "hold":
+            is_held.set()
         while asked.op == "hold" and len(server._turns) < 2 * COUNT and time.monotonic() < deadline:
             server._take_in(10)
         if asked.op == "forward":
@@ -38,6 +42,7 @@ def test_requests_overtake_training_and_do_not_stop_it() -> None:
     try:
         holder, training, serving = links
         waiting = [holder.start(Message("hold"))]
+        assert is_held.wait(WAIT_S)
         waiting += [training.start(question(True, n)) for n in range(COUNT)]
         waiting += [serving.start(question(False, n)) for n in range(COUNT)]
         for pending in waiting:
