@@ -276,7 +276,7 @@ def test_the_death_of_an_actor_with_copies_loses_no_update(source: ModelSource) 
 
         def kill(number: int) -> None:
             if number == 4:
-                assert local.members["expert-1"].host.updates.max_lag == 2
+                assert local.members["expert-1"].host.updates.max_lag >= 2
                 local.members["expert-1"].kill()
 
         losses, weights = run_held(local, 2, between=kill)
