@@ -148,6 +148,7 @@ def _check_model(config: ModelConfig, check: _Check) -> None:
 
 def _check_ray(config: RayConfig, check: _Check) -> None:
     check.at_least("nodes", config.nodes, 1)
+    check.within("zones", config.zones, 0, config.nodes)
     check.above("start_timeout_s", config.start_timeout_s, 0)
     check.at_least("orphan_timeout_s", config.orphan_timeout_s, 5)
     check.at_least("revive_after_s", config.revive_after_s, 0)

@@ -124,6 +124,7 @@ BENCHES = {
     ),
     "links": Bench("a message over an encrypted link between hosts, against the same in the clear", _alone("links")),
     "train": Bench("training tokens a second, against plain transformers in one process", _on_a_cluster("train")),
+    "metrics": Bench("training while metrics are scraped every second, against without them", _on_a_cluster("metrics")),
     "memory": Bench("loading a quarter of the experts, against loading the whole model", _alone("memory")),
     "planner": Bench("placement of experts by load, against the public EPLB algorithm", _alone("planner")),
     "experts": Bench("training one expert behind a link, against the same expert in one process", _experts),

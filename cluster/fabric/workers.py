@@ -36,6 +36,7 @@ from cluster.config import ClusterConfig, OptimizerConfig
 from cluster.control.coordinator import ModelFacts
 from cluster.control.jobtable import job_of_dict
 from cluster.fabric.calls import call
+from cluster.fabric.measures import Measures
 from cluster.fabric.options import CONTROL, COORDINATOR, ROUTER, SERVE, TRAIN
 from cluster.fabric.standing import ExpertStanding, Following, RouterStanding, Watch
 from cluster.jobs.batches import MicroBatch
@@ -86,6 +87,7 @@ class ExpertWorker:
     def __init__(self, name: str, config: ClusterConfig) -> None:
         _import_torch(config.experts.threads)
         self._name, self._config = name, config
+        self._measures = Measures(config.experts.device)
         self._watch = Watch(config)
         self._contact: ExpertContact | None = None
         self._bind_host = "127.0.0.1" if config.ray.mode == "embedded" else ray.util.get_node_ip_address()
@@ -159,7 +161,7 @@ class ExpertWorker:
         return server
 
     def _open_peer(self, name: str, address: Address) -> Link:
-        return _open_link(name, address, self._name, self._config, self._keys)
+        return self._measures.opened(_open_link(name, address, self._name, self._config, self._keys))
 
     def arrive(self, group: int, owner: ExpertContact, timeout_s: float) -> int:
         """Brings a group here from its owner, which goes on meanwhile. -> bytes that came."""
@@ -195,7 +197,7 @@ class ExpertWorker:
 
     def vitals(self) -> dict[str, Any]:
         self._watch.vitals_asked()
-        return {**self._host.status(), "busy_s": self._server.busy_s}
+        return {**self._host.status(), **self._measures.told(), "busy_s": self._server.busy_s}
 
     def wait_until_death(self) -> None:
         """Does not return: the caller's reference fails the moment this process is gone. Only when another coordinator
@@ -209,6 +211,7 @@ class RouterWorker:
     def __init__(self, name: str, config: ClusterConfig) -> None:
         _import_torch(config.router.threads)
         self._name, self._config = name, config
+        self._measures = Measures(config.router.device)
         self._sessions: set[str] = set()
         self._watch = Watch(config)
         self._replica: Replica | None = None
@@ -313,7 +316,8 @@ class RouterWorker:
         return promotion
 
     def _open_replica(self, replica: RouterContact) -> Link:
-        return _open_link(replica.name, replica.address, self._name, self._config, self._keys)
+        link = _open_link(replica.name, replica.address, self._name, self._config, self._keys)
+        return self._measures.opened(link)
 
     def _find_peer(self, name: str, contact: Mapping[str, Any]) -> Peer:
         addresses = {key: Address(**contact[key]) for key in ("address", "exchange")}
@@ -323,11 +327,14 @@ class RouterWorker:
         from actors.dispatcher import Peer
 
         return Peer(
-            lambda: _open_link(expert.name, expert.address, self._name, self._config, self._keys),
+            lambda: self._open_expert(expert),
             expert.exchange,
             near=expert.node_id == self._node_id,
             contact=asdict(expert),
         )
+
+    def _open_expert(self, expert: ExpertContact) -> Link:
+        return self._measures.opened(_open_link(expert.name, expert.address, self._name, self._config, self._keys))
 
     def _roster(self, placement: Placement, experts: Sequence[ExpertContact]) -> Roster:
         from actors.dispatcher import Roster
@@ -503,7 +510,7 @@ class RouterWorker:
     @ray.method(concurrency_group=CONTROL)
     def vitals(self) -> dict[str, Any]:
         self._watch.vitals_asked()
-        return self._router.vitals()
+        return {**self._router.vitals(), **self._measures.told()}
 
     @ray.method(concurrency_group=SERVE)
     def logits(self, ids: MicroBatch) -> Any:
