@@ -169,10 +169,6 @@ class ActorStatus:
     """Kind of its link to the router, e.g. `socket/ipc`."""
     cache: ExpertCache | None = None
     """Of an expert actor whose device does not hold all its groups."""
-    merged_updates: int = 0
-    """Committed updates that were made as part of others, since it was behind (expert actors)."""
-    pinned_bytes: int = 0
-    """Bytes beside those, for pinned versions alone."""
     zone: str = ""
     """Of the node; empty if it is not known."""
     link_use: tuple[LinkUse, ...] = ()
@@ -183,6 +179,10 @@ class ActorStatus:
     """Requests that wait at a router for their turn."""
     queue_s: float = 0.0
     """How long the first of them has."""
+    merged_updates: int = 0
+    """Committed updates that were made as part of others, since it was behind (expert actors)."""
+    pinned_bytes: int = 0
+    """Bytes beside `memory_bytes`, for pinned versions alone."""
 
 
 @dataclass(frozen=True)

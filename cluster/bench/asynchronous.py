@@ -55,8 +55,8 @@ OPTIMIZERS: Mapping[str, OptimizerSettings] = {
     "muon": OptimizerSettings(experts="muon"),
     "muon_corrected": OptimizerSettings(experts="muon", delay_correction=1.0),
 }
-"""DC-ASGD's own strength, 2, is for gradients of single samples' size: the square of a mean over hundreds of tokens is
-that much smaller than the mean of their squares, which stands for the curvature. Of 1, 20, 100, 200 and 600 for AdamW,
+"""Strengths of about 1, as the paper's, do little for AdamW here: the square of a mean over hundreds of tokens is that
+much smaller than the mean of their squares, which stands for the curvature. Of 1, 20, 100, 200 and 600 for AdamW,
 1, 5 and 20 for Muon, these left least (s = 4, one seed)."""
 RECENT_STEPS = 20
 """That a loss of training is averaged over."""

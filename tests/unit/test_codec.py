@@ -123,8 +123,6 @@ ACTORS = st.builds(
         wait_s=st.floats(allow_nan=False),
         device_bytes=COUNTS,
     ),
-    merged_updates=COUNTS,
-    pinned_bytes=COUNTS,
     zone=NAMES,
     link_use=st.lists(
         st.builds(LinkUse, kind=NAMES, sent_bytes=COUNTS, received_bytes=COUNTS, wait_s=st.floats(allow_nan=False)),
@@ -140,6 +138,8 @@ ACTORS = st.builds(
     ),
     num_waiting=SIZES,
     queue_s=st.floats(allow_nan=False),
+    merged_updates=COUNTS,
+    pinned_bytes=COUNTS,
 )
 PINS = st.builds(Pin, name=NAMES, version=COUNTS, created_s=TIMES, expires_s=st.none() | TIMES)
 FLOATS = st.floats(allow_nan=False)

@@ -90,13 +90,13 @@ def _actor_to_message(actor: ActorStatus) -> pb.ActorStatus:
         tokens=actor.tokens,
         link=actor.link,
         cache=pb.ExpertCache(**asdict(actor.cache)) if actor.cache else None,
-        merged_updates=actor.merged_updates,
-        pinned_bytes=actor.pinned_bytes,
         zone=actor.zone,
         link_use=[pb.LinkUse(**asdict(use)) for use in actor.link_use],
         gpu=pb.GpuUse(**asdict(actor.gpu)) if actor.gpu else None,
         num_waiting=actor.num_waiting,
         queue_s=actor.queue_s,
+        merged_updates=actor.merged_updates,
+        pinned_bytes=actor.pinned_bytes,
     )
 
 
@@ -114,13 +114,13 @@ def _actor_from_message(message: pb.ActorStatus) -> ActorStatus:
         tokens=message.tokens,
         link=message.link,
         cache=_cache_from_message(message.cache) if message.HasField("cache") else None,
-        merged_updates=message.merged_updates,
-        pinned_bytes=message.pinned_bytes,
         zone=message.zone,
         link_use=tuple(LinkUse(use.kind, use.sent_bytes, use.received_bytes, use.wait_s) for use in message.link_use),
         gpu=_gpu_from_message(message.gpu) if message.HasField("gpu") else None,
         num_waiting=message.num_waiting,
         queue_s=message.queue_s,
+        merged_updates=message.merged_updates,
+        pinned_bytes=message.pinned_bytes,
     )
 
 
