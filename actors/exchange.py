@@ -15,6 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from actors.errors import InvalidInput, LinkError, MoeClusterError, PeerLost, StepAborted
+from actors.keeping import OPS as KEEPING
+from actors.keeping import Keeper
 from actors.transport.contract import Handler, Link, Pending
 from actors.transport.message import Message, error_answer
 from actors.values import Address
@@ -53,6 +55,8 @@ class Exchange:
         self.name = name
         self.on_follow: Handler = lambda peer, question: error_answer(InvalidInput("nothing is here to follow"))
         self.on_update: Callable[[], None] = lambda: None
+        self.keeper = Keeper()
+        """Of snapshots, this host's own and those of its peers."""
         self._open_peer = open_peer
         self.timeout_s = timeout_s
         self._addresses: dict[str, Address] = {}
@@ -66,6 +70,8 @@ class Exchange:
         """(group, layer) -> version after it -> update."""
 
     def handle(self, peer: str, question: Message) -> Message:
+        if question.op in KEEPING:
+            return self.keeper.handle(peer, question)
         try:
             match question.op:
                 case "partial" | "sum":

@@ -92,6 +92,8 @@ class ExpertHost:
         self._arrivals = Arrivals(self.exchange, lambda: self.holdings)
         self.snapshot: Snapshot[ExpertKey] | None = None
         """The last one that was asked for, until `drop_snapshot`."""
+        self.for_peers: Snapshot[ExpertKey] | None = None
+        """The same, of one that is to be kept in memory: until it is on its way."""
         self._timeout_s = timeout_s
         self._handlers: dict[str, Callable[[Message], Message]] = {
             "forward": self._forward,
@@ -356,7 +358,7 @@ class ExpertHost:
             "run": self._run,
             "attempt": self._step.attempt.number,
             "term": self._term,
-            "memory_bytes": self._memory_bytes,
+            "memory_bytes": self._memory_bytes + self.exchange.keeper.num_bytes(),
             "cache": self.holdings.cache_counters(),
         }
 
@@ -394,8 +396,12 @@ class ExpertHost:
         if version != self.version:
             raise StepAborted(f"a snapshot of version {version} is asked for, {self.version} is here")
         owned = self._copies.owned(self.groups)
-        self.snapshot = None  # its memory first
-        self.snapshot = self.holdings.snapshot(owned, version, int(fields["run"]))
+        if fields.get("for_peers"):
+            self.for_peers = None  # its memory first
+            self.for_peers = self.holdings.snapshot(owned, version, int(fields["run"]))
+        else:
+            self.snapshot = None
+            self.snapshot = self.holdings.snapshot(owned, version, int(fields["run"]))
         return Message("ok", {"groups": owned, "version": version})
 
     def drop_snapshot(self) -> None:
