@@ -352,7 +352,7 @@ def test_a_snapshot_that_was_being_made_is_not_used(
         here.train(*range(1, 10))
 
         def die(name: str) -> None:
-            if name == "expert-2":
+            if name == "expert-0":  # whose peer it is
                 here.kill("expert-1")
 
         here.crew.before_keeping = die
