@@ -129,6 +129,10 @@ class Dispatcher:
 
     def reopen(self) -> list[str]:
         """Opens closed links again. -> actors that are gone for good; none if this one reroutes around them."""
+        if self._lost and self._table.missing:
+            # Nobody can stand in for them. Links may have ended though their actors live, which is for others to judge.
+            self._lost.clear()
+            self._build_table()
         gone = []
         for name, link in self.links.items():
             if link.closed and name not in self._lost:

@@ -14,7 +14,9 @@ from cluster.chaos.record import Gap, Look, Record, Span
 from cluster.chaos.report import MB, tokens_per_s
 from cluster.chaos.schedule import KINDS
 
-COLOURS = dict(zip(KINDS, ("tab:red", "tab:blue", "tab:green", "tab:purple", "tab:orange"), strict=True))
+COLOURS = dict(
+    zip(KINDS, ("tab:red", "tab:blue", "tab:green", "tab:purple", "tab:orange", "tab:brown", "tab:pink"), strict=True)
+)
 
 
 def draw_timeline(path: Path, record: Record) -> None:

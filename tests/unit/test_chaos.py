@@ -79,7 +79,16 @@ def test_victims() -> None:
     assert [a.id for a in victims(Fault(1, "freeze", 5, 0.99), here)] == ["expert-2"]
     assert [a.id for a in victims(Fault(1, "node", 5, 0.0), here)] == ["expert-0", "expert-2"]
     assert victims(Fault(1, "scale", 5, 0.5), here) == ()
+    assert [a.id for a in victims(Fault(1, "cut", 5, 0.5), here)] == ["expert-1"]
     assert victims(Fault(1, "kill", 5, 0.5), status(router)) == ()
+
+
+def test_any_router_may_be_hit() -> None:
+    routers = actor(1, role="router"), actor(0, role="router"), actor(2, role="router", state="lost")
+    here = status(*routers, actor(0))
+    assert [a.id for a in victims(Fault(1, "router", 5, 0.0), here)] == ["router-0"]
+    assert [a.id for a in victims(Fault(1, "router", 5, 0.99), here)] == ["router-1"]
+    assert victims(Fault(1, "router", 5, 0.5), status(actor(0))) == ()
 
 
 def test_scaling_goes_one_off_and_back() -> None:
@@ -97,7 +106,10 @@ def test_scaling_goes_one_off_and_back() -> None:
 def test_a_cluster_that_has_not_noticed_is_not_whole() -> None:
     here = status(actor(0), actor(1), actor(2))
     assert what_is_missing(here, 3) == ""
-    assert "expert-1 not missed" in what_is_missing(here, 3, {"expert-1", "expert-9"})
+    assert "expert-1 not missed" in what_is_missing(here, 3, {1001, 1009})
+    dead, its_successor = actor(0, role="router"), replace(actor(0, role="router"), pid=77)
+    assert "router-0 not missed" in what_is_missing(status(dead), 0, {dead.pid})
+    assert what_is_missing(status(its_successor), 0, {dead.pid}) == ""
     assert what_is_missing(here, 4) == "3 of 4 expert actors"
     assert what_is_missing(replace(here, message="degraded: group 1"), 3) == "degraded: group 1"
     assert what_is_missing(replace(here, ready=False), 3) == "not ready"
