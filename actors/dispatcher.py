@@ -286,6 +286,8 @@ class Dispatcher:
                     link.call(Message(op, fields), self._timeout_s)
                 except MoeClusterError as error:
                     logger.info("%s was not told to %s: %s", link.peer, op, error)
+                    if isinstance(error, PeerLost):
+                        link.close()  # so that it is opened again before the next try, not found broken in it
 
     def close(self) -> None:
         for link in self.links.values():

@@ -109,10 +109,14 @@ class Exchange:
     def start(self, peer: str, question: Message) -> Pending:
         """`StepAborted` naming the peer if it cannot be reached."""
         try:
+            if (link := self._links.get(peer)) is not None and not link.closed:
+                try:
+                    return link.start(question)
+                except PeerLost:  # it has ended since it was used last, which says nothing of the peer
+                    link.close()
             if peer in self._cut_off:
                 raise PeerLost("it was cut off", peer=peer)
-            if peer not in self._links or self._links[peer].closed:
-                self._links[peer] = self._open_peer(peer, self._addresses[peer])
+            self._links[peer] = self._open_peer(peer, self._addresses[peer])
             return self._links[peer].start(question)
         except (KeyError, LinkError) as error:
             raise self._lost(peer, error) from error

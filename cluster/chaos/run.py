@@ -238,6 +238,8 @@ class _Disturbed:
         """-> what went wrong beyond what was meant to."""
         if kind == "scale":
             return self._scale(target)
+        if kind == "coordinator":
+            return "" if self._service.kill_coordinator() else "there was none to kill"
         if kind == "stall":
             self._freezer.freeze(hit[0], schedule.STALL_S)
             self._wait(schedule.STALL_S + SETTLED_S, "stall")
@@ -260,6 +262,8 @@ class _Disturbed:
         names = ", ".join(actor.id for actor in hit)
         if fault.kind == "scale":
             return f"{self._wanted} to {target} expert actors"
+        if fault.kind == "coordinator":
+            return fault.kind
         return f"{hit[0].node} with {names}" if fault.kind == "node" else names
 
     def _target(self, fault: Fault) -> int:

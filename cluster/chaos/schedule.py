@@ -10,11 +10,13 @@ from typing import Literal, get_args
 from actors.errors import InvalidInput
 from cluster.backend import ActorStatus, ClusterStatus
 
-Kind = Literal["kill", "freeze", "stall", "node", "scale", "router", "cut"]
+Kind = Literal["kill", "freeze", "stall", "node", "scale", "router", "cut", "coordinator"]
 """kill: kill -9 of an expert actor. freeze: SIGSTOP of one, for longer than heartbeats may be missing. stall: the same
 for less than that. node: kill -9 of a node with all of its expert actors; it comes back by `ray.revive_after_s`.
 scale: one expert actor more or fewer. router: kill -9 of a router. cut: all links of an expert actor end while its
-process lives, and once more those that are opened then."""
+process lives, and once more those that are opened then. coordinator: kill -9 of it."""
+NOBODY: tuple[Kind, ...] = ("scale", "coordinator")
+"""Faults that hit none of the actors that the status tells of."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 DEFAULT_KINDS: tuple[Kind, ...] = ("kill", "freeze", "stall", "scale")
 
@@ -55,9 +57,9 @@ def _faults(chance: random.Random, mtbf_s: float, min_gap_s: float, kinds: list[
 
 
 def victims(fault: Fault, status: ClusterStatus) -> tuple[ActorStatus, ...]:
-    """Actors that the fault hits; none for `scale`."""
+    """Actors that the fault hits; none for `NOBODY`."""
     actors = ready(status, "router" if fault.kind == "router" else "expert")
-    if fault.kind == "scale" or not actors:
+    if fault.kind in NOBODY or not actors:
         return ()
     if fault.kind != "node":
         return (actors[int(fault.pick * len(actors))],)

@@ -56,6 +56,16 @@ class ServiceProcess:
                     rss_bytes[name], handles[name] = process.memory_info().rss, process.num_fds()
         return Vitals(time.time(), rss_bytes, handles, num_processes)
 
+    def kill_coordinator(self) -> bool:
+        """kill -9. -> whether there was one."""
+        self._remember()
+        process, self._coordinator = self._coordinator, None
+        with suppress(psutil.Error):
+            if process is not None:
+                process.kill()
+                return True
+        return False
+
     def end(self) -> list[str]:
         """As Ctrl-C does. -> titles of the processes that outlived it, which are killed."""
         with suppress(psutil.Error):

@@ -40,7 +40,7 @@ def test_a_step_runs_again_over_new_links(source: ModelSource, redundancy: int) 
         found = losses(local, 1)
         assert cut_links(os.getpid()) >= 2 * 2, "two links to each of two actors"
         report = local.router.train_step([IDS], lr=1e-2, clip_norm=1.0)
-        assert report.retries >= 1
+        assert report.retries == 1, "hosts open their links to each other within it"
         assert [*found, report.loss, *losses(local, 1)] == pytest.approx(expected, rel=1e-9)
 
 

@@ -79,6 +79,7 @@ def test_victims() -> None:
     assert [a.id for a in victims(Fault(1, "freeze", 5, 0.99), here)] == ["expert-2"]
     assert [a.id for a in victims(Fault(1, "node", 5, 0.0), here)] == ["expert-0", "expert-2"]
     assert victims(Fault(1, "scale", 5, 0.5), here) == ()
+    assert victims(Fault(1, "coordinator", 5, 0.5), here) == ()
     assert [a.id for a in victims(Fault(1, "cut", 5, 0.5), here)] == ["expert-1"]
     assert victims(Fault(1, "kill", 5, 0.5), status(router)) == ()
 
