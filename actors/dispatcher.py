@@ -93,6 +93,8 @@ class Dispatcher:
         self._held: dict[str, list[int]] = {}
         self._lost: set[str] = set()
         """Without a living link; only of a dispatcher that reroutes."""
+        self._just_lost: set[str] = set()
+        """Those of them that were not tried again."""
         self._timeout_s, self._turn, self._reroutes = timeout_s, turn, reroutes
         self._num_experts = num_experts
         self._names: list[str] = []
@@ -125,13 +127,14 @@ class Dispatcher:
             self._num_experts = num_experts
             self.load_LE = torch.zeros(len(self.load_LE), num_experts, dtype=torch.int64)
         self._lost.clear()
+        self._just_lost.clear()
         self._build_table()
 
     def reopen(self) -> list[str]:
         """Opens closed links again. -> actors that are gone for good; none if this one reroutes around them."""
-        if self._lost and self._table.missing:
-            # Nobody can stand in for them. Links may have ended though their actors live, which is for others to judge.
-            self._lost.clear()
+        # A link may end though its actor lives: once it is tried again, and as long as nobody can stand in for it.
+        if again := self._lost if self._lost and self._table.missing else self._just_lost:
+            self._lost = self._lost - again
             self._build_table()
         gone = []
         for name, link in self.links.items():
@@ -145,7 +148,13 @@ class Dispatcher:
                     gone.append(name)
         for name in gone if self._reroutes else ():
             self._lose(name)
+        self._just_lost.clear()
         return [] if self._reroutes else gone
+
+    @property
+    def lost(self) -> frozenset[str]:
+        """Actors that are rerouted around."""
+        return frozenset(self._lost)
 
     def close_links(self, names: Sequence[str]) -> None:
         """Others cannot reach these: whether they are gone is found out by opening the links again."""
@@ -177,6 +186,7 @@ class Dispatcher:
         logger.warning("%s is lost; its work goes to other holders of its experts", name)
         self.links[name].close()
         self._lost.add(name)
+        self._just_lost.add(name)
         self._build_table()
 
     # -- a layer ------------------------------------------------------------------------------------------------------

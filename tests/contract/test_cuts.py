@@ -54,6 +54,7 @@ def test_requests_go_on_over_new_links(source: ModelSource, redundancy: int) -> 
         except StepAborted:  # cut in the middle of a pass, with those who could stand in
             found = local.router.serving.logits(IDS)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        assert len(local.router.status()) == 2, "both serve again"
 
 
 def test_listening_sockets_and_other_connections_stay(source: ModelSource) -> None:
