@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from actors.compress.pieces import pieces_of
+from actors.compress.settings import CompressionSettings
 from actors.growing import Blueprint, GrownTrunk, base_settings, blank_trunk
 from actors.moe.settings import GateSettings
 from actors.optim import OptimizerSettings, adamw, scale_gradients, set_lr
-from actors.pieces import GradientPieces
+from actors.pieces import bucket_bytes
 from actors.routing import Opening, Routing
 from actors.snapshots import copy_all, moments, set_moments
 from actors.trunk.checkpoint import CheckpointReader
@@ -41,7 +43,7 @@ class Learner:
         self.memory_bytes = self._measure()
         """With gradients and moments once there was a step."""
         self._piece_bytes = piece_bytes
-        self.pieces = GradientPieces(self.parameters(), piece_bytes)
+        self.compress(CompressionSettings())
         self.on_new_model: Callable[[], None] = lambda: None
         """`trunk`, `view` and `routing` are others now: growth, or a return to before one."""
 
@@ -59,15 +61,24 @@ class Learner:
         self.settings = settings
         self.optimizer = self._new_optimizer()
 
+    def compress(self, settings: CompressionSettings) -> None:
+        """Gradients travel so between routers from now on; errors of before are forgotten. `InvalidInput` where the
+        trunk's dtype cannot be compressed."""
+        parameters = self.parameters()
+        self.pieces = pieces_of(parameters, settings, bucket_bytes(parameters, self._piece_bytes))
+        self.compression = settings
+
     def update(self, lr: float, scale: float) -> None:
         scale_gradients(self.parameters(), scale)
         set_lr(self.optimizer, lr)
         self.optimizer.step()
+        self.pieces.keep()
         self.memory_bytes = self._measure()
         self.optimizer.zero_grad(set_to_none=True)
 
     def drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+        self.pieces.drop()
         self.routing.take_loss()
 
     # -- state in and out ---------------------------------------------------------------------------------------------
@@ -92,6 +103,7 @@ class Learner:
         self.routing.opening = None
         copy_all(self.state(), {name: tensor for name, tensor in found.items() if name not in opening})
         self.routing.opening = Opening.of({name.removeprefix(_ROUTING): t for name, t in opening.items()})
+        self.pieces.forget()
         self.begin_run(settings)
         set_moments(self.optimizer, self._named_parameters(), optimizer)
 
@@ -100,6 +112,7 @@ class Learner:
         load_weights(self.trunk, reader)
         self.routing.load(Path(path))
         self.routing.opening = None
+        self.pieces.forget()
         self.begin_run(self.settings)
 
     # -- growth -------------------------------------------------------------------------------------------------------
@@ -130,7 +143,7 @@ class Learner:
     def _put_on(self, blueprint: Blueprint, trunk: PreTrainedModel, view: PreTrainedModel, routing: Routing) -> None:
         self.source, self.skeleton = blueprint.source, blueprint.skeleton
         self.trunk, self.view, self.routing = trunk, view, routing
-        self.pieces = GradientPieces(self.parameters(), self._piece_bytes)
+        self.compress(self.compression)
         self.on_new_model()
 
     # -- inside -------------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from actors.errors import InvalidInput
 
 PIECE_BYTES = 64 << 20
+"""Most of a message."""
+BUCKET_BYTES, MAX_BUCKETS = 1 << 20, 128
 Span = tuple[int, int, int]
 """Number of a parameter, and from where to where of it, flat."""
 
@@ -22,6 +24,7 @@ class GradientPieces:
 
     def __init__(self, parameters: Sequence[nn.Parameter], max_bytes: int = PIECE_BYTES) -> None:
         self._parameters = list(parameters)
+        self._max_bytes = max_bytes
         self._pieces = _cut(self._parameters, max_bytes)
 
     def __len__(self) -> int:
@@ -41,6 +44,30 @@ class GradientPieces:
         """Gradients of any value for exactly these parameters, to be written piece by piece."""
         for parameter, is_present in zip(self._parameters, self._checked(present_P), strict=True):
             parameter.grad = torch.empty_like(parameter) if is_present else None
+
+    def parameters_of(self, piece: int) -> set[int]:
+        """Numbers of those that it has a part of."""
+        return {number for number, _, _ in self._pieces[piece]}
+
+    # -- what is sent may be another form of the gradients, with a memory: see `actors.compress.pieces` ----------------
+
+    def pack(self, piece: int) -> Tensor:
+        """As it is sent, once the attempt's gradients of its parameters are complete. [N]"""
+        return self.read(piece)
+
+    def squeeze(self) -> None:
+        """The leader's gradients become what others will make of the pieces that `read` gives from now on."""
+
+    def keep(self) -> None:
+        """What was packed last is committed."""
+
+    def drop(self) -> None:
+        """It was given up."""
+
+    def forget(self) -> None:
+        """What is sent next does not follow on what was sent before."""
+
+    # -- pieces -------------------------------------------------------------------------------------------------------
 
     def read(self, piece: int) -> Tensor:
         """[N], on the CPU; memory of its own. Zeros where there is no gradient."""
@@ -86,6 +113,13 @@ class GradientPieces:
             raise InvalidInput(f"need [{len(self._parameters)}]", field="present_P", value=tuple(present_P.shape))
         present: list[int] = present_P.tolist()
         return present
+
+
+def bucket_bytes(parameters: Sequence[nn.Parameter], most: int = PIECE_BYTES) -> int:
+    """Of a piece that is sent as soon as backward is done with it: small enough that most leave early, and not so small
+    that there are more than `MAX_BUCKETS` where a message could be larger."""
+    total = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    return min(most, max(BUCKET_BYTES, -(-total // MAX_BUCKETS)))
 
 
 def _cut(parameters: Sequence[nn.Parameter], max_bytes: int) -> list[list[Span]]:

@@ -13,12 +13,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from actors.buckets import Buckets, Work
+from actors.compress.settings import CompressionSettings
 from actors.dispatcher import LinkOpener, Peer, Roster
 from actors.errors import InvalidInput, LinkError, MoeClusterError, NonFinite, PeerLost, StepAborted
 from actors.exchange import Attempt
 from actors.moe.settings import BalanceSettings
 from actors.optim import OptimizerSettings
-from actors.replicas import parts_in
+from actors.replicas import Tally, parts_in
 from actors.router import Router
 from actors.transport.message import Message, error_answer
 from actors.values import Placement, Promotion, StepReport
@@ -55,6 +57,10 @@ class Replica:
         self._give_up = threading.Event()
         self._attempt = Attempt(0, 0)
         """That the gradients here are of."""
+        self._work: Work | None = None
+        """That computes the part at hand, or did so last."""
+        self._buckets: Buckets | None = None
+        self._tally: Tally | None = None
         self._prepared: Prepared | None = None
         self._missing: set[int] = set()
         """Pieces of the summed gradients that have not come yet."""
@@ -66,6 +72,7 @@ class Replica:
         self._handlers: dict[str, Callable[[Message], Message]] = {
             "accumulate": self._accumulate,
             "gradients": self._gradients,
+            "tally": self._told,
             "prepare": self._prepare,
             "sum": self._sum,
             "commit": self._commit,
@@ -117,6 +124,7 @@ class Replica:
         """
         self._give_up.set()
         with self._lock:
+            self._end_work()
             self._give_up.clear()
             if not self._has_joined:
                 raise StepAborted(f"{self.name} has no trunk yet, it cannot lead")
@@ -137,31 +145,63 @@ class Replica:
     # -- a step -------------------------------------------------------------------------------------------------------
 
     def _accumulate(self, question: Message) -> Message:
-        """Answers load [L, E], which parameters have a gradient [P], and the first piece of the gradients."""
+        """Only begins it: the leader asks for pieces of the gradients and for the tally at once, and each is answered
+        when it is there."""
         fields: Any = question.fields
         attempt = self._expect_next(fields)
         self._drop()
         self._attempt = attempt
+        parts, num_tokens, num_microbatches = parts_in(question), int(fields["num_tokens"]), fields["num_microbatches"]
+        buckets = self._buckets = self.router.new_buckets()
+
+        def compute(should_stop: Callable[[], bool]) -> None:
+            def should_end() -> bool:
+                return should_stop() or self._give_up.is_set()
+
+            try:
+                self._tally = self.router.accumulate(
+                    attempt, parts, num_tokens, int(num_microbatches), should_end, buckets
+                )
+            except BaseException as error:
+                buckets.close(f"{attempt} failed on {self.name}: {error}")
+                raise
+
+        self._work = Work(compute, f"{self.name}-step")
+        return Message("ok")
+
+    def _gradients(self, question: Message) -> Message:
+        piece = self._piece(question)
+        self._expect_work(question).wait(piece)
+        return Message("ok", {}, (self.router.learner.pieces.pack(piece),))
+
+    def _told(self, question: Message) -> Message:
+        """Answers load [L, E], and which parameters have a gradient [P]."""
+        self._expect_work(question)
+        assert self._work is not None
         try:
-            tally = self.router.accumulate(
-                attempt,
-                parts_in(question),
-                int(fields["num_tokens"]),
-                int(fields["num_microbatches"]),
-                self._give_up.is_set,
-            )
+            self._work.result()
         except NonFinite as error:
-            return Message("ok", {"non_finite": str(error), "step": attempt.step})
+            return Message("ok", {"non_finite": str(error), "step": self._attempt.step})
         except PeerLost as error:
             return Message("ok", {"lost": [error.peer]})
         except LinkError as error:
             raise StepAborted(str(error)) from error
+        tally = self._tally
+        assert tally is not None
         told = {"loss": tally.loss, "balance": tally.balance, "num_tokens": tally.num_tokens, "seconds": tally.seconds}
-        pieces = self.router.learner.pieces
-        return Message("ok", told, (self.router.load_LE.clone(), pieces.present_P(), pieces.read(0)))
+        return Message("ok", told, (self.router.load_LE.clone(), self.router.learner.pieces.present_P()))
 
-    def _gradients(self, question: Message) -> Message:
-        return Message("ok", {}, (self.router.learner.pieces.read(self._piece(question)),))
+    def _expect_work(self, question: Message) -> Buckets:
+        attempt = Attempt.of(question.fields)
+        if self._buckets is None or attempt != self._attempt:
+            raise StepAborted(f"{question.op} of {attempt}, {self.name} has those of {self._attempt}")
+        return self._buckets
+
+    def _end_work(self) -> None:
+        """Nothing computes any more."""
+        if self._work is not None:
+            self._work.end()
+        self._work = self._buckets = self._tally = None
 
     def _prepare(self, question: Message) -> Message:
         """From here on serving waits: what other routers commit must not be seen in the middle of a forward."""
@@ -213,7 +253,7 @@ class Replica:
 
     def _hold(self, question: Message) -> Message:
         if not self._is_paused:
-            self._pause.enter_context(self.router.pausing())
+            self._pause.enter_context(self.router.serving.pausing())
             self._is_paused = True
         return Message("ok")
 
@@ -231,13 +271,15 @@ class Replica:
 
     def _begin_run(self, question: Message) -> Message:
         fields: Any = question.fields
-        balance = BalanceSettings(**fields["balance"])
-        self.router.follow_run(int(fields["run"]), OptimizerSettings(**fields["optimizer"]), balance)
+        settings = OptimizerSettings(**fields["optimizer"])
+        self.router.follow_run(int(fields["run"]), settings, *_rules(fields))
         return Message("ok")
 
     def _continue_run(self, question: Message) -> Message:
         fields: Any = question.fields
-        self.router.routing.begin_run(BalanceSettings(**fields["balance"]))
+        balance, compression = _rules(fields)
+        self.router.routing.begin_run(balance)
+        self.router.learner.compress(compression)
         return Message("ok")
 
     def _state(self, question: Message) -> Message:
@@ -257,9 +299,9 @@ class Replica:
     def _take(self, tensors: Mapping[str, Tensor], ticket: Mapping[str, Any]) -> None:
         self._hold(Message("hold"))
         self._drop_gradients()
-        balance, optimizer = BalanceSettings(**ticket["balance"]), OptimizerSettings(**ticket["optimizer"])
+        optimizer = OptimizerSettings(**ticket["optimizer"])
         version, run, num_experts = (int(ticket[key]) for key in ("version", "run", "num_experts"))
-        self.router.take_state(tensors, version, run, optimizer, balance, num_experts)
+        self.router.take_state(tensors, version, run, optimizer, *_rules(ticket), num_experts)
         self._place(ticket)
         self._committed, self._has_joined = None, True
         self._resume()
@@ -335,6 +377,7 @@ class Replica:
         self._resume()
 
     def _drop_gradients(self) -> None:
+        self._end_work()
         self._prepared = None
         self._missing.clear()
         self.router.learner.drop_gradients()
@@ -343,3 +386,7 @@ class Replica:
         """Serving goes on."""
         self._pause.close()
         self._is_paused = False
+
+
+def _rules(fields: Mapping[str, Any]) -> tuple[BalanceSettings, CompressionSettings]:
+    return BalanceSettings(**fields["balance"]), CompressionSettings(**fields["compression"])

@@ -1,7 +1,8 @@
 """Several routers, as the one that leads them sees them: every batch is divided over all, and all make the same update.
 
 The others are replicas: they have the same trunk, bit for bit, links of their own to the expert actors, and serve
-requests like the leader. A step: `accumulate` on every replica while the leader does its own part; the leader sums the
+requests like the leader. A step: `accumulate` on every replica while the leader does its own part; `gradients` are
+asked for at the same time, and each piece comes as soon as a replica's backward is done with it; the leader sums the
 trunk's gradients; `prepare` gives every replica the sum, which it keeps and acknowledges, and from then on its serving
 waits; only when all have, `commit`. Whoever does not answer in time is left out and must not serve any longer.
 
@@ -48,6 +49,15 @@ class Tally:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a replica was asked in a step."""
+
+    gradients: Mapping[int, Pending]
+    """By piece, in the order in which they are asked for: the last first, as backward goes."""
+    tally: Pending
+
+
 class Replicas:
     """One thread at a time, but for `cut` and `lost`."""
 
@@ -59,8 +69,9 @@ class Replicas:
         self._lost: list[str] = []
         self._stumbled: set[str] = set()
         """Replicas of which an attempt at this step has failed that the leader itself had no trouble with."""
-        self._speeds = Speeds()
-        self._asked: dict[str, Pending] = {}
+        self.speeds = Speeds()
+        """What batches are divided by."""
+        self._asked: dict[str, Asked] = {}
 
     def __len__(self) -> int:
         return len(self._links)
@@ -85,7 +96,7 @@ class Replicas:
         """On purpose. Nothing happens for one that is not there."""
         if (link := self._links.pop(name, None)) is not None:
             link.close()
-            self._speeds.forget(name)
+            self.speeds.forget(name)
 
     def cut(self, names: Sequence[str]) -> None:
         """Nothing is waited for from these any longer. From any thread."""
@@ -99,18 +110,19 @@ class Replicas:
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
-    def start(self, attempt: Attempt, microbatches: Sequence[Tensor], num_tokens: int) -> list[Part]:
-        """Divides the batch and gives every replica its part. -> the part of the leader."""
+    def start(self, attempt: Attempt, microbatches: Sequence[Tensor], num_tokens: int, num_pieces: int) -> list[Part]:
+        """Divides the batch, gives every replica its part and asks for its gradients. -> the part of the leader.
+
+        What comes while the leader computes waits in its memory: up to the trunk's gradients of each replica, as sent.
+        """
         sizes = [len(ids_BS) for ids_BS in microbatches]
-        mine, *theirs = parts_of(microbatches, divide(sizes, self._speeds.of([_ME, *self._links])))
+        mine, *theirs = parts_of(microbatches, divide(sizes, self.speeds.of([_ME, *self._links])))
         whole = {**_fields(attempt), "num_tokens": num_tokens, "num_microbatches": len(microbatches)}
         self._asked = {}
         for name, parts in zip(self.names, theirs, strict=True):
             if parts:
-                pending = self._start(name, Message("accumulate", {**whole, **_described(parts)}, (_flat(parts),)))
-                if pending is None:
-                    raise StepAborted(f"{name} is lost")
-                self._asked[name] = pending
+                begin = Message("accumulate", {**whole, **_described(parts)}, (_flat(parts),))
+                self._asked[name] = self._ask_for_part(name, attempt, begin, num_pieces)
         return mine
 
     def collect(self, own: Tally, pieces: GradientPieces, load_LE: Tensor) -> Tally:
@@ -119,21 +131,18 @@ class Replicas:
         `StepAborted` if one of them could not do its part, `NonFinite` if it is not finite.
         """
         asked, self._asked = self._asked, {}
-        self._speeds.note(_ME, own.num_tokens, own.seconds)
+        self.speeds.note(_ME, own.num_tokens, own.seconds)
         deadline = time.monotonic() + STEP_FACTOR * self._timeout_s
-        answers = {name: self._part_of(name, pending, deadline) for name, pending in asked.items()}
+        answers = {name: self._part_of(name, each.tally, deadline) for name, each in asked.items()}
         for name, answer in answers.items():
             part = _tally(answer)
-            self._speeds.note(name, part.num_tokens, part.seconds)
+            self.speeds.note(name, part.num_tokens, part.seconds)
             own = Tally(own.loss + part.loss, own.balance + part.balance, own.num_tokens + part.num_tokens, own.seconds)
             load_LE += answer.tensors[0]
             pieces.make_present(answer.tensors[1])
-        for answer in answers.values():
-            pieces.add(0, answer.tensors[2])
-        for piece in range(1, len(pieces)):
-            started = {name: self._start(name, Message("gradients", {"piece": piece})) for name in answers}
-            for name, pending in started.items():
-                pieces.add(piece, self._required(name, pending).tensors[0])
+        for piece in range(len(pieces)):
+            for name, each in asked.items():
+                pieces.add(piece, self._required(name, each.gradients[piece]).tensors[0])
         return own
 
     def prepare(
@@ -209,6 +218,16 @@ class Replicas:
             self.remove(name)
             self._lost.append(name)
 
+    def _ask_for_part(self, name: str, attempt: Attempt, begin: Message, num_pieces: int) -> Asked:
+        """Nothing waits for an answer here: they come while the leader computes."""
+        fields = _fields(attempt)
+        pieces = {p: Message("gradients", {**fields, "piece": p}) for p in reversed(range(num_pieces))}
+        started = [self._start(name, each) for each in (begin, *pieces.values(), Message("tally", fields))]
+        pending = [each for each in started if each is not None]
+        if len(pending) < len(started):
+            raise StepAborted(f"{name} is lost")
+        return Asked(dict(zip(pieces, pending[1:-1], strict=True)), pending[-1])
+
     def _start(self, name: str, question: Message) -> Pending | None:
         """None where it is lost with that."""
         if name not in self._links:
@@ -268,7 +287,7 @@ def _described(parts: Sequence[Part]) -> dict[str, Any]:
 
 
 def _flat(parts: Sequence[Part]) -> Tensor:
-    return torch.cat([part.ids_BS.reshape(-1).to("cpu", torch.int64) for part in parts])
+    return torch.cat([part.ids_BS.reshape(-1).to("cpu", torch.int32) for part in parts])
 
 
 def parts_in(question: Message) -> list[Part]:
@@ -277,7 +296,7 @@ def parts_in(question: Message) -> list[Part]:
     (flat,) = question.tensors
     pieces = flat.split([rows * length for _, rows, length, _ in described])
     return [
-        Part(int(number), ids.view(rows, length), float(share))
+        Part(int(number), ids.long().view(rows, length), float(share))
         for (number, rows, length, share), ids in zip(described, pieces, strict=True)
     ]
 

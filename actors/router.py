@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from actors.buckets import Buckets
 from actors.commits import LastCommit
+from actors.compress.settings import CompressionSettings
 from actors.dispatcher import Dispatcher, Purpose, Roster
 from actors.division import Part
 from actors.errors import InvalidInput, LinkError, MoeClusterError, NonFinite, PeerLost, StepAborted
@@ -105,22 +107,35 @@ class Router:
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def begin_run(self, settings: OptimizerSettings, balance: BalanceSettings | None = None) -> Course:
-        """A new job: balance rules, optimizer settings and fresh moments, here and on every expert actor."""
+    def begin_run(
+        self,
+        settings: OptimizerSettings,
+        balance: BalanceSettings | None = None,
+        compression: CompressionSettings | None = None,
+    ) -> Course:
+        """A new job: balance rules, optimizer settings and fresh moments, here and on every expert actor; and how the
+        trunk's gradients travel between routers."""
         self.routing.begin_run(balance or BalanceSettings())
+        self.learner.compress(compression or CompressionSettings())
         self._reach_all()
         self._run += 1
         fields = {"optimizer": settings.to_dict(), "run": self._run}
         self._training.ask_all("begin_run", fields)
-        self.replicas.ask("begin_run", {**fields, "balance": asdict(self.routing.balance)})
+        self.replicas.ask("begin_run", {**fields, **self._rules()})
         self.learner.begin_run(settings)
         return self.course
 
-    def continue_run(self, balance: BalanceSettings) -> Course:
-        """A job that goes on from a checkpoint: its balance rules. Its optimizer settings and moments are here."""
+    def continue_run(self, balance: BalanceSettings, compression: CompressionSettings | None = None) -> Course:
+        """A job that goes on from a checkpoint: its balance rules, and how gradients travel. Its optimizer settings and
+        moments are here."""
         self.routing.begin_run(balance)
-        self.replicas.ask("continue_run", {"balance": asdict(balance)})
+        self.learner.compress(compression or CompressionSettings())
+        self.replicas.ask("continue_run", self._rules())
         return self.course
+
+    def _rules(self) -> dict[str, Any]:
+        """Of the job, as replicas are told."""
+        return {"balance": asdict(self.routing.balance), "compression": asdict(self.learner.compression)}
 
     @property
     def routing(self) -> Routing:
@@ -169,9 +184,14 @@ class Router:
         fields = {"step": attempt.step, "attempt": attempt.number}
         num_tokens = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in microbatches)
         self._training.load_LE.zero_()
-        mine = self.replicas.start(attempt, microbatches, num_tokens)
+        pieces = self.learner.pieces
+        mine = self.replicas.start(attempt, microbatches, num_tokens, len(pieces))
         own = self._accumulate(attempt.step, mine, num_tokens, len(microbatches))
-        total = self.replicas.collect(own, self.learner.pieces, self._training.load_LE)
+        total = self.replicas.collect(own, pieces, self._training.load_LE)
+        if len(self.replicas):
+            pieces.squeeze()
+        else:
+            pieces.forget()
         square = square_sum(self.learner.parameters())
         self._last_commit.confirm()
         for phase in ("prepare", "reduce") if self._roster.placement.has_copies else ("prepare",):
@@ -187,7 +207,7 @@ class Router:
             attempt.step, total.loss, norm, num_tokens, own.seconds, retries, load_LE.tolist(), total.balance
         )
         update = {"lr": lr, "scale": scale, "bias_speed": bias_speed}
-        self.replicas.prepare(attempt, update, report, self.learner.pieces, load_LE)
+        self.replicas.prepare(attempt, update, report, pieces, load_LE)
         self.commit(attempt, **update)
         return report
 
@@ -198,6 +218,7 @@ class Router:
         num_tokens: int,
         num_microbatches: int,
         should_stop: Callable[[], bool] = lambda: False,
+        last_backward: AbstractContextManager[None] | None = None,
     ) -> Tally:
         """Forward and backward of parts of a batch, whose losses are normalised by the `num_tokens` of all of it."""
         started = time.monotonic()
@@ -218,7 +239,8 @@ class Router:
                 loss = loss + balance
             if not math.isfinite(total + total_balance):
                 raise NonFinite(f"loss is {total + total_balance}", step=step)
-            loss.backward()
+            with last_backward if last_backward and part is parts[-1] else nullcontext():
+                loss.backward()
             own_tokens += ids_BS.shape[0] * (ids_BS.shape[1] - 1)
         return Tally(total, total_balance, own_tokens, time.monotonic() - started)
 
@@ -492,11 +514,11 @@ class Router:
         tensors = {name: to_host(tensor) for name, tensor in self.learner.state().items()} | self.learner.moments()
         ticket = {
             **self._placing(),
+            **self._rules(),
             "version": self.version,
             "run": self._run,
             "num_experts": self.learner.skeleton.num_experts,
             "optimizer": self.learner.settings.to_dict(),
-            "balance": asdict(self.routing.balance),
         }
         self.replicas.give_state(names, {name: tensor.contiguous() for name, tensor in tensors.items()}, ticket)
 
@@ -521,14 +543,19 @@ class Router:
         num_tokens: int,
         num_microbatches: int,
         should_stop: Callable[[], bool],
+        buckets: Buckets,
     ) -> Tally:
-        """A replica's part of a step; its gradients and load stay here."""
+        """A replica's part of a step; its gradients and load stay here. `buckets` tells which pieces are complete."""
         self._reopen()
         self._attempt = attempt.number
         self._training.load_LE.zero_()
-        tally = self._accumulate(attempt.step, parts, num_tokens, num_microbatches, should_stop)
+        tally = self._accumulate(attempt.step, parts, num_tokens, num_microbatches, should_stop, buckets.watching())
+        buckets.close()
         self._last_commit.confirm()
         return tally
+
+    def new_buckets(self) -> Buckets:
+        return Buckets(self.learner.parameters(), self.learner.pieces)
 
     @property
     def load_LE(self) -> Tensor:
@@ -539,9 +566,12 @@ class Router:
     def placement(self) -> Placement:
         return self._roster.placement
 
-    def follow_run(self, run: int, settings: OptimizerSettings, balance: BalanceSettings) -> None:
+    def follow_run(
+        self, run: int, settings: OptimizerSettings, balance: BalanceSettings, compression: CompressionSettings
+    ) -> None:
         """A replica's `begin_run`."""
         self.routing.begin_run(balance)
+        self.learner.compress(compression)
         self._run = run
         self.learner.begin_run(settings)
 
@@ -560,12 +590,14 @@ class Router:
         run: int,
         settings: OptimizerSettings,
         balance: BalanceSettings,
+        compression: CompressionSettings,
         num_experts: int,
     ) -> None:
         """All that the leader is, but for the placement; `follow` comes next. Serving waits already."""
         self.learner.drop_gradients()
         self._disconnect()
         self.learner.take(tensors, settings, num_experts)
+        self.learner.compress(compression)
         self.routing.begin_run(balance)
         self.version, self._run = version, run
 

@@ -125,6 +125,29 @@ class ExpertCache:
 
 
 @dataclass(frozen=True)
+class LinkUse:
+    """What crossed the links of one kind that an actor opened, since it started."""
+
+    kind: str
+    """E.g. `socket/ipc`."""
+    sent_bytes: int
+    received_bytes: int
+    wait_s: float
+    """That its threads waited for answers."""
+
+
+@dataclass(frozen=True)
+class GpuUse:
+    used_bytes: int
+    """Of the GPU's memory, by whomever."""
+    total_bytes: int
+    allocated_bytes: int
+    """By tensors of this actor."""
+    busy_ratio: float | None = None
+    """Share of the last second or less in which it computed; None where that cannot be told."""
+
+
+@dataclass(frozen=True)
 class ActorStatus:
     id: str
     role: str
@@ -145,6 +168,16 @@ class ActorStatus:
     """Kind of its link to the router, e.g. `socket/ipc`."""
     cache: ExpertCache | None = None
     """Of an expert actor whose device does not hold all its groups."""
+    zone: str = ""
+    """Of the node; empty if it is not known."""
+    link_use: tuple[LinkUse, ...] = ()
+    """Of the links that it opened, one for each kind; those of now and those that ended."""
+    gpu: GpuUse | None = None
+    """None for an actor without one."""
+    num_waiting: int = 0
+    """Requests that wait at a router for their turn."""
+    queue_s: float = 0.0
+    """How long the first of them has."""
 
 
 @dataclass(frozen=True)

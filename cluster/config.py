@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from actors.compress.settings import CompressionSettings
 from actors.moe.settings import BalanceSettings, GateSettings
 
 
@@ -18,6 +19,9 @@ class RayConfig:
     address: str | None = None
     nodes: int = 2
     """Simulated nodes that carry expert actors when embedded (the head takes none)."""
+    zones: int = 0
+    """Zones in which the simulated nodes are, in turn; 0: they have none. Nodes of an existing cluster tell theirs by
+    Ray's label `ray.io/availability-zone`."""
     start_timeout_s: float = 60.0
     detached: bool = False
     """existing: the cluster goes on when the process that has started it ends or is killed. `moe-cluster up` with the
@@ -252,3 +256,5 @@ class JobConfig:
     data: DataConfig = DataConfig()
     eval: EvalConfig = EvalConfig()
     balance: BalanceSettings = field(default_factory=BalanceSettings)
+    compression: CompressionSettings = field(default_factory=CompressionSettings)
+    """Of the trunk's gradients, where there are several routers."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from actors.compress.settings import MAX_RANK
 from cluster.config import (
     ClusterConfig,
     DataConfig,
@@ -91,6 +92,9 @@ def validate_job(config: JobConfig, source: str, *, max_positions: int = 0) -> J
     for name in ("entropy", "frequency", "sequence", "bias_speed"):
         check.at_least(f"balance.{name}", getattr(config.balance, name), 0)
     check.within("balance.bias_share", config.balance.bias_share, 0, 1)
+    check.within("compression.rank", config.compression.rank, 1, MAX_RANK)
+    check.above("compression.share", config.compression.share, 0)
+    check.within("compression.share", config.compression.share, 0, 1)
     check.that(
         config.data.heldout_every > 0 or config.eval.every_steps == 0,
         "data.heldout_every",
@@ -130,6 +134,7 @@ def _check_model(config: ModelConfig, check: _Check) -> None:
 
 def _check_ray(config: RayConfig, check: _Check) -> None:
     check.at_least("nodes", config.nodes, 1)
+    check.within("zones", config.zones, 0, config.nodes)
     check.above("start_timeout_s", config.start_timeout_s, 0)
     check.at_least("orphan_timeout_s", config.orphan_timeout_s, 5)
     check.at_least("revive_after_s", config.revive_after_s, 0)

@@ -17,6 +17,7 @@ from cluster.backend import LoadStep
 
 if TYPE_CHECKING:
     from cluster.bench.balance import Run
+    from cluster.bench.result import Report
 
 Curve = Sequence[tuple[int, float]]
 """(step, loss in nats a token)"""
@@ -114,6 +115,29 @@ def _draw_heldout(axes: plt.Axes, rules: Mapping[str, Sequence[Run]]) -> None:
     axes.invert_yaxis()
     axes.set(xlabel=f"held-out loss against {next(iter(rules))}, % (a dot is a seed)", ylabel="rule, nats a token")
     axes.grid(alpha=0.3, axis="x")
+
+
+def draw_compression(path: Path, report: Report) -> None:
+    """Held-out loss over how many times fewer bytes the gradients take, a line a method, a point a setting."""
+    from cluster.bench.compression import CompressionRow
+
+    lines: dict[str, list[CompressionRow]] = {}
+    for row in report.rows:
+        if isinstance(row, CompressionRow):
+            lines.setdefault(row.case.partition("_")[0], []).append(row)
+    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    for method, rows in lines.items():
+        rows.sort(key=lambda row: row.ratio)
+        axes.plot([r.ratio for r in rows], [100 * r.loss_difference for r in rows], marker="o", label=method)
+        for row in rows:
+            place = (row.ratio, 100 * row.loss_difference)
+            axes.annotate(row.case, place, textcoords="offset points", xytext=(5, 5), fontsize=7)
+    axes.axhline(1, color="gray", linewidth=1, linestyle=":", label="1 %")
+    axes.axvline(100, color="gray", linewidth=1, linestyle="--", label="100 times")
+    axes.set(xscale="log", xlabel="times fewer bytes of gradients on the link", ylabel="held-out loss against none, %")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
 
 
 def _shares(load_XE: Sequence[Sequence[int]]) -> list[list[float]]:

@@ -18,6 +18,12 @@ os.environ.pop("RAY_ADDRESS", None)
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples in every run; `HYPOTHESIS_PROFILE=explore pytest` looks for new ones.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("explore", derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 torch.set_num_threads(1)
 

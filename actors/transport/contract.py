@@ -23,12 +23,13 @@ CUT_NOTICED_S = 0.05
 
 @dataclass
 class Traffic:
-    """What crossed a link since it was opened: messages and payload bytes, each way."""
+    """What crossed a link since it was opened: messages and payload bytes, each way; how long answers were awaited."""
 
     messages_sent: int = 0
     bytes_sent: int = 0
     messages_received: int = 0
     bytes_received: int = 0
+    wait_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class Link(abc.ABC):
 
     def wait(self, question_id: int, timeout_s: float) -> Message:
         """The answer to one question. `LinkTimeout` after `timeout_s`: its late answer is then dropped."""
-        deadline = time.monotonic() + timeout_s
+        started = time.monotonic()
+        deadline = started + timeout_s
         try:
             while question_id not in self._early:
                 answer = self._receive(deadline)
@@ -86,6 +88,7 @@ class Link(abc.ABC):
         finally:
             self._waiting.discard(question_id)
             self._early.pop(question_id, None)
+            self.traffic.wait_s += time.monotonic() - started
 
     def forget(self) -> None:
         """Nobody waits for the open questions any more: their answers will be dropped."""

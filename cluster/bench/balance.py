@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from actors.compress.settings import CompressionSettings
 from actors.dispatcher import Peer, Roster
 from actors.expert import ExpertHost
 from actors.moe.measures import max_vio, utilisation_std
@@ -187,31 +188,32 @@ class _Recorder:
 
 
 @contextmanager
-def _local_router(seed: int) -> Iterator[_LocalRouter]:
+def _local_router(seed: int) -> Iterator[LocalRouter]:
     """A router and its expert hosts in this process."""
     source = ModelSource(values=MODEL, seed=seed)
     hosts = [ExpertHost(f"expert-{i}", source, [i], group_size=GROUP_SIZE) for i in range(NUM_HOSTS)]
     placement = Placement(1, tuple((host.name,) for host in hosts), GROUP_SIZE)
-    router = Router(source, Roster(placement, {host.name: Peer(_opener(host)) for host in hosts}), gate=GATE)
+    router = Router(source, Roster(placement, {host.name: Peer(opener(host)) for host in hosts}), gate=GATE)
     try:
-        yield _LocalRouter(router)
+        yield LocalRouter(router)
     finally:
         router.close()
 
 
-def _opener(host: ExpertHost) -> Callable[[], Link]:
+def opener(host: ExpertHost) -> Callable[[], Link]:
     return lambda: LocalLink(host.name, host.handle)
 
 
-class _LocalRouter:
+class LocalRouter:
     """What a job asks of a router."""
 
     def __init__(self, router: Router) -> None:
         self._router = router
 
-    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings) -> None:
+    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings, compression: CompressionSettings) -> None:
         values = asdict(optimizer)
-        self._router.begin_run(OptimizerSettings(**{k: values[k] for k in OptimizerSettings().to_dict()}), balance)
+        settings = OptimizerSettings(**{k: values[k] for k in OptimizerSettings().to_dict()})
+        self._router.begin_run(settings, balance, compression)
 
     def train_step(
         self, microbatches: Sequence[MicroBatch], *, lr: float, clip_norm: float, bias_speed: float

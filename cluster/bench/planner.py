@@ -4,6 +4,7 @@
 of the experts drawn anew for each layer. Where EPLB keeps groups in nodes, so does the planner; `_global`: neither.
 `plan_time_SHAPE`: one plan. `node_loss_SHAPE`: redundancy 2 with memory for it, groups in nodes; the most experts of a
 layer that the death of one node leaves without a copy, ratio (1 + EPLB's) / (1 + ours), as ours may be 0.
+`zone_loss_SHAPE`: the same of a zone, where two nodes each are one.
 `drift_moves`: copies that move after each load changed by up to 10 %, from the earlier plan against a plan from
 scratch; `drift_balance`: what the two reach.
 """
@@ -25,6 +26,7 @@ ALPHAS = (0.5, 0.7, 0.8, 1.0, 1.2)
 TIMED_ALPHA = 0.8
 MEAN_LOAD = 1e4
 DRIFT = 0.1
+NODES_A_ZONE = 2
 SEED = 17
 PEER = "EPLB"
 
@@ -49,8 +51,11 @@ class Shape:
     def num_devices(self) -> int:
         return self.nodes * self.devices_per_node
 
-    def devices(self, slots: int) -> list[Device]:
-        return [Device(f"e{i}", f"n{i // self.devices_per_node}", slots) for i in range(self.num_devices)]
+    def devices(self, slots: int, nodes_a_zone: int = 0) -> list[Device]:
+        """Without zones unless told how many nodes each has."""
+        nodes = [i // self.devices_per_node for i in range(self.num_devices)]
+        zones = [f"z{node // nodes_a_zone}" if nodes_a_zone else "" for node in nodes]
+        return [Device(f"e{i}", f"n{nodes[i]}", slots, zone=zones[i]) for i in range(self.num_devices)]
 
     def loads(self, alpha: float) -> Floats:
         """[layers, experts]"""
@@ -59,11 +64,19 @@ class Shape:
         load_E *= MEAN_LOAD / load_E.mean()
         return np.stack([rng.permutation(load_E) for _ in range(self.layers)])
 
-    def ours(self, load_LE: Floats, slots: int, *, redundancy: int = 1, previous: Plan | None = None) -> Plan:
+    def ours(
+        self,
+        load_LE: Floats,
+        slots: int,
+        *,
+        redundancy: int = 1,
+        previous: Plan | None = None,
+        nodes_a_zone: int = 0,
+    ) -> Plan:
         group_E = np.repeat(np.arange(self.groups), self.experts // self.groups).tolist()
         return plan(
             load_LE,
-            self.devices(slots),
+            self.devices(slots, nodes_a_zone),
             group_U=group_E,
             redundancy=redundancy,
             node_limited=self.node_limited or redundancy > 1,
@@ -90,6 +103,7 @@ def bench_planner(*, rounds: int) -> Report:
     rows = [_balance(shape, alpha) for shape in SHAPES for alpha in ALPHAS]
     rows += [_plan_time(shape, rounds) for shape in SHAPES]
     rows += [_node_loss(shape) for shape in SHAPES]
+    rows += [_zone_loss(shape) for shape in SHAPES if shape.nodes > 2]
     rows += [row for shape in SHAPES[:2] for row in _drift(shape)]
     return Report("planner", rows)
 
@@ -123,17 +137,33 @@ def _plan_time(shape: Shape, rounds: int) -> Row:
 
 
 def _node_loss(shape: Shape) -> Row:
-    load_LE = shape.loads(TIMED_ALPHA)
-    made = shape.ours(load_LE, shape.ample_slots, redundancy=2)
+    made = shape.ours(shape.loads(TIMED_ALPHA), shape.ample_slots, redundancy=2)
     ours = max(len(lost) for node in range(shape.nodes) for lost in made.lost_units(f"n{node}"))
-    expert_LNP = shape.theirs(load_LE, shape.ample_slots).numpy().reshape(shape.layers, shape.nodes, -1)
-    theirs = 0
-    for expert_NP in expert_LNP:
+    return _loss_row(f"node_loss_{shape.name}", ours, _eplb_loss(shape, 1))
+
+
+def _zone_loss(shape: Shape) -> Row:
+    made = shape.ours(shape.loads(TIMED_ALPHA), shape.ample_slots, redundancy=2, nodes_a_zone=NODES_A_ZONE)
+    zones = {device.zone for device in made.devices}
+    ours = max(len(lost) for zone in zones for lost in made.lost_with_zone(zone))
+    return _loss_row(f"zone_loss_{shape.name}", ours, _eplb_loss(shape, NODES_A_ZONE))
+
+
+def _eplb_loss(shape: Shape, nodes_together: int) -> int:
+    """Most experts of a layer that are on no other node than some so many neighbouring ones."""
+    expert_LP = shape.theirs(shape.loads(TIMED_ALPHA), shape.ample_slots).numpy()
+    most = 0
+    for expert_NP in expert_LP.reshape(shape.layers, shape.nodes, -1):
         here = [set(expert_P.tolist()) for expert_P in expert_NP]
-        for node, experts in enumerate(here):
-            elsewhere = set().union(*here[:node], *here[node + 1 :])
-            theirs = max(theirs, len(experts - elsewhere))
-    return Row(f"node_loss_{shape.name}", ours, "experts lost", PEER, theirs, (1 + theirs) / (1 + ours), 1)
+        for first in range(0, shape.nodes, nodes_together):
+            after = first + nodes_together
+            elsewhere = set().union(*here[:first], *here[after:])
+            most = max(most, len(set().union(*here[first:after]) - elsewhere))
+    return most
+
+
+def _loss_row(case: str, ours: int, theirs: int) -> Row:
+    return Row(case, ours, "experts lost", PEER, theirs, (1 + theirs) / (1 + ours), 1)
 
 
 def _drift(shape: Shape) -> list[Row]:

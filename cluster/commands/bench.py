@@ -53,6 +53,41 @@ def _balance(args: argparse.Namespace) -> Report:
     return report_of(runs)
 
 
+def _compression(args: argparse.Namespace) -> Report:
+    from cluster.bench.compression import SETTINGS, STEPS, bench_compression, label, report_of
+
+    with _progress("compression", len(SETTINGS) * args.rounds * STEPS) as advance:
+        runs = bench_compression(
+            rounds=args.rounds, after_step=lambda run: advance(f"training {label(run.settings)}, seed {run.seed}")
+        )
+    report = report_of(runs)
+    if args.output is not None:
+        from cluster.report import draw_compression
+
+        draw_compression(args.output, report)
+    return report
+
+
+def _print_compression(report: Report) -> None:
+    from cluster.bench.compression import CompressionRow
+
+    rows = [
+        (
+            r.case,
+            f"{r.value:,.0f}",
+            f"{r.ratio:.1f}",
+            f"{r.link_ratio:.1f}",
+            f"{r.heldout_loss:.4f}",
+            f"{100 * r.loss_difference:+.2f} %",
+            r.rounds,
+        )
+        for r in report.rows
+        if isinstance(r, CompressionRow)
+    ]
+    columns = ("compression", "bytes a step", "fewer", "of all on the link", "held-out loss", "difference", "rounds")
+    print_table(columns, rows, title="bench compression")
+
+
 def _rebalance(args: argparse.Namespace) -> Report:
     from cluster.bench.rebalance import bench_rebalance, num_steps
 
@@ -74,6 +109,7 @@ BENCHES = {
     ),
     "links": Bench("a message over an encrypted link between hosts, against the same in the clear", _alone("links")),
     "train": Bench("training tokens a second, against plain transformers in one process", _on_a_cluster("train")),
+    "metrics": Bench("training while metrics are scraped every second, against without them", _on_a_cluster("metrics")),
     "memory": Bench("loading a quarter of the experts, against loading the whole model", _alone("memory")),
     "planner": Bench("placement of experts by load, against the public EPLB algorithm", _alone("planner")),
     "experts": Bench("training one expert behind a link, against the same expert in one process", _experts),
@@ -81,6 +117,9 @@ BENCHES = {
         "load and learning under each balance rule, against training without one; a round is a seed",
         _balance,
         rounds=1,  # minutes each
+    ),
+    "compression": Bench(
+        "bytes between two routers and held-out loss with each compression; a round is a seed", _compression, rounds=1
     ),
     "rebalance": Bench(
         "training under a Zipf load after a rebalance with copies, against before; a round is a step", _rebalance
@@ -111,7 +150,7 @@ def add_parsers(subparsers: Subparsers, guarded: Guard) -> None:
         parser.add_argument("--json", action="store_true", help="print one JSON document")
         if name == "experts":
             parser.add_argument("--hivemind", metavar="PYTHON", help="an interpreter that has hivemind, timed too")
-        if name == "balance":
+        if name in ("balance", "compression"):
             parser.add_argument("--output", metavar="FILE.png", type=_png, help="draw it as a picture as well")
         parser.set_defaults(run=guarded(run_bench))
 
@@ -120,6 +159,9 @@ def run_bench(args: argparse.Namespace) -> int:
     report = BENCHES[args.name].run(args)
     if args.json:
         print_json(report.to_dict())
+        return 0
+    if args.name == "compression":
+        _print_compression(report)
         return 0
     rows = [
         (r.case, f"{r.value:,.3g} {r.unit}", f"{r.peer_value:,.3g} {r.unit}", r.peer, f"{r.ratio:.2f}", r.rounds)

@@ -78,7 +78,8 @@ def _print_status(status: ClusterStatus) -> None:
 
 
 def _row(actor: ActorStatus, status: ClusterStatus) -> tuple[object, ...]:
-    where = actor.node, actor.pid, actor.device
+    node = f"{actor.node} ({actor.zone})" if actor.zone else actor.node
+    where = node, actor.pid, actor.device
     return (
         actor.id,
         actor.role,

@@ -328,7 +328,7 @@ class Coordinator:
     def actors(self) -> tuple[ActorSlot, ...]:
         """Expert actors that answer, in the order in which they were first seen; they may hold groups."""
         ready = (actor for actor in self._members.all() if self._members.is_ready(actor.id))
-        return tuple(ActorSlot(actor.id, actor.node) for actor in ready if actor.role == "expert")
+        return tuple(ActorSlot(actor.id, actor.node, actor.zone) for actor in ready if actor.role == "expert")
 
     def rebalance(self, actors: Sequence[ActorSlot]) -> Proposal:
         """How the groups should lie on these actors, by the load of the window, and the way there; see `propose`.

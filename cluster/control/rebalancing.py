@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from actors.errors import InvalidInput
@@ -72,7 +72,8 @@ def propose(
     redundancy: int,
     max_groups: int,
 ) -> Proposal:
-    """The placement of the groups on `actors` that the load asks for, with every group on `redundancy` nodes.
+    """The placement of the groups on `actors` that the load asks for, with every group on `redundancy` nodes, in as
+    many zones as there are of them.
 
     `actors`: living ones, also such that hold nothing yet. One of the placement that is not among them gives all its
     groups away, and is a source of copies until then. `max_groups`: most groups an actor may hold, 0 for what
@@ -95,7 +96,7 @@ def propose(
     _check_room(placement, actors, max_groups, most)
     if not has_load:
         load_G = [1] * placement.num_groups
-    devices = tuple(Device(actor.id, actor.node, most) for actor in actors)
+    devices = tuple(Device(actor.id, actor.node, most, zone=actor.zone) for actor in actors)
     old = _as_plan(placement, actors, most)
     new = plan([load_G], devices, redundancy=redundancy, hot_copies=has_load, previous=old, move_cost=MOVE_COST)
     stages = _staged(placement, moves(old, new, group_bytes, spare=SPARE), most + SPARE)
@@ -118,7 +119,7 @@ def _is_incomplete(placement: Placement, actors: Sequence[ActorSlot], redundancy
     if set(placement.actors) != {actor.id for actor in actors}:
         return True
     wanted = min(redundancy, len(_node_sizes(actors)))
-    return bool(_scarce_groups(placement, actors, wanted))
+    return bool(_scarce_groups(placement, actors, wanted) or _gathered_groups(placement, actors, redundancy))
 
 
 def _scarce_groups(placement: Placement, actors: Sequence[ActorSlot], wanted: int) -> list[int]:
@@ -128,6 +129,18 @@ def _scarce_groups(placement: Placement, actors: Sequence[ActorSlot], wanted: in
     return [group for group, nodes in enumerate(nodes_G) if len(nodes) < wanted]
 
 
+def _gathered_groups(placement: Placement, actors: Sequence[ActorSlot], redundancy: int) -> list[int]:
+    """Groups that are in fewer zones than they could be."""
+    zone_of = {actor.id: actor.zone for actor in actors}
+    wanted = _zones_wanted(actors, redundancy)
+    zones_G = [{zone_of[actor] for actor in held if actor in zone_of} for held in placement.holders]
+    return [group for group, zones in enumerate(zones_G) if len(zones) < wanted]
+
+
+def _zones_wanted(actors: Sequence[ActorSlot], redundancy: int) -> int:
+    return min(redundancy, len({actor.zone for actor in actors}))
+
+
 def _node_sizes(actors: Sequence[ActorSlot]) -> Counter[str]:
     return Counter(actor.node for actor in actors)
 
@@ -135,9 +148,15 @@ def _node_sizes(actors: Sequence[ActorSlot]) -> Counter[str]:
 def _groups_needed(num_groups: int, actors: Sequence[ActorSlot], redundancy: int) -> int:
     """Groups that an actor must be able to hold, so that all are on `redundancy` nodes, or on all if there are fewer.
 
-    A node has use for one copy of each group, so a small node's actors may have to hold more than the average.
+    A node has use for one copy of each group, so a small node's actors may have to hold more than the average; so may
+    those of a small zone.
     """
-    sizes = _node_sizes(actors).values()
+    on_nodes = _needed_each(num_groups, _node_sizes(actors).values(), redundancy)
+    return max(on_nodes, _needed_each(num_groups, Counter(actor.zone for actor in actors).values(), redundancy))
+
+
+def _needed_each(num_groups: int, sizes: Collection[int], redundancy: int) -> int:
+    """Groups an actor, so that all are in `redundancy` different places with so many actors each, or in all."""
     copies = min(redundancy, len(sizes)) * num_groups
     return next(n for n in range(1, num_groups + 1) if sum(min(n * size, num_groups) for size in sizes) >= copies)
 
@@ -156,14 +175,21 @@ def _check_room(placement: Placement, actors: Sequence[ActorSlot], max_groups: i
 
 def _unmet(target: Placement, actors: Sequence[ActorSlot], redundancy: int, most: int) -> tuple[str, ...]:
     scarce = _scarce_groups(target, actors, redundancy)
-    if not scarce:
-        return ()
+    gathered = _gathered_groups(target, actors, redundancy)
+    sentences = []
+    if scarce:
+        sentences.append(f"redundancy {redundancy} of {named(scarce)}: {_why_scarce(actors, redundancy, most)}")
+    if gathered:
+        zones = _zones_wanted(actors, redundancy)
+        sentences.append(f"copies of {named(gathered)} in {zones} zones: an actor may hold {most} groups at most")
+    return tuple(sentences)
+
+
+def _why_scarce(actors: Sequence[ActorSlot], redundancy: int, most: int) -> str:
     num_nodes = len(_node_sizes(actors))
     if num_nodes < redundancy:
-        reason = f"the expert actors are on {num_nodes} node{'s' if num_nodes != 1 else ''}"
-    else:
-        reason = f"an actor may hold {most} groups at most"
-    return (f"redundancy {redundancy} of {named(scarce)}: {reason}",)
+        return f"the expert actors are on {num_nodes} node{'s' if num_nodes != 1 else ''}"
+    return f"an actor may hold {most} groups at most"
 
 
 def named(groups: Sequence[int]) -> str:

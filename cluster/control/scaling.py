@@ -105,6 +105,8 @@ class ScalingState:
     """How long the demand has fitted fewer actors; None: it does not."""
     fits: int = 0
     """Actors that fitted it all that time."""
+    queue_s: float = 0.0
+    """How long the oldest request had waited at the last look."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +126,10 @@ def decide(
     demand: Demand, state: ScalingState, limits: ScalingLimits, now: float
 ) -> tuple[ScaleDecision | None, ScalingState]:
     """To be called every few seconds with the state it returned last. A decision counts as carried out."""
-    state = _look(demand, state, limits, now)
+    before, state = state, _look(demand, state, limits, now)
     if demand.is_changing:
         return None, changed(state)
-    decision = _for_waiting(demand, state, limits)
+    decision = _for_waiting(demand, state, before.queue_s, limits)
     if decision is None and not _cools_down(state, limits):
         decision = _into_limits(demand, limits) or _up(demand, state, limits) or _down(demand, state, limits)
     return decision, changed(state) if decision else state
@@ -135,7 +137,7 @@ def decide(
 
 def changed(state: ScalingState) -> ScalingState:
     """After a change that `decide` did not ask for, e.g. by hand or by a death: the demand is measured anew."""
-    return ScalingState(seen_s=state.seen_s, since_change_s=0.0)
+    return ScalingState(seen_s=state.seen_s, since_change_s=0.0, queue_s=state.queue_s)
 
 
 def _look(demand: Demand, state: ScalingState, limits: ScalingLimits, now: float) -> ScalingState:
@@ -151,6 +153,7 @@ def _look(demand: Demand, state: ScalingState, limits: ScalingLimits, now: float
         above_s=_longer(state.above_s, passed_s) if is_above else None,
         below_s=_longer(state.below_s, passed_s) if is_below else None,
         fits=max(fits or 0, state.fits) if is_below else 0,
+        queue_s=demand.queue_s,
     )
 
 
@@ -178,13 +181,18 @@ def _is_waiting(demand: Demand, limits: ScalingLimits) -> bool:
     return demand.num_waiting > 0 and demand.queue_s > limits.max_queue_s
 
 
-def _for_waiting(demand: Demand, state: ScalingState, limits: ScalingLimits) -> ScaleDecision | None:
+def _for_waiting(
+    demand: Demand, state: ScalingState, queue_before_s: float, limits: ScalingLimits
+) -> ScaleDecision | None:
     """The longer they wait the more, up to twice as many: a saturated actor does not tell how much is asked."""
     now = demand.num_actors
-    # One that came before the last change says nothing of what there is since.
-    is_old = _cools_down(state, limits) and demand.queue_s > (state.since_change_s or 0.0)
+    # Right after a change: one that came before it says nothing of what there is since, and a queue that gets shorter
+    # needs time alone.
+    is_settled = _cools_down(state, limits) and (
+        demand.queue_s > (state.since_change_s or 0.0) or demand.queue_s < queue_before_s
+    )
     is_idle = demand.need is not None and demand.need < limits.queue_busy * now
-    if not _is_waiting(demand, limits) or is_old or is_idle:
+    if not _is_waiting(demand, limits) or is_settled or is_idle:
         return None
     factor = min(demand.queue_s / limits.max_queue_s, 2.0) if limits.max_queue_s else 2.0
     wanted = max(now + 1, math.ceil(now * factor), _actors_for(demand, limits, spare=False) or 0, limits.min_actors)
@@ -260,21 +268,23 @@ def actors_to_remove(
     """Who of the living `actors` goes so that `keep` stay, first to last.
 
     `leaving`: nodes that are being drained. Theirs go first whatever the redundancy, which they could not serve for
-    long. Of the others go those that leave `redundancy` nodes, where `keep` allows it, then those with the fewest
-    groups to move, one by one; then those on the fullest node, and the newest.
+    long. Of the others go those that leave `redundancy` nodes, where `keep` allows it, and as many zones, then those
+    with the fewest groups to move, one by one; then those on the fullest node, and the newest.
     """
     _require(keep >= 1, "actors", "is below 1", keep, "keep 1 or more")
     place = {actor.id: number for number, actor in enumerate(actors)}
     held = {actor.id: placement.held_by(actor.id) for actor in actors}
     node_of = {actor.id: actor.node for actor in actors}
     """Of those that stay so far."""
+    zone_of = {actor.id: actor.zone for actor in actors}
 
-    def cost(actor: str) -> tuple[bool, int, int, int, int]:
-        sizes = Counter(node_of.values())
+    def cost(actor: str) -> tuple[bool, bool, int, int, int, int]:
+        sizes, zones = Counter(node_of.values()), Counter(zone_of[other] for other in node_of)
         loses_node = len(sizes) <= redundancy and sizes[node_of[actor]] == 1
+        loses_zone = 1 < len(zones) <= redundancy and zones[zone_of[actor]] == 1
         others = ({node_of[o] for o in placement.holders[g] if o in node_of and o != actor} for g in held[actor])
         num_moves = sum(len(nodes) < redundancy for nodes in others)
-        return loses_node, num_moves, -sizes[node_of[actor]], len(held[actor]), -place[actor]
+        return loses_node, loses_zone, num_moves, -sizes[node_of[actor]], len(held[actor]), -place[actor]
 
     gone: list[str] = []
     while len(node_of) > keep:

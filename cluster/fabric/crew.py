@@ -28,7 +28,8 @@ from cluster.control.journal import Process
 from cluster.errors import StartupError, Unavailable
 from cluster.fabric.calls import call
 from cluster.fabric.links import link_keys
-from cluster.fabric.nodes import expert_room, node_names, nodes_with_room, short_name
+from cluster.fabric.measures import status_fields
+from cluster.fabric.nodes import expert_room, node_names, node_zones, nodes_with_room, short_name
 from cluster.fabric.options import ROUTER, expert_options, lasting, router_options
 from cluster.fabric.standing import ExpertStanding, RouterStanding
 from cluster.fabric.workers import ExpertContact, ExpertWorker, RouterContact, RouterWorker
@@ -193,7 +194,7 @@ class Crew:
         """Processes without weights, not on the nodes with the ids `avoid`. `StartupError` if one finds no room."""
         where = self._create_experts(count, avoid)
         try:
-            return [ActorSlot(name, self._started(name, ref)) for name, ref in where.items()]
+            return [_slot(name, self._started(name, ref)) for name, ref in where.items()]
         except MoeClusterError:
             self.end(where)
             raise
@@ -207,7 +208,7 @@ class Crew:
             try:
                 if ref not in ready:
                     raise StartupError(f"{name} found no room within {patience_s:.1f} s")
-                started.append(ActorSlot(name, call(name, ref, 1.0)))
+                started.append(_slot(name, call(name, ref, 1.0)))
             except MoeClusterError as error:
                 logger.info("not started: %s", error)
                 self.end([name])
@@ -482,6 +483,7 @@ class Crew:
             tokens=int(vitals.get("tokens", 0)),
             link=self._links.get(name, ""),
             cache=ExpertCache(**vitals["cache"]) if vitals.get("cache") else None,
+            **status_fields(vitals),
         )
 
     def _read_deaths(self, signs: Signs) -> None:
@@ -499,6 +501,10 @@ def _found(table: dict[str, Any], name: str) -> Any:
     if name not in table:
         raise Unavailable(f"{name} has ended meanwhile; try again")
     return table[name]
+
+
+def _slot(name: str, node_id: str) -> ActorSlot:
+    return ActorSlot(name, node_id, node_zones().get(node_id, ""))
 
 
 def number_of(actor: str) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from actors.compress.settings import CompressionSettings
 from actors.errors import MoeClusterError
 from actors.moe.settings import BalanceSettings
 from actors.values import Course, Promotion, StepReport
@@ -32,6 +33,7 @@ from cluster.jobs.tokenizer import load_tokenizer
 logger = logging.getLogger(__name__)
 
 NO_BALANCE = BalanceSettings()
+NO_COMPRESSION = CompressionSettings()
 STEP_TIMEOUT_S = 3600.0
 """Last resort: a router that died is noticed at once, and its links have deadlines of their own."""
 
@@ -167,8 +169,13 @@ class RayRouter:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
-    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings = NO_BALANCE) -> Course:
-        course: Course = call(ROUTER, self._handle.begin_run.remote(optimizer, balance), STEP_TIMEOUT_S)
+    def begin_run(
+        self,
+        optimizer: OptimizerConfig,
+        balance: BalanceSettings = NO_BALANCE,
+        compression: CompressionSettings = NO_COMPRESSION,
+    ) -> Course:
+        course: Course = call(ROUTER, self._handle.begin_run.remote(optimizer, balance, compression), STEP_TIMEOUT_S)
         return course
 
     def train_step(
@@ -200,12 +207,19 @@ class _JobRouter:
         self._num_again = 0
         """Tries at the step at hand that ended with a leader's death."""
 
-    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings = NO_BALANCE) -> Course:
+    def begin_run(
+        self,
+        optimizer: OptimizerConfig,
+        balance: BalanceSettings = NO_BALANCE,
+        compression: CompressionSettings = NO_COMPRESSION,
+    ) -> Course:
         def begin() -> Course:
             if self._job.step == 0:
-                course: Course = self._ask(lambda handle: handle.begin_run.remote(optimizer, balance, self._job))
+                course: Course = self._ask(
+                    lambda handle: handle.begin_run.remote(optimizer, balance, compression, self._job)
+                )
             else:
-                course = self._ask(lambda handle: handle.continue_run.remote(balance, self._job))
+                course = self._ask(lambda handle: handle.continue_run.remote(balance, compression, self._job))
             return course
 
         course = self._checkpoints.job_begins(self._job.id, begin, self._job.step)

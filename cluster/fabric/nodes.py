@@ -8,19 +8,21 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import ray
+from ray._private import services
 from ray._private.state import available_resources_per_node
 from ray.cluster_utils import Cluster
 
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, RayConfig
 from cluster.errors import FailedPrecondition, StartupError
 from cluster.fabric.keeper import NodeKeeper, started_node
-from cluster.fabric.options import EXPERT_RESOURCE, NODE_LABEL, ROUTER_RESOURCE
+from cluster.fabric.options import EXPERT_RESOURCE, NODE_LABEL, ROUTER_RESOURCE, ZONE_LABEL
 
 logger = logging.getLogger(__name__)
 
@@ -65,16 +67,17 @@ def _embedded(config: ClusterConfig) -> Iterator[None]:
     """A head and `ray.nodes` nodes as processes of this machine, beside any other Ray cluster that runs here."""
     _isolate()
     with ExitStack() as stack:
-        with _keeping_sigterm():
+        with _keeping_sigterm(), _patience(config.ray.start_timeout_s):
             cluster = _start_head(config)
             stack.callback(cluster.shutdown)
             stack.callback(ray.shutdown)
             _connect(cluster.address)  # while there is only the head: a driver shares the fate of the node it joins by
             resources = {EXPERT_RESOURCE: math.ceil(config.experts.max_actors / config.ray.nodes)}
-            nodes = {name: _start_node(cluster, name, resources) for name in _names(config.ray.nodes)}
+            labels = {name: _labels(config.ray, name) for name in _names(config.ray.nodes)}
+            nodes = {name: _start_node(cluster, name, labels[name], resources) for name in labels}
         _wait_for_nodes(cluster, config.ray.start_timeout_s)
         if config.ray.revive_after_s:
-            keeper = NodeKeeper(nodes, partial(_revived, cluster.address, resources), config.ray.revive_after_s)
+            keeper = NodeKeeper(nodes, partial(_revived, cluster.address, resources, labels), config.ray.revive_after_s)
             stack.callback(keeper.stop)
             keeper.start()
         yield
@@ -101,24 +104,31 @@ def _names(num_nodes: int) -> list[str]:
     return [f"node-{number}" for number in range(1, num_nodes + 1)]
 
 
-def _start_node(cluster: Cluster, name: str, resources: Mapping[str, float]) -> Any:
+def _labels(config: RayConfig, name: str) -> dict[str, str]:
+    """Of a simulated node."""
+    number = _names(config.nodes).index(name)
+    return {NODE_LABEL: name} | ({ZONE_LABEL: f"zone-{number % config.zones + 1}"} if config.zones else {})
+
+
+def _start_node(cluster: Cluster, name: str, labels: Mapping[str, str], resources: Mapping[str, float]) -> Any:
     """Ray's handle of it; it joins soon."""
     node = {
         "num_cpus": 0,
         "num_gpus": 0,
         "resources": dict(resources),
-        "labels": {NODE_LABEL: name},
+        "labels": dict(labels),
         "object_store_memory": OBJECT_STORE_BYTES,
     }
     try:
         return cluster.add_node(wait=False, **node)
-    except Exception as error:  # as above; Ray gives it 30 s, which a machine that does much else may not keep
+    except Exception as error:  # as above
         raise StartupError(f"{name} did not start: {error}") from error
 
 
-def _revived(address: str, resources: Mapping[str, float], name: str) -> subprocess.Popen[bytes]:
-    labels = {NODE_LABEL: name}
-    return started_node(address, resources=resources, labels=labels, object_store_bytes=OBJECT_STORE_BYTES)
+def _revived(
+    address: str, resources: Mapping[str, float], labels: Mapping[str, Mapping[str, str]], name: str
+) -> subprocess.Popen[bytes]:
+    return started_node(address, resources=resources, labels=labels[name], object_store_bytes=OBJECT_STORE_BYTES)
 
 
 def _wait_for_nodes(cluster: Cluster, timeout_s: float) -> None:
@@ -130,6 +140,28 @@ def _wait_for_nodes(cluster: Cluster, timeout_s: float) -> None:
 
 def _connect(address: str | None) -> None:
     ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+
+
+@contextmanager
+def _patience(timeout_s: float) -> Iterator[None]:
+    """Ray gives a node that it starts 30 s to appear, which a machine that does much else may not keep."""
+    ask = services.get_node
+
+    def ask_until_there(address: str, node_id: str) -> Any:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return ask(address, node_id)
+            except RuntimeError:  # it is not there yet
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.1)
+
+    services.get_node = ask_until_there
+    try:
+        yield
+    finally:
+        services.get_node = ask
 
 
 @contextmanager
@@ -161,6 +193,11 @@ def node_names() -> dict[str, str]:
         for node in ray.nodes()
         if node["Alive"]
     }
+
+
+def node_zones() -> dict[str, str]:
+    """Ray node id -> zone, of the living nodes; empty where it is not known."""
+    return {node["NodeID"]: (node.get("Labels") or {}).get(ZONE_LABEL, "") for node in ray.nodes() if node["Alive"]}
 
 
 def short_name(node_id: str) -> str:

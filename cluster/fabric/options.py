@@ -12,6 +12,8 @@ EXPERT_RESOURCE = "moe_expert"
 """Custom resources that nodes offer: one router or expert actor takes one."""
 NODE_LABEL = "moe-cluster.io/node"
 """Name of a node, of no other one; where none is set the end of the Ray node id stands for it."""
+ZONE_LABEL = "ray.io/availability-zone"
+"""Zone of a node. Ray takes it from `RAY_NODE_ZONE` in the environment of the node's processes."""
 
 NODE_ID_LABEL = "ray.io/node-id"
 """Given by Ray to every node."""

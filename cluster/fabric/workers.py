@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from actors.compress.settings import CompressionSettings
 from actors.errors import StepAborted
 from actors.moe.settings import BalanceSettings
 from actors.values import (
@@ -36,6 +37,7 @@ from cluster.config import ClusterConfig, OptimizerConfig
 from cluster.control.coordinator import ModelFacts
 from cluster.control.jobtable import job_of_dict
 from cluster.fabric.calls import call
+from cluster.fabric.measures import Measures
 from cluster.fabric.options import CONTROL, COORDINATOR, ROUTER, SERVE, TRAIN
 from cluster.fabric.standing import ExpertStanding, Following, RouterStanding, Watch
 from cluster.jobs.batches import MicroBatch
@@ -88,6 +90,7 @@ class ExpertWorker:
     def __init__(self, name: str, config: ClusterConfig) -> None:
         _import_torch(config.experts.threads)
         self._name, self._config = name, config
+        self._measures = Measures(config.experts.device)
         self._watch = Watch(config)
         self._contact: ExpertContact | None = None
         self._bind_host = "127.0.0.1" if config.ray.mode == "embedded" else ray.util.get_node_ip_address()
@@ -154,7 +157,7 @@ class ExpertWorker:
         return server
 
     def _open_peer(self, name: str, address: Address) -> Link:
-        return _open_link(name, address, self._name, self._config, self._keys)
+        return self._measures.opened(_open_link(name, address, self._name, self._config, self._keys))
 
     def arrive(self, group: int, owner: ExpertContact, timeout_s: float) -> int:
         """Brings a group here from its owner, which goes on meanwhile. -> bytes that came."""
@@ -207,7 +210,7 @@ class ExpertWorker:
 
     def vitals(self) -> dict[str, Any]:
         self._watch.vitals_asked()
-        return {**self._host.status(), "busy_s": self._server.busy_s}
+        return {**self._host.status(), **self._measures.told(), "busy_s": self._server.busy_s}
 
     def wait_until_death(self) -> None:
         """Does not return: the caller's reference fails the moment this process is gone. Only when another coordinator
@@ -221,6 +224,7 @@ class RouterWorker:
     def __init__(self, name: str, config: ClusterConfig) -> None:
         _import_torch(config.router.threads)
         self._name, self._config = name, config
+        self._measures = Measures(config.router.device)
         self._sessions: set[str] = set()
         self._watch = Watch(config)
         self._replica: Replica | None = None
@@ -328,7 +332,8 @@ class RouterWorker:
         return promotion
 
     def _open_replica(self, replica: RouterContact) -> Link:
-        return _open_link(replica.name, replica.address, self._name, self._config, self._keys)
+        link = _open_link(replica.name, replica.address, self._name, self._config, self._keys)
+        return self._measures.opened(link)
 
     def _find_peer(self, name: str, contact: Mapping[str, Any]) -> Peer:
         addresses = {key: Address(**contact[key]) for key in ("address", "exchange")}
@@ -338,11 +343,14 @@ class RouterWorker:
         from actors.dispatcher import Peer
 
         return Peer(
-            lambda: _open_link(expert.name, expert.address, self._name, self._config, self._keys),
+            lambda: self._open_expert(expert),
             expert.exchange,
             near=expert.node_id == self._node_id,
             contact=asdict(expert),
         )
+
+    def _open_expert(self, expert: ExpertContact) -> Link:
+        return self._measures.opened(_open_link(expert.name, expert.address, self._name, self._config, self._keys))
 
     def _roster(self, placement: Placement, experts: Sequence[ExpertContact]) -> Roster:
         from actors.dispatcher import Roster
@@ -428,18 +436,24 @@ class RouterWorker:
         return course
 
     @ray.method(concurrency_group=TRAIN)
-    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings, job: Job | None = None) -> Course:
+    def begin_run(
+        self,
+        optimizer: OptimizerConfig,
+        balance: BalanceSettings,
+        compression: CompressionSettings,
+        job: Job | None = None,
+    ) -> Course:
         """`job`: whose run it is, for a coordinator that comes to know it from here."""
         from actors.optim import OptimizerSettings
 
         values = asdict(optimizer)
         settings = OptimizerSettings(**{k: values[k] for k in OptimizerSettings().to_dict()})
-        return self._follow(job, self._router.begin_run(settings, balance), 0)
+        return self._follow(job, self._router.begin_run(settings, balance, compression), 0)
 
     @ray.method(concurrency_group=TRAIN)
-    def continue_run(self, balance: BalanceSettings, job: Job) -> Course:
+    def continue_run(self, balance: BalanceSettings, compression: CompressionSettings, job: Job) -> Course:
         """Of a job that goes on after the step that it has done."""
-        return self._follow(job, self._router.continue_run(balance), job.step)
+        return self._follow(job, self._router.continue_run(balance, compression), job.step)
 
     @ray.method(concurrency_group=TRAIN)
     def take_snapshot(self, for_peers: bool = False) -> SnapshotTaken:
@@ -535,7 +549,7 @@ class RouterWorker:
     @ray.method(concurrency_group=CONTROL)
     def vitals(self) -> dict[str, Any]:
         self._watch.vitals_asked()
-        return self._router.vitals()
+        return {**self._router.vitals(), **self._measures.told()}
 
     @ray.method(concurrency_group=SERVE)
     def logits(self, ids: MicroBatch) -> Any:

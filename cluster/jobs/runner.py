@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from actors.compress.settings import CompressionSettings
 from actors.errors import NonFinite
 from actors.moe.settings import BalanceSettings
 from actors.values import StepReport
@@ -22,7 +23,9 @@ logger = logging.getLogger(__name__)
 class RouterPort(Protocol):
     """What a job needs of a router, wherever it runs."""
 
-    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings) -> object: ...
+    def begin_run(
+        self, optimizer: OptimizerConfig, balance: BalanceSettings, compression: CompressionSettings
+    ) -> object: ...
 
     def train_step(
         self, microbatches: Sequence[MicroBatch], *, lr: float, clip_norm: float, bias_speed: float
@@ -70,7 +73,7 @@ def run_job(
     evaluation = _Evaluation(config, router, documents, reporter)
     if start_step == 0:
         evaluation.batches()  # its faults come before anything has begun; a job that goes on does not wait for them
-    router.begin_run(config.optimizer, config.balance)
+    router.begin_run(config.optimizer, config.balance, config.compression)
     if start_step == 0:
         evaluation.after(0)
         after_step(0)

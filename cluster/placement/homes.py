@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cluster.placement.packing import Bools, Floats, Ints, Problem
+from cluster.placement.zones import Lodging, set_apart
 
 GAIN = 1e-3
 """What a change must take off the busiest node's load to be made, as a share of it."""
@@ -33,6 +34,7 @@ class Homes:
         self.spans_LG = np.zeros(shape[:2], dtype=np.bool_)
         self.spanning_LUN = np.zeros((*problem.load_LU.shape, problem.num_nodes), dtype=np.bool_)
         self.wanted = min(problem.redundancy, problem.num_nodes)
+        self.zones = problem.zones
 
     @property
     def room_LN(self) -> Ints:
@@ -46,6 +48,30 @@ class Homes:
     @property
     def busy_LN(self) -> Floats:
         return np.asarray(np.einsum("lgn,lg->ln", self.homes_LGN, self.share_LG) * self.slowness_N)
+
+    def trim(self, rows: Ints) -> None:
+        """At most `wanted` homes for each group."""
+        homes_RGN = self.homes_LGN[rows]
+        if self.zones is not None:
+            self.homes_LGN[rows] = self.zones.first(homes_RGN, self.wanted)
+        else:
+            self.homes_LGN[rows] = homes_RGN & (np.cumsum(homes_RGN, axis=-1) <= self.wanted)
+
+    def set_apart(self) -> None:
+        """Groups into as many zones as wanted."""
+        if self.zones is None:
+            return
+        for layer in np.flatnonzero(self.gathered_L()):
+            lodging = Lodging(
+                self.homes_LGN[layer], self.size_G, self.share_LG[layer], self.room_LN[layer], self.slowness_N
+            )
+            set_apart(self.zones, lodging, self.wanted)
+
+    def gathered_L(self) -> Bools:
+        """Layers in which whole groups are in fewer zones than wanted."""
+        assert self.zones is not None
+        few_LG = self.zones.number(self.homes_LGN) < self.zones.wanted
+        return np.asarray((few_LG & self.homes_LGN.any(-1)).any(-1))
 
     def of_units(self) -> Bools:
         """[L, U, N]"""
@@ -90,6 +116,7 @@ def new_homes(problem: Problem, group_U: Ints, way: Way) -> Bools:
     homes.slots_N = slots_N
     homes.spill()
     _complete(homes)
+    homes.set_apart()
     if problem.home_bound and problem.hot_copies:
         _relieve(homes)
     return homes.of_units()
@@ -114,11 +141,12 @@ def kept_homes(problem: Problem, group_U: Ints, kept_LUD: Bools) -> Bools:
     homes.homes_LGN[:] = 2 * count_LGN >= homes.size_G[:, None]
     if not (problem.home_bound and problem.hot_copies):
         # Copies beyond those that are needed make no home of a node.
-        homes.homes_LGN &= np.cumsum(homes.homes_LGN, axis=-1) <= homes.wanted
+        homes.trim(homes.layers)
     for layer in np.flatnonzero((homes.room_LN < 0).any(-1)):
         _shrink(homes, int(layer), count_LGN[layer])
     _complete(homes)
     _trim_for_room(homes)
+    homes.set_apart()
     lost = np.flatnonzero(~homes.homes_LGN.any((1, 2)) | ~homes.homes_LGN.any(-1).all(-1))
     homes_LUN = homes.of_units()
     if lost.size:
@@ -150,7 +178,8 @@ def _spread(homes: Homes, homes_each: int) -> None:
         key_LN = np.where(room_LN >= size_L1, (load_LN + share_L1) * homes.slowness_N, np.inf)
         if homes_each > 1:
             key_LN = _must_take(key_LN, room_LN // largest, num_groups - placed, homes_each)
-        chosen_LH = np.argsort(key_LN, axis=-1, kind="stable")[:, :homes_each]
+        order_LN = np.argsort(key_LN, axis=-1, kind="stable") if homes.zones is None else homes.zones.order(key_LN)
+        chosen_LH = order_LN[:, :homes_each]
         fits_LH = key_LN[rows, chosen_LH] < np.inf
         homes.homes_LGN[rows, group_L[:, None], chosen_LH] = fits_LH
         room_LN[rows, chosen_LH] -= size_L1 * fits_LH
@@ -198,6 +227,9 @@ def _swap_once(homes: Homes, rows: Ints) -> Bools:
     there_RHN = homes_RHN | (np.arange(len(size_H)) == len(homes.size_G))[:, None]
     may = on_top_RH[:, :-1, None, None] & ~homes_RGN[:, :, None, :]
     may = may & (there_RHN & ~on_top_RH[:, :, None])[:, None]
+    if homes.zones is not None:
+        may_RHN2 = homes.zones.may_swap(homes_RHN, top)
+        may &= may_RHN2[:, :-1, None, :, 0] & may_RHN2[:, None, :, :, 1]
     may &= (grow_GH[:, :, None] <= room_RN[:, None, None, :]) & (-grow_GH <= room_RN[index, top][:, None, None])[
         ..., None
     ]
@@ -225,6 +257,10 @@ def _complete(homes: Homes) -> None:
         index = np.flatnonzero(open_RG.any(-1))
         rows, group = rows[index], group_R[index]
         busy_RN = np.where(can_RGN[index, group], homes.busy_LN[rows], np.inf)
+        if homes.zones is not None:
+            taken_RZ = homes.zones.on(homes.homes_LGN[rows, group]) > 0
+            elsewhere_RN = (busy_RN < np.inf) & ~taken_RZ[:, homes.zones.zone_N]
+            busy_RN = np.where(elsewhere_RN.any(-1, keepdims=True) & ~elsewhere_RN, np.inf, busy_RN)
         homes.homes_LGN[rows, group, busy_RN.argmin(1)] = True
 
 
@@ -259,7 +295,10 @@ def _shrink(homes: Homes, layer: int, count_GN: Ints) -> None:
 def _trim_for_room(homes: Homes) -> None:
     """Layers with a group that lacks homes: groups with more than they need give them up, and it is tried again."""
     count_LG = homes.homes_LGN.sum(-1)
-    short = np.flatnonzero((count_LG < homes.wanted).any(-1) & (count_LG > homes.wanted).any(-1))
+    short_L = (count_LG < homes.wanted).any(-1)
+    if homes.zones is not None:
+        short_L |= homes.gathered_L()
+    short = np.flatnonzero(short_L & (count_LG > homes.wanted).any(-1))
     if short.size:
-        homes.homes_LGN[short] &= np.cumsum(homes.homes_LGN[short], axis=-1) <= homes.wanted
+        homes.trim(short)
         _complete(homes)

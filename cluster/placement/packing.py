@@ -12,6 +12,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.placement.zones import Zones
+
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -31,6 +33,8 @@ class Problem:
     """Free slots are for further copies of hot units."""
     homes_LUN: Bools | None = None
     """Nodes that each get a copy of the unit to begin with; None: one copy, anywhere."""
+    zones: Zones | None = None
+    """None where they make no difference."""
 
     def with_homes(self, homes_LUN: Bools | None) -> Problem:
         return replace(self, homes_LUN=homes_LUN)
@@ -60,6 +64,16 @@ class Problem:
     def need_LV(self) -> Ints:
         """The same, and nothing for the empty slot."""
         return np.pad(self.need_LU, ((0, 0), (0, 1)), constant_values=-self.num_nodes)
+
+    @cached_property
+    def need_zones_LV(self) -> Ints:
+        """Different zones that must hold the unit, and nothing for the empty slot; only where zones matter."""
+        assert self.zones is not None
+        if self.homes_LUN is None:
+            need_LU = np.ones(self.load_LU.shape, dtype=np.int64)
+        else:
+            need_LU = np.minimum(self.zones.number(self.homes_LUN), self.zones.wanted)
+        return np.pad(need_LU, ((0, 0), (0, 1)), constant_values=-self.num_nodes)
 
     @cached_property
     def allowed_LVN(self) -> Bools:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from actors.errors import InvalidInput
@@ -16,6 +16,8 @@ class ActorSlot:
 
     id: str
     node: str
+    zone: str = ""
+    """Of the node; empty if it is not known."""
 
 
 Holders = list[list[ActorSlot]]
@@ -29,7 +31,8 @@ def spread(
 
     The actors of a node follow one another, so that a node's experts are contiguous, as node-limited gates want them.
     Every group is on `redundancy` nodes. The copies of a node's groups go to all other nodes in turn, so that these
-    share its work when it dies, and actors hold as even a number of groups as the nodes allow.
+    share its work when it dies, and actors hold as even a number of groups as the nodes allow. Where zones are known
+    these nodes are in as many zones as there are, up to `redundancy`: first those of other zones take turns.
 
     `InvalidInput` if the experts do not divide into groups, an actor would own none, or there are too few nodes.
     """
@@ -45,15 +48,15 @@ def spread(
 
 
 def _with_copies(owners: Sequence[ActorSlot], actors: Sequence[ActorSlot], redundancy: int) -> Holders:
-    nodes = list(dict.fromkeys(actor.node for actor in actors))
+    zone_of = {actor.node: actor.zone for actor in actors}
+    nodes = list(zone_of)
     num_held = Counter(owner.id for owner in owners)
     num_owned: Counter[str] = Counter()
     holders = [[owner] for owner in owners]
     for held in holders:
         home = held[0].node
         others = nodes[nodes.index(home) + 1 :] + nodes[: nodes.index(home)]
-        for turn in range(num_owned[home], num_owned[home] + redundancy - 1):
-            node = others[turn % len(others)]
+        for node in _apart(home, others, zone_of, num_owned[home])[: redundancy - 1]:
             idlest = min((actor for actor in actors if actor.node == node), key=lambda actor: num_held[actor.id])
             held.append(idlest)
             num_held[idlest.id] += 1
@@ -61,6 +64,16 @@ def _with_copies(owners: Sequence[ActorSlot], actors: Sequence[ActorSlot], redun
     while _handed_on(holders, actors):
         pass
     return holders
+
+
+def _apart(home: str, others: Sequence[str], zone_of: Mapping[str, str], turn: int) -> list[str]:
+    """Other nodes in the order in which they get copies of the home's group number `turn`: of those that are next in
+    turn first one of each zone."""
+    far = [node for node in others if zone_of[node] != zone_of[home]]
+    near = [node for node in others if zone_of[node] == zone_of[home]]
+    in_turn = [nodes[(turn + i) % len(nodes)] for nodes in (far, near) for i in range(len(nodes))]
+    first_of_zone = {zone_of[node]: node for node in reversed(in_turn) if zone_of[node] != zone_of[home]}
+    return sorted(in_turn, key=lambda node: first_of_zone.get(zone_of[node]) != node)
 
 
 def _handed_on(holders: Holders, actors: Sequence[ActorSlot]) -> bool:
@@ -84,12 +97,21 @@ def _handed_on(holders: Holders, actors: Sequence[ActorSlot]) -> bool:
 
 
 def _takers(holders: Holders, actors: Sequence[ActorSlot], actor: ActorSlot) -> list[tuple[int, ActorSlot]]:
-    """Groups of which the actor has a copy, and who could have it instead: nobody on a node that has another one."""
+    """Groups of which the actor has a copy, and who could have it instead: nobody on a node that has another one, or
+    who would leave the group in fewer zones."""
     takers = []
     for group, held in enumerate(holders):
         if actor in held[1:]:
-            taken = {other.node for other in held if other != actor}
-            takers += [(group, other) for other in actors if other != actor and other.node not in taken]
+            rest = [other for other in held if other != actor]
+            taken, zones = {other.node for other in rest}, {other.zone for other in rest}
+            stays_apart = actor.zone in zones  # wherever it goes
+            takers += [
+                (group, other)
+                for other in actors
+                if other != actor
+                and other.node not in taken
+                and (stays_apart or other.zone == actor.zone or other.zone not in zones)
+            ]
     return takers
 
 
@@ -97,7 +119,7 @@ def _pass_along(
     holders: Holders, came_by: dict[ActorSlot, tuple[int, ActorSlot]], source: ActorSlot, target: ActorSlot
 ) -> None:
     # The chain is a shortest one, so its steps do not get in each other's way: of two that put copies of one group on
-    # one node, the first could have gone where the second went.
+    # one node, or together into fewer zones, the first could have gone where the second went.
     while target != source:
         group, giver = came_by[target]
         holders[group][holders[group].index(giver)] = target

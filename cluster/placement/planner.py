@@ -10,7 +10,7 @@ groups to home nodes (`homes`), copies of hot units and a greedy packing (`packi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -21,6 +21,7 @@ from cluster.placement.packing import Bools, Floats, Ints, Layout, Problem, pack
 from cluster.placement.repair import repair
 from cluster.placement.request import Device, check_request, unmet
 from cluster.placement.search import Trail, improve
+from cluster.placement.zones import Zones
 
 MOVE_COST = 0.0005
 """A copy moves in a layer when that lowers the layer's maximum by this share of its average."""
@@ -73,7 +74,14 @@ class Plan:
 
     def lost_units(self, node: str) -> tuple[tuple[int, ...], ...]:
         """Units of each layer that have no copy outside the node: its death loses them."""
-        elsewhere_D = np.array([device.node != node for device in self.devices])
+        return self._only_on([device.node == node for device in self.devices])
+
+    def lost_with_zone(self, zone: str) -> tuple[tuple[int, ...], ...]:
+        """Units of each layer that the loss of all nodes of a zone loses."""
+        return self._only_on([device.zone == zone for device in self.devices])
+
+    def _only_on(self, here_D: Sequence[bool]) -> tuple[tuple[int, ...], ...]:
+        elsewhere_D = ~np.array(here_D)
         lost_LU = ~np.asarray(self.hold_LUD[:, :, elsewhere_D].any(-1))
         return tuple(tuple(np.flatnonzero(lost_U).tolist()) for lost_U in lost_LU)
 
@@ -95,6 +103,9 @@ def plan(
     home nodes: each holds the whole group, and hot units get further copies inside them only. Without it units are
     free, and `redundancy` copies are on different nodes. No device holds two copies of a unit. Without `hot_copies` no
     unit gets more copies than that.
+
+    Where devices tell their zones the `redundancy` copies are in as many of them, as far as there are zones and room
+    in them; that comes before an even load.
 
     With `previous` it is improved rather than made anew: of all layouts on the way to the best balance, the one with
     the least `maximum / average + move_cost * copies moved` is taken, layer by layer; a plan from scratch takes part.
@@ -122,7 +133,7 @@ def _problem(
     load_LU: Floats, devices: Sequence[Device], home_bound: bool, redundancy: int, hot_copies: bool
 ) -> Problem:
     nodes = list(dict.fromkeys(device.node for device in devices))
-    return Problem(
+    problem = Problem(
         load_LU,
         slots_D=np.array([device.slots for device in devices]),
         speed_D=np.array([device.speed for device in devices], dtype=np.float64),
@@ -132,6 +143,10 @@ def _problem(
         redundancy=redundancy,
         hot_copies=hot_copies,
     )
+    zone_of: dict[str, str] = {}
+    for device in devices:
+        zone_of[device.node] = zone_of.get(device.node) or device.zone
+    return replace(problem, zones=Zones.of(list(zone_of.values()), problem.per_node(problem.slots_D), redundancy))
 
 
 def _from_scratch(problem: Problem, group_U: Ints) -> Layout:
@@ -147,6 +162,8 @@ def _from_scratch(problem: Problem, group_U: Ints) -> Layout:
         if rows.size:
             other = _packed(problem.with_homes(other_LUN).of_layers(rows))
             better = other.busiest_L < layout.busiest_L[rows]
+            if problem.zones is not None:
+                better &= problem.zones.lacking(other_LUN[rows]) <= problem.zones.lacking(homes_LUN[rows])
             layout.put(rows[better], other.unit_LDK[better])
     return layout
 

@@ -21,6 +21,10 @@ def repair(problem: Problem, kept_LUD: Bools) -> Layout:
         places = node_DN.T if problem.homes_LUN is not None else np.ones((1, len(problem.node_D)), dtype=np.bool_)
         for place_D in places:
             hold_LUD[:, :, place_D] &= hold_LUD[:, :, place_D].cumsum(-1) <= 1
+    if problem.zones is not None and problem.homes_LUN is not None:
+        # Who is to have a home in another zone leaves what is none, so that others find room there.
+        moves_LU = (problem.homes_LUN & (hold_LUD @ node_DN.astype(np.int64) == 0)).any(-1)
+        hold_LUD &= problem.homes_LUN[:, :, problem.node_D] | ~moves_LU[..., None]
     over_L = (hold_LUD.sum(1) > problem.slots_D).any(-1)
     on_LUN = hold_LUD @ node_DN.astype(np.int64)
     if problem.homes_LUN is None:
@@ -39,6 +43,7 @@ class _Repair:
         self.problem, self.hold_UD = problem, hold_UD
         self.load_U = problem.load_LU[layer]
         self.need_U = problem.need_LU[layer].copy()
+        self.need_zones_U = None if problem.zones is None else problem.need_zones_LV[layer].copy()
         homes_LUN = problem.homes_LUN
         self.homes_UN = None if homes_LUN is None else homes_LUN[layer]
 
@@ -54,6 +59,7 @@ class _Repair:
         for unit in np.argsort(-self.load_U, kind="stable").tolist():
             if not self.hold_UD[unit].any():
                 self.need_U[:] = 1
+                self.need_zones_U = None
                 self._add(unit, np.arange(len(self.problem.node_D)))
 
     def _missing(self) -> list[tuple[int, int]]:
@@ -92,8 +98,12 @@ class _Repair:
 
     def _is_extra(self, unit: int, device: int) -> bool:
         others = np.flatnonzero(self.hold_UD[unit])
-        nodes = self.problem.node_D[others[others != device]]
-        return len(set(nodes.tolist())) >= int(self.need_U[unit])
+        nodes = set(self.problem.node_D[others[others != device]].tolist())
+        if self.need_zones_U is not None and self.problem.zones is not None:
+            zones = {int(self.problem.zones.zone_N[node]) for node in nodes}
+            if len(zones) < int(self.need_zones_U[unit]):
+                return False
+        return len(nodes) >= int(self.need_U[unit])
 
     def _share(self, unit: int) -> float:
         return float(self.load_U[unit] / max(1, self.hold_UD[unit].sum()))

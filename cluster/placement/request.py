@@ -9,6 +9,7 @@ import numpy as np
 
 from actors.errors import InvalidInput
 from cluster.placement.packing import Bools, Floats, Ints, Problem
+from cluster.placement.zones import Zones
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class Device:
     """Unit copies it can hold of each layer."""
     speed: float = 1.0
     """Work a second next to the others: a straggler has less."""
+    zone: str = ""
+    """Of its node; empty if it is not known."""
 
 
 def check_request(
@@ -67,6 +70,8 @@ def unmet(hold_LUD: Bools, problem: Problem, group_U: Ints, devices: Sequence[De
     lacking_L = (on_LUN.sum(-1) < problem.redundancy).sum(-1)
     if lacking_L.any():
         sentences.append(_lacking_copies(lacking_L, hold_LUD.shape[1], problem))
+    if problem.zones is not None:
+        sentences += _gathered_copies(on_LUN, problem.zones)
     if problem.home_bound:
         names = list(dict.fromkeys(device.node for device in devices))
         sentences += _spanning_groups(on_LUN, group_U, names)
@@ -86,6 +91,18 @@ def _lacking_copies(lacking_L: Ints, num_units: int, problem: Problem) -> str:
         f"redundancy {wanted} {reason}: in {layers} of {len(lacking_L)} layers up to {lacking_L.max()} of {num_units} "
         "units are on fewer nodes"
     )
+
+
+def _gathered_copies(on_LUN: Bools, zones: Zones) -> list[str]:
+    """Units with copies in fewer zones than they could be in if there were more room."""
+    lacking_L = zones.lacking(on_LUN)
+    if not lacking_L.any():
+        return []
+    layers = np.count_nonzero(lacking_L)
+    return [
+        f"copies in {zones.wanted} zones do not fit the slots of the zones: in {layers} of {len(lacking_L)} layers up "
+        f"to {lacking_L.max()} of {on_LUN.shape[1]} units are in fewer zones"
+    ]
 
 
 def _spanning_groups(on_LUN: Bools, group_U: Ints, nodes: list[str]) -> list[str]:

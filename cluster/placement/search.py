@@ -29,7 +29,7 @@ MAX_STEPS = 600
 class Trail:
     """Remembers the best layout on the way from an earlier plan: balance against copies moved.
 
-    Scores `maximum / average + move_cost * moved + units on too few nodes`; less is better.
+    Scores `maximum / average + move_cost * moved + units on too few nodes + units in too few zones`; less is better.
     """
 
     def __init__(self, layout: Layout, kept_LUD: Bools, move_cost: float) -> None:
@@ -45,6 +45,8 @@ class Trail:
             return np.asarray(maximum_R)
         moved_R = (layout.hold_LUD[rows] & ~self.kept_LUD[rows]).sum((1, 2))
         lacking_R = ((layout.on_LVN[rows, :-1] > 0).sum(-1) < problem.redundancy).sum(-1)
+        if problem.zones is not None:
+            lacking_R = lacking_R + problem.zones.lacking(layout.on_LVN[rows, :-1])
         return np.asarray(maximum_R / problem.average_L[rows] + self.move_cost * moved_R + lacking_R)
 
     def note(self, layout: Layout, rows: Ints) -> None:
@@ -152,15 +154,28 @@ def _partners(problem: Problem, busy_RD: Floats, top: Ints, num_partners: int) -
 
 
 def _forbidden(layout: Layout, layer: Ints, unit: Ints, source: Ints, target: Ints) -> Bools:
-    """Whether a copy may not go from one device to another: out of its homes, or too few nodes are left with one."""
+    """Whether a copy may not go from one device to another: out of its homes, or too few nodes or zones are left."""
     problem = layout.problem
     leave, enter = problem.node_D[source], problem.node_D[target]
     nodes = (layout.on_LVN > 0).sum(-1)[layer, unit]
     nodes_after = nodes - (layout.on_LVN[layer, unit, leave] == 1) + (layout.on_LVN[layer, unit, enter] == 0)
     forbidden = nodes_after < problem.need_LV[layer, unit]
+    if problem.zones is not None:
+        forbidden |= _gathers(layout, layer, unit, leave, enter)
     if problem.home_bound:
         forbidden |= ~problem.allowed_LVN[layer, unit, enter]
     return np.asarray(forbidden & (leave != enter))
+
+
+def _gathers(layout: Layout, layer: Ints, unit: Ints, leave: Ints, enter: Ints) -> Bools:
+    """Whether too few zones are left with the unit when a copy goes from one node to another."""
+    problem = layout.problem
+    assert problem.zones is not None
+    leave, enter = problem.zones.zone_N[leave], problem.zones.zone_N[enter]
+    on_LVZ = problem.zones.on(layout.on_LVN)
+    zones_after = (on_LVZ > 0).sum(-1)[layer, unit]
+    zones_after = zones_after - (on_LVZ[layer, unit, leave] == 1) + (on_LVZ[layer, unit, enter] == 0)
+    return np.asarray((zones_after < problem.need_zones_LV[layer, unit]) & (leave != enter))
 
 
 def _apply_swap(layout: Layout, rows: Ints, here: tuple[Ints, Ints], there: tuple[Ints, Ints]) -> None:
@@ -200,13 +215,17 @@ def _drop_copy(layout: Layout, rows: Ints) -> Bools:
 
 
 def _can_be_missed(layout: Layout, layer: Ints, unit: Ints, node: Ints) -> Bools:
-    """Whether a unit stays on enough nodes without its copy on the device of that node."""
+    """Whether a unit stays on enough nodes, in enough zones, without its copy on the device of that node."""
     problem = layout.problem
     spare = layout.on_LVN[layer, unit].sum(-1) > 1
     if not (problem.stays_in_node or problem.goes_anywhere):
         on_SN = layout.on_LVN[layer, unit]
         alone = layout.on_LVN[layer, unit, node] == 1
         spare &= (on_SN > 0).sum(-1) - alone >= problem.need_LV[layer, unit]
+        if (zones := problem.zones) is not None:
+            on_LVZ = zones.on(layout.on_LVN)
+            alone = on_LVZ[layer, unit, zones.zone_N[node]] == 1
+            spare &= (on_LVZ > 0).sum(-1)[layer, unit] - alone >= problem.need_zones_LV[layer, unit]
     return np.asarray(spare & (unit != layout.empty))
 
 

@@ -7,6 +7,7 @@ import re
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from actors.errors import MoeClusterError
-from cluster.backend import SamplingParams
+from cluster.backend import GpuUse, SamplingParams
 from cluster.config import FrontConfig, JobConfig
 from cluster.errors import PortInUse, Unavailable
 from cluster.service.client import Client
@@ -115,6 +116,30 @@ def test_the_running_job_shows_its_last_step(backend: MemoryBackend) -> None:
         client.cancel_job(job.id)
 
 
+def test_what_crossed_links_and_who_waits(front: Front) -> None:
+    samples = scrape(front)
+    labels = {"actor": "router-0", "role": "router", "kind": "socket/ipc"}
+    assert value(samples, "link_sent_bytes_total", **labels) == 5000
+    assert value(samples, "link_received_bytes_total", **labels) == 4000
+    assert value(samples, "link_wait_seconds_total", **labels) == 0.25
+    labels = {"actor": "router-0", "role": "router", "node": "node-0"}
+    assert value(samples, "requests_waiting", **labels) == 2
+    assert value(samples, "request_queue_seconds", **labels) == 0.75
+
+
+def test_a_gpu_shows_its_memory_and_how_busy_it_is_if_that_can_be_told(front: Front, backend: MemoryBackend) -> None:
+    labels = {"actor": "router-0", "role": "router", "node": "node-0"}
+    assert not any("gpu" in name for name, _ in scrape(front))
+    backend.gpu = GpuUse(used_bytes=30, total_bytes=80, allocated_bytes=20)
+    samples = scrape(front)
+    assert value(samples, "gpu_memory_used_bytes", **labels) == 30
+    assert value(samples, "gpu_memory_total_bytes", **labels) == 80
+    assert value(samples, "gpu_memory_allocated_bytes", **labels) == 20
+    assert not any("busy" in name for name, _ in samples)
+    backend.gpu = replace(backend.gpu, busy_ratio=0.5)
+    assert value(scrape(front), "gpu_busy_ratio", **labels) == 0.5
+
+
 def test_a_cluster_that_does_not_answer_is_down_and_the_calls_are_still_told(
     front: Front, backend: MemoryBackend, client: Client
 ) -> None:
@@ -151,8 +176,9 @@ def expressions() -> dict[str, str]:
 
 
 def test_every_metric_that_an_alert_or_a_panel_names_is_there(backend: MemoryBackend) -> None:
-    """After a request, and in a job, of a cluster that was disturbed."""
+    """After a request, and in a job, of a cluster with a GPU that was disturbed."""
     backend.step_s = 0.05
+    backend.gpu = GpuUse(used_bytes=30, total_bytes=80, allocated_bytes=20, busy_ratio=0.5)
     backend.costs.open("actor_death", "expert-0", 100.0)
     with running_front(backend, CONFIG) as front, Client(front.target) as client:
         list(client.generate("abc", SamplingParams(max_tokens=3)))

@@ -198,6 +198,29 @@ def test_the_death_of_a_replica_costs_one_attempt_at_most(
         same(group, reports, alone)
 
 
+def test_gradients_are_sent_while_backward_goes_on(source: ModelSource) -> None:
+    answered, seen = threading.Event(), []
+    with routers(source, 2) as group:
+        replica = group.seats["router-1"].replica
+        gradients = replica._handlers["gradients"]
+
+        def answer(question: Message) -> Message:
+            message = gradients(question)
+            answered.set()
+            return message
+
+        def hold(grad: torch.Tensor) -> None:
+            """Of the embedding, which comes last."""
+            seen.append(answered.wait(20))
+
+        replica._handlers["gradients"] = answer
+        replica.router.learner.trunk.get_input_embeddings().weight.register_hook(hold)
+        group.router.begin_run(OPTIMIZER)
+        group.router.train_step(BATCHES[0][:1], lr=1e-2, clip_norm=1.0)
+        group.agree()
+        assert seen == [True]
+
+
 LEADERS_WAY = [
     # op, its number, on the way to whom, before or after it is sent
     ("accumulate", 3, "router-1", False),

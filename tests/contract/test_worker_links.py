@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from actors.compress.settings import CompressionSettings
 from actors.errors import PeerLost
 from actors.moe.settings import BalanceSettings
 from actors.transport.curve import LinkKeys
@@ -20,6 +21,8 @@ from cluster.config import ClusterConfig, JobConfig, LinksConfig, OptimizerConfi
 from cluster.configfile import load_cluster
 from cluster.fabric import workers
 from cluster.fabric.links import link_keys
+from cluster.fabric.measures import status_fields
+from cluster.fabric.options import ZONE_LABEL
 from cluster.fabric.standing import Following
 from cluster.fabric.workers import ExpertContact, ExpertWorker, RouterWorker
 
@@ -34,7 +37,8 @@ def config() -> ClusterConfig:
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    context = SimpleNamespace(get_node_id=lambda: "node")
+    labels = {ZONE_LABEL: "zone-2"}
+    context = SimpleNamespace(get_node_id=lambda: "node", get_node_labels=lambda: labels)
     monkeypatch.setattr(workers.ray, "get_runtime_context", lambda: context)
 
 
@@ -71,6 +75,11 @@ def test_they_reach_each_other(config, secured):
         link = worker._open_peer(other.name, other.exchange)
         assert link.kind in kinds
         link.close()
+        assert status_fields(worker.vitals())["zone"] == "zone-2"
+        assert {use.kind for use in status_fields(worker.vitals())["link_use"]} == kinds
+    (use,) = status_fields(router.vitals())["link_use"]
+    assert use.sent_bytes > 0 < use.received_bytes
+    assert use.wait_s > 0
     router._router.close()
 
 
@@ -81,7 +90,7 @@ def test_routers_tell_a_new_coordinator_who_leads(config, secured):
     leader = first.load(PLACEMENT, contacts, None, 0, None, 0, keys)
     replica = second.load_replica(None, 0, keys)
     assert second.standing() is None
-    first.begin_run(OptimizerConfig(), BalanceSettings(), job)
+    first.begin_run(OptimizerConfig(), BalanceSettings(), CompressionSettings(), job)
     first.join(replica)
     second.follow(first.following())
     second.follow(Following(None, Course(0, 0)))

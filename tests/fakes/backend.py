@@ -21,10 +21,12 @@ from cluster.backend import (
     EmbedResult,
     ExpertCache,
     GenerateChunk,
+    GpuUse,
     GroupMove,
     Job,
     JobEvent,
     JobState,
+    LinkUse,
     LoadReport,
     ModelDirectory,
     Operation,
@@ -74,6 +76,8 @@ class MemoryBackend:
         """Rebalancing replaces it, and moves groups without copies only."""
         self.cache: ExpertCache | None = None
         """Of every expert actor."""
+        self.gpu: GpuUse | None = None
+        """Of the router."""
         self.unmet: tuple[str, ...] = ()
         """What every rebalance says it could not have."""
         self.saved: list[Checkpoint] = []
@@ -167,7 +171,20 @@ class MemoryBackend:
     async def status(self, *, timeout_s: float) -> ClusterStatus:
         await self._enter("status", timeout_s)
         states = [job.state for job in self._jobs.values()]
-        router = ActorStatus("router-0", "router", "node-0", 100, "ready", "cpu", self.version, memory_bytes=1 << 20)
+        router = ActorStatus(
+            "router-0",
+            "router",
+            "node-0",
+            100,
+            "ready",
+            "cpu",
+            self.version,
+            memory_bytes=1 << 20,
+            link_use=(LinkUse("socket/ipc", 5000, 4000, 0.25),),
+            gpu=self.gpu,
+            num_waiting=2,
+            queue_s=0.75,
+        )
         experts = (self._expert(actor, pid) for pid, actor in enumerate(self.placement.actors, start=101))
         return ClusterStatus(
             model="memory",

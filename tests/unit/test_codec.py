@@ -19,11 +19,13 @@ from cluster.backend import (
     EmbedResult,
     ExpertCache,
     GenerateChunk,
+    GpuUse,
     GroupMove,
     Job,
     JobEvent,
     JobState,
     LedgerReport,
+    LinkUse,
     LoadReport,
     LoadStep,
     ModelDirectory,
@@ -110,6 +112,21 @@ ACTORS = st.builds(
         wait_s=st.floats(allow_nan=False),
         device_bytes=COUNTS,
     ),
+    zone=NAMES,
+    link_use=st.lists(
+        st.builds(LinkUse, kind=NAMES, sent_bytes=COUNTS, received_bytes=COUNTS, wait_s=st.floats(allow_nan=False)),
+        max_size=2,
+    ).map(tuple),
+    gpu=st.none()
+    | st.builds(
+        GpuUse,
+        used_bytes=COUNTS,
+        total_bytes=COUNTS,
+        allocated_bytes=COUNTS,
+        busy_ratio=st.none() | st.floats(allow_nan=False),
+    ),
+    num_waiting=SIZES,
+    queue_s=st.floats(allow_nan=False),
 )
 FLOATS = st.floats(allow_nan=False)
 STATUSES = st.builds(

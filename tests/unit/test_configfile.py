@@ -191,6 +191,7 @@ CLUSTER_FAULTS = {
     "embedded with address": (MODEL + "ray: {address: auto}", "ray.address", "'auto'", "ray.mode to existing"),
     "existing without": (MODEL + "ray: {mode: existing}", "ray.address", "is needed", "ray.mode to embedded"),
     "no nodes": (MODEL + "ray: {nodes: 0}", "ray.nodes", "0", "1 or more"),
+    "more zones than nodes": (MODEL + "ray: {nodes: 2, zones: 3}", "ray.zones", "3", "from 0 to 2"),
     "no actors": (MODEL + "experts: {actors: 0}", "experts.actors", "0", "1 or more"),
     "empty groups": (MODEL + "experts: {group_size: 0}", "experts.group_size", "0", "1 or more"),
     "no copy at all": (MODEL + "experts: {redundancy: 0}", "experts.redundancy", "0", "1 or more"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from actors.errors import InvalidInput
 from cluster.bench.eplb import balanced_packing, rebalance_experts, replicate_experts
-from cluster.bench.planner import SHAPES, _balance, _node_loss
+from cluster.bench.planner import SHAPES, _balance, _node_loss, _zone_loss
 from cluster.placement.planner import Plan, plan
 from cluster.placement.request import Device
 
@@ -284,6 +284,12 @@ def test_at_least_as_balanced_as_eplb(shape: Any) -> None:
 
 def test_a_node_may_die_which_eplb_does_not_see_to() -> None:
     row = _node_loss(replace(SHAPES[3], layers=2))
+    assert row.value == 0
+    assert row.peer_value > 0
+
+
+def test_a_zone_may_be_lost_too() -> None:
+    row = _zone_loss(replace(SHAPES[0], layers=2))
     assert row.value == 0
     assert row.peer_value > 0
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pytest
 
+from actors.compress.settings import CompressionSettings
 from actors.moe.settings import BalanceSettings
 from actors.values import StepReport
 from cluster.config import BatchConfig, EvalConfig, JobConfig, OptimizerConfig, ScheduleConfig
@@ -30,7 +31,7 @@ class Written:
         self.evaluated_at: list[int] = []
         self._step = 0
 
-    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings) -> None:
+    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings, compression: CompressionSettings) -> None:
         self.begun += 1
 
     def train_step(

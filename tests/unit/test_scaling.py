@@ -9,7 +9,7 @@ from dataclasses import replace
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from actors.errors import InvalidInput
@@ -161,7 +161,7 @@ def test_the_demand_changes_nothing_during_the_cool_down() -> None:
 def test_a_change_under_way_is_waited_for() -> None:
     state = ScalingState(seen_s=0.0, above_s=100.0)
     decision, state = decide(replace(waiting(4, 60.0), is_changing=True), state, LIMITS, 5.0)
-    assert (decision, state) == (None, ScalingState(seen_s=5.0, since_change_s=0.0))
+    assert (decision, state) == (None, ScalingState(seen_s=5.0, since_change_s=0.0, queue_s=60.0))
 
 
 def test_a_number_outside_the_limits_is_put_right() -> None:
@@ -243,6 +243,7 @@ def test_noise_within_the_hysteresis_never_takes_what_must_come_back(
 
 
 @given(st.integers(1, 16), st.floats(0.5, 12), st.floats(0, 20))
+@example(start=1, need=0.75, backlog=17.0)
 @settings(max_examples=200, deadline=None)
 def test_a_backlog_is_met_within_a_bound_of_decisions(start: int, need: float, backlog: float) -> None:
     """`backlog`: work that waits in the beginning, in seconds of one actor."""
@@ -295,6 +296,7 @@ def test_limits_steps_and_cool_down_hold_whatever_comes(
 
 
 @given(st.lists(st.floats(-1e6, 0.0), max_size=100), st.sampled_from([0.0, 4.0]))
+@settings(deadline=None)
 def test_a_clock_that_runs_backwards_scales_nothing(jumps: list[float], need: float) -> None:
     now, state = 1e9, ScalingState(seen_s=1e9, above_s=0.0, below_s=290.0, fits=1)
     for jump in jumps:

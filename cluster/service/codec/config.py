@@ -41,6 +41,8 @@ MAXIMA: Mapping[str, int] = {
     "balance.sequence": 1000,
     "balance.bias_speed": 1,
     "balance.bias_share": 1,
+    "compression.rank": 1 << 20,
+    "compression.share": 1,
 }
 """Every number of a job, and a size beyond which it can only be a mistake or an attack."""
 TEXTS: Mapping[str, int] = {"data.source": checks.MAX_PATH_CHARS, "data.text_field": 256}

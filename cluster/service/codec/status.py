@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, fields
 
-from cluster.backend import ActorStatus, ClusterStatus, ExpertCache, ModelDirectory
+from cluster.backend import ActorStatus, ClusterStatus, ExpertCache, GpuUse, LinkUse, ModelDirectory
 from cluster.service.codec import enums
 from protos.moecluster.v1 import cluster_pb2 as pb
 
@@ -84,6 +84,11 @@ def _actor_to_message(actor: ActorStatus) -> pb.ActorStatus:
         tokens=actor.tokens,
         link=actor.link,
         cache=pb.ExpertCache(**asdict(actor.cache)) if actor.cache else None,
+        zone=actor.zone,
+        link_use=[pb.LinkUse(**asdict(use)) for use in actor.link_use],
+        gpu=pb.GpuUse(**asdict(actor.gpu)) if actor.gpu else None,
+        num_waiting=actor.num_waiting,
+        queue_s=actor.queue_s,
     )
 
 
@@ -101,7 +106,17 @@ def _actor_from_message(message: pb.ActorStatus) -> ActorStatus:
         tokens=message.tokens,
         link=message.link,
         cache=_cache_from_message(message.cache) if message.HasField("cache") else None,
+        zone=message.zone,
+        link_use=tuple(LinkUse(use.kind, use.sent_bytes, use.received_bytes, use.wait_s) for use in message.link_use),
+        gpu=_gpu_from_message(message.gpu) if message.HasField("gpu") else None,
+        num_waiting=message.num_waiting,
+        queue_s=message.queue_s,
     )
+
+
+def _gpu_from_message(message: pb.GpuUse) -> GpuUse:
+    busy_ratio = message.busy_ratio if message.HasField("busy_ratio") else None
+    return GpuUse(message.used_bytes, message.total_bytes, message.allocated_bytes, busy_ratio)
 
 
 def _cache_from_message(message: pb.ExpertCache) -> ExpertCache:

@@ -29,6 +29,8 @@ class Snapshot:
 def families(snapshot: Snapshot) -> Iterator[Metric]:
     yield from _cluster(snapshot.status)
     yield from _actors(snapshot.status)
+    yield from _links(snapshot.status)
+    yield from _gpus(snapshot.status)
     yield from _load(snapshot.load)
     yield from _ledger(snapshot.entries)
     if snapshot.step is not None:
@@ -62,6 +64,8 @@ def _actors(status: ClusterStatus) -> Iterator[Metric]:
     )
     groups = GaugeMetricFamily("moe_cluster_actor_groups", "Expert groups it owns or has a copy of.", labels=labels)
     tokens = CounterMetricFamily("moe_cluster_actor_tokens", "Tokens received since it started.", labels=labels)
+    waiting = GaugeMetricFamily("moe_cluster_requests_waiting", "For their turn at the router.", labels=labels)
+    queue = GaugeMetricFamily("moe_cluster_request_queue_seconds", "That the first of them has waited.", labels=labels)
     for actor in status.actors:
         names = [actor.id, actor.role, actor.node]
         ready.add_metric(names, float(actor.state == "ready"))
@@ -71,7 +75,44 @@ def _actors(status: ClusterStatus) -> Iterator[Metric]:
         if actor.role == "expert":
             groups.add_metric(names, len(actor.groups))
             tokens.add_metric(names, actor.tokens)
-    yield from (ready, memory, version, staleness, groups, tokens)
+        else:
+            waiting.add_metric(names, actor.num_waiting)
+            queue.add_metric(names, actor.queue_s)
+    yield from (ready, memory, version, staleness, groups, tokens, waiting, queue)
+
+
+def _links(status: ClusterStatus) -> Iterator[Metric]:
+    labels = ["actor", "role", "kind"]
+    sent = CounterMetricFamily("moe_cluster_link_sent_bytes", "Over links that the actor opened.", labels=labels)
+    received = CounterMetricFamily("moe_cluster_link_received_bytes", "Answers over the same links.", labels=labels)
+    wait = CounterMetricFamily(
+        "moe_cluster_link_wait_seconds", "Time that its threads waited for answers.", labels=labels
+    )
+    for actor in status.actors:
+        for use in actor.link_use:
+            names = [actor.id, actor.role, use.kind]
+            sent.add_metric(names, use.sent_bytes)
+            received.add_metric(names, use.received_bytes)
+            wait.add_metric(names, use.wait_s)
+    yield from (sent, received, wait)
+
+
+def _gpus(status: ClusterStatus) -> Iterator[Metric]:
+    """Without series where no actor has a GPU, or none tells how busy it is."""
+    labels = ["actor", "role", "node"]
+    used = GaugeMetricFamily("moe_cluster_gpu_memory_used_bytes", "Of the actor's GPU, by whomever.", labels=labels)
+    total = GaugeMetricFamily("moe_cluster_gpu_memory_total_bytes", "Of the actor's GPU.", labels=labels)
+    allocated = GaugeMetricFamily("moe_cluster_gpu_memory_allocated_bytes", "By tensors of the actor.", labels=labels)
+    busy = GaugeMetricFamily("moe_cluster_gpu_busy_ratio", "Share of the time that it computed.", labels=labels)
+    for actor in status.actors:
+        if actor.gpu is not None:
+            names = [actor.id, actor.role, actor.node]
+            used.add_metric(names, actor.gpu.used_bytes)
+            total.add_metric(names, actor.gpu.total_bytes)
+            allocated.add_metric(names, actor.gpu.allocated_bytes)
+            if actor.gpu.busy_ratio is not None:
+                busy.add_metric(names, actor.gpu.busy_ratio)
+    yield from (used, total, allocated, busy)
 
 
 def _load(load: LoadReport) -> Iterator[Metric]:

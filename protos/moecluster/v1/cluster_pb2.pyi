@@ -104,7 +104,7 @@ LEDGER_KIND_STORAGE_FULL: LedgerKind
 LEDGER_KIND_GROW: LedgerKind
 
 class ActorStatus(_message.Message):
-    __slots__ = ("id", "role", "node", "pid", "state", "device", "version", "groups", "memory_bytes", "tokens", "link", "cache")
+    __slots__ = ("id", "role", "node", "pid", "state", "device", "version", "groups", "memory_bytes", "tokens", "link", "cache", "zone", "link_use", "gpu", "num_waiting", "queue_s")
     ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
@@ -117,6 +117,11 @@ class ActorStatus(_message.Message):
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     LINK_FIELD_NUMBER: _ClassVar[int]
     CACHE_FIELD_NUMBER: _ClassVar[int]
+    ZONE_FIELD_NUMBER: _ClassVar[int]
+    LINK_USE_FIELD_NUMBER: _ClassVar[int]
+    GPU_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     id: str
     role: ActorRole
     node: str
@@ -129,7 +134,36 @@ class ActorStatus(_message.Message):
     tokens: int
     link: str
     cache: ExpertCache
-    def __init__(self, id: _Optional[str] = ..., role: _Optional[_Union[ActorRole, str]] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[_Union[ActorState, str]] = ..., device: _Optional[str] = ..., version: _Optional[int] = ..., groups: _Optional[_Iterable[int]] = ..., memory_bytes: _Optional[int] = ..., tokens: _Optional[int] = ..., link: _Optional[str] = ..., cache: _Optional[_Union[ExpertCache, _Mapping]] = ...) -> None: ...
+    zone: str
+    link_use: _containers.RepeatedCompositeFieldContainer[LinkUse]
+    gpu: GpuUse
+    num_waiting: int
+    queue_s: float
+    def __init__(self, id: _Optional[str] = ..., role: _Optional[_Union[ActorRole, str]] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[_Union[ActorState, str]] = ..., device: _Optional[str] = ..., version: _Optional[int] = ..., groups: _Optional[_Iterable[int]] = ..., memory_bytes: _Optional[int] = ..., tokens: _Optional[int] = ..., link: _Optional[str] = ..., cache: _Optional[_Union[ExpertCache, _Mapping]] = ..., zone: _Optional[str] = ..., link_use: _Optional[_Iterable[_Union[LinkUse, _Mapping]]] = ..., gpu: _Optional[_Union[GpuUse, _Mapping]] = ..., num_waiting: _Optional[int] = ..., queue_s: _Optional[float] = ...) -> None: ...
+
+class LinkUse(_message.Message):
+    __slots__ = ("kind", "sent_bytes", "received_bytes", "wait_s")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    sent_bytes: int
+    received_bytes: int
+    wait_s: float
+    def __init__(self, kind: _Optional[str] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., wait_s: _Optional[float] = ...) -> None: ...
+
+class GpuUse(_message.Message):
+    __slots__ = ("used_bytes", "total_bytes", "allocated_bytes", "busy_ratio")
+    USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ALLOCATED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BUSY_RATIO_FIELD_NUMBER: _ClassVar[int]
+    used_bytes: int
+    total_bytes: int
+    allocated_bytes: int
+    busy_ratio: float
+    def __init__(self, used_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., allocated_bytes: _Optional[int] = ..., busy_ratio: _Optional[float] = ...) -> None: ...
 
 class ExpertCache(_message.Message):
     __slots__ = ("hits", "misses", "loaded_ahead", "loaded_bytes", "wait_s", "device_bytes")

@@ -29,6 +29,15 @@ class DataFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DATA_FORMAT_JSONL: _ClassVar[DataFormat]
     DATA_FORMAT_PARQUET: _ClassVar[DataFormat]
 
+class CompressionMethod(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    COMPRESSION_METHOD_UNSPECIFIED: _ClassVar[CompressionMethod]
+    COMPRESSION_METHOD_NONE: _ClassVar[CompressionMethod]
+    COMPRESSION_METHOD_POWERSGD: _ClassVar[CompressionMethod]
+    COMPRESSION_METHOD_TOPK: _ClassVar[CompressionMethod]
+    COMPRESSION_METHOD_INT8: _ClassVar[CompressionMethod]
+    COMPRESSION_METHOD_FP8: _ClassVar[CompressionMethod]
+
 class JobState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     JOB_STATE_UNSPECIFIED: _ClassVar[JobState]
@@ -56,6 +65,12 @@ DATA_FORMAT_AUTO: DataFormat
 DATA_FORMAT_TEXT: DataFormat
 DATA_FORMAT_JSONL: DataFormat
 DATA_FORMAT_PARQUET: DataFormat
+COMPRESSION_METHOD_UNSPECIFIED: CompressionMethod
+COMPRESSION_METHOD_NONE: CompressionMethod
+COMPRESSION_METHOD_POWERSGD: CompressionMethod
+COMPRESSION_METHOD_TOPK: CompressionMethod
+COMPRESSION_METHOD_INT8: CompressionMethod
+COMPRESSION_METHOD_FP8: CompressionMethod
 JOB_STATE_UNSPECIFIED: JobState
 JOB_STATE_QUEUED: JobState
 JOB_STATE_RUNNING: JobState
@@ -70,7 +85,7 @@ JOB_EVENT_KIND_EVAL: JobEventKind
 JOB_EVENT_KIND_NOTE: JobEventKind
 
 class JobConfig(_message.Message):
-    __slots__ = ("steps", "batch", "optimizer", "schedule", "data", "eval", "balance")
+    __slots__ = ("steps", "batch", "optimizer", "schedule", "data", "eval", "balance", "compression")
     STEPS_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +93,7 @@ class JobConfig(_message.Message):
     DATA_FIELD_NUMBER: _ClassVar[int]
     EVAL_FIELD_NUMBER: _ClassVar[int]
     BALANCE_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSION_FIELD_NUMBER: _ClassVar[int]
     steps: int
     batch: BatchConfig
     optimizer: OptimizerConfig
@@ -85,7 +101,8 @@ class JobConfig(_message.Message):
     data: DataConfig
     eval: EvalConfig
     balance: BalanceSettings
-    def __init__(self, steps: _Optional[int] = ..., batch: _Optional[_Union[BatchConfig, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerConfig, _Mapping]] = ..., schedule: _Optional[_Union[ScheduleConfig, _Mapping]] = ..., data: _Optional[_Union[DataConfig, _Mapping]] = ..., eval: _Optional[_Union[EvalConfig, _Mapping]] = ..., balance: _Optional[_Union[BalanceSettings, _Mapping]] = ...) -> None: ...
+    compression: CompressionSettings
+    def __init__(self, steps: _Optional[int] = ..., batch: _Optional[_Union[BatchConfig, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerConfig, _Mapping]] = ..., schedule: _Optional[_Union[ScheduleConfig, _Mapping]] = ..., data: _Optional[_Union[DataConfig, _Mapping]] = ..., eval: _Optional[_Union[EvalConfig, _Mapping]] = ..., balance: _Optional[_Union[BalanceSettings, _Mapping]] = ..., compression: _Optional[_Union[CompressionSettings, _Mapping]] = ...) -> None: ...
 
 class BatchConfig(_message.Message):
     __slots__ = ("sequences", "sequence_length", "gradient_accumulation")
@@ -162,6 +179,18 @@ class BalanceSettings(_message.Message):
     bias_speed: float
     bias_share: float
     def __init__(self, entropy: _Optional[float] = ..., frequency: _Optional[float] = ..., sequence: _Optional[float] = ..., bias_speed: _Optional[float] = ..., bias_share: _Optional[float] = ...) -> None: ...
+
+class CompressionSettings(_message.Message):
+    __slots__ = ("method", "rank", "share", "quantised")
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    QUANTISED_FIELD_NUMBER: _ClassVar[int]
+    method: CompressionMethod
+    rank: int
+    share: float
+    quantised: bool
+    def __init__(self, method: _Optional[_Union[CompressionMethod, str]] = ..., rank: _Optional[int] = ..., share: _Optional[float] = ..., quantised: _Optional[bool] = ...) -> None: ...
 
 class Job(_message.Message):
     __slots__ = ("id", "request_id", "config", "state", "step", "create_time", "start_time", "end_time", "error", "last_event")
