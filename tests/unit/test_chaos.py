@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -26,6 +29,7 @@ from cluster.chaos.schedule import (
     victims,
     what_is_missing,
 )
+from cluster.chaos.service import ServiceProcess
 from cluster.commands.chaos import duration, job_config, kinds, show
 from cluster.commands.output import plain
 from cluster.control.ledger import Entry
@@ -114,6 +118,16 @@ def test_a_cluster_that_has_not_noticed_is_not_whole() -> None:
     assert what_is_missing(here, 4) == "3 of 4 expert actors"
     assert what_is_missing(replace(here, message="degraded: group 1"), 3) == "degraded: group 1"
     assert what_is_missing(replace(here, ready=False), 3) == "not ready"
+
+
+def test_who_took_the_place_of_a_dead_process_is_not_compared_with_it() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        service = ServiceProcess(other, "")
+        first, second = (replace(actor(0, role="router"), pid=pid) for pid in (os.getpid(), other.pid))
+        names = [set(service.vitals(status(router)).handles) for router in (first, second, first)]
+        assert other.stdin is not None
+        other.stdin.close()
+    assert names == [{"front", "router"}, {"front", "router 2"}, {"front", "router"}]
 
 
 # --- Figures -----------------------------------------------------------------------------------------------------

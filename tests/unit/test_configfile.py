@@ -207,6 +207,12 @@ CLUSTER_FAULTS = {
         "ray.nodes is 2",
         "at most 2, or set ray.nodes to 3 or more",
     ),
+    "snapshots more often than never": (
+        MODEL + "experts: {snapshot_every_steps: -1}",
+        "experts.snapshot_every_steps",
+        "-1",
+        "0 or more",
+    ),
     "room below none": (MODEL + "experts: {max_groups: -1}", "experts.max_groups", "-1", "0 or more"),
     "a cache below none": (
         MODEL + "experts: {expert_cache_size: -1}",
