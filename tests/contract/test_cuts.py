@@ -68,6 +68,26 @@ def test_listening_sockets_and_other_connections_stay(source: ModelSource) -> No
         local.members["expert-0"].open().close()
 
 
+HANDLES = """
+import os
+import torch
+from actors.transport.message import Message
+from actors.transport.socket import SocketLink, SocketServer
+server = SocketServer("e", lambda peer, question: Message("ok"), max_bytes=1 << 24)
+server.start()
+link = SocketLink("e", server.address, name="r", max_bytes=1 << 24, timeout_s=20.0)
+for size in (1, 1 << 20):
+    link.call(Message("x", {}, (torch.zeros(size),)), 20.0)
+    print(len(os.listdir("/proc/self/fd")))
+"""
+
+
+def test_large_messages_take_no_more_handles_than_small_ones() -> None:
+    ran = subprocess.run([sys.executable, "-c", HANDLES], capture_output=True, text=True, timeout=120.0, check=True)
+    small, large = map(int, ran.stdout.split())
+    assert large == small
+
+
 def test_a_process_that_has_ended_has_no_links() -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait(30.0)
