@@ -57,8 +57,10 @@ def _context() -> Any:
 
 @functools.cache
 def _start_collector() -> None:
-    """pyzmq has a context of its own, with seven file handles, from the first frame on that it sends without a copy: here
-    from the beginning, so that nobody takes it for a leak when messages grow, as they do after an actor's death."""
+    """pyzmq has a context of its own, with seven file handles, from the first frame on that it sends without a copy.
+
+    Here from the beginning, so that nobody takes it for a leak when messages grow, as they do after an actor's death.
+    """
     zmq.Frame(b"-", copy=False, copy_threshold=0)
 
 
