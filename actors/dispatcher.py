@@ -101,6 +101,8 @@ class Dispatcher:
         self._table = HolderTable.of([], num_experts)
         self._backlog = _Backlog(num_layers)
         self.purpose = Purpose()
+        self.used_version = 0
+        """The least version of the experts that were used since `begin`."""
         self.load_LE = torch.zeros(num_layers, num_experts, dtype=torch.int64)
         """Pairs routed to each expert since the caller last zeroed it; training forwards only."""
 
@@ -173,7 +175,7 @@ class Dispatcher:
 
     def begin(self, purpose: Purpose) -> None:
         """Before each pass through the layers."""
-        self.purpose = purpose
+        self.purpose, self.used_version = purpose, max(purpose.min_version, purpose.step - 1)
         self._backlog.refresh(self._names)
 
     def _build_table(self) -> None:
@@ -233,6 +235,7 @@ class Dispatcher:
                 left.append(share)
                 continue
             self._check_version(answer, name)
+            self.used_version = min(self.used_version, int(answer.fields["used"]))  # type: ignore[arg-type]
             (part,) = _tensors(answer, 1, name)
             _expect(part, (len(share.tokens_T), x_TD.shape[1]), x_TD.dtype, name)
             y_TD.index_add_(0, share.tokens_T.to(x_TD.device), part.to(x_TD.device))

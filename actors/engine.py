@@ -39,7 +39,7 @@ def generator_at(seed: int, position: int) -> torch.Generator:
 
 class DecodeEngine:
     """Streams of a trunk view. `guard` is entered for every forward, with its number of tokens and what the gates keep
-    of the session (`new_pasts`); it gives the version that the forward computes with.
+    of the session (`new_pasts`); it gives what tells, after the forward, the version that was computed with.
 
     At most `max_sessions` streams decode in turns; more wait. A stream's tokens do not depend on the other streams.
     """
@@ -47,7 +47,7 @@ class DecodeEngine:
     def __init__(
         self,
         model: PreTrainedModel,
-        guard: Callable[[int, Sequence[GatePast] | None], AbstractContextManager[int]],
+        guard: Callable[[int, Sequence[GatePast] | None], AbstractContextManager[Callable[[], int]]],
         new_pasts: Callable[[], Sequence[GatePast] | None] = lambda: None,
         *,
         max_sessions: int,
@@ -103,8 +103,9 @@ class DecodeEngine:
         for number in range(budget):
             ids = torch.tensor([tokens], device=device)
             extra = {"logits_to_keep": 1} if self._keep_last else {}
-            with self._guard(len(tokens), pasts) as version, torch.no_grad():
+            with self._guard(len(tokens), pasts) as used_version, torch.no_grad():
                 out = self._model(input_ids=ids, past_key_values=cache, use_cache=True, **extra)
+                version = used_version()
             cache = out.past_key_values
             token = choose(out.logits[0, -1], sampling, generator_at(sampling.seed, len(prompt) + number))
             ended = token in self._end_ids

@@ -6,6 +6,9 @@ applies the optimizer and makes the version the step; `abort` drops everything o
 
 Where groups have copies on other actors, `prepare` also sends what was accumulated here to each group's owner, and
 `reduce` lets the owners send the sums back: every copy then commits the same update.
+
+With a staleness above 0 `commit` leaves the update to a thread (`actors.updates`), and a forward waits only if its
+layer is further behind. Whatever reads or changes whole groups lets that thread finish first.
 """
 
 from __future__ import annotations
@@ -31,12 +34,15 @@ from actors.holdings import Holdings, LoadLayer
 from actors.moe.cache import CacheSettings
 from actors.moe.experts import Work
 from actors.optim import OptimizerSettings
+from actors.residency import beside_a_cache
 from actors.snapshots import ExpertKey, SavedState, Snapshot
+from actors.staleness import check_staleness
 from actors.transaction import Transaction
 from actors.transport.message import Message, error_answer
 from actors.trunk.checkpoint import CheckpointReader
 from actors.trunk.init import initial_experts
 from actors.trunk.model import ModelSource, Skeleton, skeleton
+from actors.updates import PendingUpdate, Updates
 from actors.values import Address, Placement
 
 logger = logging.getLogger(__name__)
@@ -89,7 +95,10 @@ class ExpertHost:
         self.exchange.on_update = self._take_updates
         self._copies = Copies(self.exchange, group_size)
         self._followers = Followers(self.exchange)
-        self._arrivals = Arrivals(self.exchange, lambda: self.holdings)
+        self.updates = Updates(name, lambda: self.holdings, self._device, timeout_s=timeout_s)
+        self.updates.on_made = self._measure
+        self._merged_before = 0
+        self._arrivals = Arrivals(self.exchange, self._drained)
         self.snapshot: Snapshot[ExpertKey] | None = None
         """The last one that was asked for, until `drop_snapshot`."""
         self.for_peers: Snapshot[ExpertKey] | None = None
@@ -124,6 +133,7 @@ class ExpertHost:
 
     def close(self) -> None:
         """Ends its links to other actors."""
+        self.updates.close()
         self.exchange.close()
         self._followers.close()
         self.holdings.close()
@@ -135,15 +145,47 @@ class ExpertHost:
         handler = self._handlers.get(question.op)
         if handler is None:
             return error_answer(InvalidInput("unknown operation", field="op", value=question.op))
-        with self._lock:
-            try:
+        try:
+            if (need := self._need(question)) is not None:
+                self.updates.wait(*need)
+            with self._lock:
                 return handler(question)
-            except MoeClusterError as error:
-                logger.info("%s refused %s of %s: %s", self.name, question.op, peer, error)
-                return error_answer(error)
-            except Exception as error:  # the host must live on, whatever one message does
-                logger.exception("%s failed in %s of %s", self.name, question.op, peer)
-                return error_answer(error)
+        except MoeClusterError as error:
+            logger.info("%s refused %s of %s: %s", self.name, question.op, peer, error)
+            return error_answer(error)
+        except Exception as error:  # the host must live on, whatever one message does
+            logger.exception("%s failed in %s of %s", self.name, question.op, peer)
+            return error_answer(error)
+
+    def ready(self, question: Message) -> bool:
+        """Whether `handle` would answer at once, and not wait for updates. From any thread."""
+        try:
+            need = self._need(question)
+        except (KeyError, TypeError, ValueError):  # `handle` says what is wrong with it
+            return True
+        return need is None or self.updates.admits(*need)
+
+    def _need(self, question: Message) -> tuple[int, int] | None:
+        """(layer, how many updates it may be behind) of a question that may have to wait: a training forward.
+
+        `prepare` is another, so that on an actor that gets no tokens no more updates are pending than elsewhere.
+        """
+        fields: Any = question.fields
+        waits = question.op == "prepare" or (question.op == "forward" and fields.get("keep"))
+        if not waits or not self._staleness or fields.get("step") != self.version + 1:
+            return None
+        layer = fields["layer"] if question.op == "forward" else len(self.holdings.stacks) - 1
+        if Attempt.of(fields) < self._step.attempt or layer not in range(len(self.holdings.stacks)):
+            return None  # it will be refused
+        return layer, self._may_lag(fields)
+
+    def _may_lag(self, fields: Mapping[str, Any]) -> int:
+        """The job's bound, or what the forward asks for."""
+        return min(self._staleness, self.version - int(fields.get("min_version", 0)))
+
+    @property
+    def _staleness(self) -> int:
+        return self.holdings.settings.staleness
 
     def idle(self) -> bool:
         """Does one piece of deferred work, between questions. False when none is left."""
@@ -153,7 +195,10 @@ class ExpertHost:
             return self._step.has_deferred
 
     def _forward(self, question: Message) -> Message:
-        """Tokens of one layer -> weighted sums. `keep` (training) saves what backward needs, by micro-batch, layer."""
+        """Tokens of one layer -> weighted sums. `keep` (training) saves what backward needs, by micro-batch, layer.
+
+        `used` of the answer is the version of the weights, `version` that of the last commit.
+        """
         fields: Any = question.fields
         layer, keep = self._layer(fields), bool(fields.get("keep"))
         self._check_epoch(fields)
@@ -165,14 +210,21 @@ class ExpertHost:
         work = Work(token_P.to(self._device), list(fields["counts_E"]), weight_P.to(self._device))
         self._check_tokens(x_TD)
         work.check(x_TD.shape[0], len(self.experts))
+        self.holdings.catch_up(layer, work.counts_E)
         placed = Work(work.token_P, self.holdings.by_place(work.counts_E), work.weight_P)
-        y_TD, saved = stack(x_TD.to(self._device), placed, keep=keep)
+        self.updates.check()
+        weights, lag = self.updates.read(layer)
+        if keep and lag > self._may_lag(fields):
+            raise StepAborted(f"layer {layer} of {self.name} is {lag} updates behind, {self._may_lag(fields)} may be")
+        y_TD, saved = stack(x_TD.to(self._device), placed, keep=keep, weights=weights)
         if saved is not None:
             self._step.keep(int(fields["microbatch"]), layer, saved)
+            self._step.weights[layer] = weights
+            self._step.spread.note(lag, sum(count > 0 for count in work.counts_E))
             self._touch(layer, work.counts_E)
         self.tokens += x_TD.shape[0]
         self.pairs += len(token_P)
-        return Message("ok", {"version": self.version, "pairs": self.pairs}, (y_TD,))
+        return Message("ok", {"version": self.version, "used": self.version - lag, "pairs": self.pairs}, (y_TD,))
 
     def _backward(self, question: Message) -> Message:
         self._enter(question.fields)
@@ -196,7 +248,8 @@ class ExpertHost:
             pass
         self._copies.send_partial_sums(self.holdings, self._step.touched, self._step.attempt)
         self._step.prepare()
-        return self._norm_of(self._copies.alone(self.groups))
+        spread, self._step.spread.merged = self._step.spread, self.updates.num_merged - self._merged_before
+        return self._norm_of(self._copies.alone(self.groups), spread.fields())
 
     def _reduce(self, question: Message) -> Message:
         """All have prepared: the sums of the groups owned here go to their copies."""
@@ -216,13 +269,34 @@ class ExpertHost:
         self._copies.take_sums(self.holdings, self._step.check_prepared("commit", fields))
         lr, scale = float(fields["lr"]), float(fields["scale"])
         self._followers.tell(self.holdings, step, lr, scale)
-        self.holdings.update(lr, scale)
+        if self._staleness:
+            self._put_update(step, lr, scale)
+        else:
+            with self.updates.making():
+                self.holdings.update(lr, scale)
         self.version = step
         self._end_attempt()
-        self.holdings.free_leaving()
+        if self.holdings.leaving:
+            self._drained().free_leaving()
         self._arrivals.catch_up()
-        self._memory_bytes = self.holdings.num_bytes()
+        if not self.updates.max_lag:
+            self._measure()
         return Message("ok", {"version": self.version})
+
+    def _put_update(self, step: int, lr: float, scale: float) -> None:
+        """The gradients of this step go; those of the next begin at zero."""
+        own = frozenset(self._copies.alone(self.groups)) - self._followers.groups
+        then = dict(self._step.weights) if self.holdings.settings.delay_correction else {}
+        self._merged_before = self.updates.num_merged
+        self.updates.put(PendingUpdate(step, lr, scale, self.holdings.take_gradients(), own, then))
+
+    def _drained(self) -> Holdings:
+        """With every committed update in them."""
+        self.updates.drain()
+        return self.holdings
+
+    def _measure(self) -> None:
+        self._memory_bytes = self.holdings.num_bytes()
 
     def _abort(self, question: Message) -> Message:
         if self._step.aborts(Attempt.of(question.fields), self.version):
@@ -237,15 +311,21 @@ class ExpertHost:
     def _begin_run(self, question: Message) -> Message:
         """A new job: its optimizer settings, fresh moments. Groups on their way here have the old ones: dropped."""
         settings = OptimizerSettings(**question.fields["optimizer"])  # type: ignore[arg-type]
+        self._check_staleness(settings)
+        self.updates.drain()
         self._new_run(question.fields)
         self._step.attempt = Attempt(self.version, 0)  # a router before may have left one open
         self._drop_gradients()
         self.holdings.begin_run(settings)
         return Message("ok", {"version": self.version})
 
-    def _norm_of(self, groups: Sequence[int]) -> Message:
+    def _norm_of(self, groups: Sequence[int], more: Mapping[str, Any] | None = None) -> Message:
         square = self.holdings.square_sum(groups)
-        return Message("ok", {"square_sum": square if math.isfinite(square) else None})
+        return Message("ok", {"square_sum": square if math.isfinite(square) else None, **(more or {})})
+
+    def _check_staleness(self, settings: OptimizerSettings) -> None:
+        if check_staleness(settings.staleness) and self._cache is not None:
+            raise beside_a_cache()
 
     # -- placement ----------------------------------------------------------------------------------------------------
 
@@ -279,10 +359,12 @@ class ExpertHost:
             group, layer = int(fields["group"]), self._layer(fields)
             if group not in self._copies.owned(self.groups):
                 return error_answer(InvalidInput(f"{self.name} does not own it", field="group", value=group))
-            tensors, updates = self.holdings.read(group, layer)
+            tensors, updates = self._drained().read(group, layer)
             self._followers.add(group, layer, fields["follower"], Address(*fields["address"]))
             ticket = {"version": self.version, "updates": updates, "run": self._run}
             return Message("ok", {**ticket, "optimizer": self.holdings.settings.to_dict()}, tensors)
+        except MoeClusterError as error:
+            return error_answer(error)
         finally:
             self._lock.release()
 
@@ -299,6 +381,7 @@ class ExpertHost:
         fields: Any = question.fields
         if self._step.under_way:
             raise StepAborted("groups change between steps, and one is under way")
+        self.updates.drain()
         held = tuple(tuple(names) for names in fields["holders"])
         placement = Placement(int(fields["epoch"]), held, self.group_size)
         wanted = placement.held_by(self.name)
@@ -334,9 +417,9 @@ class ExpertHost:
     def _retire(self, question: Message) -> Message:
         """Every router uses the new placement: what is not held any more may go."""
         if not self._step.under_way:
-            self.holdings.free_leaving()
+            self._drained().free_leaving()
             self.holdings.trim()
-            self._memory_bytes = self.holdings.num_bytes()
+            self._measure()
         return Message("ok", {})
 
     # -- state in and out ---------------------------------------------------------------------------------------------
@@ -352,6 +435,8 @@ class ExpertHost:
         """Cheap and without the lock: it is also the heartbeat of an actor that is busy."""
         return {
             "version": self.version,
+            "used": max(0, self.version - self.updates.max_lag),
+            "merged": self.updates.num_merged,
             "groups": list(self.groups),
             "experts": self.experts,
             "tokens": self.tokens,
@@ -366,7 +451,7 @@ class ExpertHost:
         """Stacked weights of one layer's experts that are owned here; `experts` are their numbers, in that order."""
         layer = self._layer(question.fields)
         owned = self._copies.owned(self.groups)
-        parts = [self.holdings.read(group, layer)[0][::3] for group in owned]
+        parts = [self._drained().read(group, layer)[0][::3] for group in owned]
         tensors = tuple(torch.cat(kind) for kind in zip(*parts, strict=True))
         names = list(self.holdings.stacks[layer].names) if owned else []
         fields = {"names": names, "experts": self.holdings.experts_of(owned), "version": self.version}
@@ -383,6 +468,7 @@ class ExpertHost:
         holdings.begin_run(self.holdings.settings)
         self._new_run(question.fields)
         self._drop_gradients()
+        self.updates.drop()
         self.holdings.close()
         self.holdings = holdings
         return Message("ok", {"version": self.version})
@@ -398,10 +484,10 @@ class ExpertHost:
         owned = self._copies.owned(self.groups)
         if fields.get("for_peers"):
             self.for_peers = None  # its memory first
-            self.for_peers = self.holdings.snapshot(owned, version, int(fields["run"]))
+            self.for_peers = self._drained().snapshot(owned, version, int(fields["run"]))
         else:
             self.snapshot = None
-            self.snapshot = self.holdings.snapshot(owned, version, int(fields["run"]))
+            self.snapshot = self._drained().snapshot(owned, version, int(fields["run"]))
         return Message("ok", {"groups": owned, "version": version})
 
     def drop_snapshot(self) -> None:
@@ -416,6 +502,7 @@ class ExpertHost:
         """
         self._num_experts = max((key.expert + 1 for key in saved.keys), default=self._num_experts)
         self._check_groups(groups)
+        self._check_staleness(saved.optimizer)
         with self._lock:
             self._clear(run)
         holdings = self._holdings_of(groups, lambda layer, groups: self._blank(layer, len(groups)))
@@ -428,6 +515,7 @@ class ExpertHost:
 
     def _clear(self, run: int) -> None:
         """Before what is saved is read, so that there is memory for it."""
+        self.updates.drop()
         self._new_run({"run": run})
         self._drop_gradients()
         self.exchange.forget_gradients(Attempt(sys.maxsize, 0))  # steps with these numbers will come again

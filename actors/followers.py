@@ -28,6 +28,11 @@ class Followers:
         """(group, layer) -> who has been sent it, and where they listen."""
         self._links: dict[str, tuple[Link, deque[Pending]]] = {}
 
+    @property
+    def groups(self) -> set[int]:
+        """That somebody follows."""
+        return {group for (group, _), followers in self._followed.items() if followers}
+
     def add(self, group: int, layer: int, name: str, address: Address) -> None:
         self._followed.setdefault((group, layer), {})[name] = address
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from actors.errors import InvalidInput
 from actors.moe.cache import CacheSettings
-from actors.moe.experts import ExpertStack
-from actors.optim import OptimizerSettings, adamw, scale_gradients, set_lr, square_sum
+from actors.moe.experts import ExpertStack, Weights
+from actors.moe.optimizer import GroupOptimizer
+from actors.optim import OptimizerSettings, square_sum_of
 from actors.residency import residency
 from actors.snapshots import KINDS, ExpertKey, SavedState, Snapshot, to_host
 from actors.trunk.model import Skeleton
@@ -30,11 +31,35 @@ LoadLayer = Callable[[int, Sequence[int]], Mapping[str, Tensor]]
 """(layer, groups) -> stacked parameters of these groups' experts, in that order."""
 
 
+@dataclass(frozen=True)
+class LayerStep:
+    """One optimizer step of one layer of a group."""
+
+    gradients: Sequence[Tensor]
+    """By name. They are scaled in place."""
+    lr: float
+    scale: float
+    merged: int = 1
+    """Committed updates that it stands for."""
+    then: Weights | None = None
+    """Of the layer, that the gradients were computed with: for the delay correction."""
+
+
+@dataclass(frozen=True)
+class TakenGradients:
+    """Of one layer."""
+
+    groups: Mapping[int, list[Tensor]]
+    """Of each held group by name, as views."""
+    stacked: dict[str, Tensor]
+    """Of all places."""
+
+
 @dataclass
 class _Group:
     parameters: list[dict[str, nn.Parameter]]
     """By layer."""
-    optimizer: torch.optim.AdamW
+    optimizer: GroupOptimizer
     state: Literal["held", "arriving", "leaving"] = "held"
     """Only what is held is computed with. What leaves is kept until nobody can ask for it any more."""
 
@@ -82,6 +107,10 @@ class Holdings:
         return self._in_state("arriving")
 
     @property
+    def leaving(self) -> tuple[int, ...]:
+        return self._in_state("leaving")
+
+    @property
     def experts(self) -> list[int]:
         """Numbers of the experts of `groups`, in that order: the local order of every message."""
         return self.experts_of(self.groups)
@@ -100,9 +129,7 @@ class Holdings:
 
     def num_bytes(self) -> int:
         """Of parameters, gradients and optimizer state."""
-        states = [state for group in self._groups.values() for state in group.optimizer.state.values()]
-        tensors: list[Tensor] = [t for state in states for t in state.values()]
-        return self._residency.num_bytes() + sum(t.numel() * t.element_size() for t in tensors)
+        return self._residency.num_bytes() + sum(group.optimizer.num_bytes() for group in self._groups.values())
 
     def cache_counters(self) -> dict[str, Any]:
         """Of the expert cache; empty without one. From any thread."""
@@ -113,66 +140,136 @@ class Holdings:
     def gradients(self, group: int, layer: int) -> list[Tensor]:
         """Of the group's parameters by name, as views: what is written there is what the update uses.
 
-        Experts without a token have a gradient too: zero. Without one the optimizer would pass them over, and neither
-        their moments nor their weights would decay as they do in one process.
+        Experts without a token have a gradient too: zero. What an update does with those is the job's choice.
         """
-        place, parameters = self._places.index(group), self._groups[group].parameters[layer]
-        for name in parameters:
-            parameters[name].grad = self._residency.gradient(place, layer, name)
-        return [grad for name in parameters if (grad := parameters[name].grad) is not None]
+        span = self._span(group)
+        self.stacks[layer].touched.update(range(span.start, span.stop))  # the caller may write there
+        return self._gradients(group, layer)
+
+    def _gradients(self, group: int, layer: int) -> list[Tensor]:
+        place = self._places.index(group)
+        return [self._residency.gradient(place, layer, name) for name in self.stacks[layer].names]
 
     def square_sum(self, groups: Iterable[int]) -> float:
         """Of all gradients of these groups, for the global norm."""
-        total = 0.0
-        for group in groups:
-            for layer in range(len(self.stacks)):
-                self.gradients(group, layer)
-            total += square_sum(self._parameters(group))
-        return total
+        return square_sum_of(
+            gradient for group in groups for layer in range(len(self.stacks)) for gradient in self._parts(group, layer)
+        )
+
+    def _parts(self, group: int, layer: int) -> list[Tensor]:
+        """Gradients, or those parts of them that may be other than zero."""
+        candidates, gradients = self._candidates(group, layer), self._gradients(group, layer)
+        if candidates is None or (candidates and self.settings.sparse == "exact"):
+            return gradients  # whole, so that the sum is to the bit that of `none`
+        return [gradient[expert] for gradient in gradients for expert in candidates]
 
     def update(self, lr: float, scale: float) -> None:
         """One optimizer step of every held group with its gradients times `scale`; then they are zero."""
         self._residency.settle()
+        changed: list[int] = []
         for group in self.groups:
-            for layer in range(len(self.stacks)):
-                self.gradients(group, layer)
-            self._step(group, lr, scale)
-        self._residency.changed(self._places.index(group) for group in self.groups)
-        self.drop_gradients()
+            layers = [self._step(group, i, self._gradients(group, i), lr, scale) for i in range(len(self.stacks))]
+            if any(layers):
+                changed.append(self._places.index(group))
+        self._residency.changed(changed)
+        self._drop_used()
 
     def update_layer(self, group: int, layer: int, gradients: Sequence[Tensor], lr: float, scale: float) -> None:
         """One optimizer step of one layer of an arriving group, with the gradients its owner stepped with."""
-        parameters = self._groups[group].parameters
-        for parameter in self._parameters(group):
-            parameter.grad = None
-        for name, gradient in zip(self.stacks[layer].names, gradients, strict=True):
-            parameters[layer][name].grad = gradient.to(parameters[layer][name].device, copy=True)
-        self._step(group, lr, scale)
-        for name in self.stacks[layer].names:
-            parameters[layer][name].grad = None
-
-    def _step(self, group: int, lr: float, scale: float) -> None:
-        optimizer = self._groups[group].optimizer
-        for layer, parameters in enumerate(self._groups[group].parameters):
-            for name, parameter in parameters.items():
-                if parameter.grad is not None and parameter not in optimizer.state:
-                    self._new_state(group, layer, name, 0)
-        scale_gradients(self._parameters(group), scale)
-        set_lr(optimizer, lr)
-        optimizer.step()
-
-    def _new_state(self, group: int, layer: int, name: str, updates: int) -> tuple[Tensor, Tensor]:
-        """AdamW's of one parameter, as AdamW makes it. -> both moments, zeros."""
         held = self._groups[group]
-        parameter = held.parameters[layer][name]
-        first, second = self._residency.moments(self._places.index(group), layer, name)
-        # The fused step wants the count on the parameter's device.
-        step = torch.tensor(float(updates), dtype=torch.float32, device=parameter.device)
-        held.optimizer.state[parameter] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
-        return first, second
+        parameters = held.parameters[layer].items()
+        own = {name: g.to(p.device, copy=True) for g, (name, p) in zip(gradients, parameters, strict=True)}
+        held.optimizer.step(layer, own, lr, scale)
+
+    def _step(self, group: int, layer: int, gradients: Sequence[Tensor], lr: float, scale: float) -> bool:
+        named = dict(zip(self.stacks[layer].names, gradients, strict=True))
+        return self._groups[group].optimizer.step(layer, named, lr, scale, candidates=self._candidates(group, layer))
+
+    def _candidates(self, group: int, layer: int) -> list[int] | None:
+        """Experts of the group that may have a gradient; None: no matter."""
+        if self.settings.sparse == "none":
+            return None
+        span, touched = self._span(group), self.stacks[layer].touched
+        return [i - span.start for i in range(span.start, span.stop) if i in touched]
+
+    def _drop_used(self) -> None:
+        """All gradients are zero then, and those that were are not written."""
+        if self.settings.sparse == "none":
+            self.drop_gradients()
+            return
+        for layer, stack in enumerate(self.stacks):
+            for place, row in (divmod(i, self._group_size) for i in sorted(stack.touched)):
+                for name in stack.names:
+                    self._residency.gradient(place, layer, name)[row].zero_()
+            stack.touched.clear()
+
+    def catch_up(self, layer: int, counts_E: Sequence[int]) -> None:
+        """Before tokens are sent to `experts`, so many to each: makes the steps that were put off for want of them."""
+        if self.settings.sparse != "exact":
+            return
+        size = self._group_size
+        for i, group in enumerate(self.groups):
+            self._catch_up(group, layer, [e for e, n in enumerate(counts_E[i * size : (i + 1) * size]) if n])
+
+    def _catch_up(self, group: int, layer: int, experts: Sequence[int] | None = None) -> None:
+        optimizer = self._groups[group].optimizer
+        if optimizer.is_behind(layer, experts):
+            self._residency.settle()
+            optimizer.catch_up(layer, experts)
+            self._residency.changed([self._places.index(group)])
+
+    def take_gradients(self) -> list[TakenGradients]:
+        """By layer, of each held group: the caller's until `give_back`. What comes from now on is accumulated
+        elsewhere.
+
+        `InvalidInput` with an expert cache, which has one memory for them.
+        """
+        taken = self._residency.take_gradients()
+        for stack in self.stacks:
+            stack.touched.clear()
+        spans = {group: self._span(group) for group in self.groups}
+        return [
+            TakenGradients(
+                {group: [stacked[name][span] for name in stack.names] for group, span in spans.items()}, stacked
+            )
+            for stack, stacked in zip(self.stacks, taken, strict=True)
+        ]
+
+    def give_back(self, layer: int, taken: TakenGradients) -> None:
+        """They have been used. From any thread."""
+        for gradient in taken.stacked.values():
+            gradient.zero_()
+        self.stacks[layer].give_back(taken.stacked)
+
+    def updated(self, layer: int, steps: Mapping[int, Sequence[LayerStep]]) -> Weights:
+        """Copy-on-write: the layer's weights after these steps of each group, one after the other, in new tensors.
+
+        Forwards and backwards may go on beside it, in other threads, with the weights of before: until the caller lets
+        the stack `switch`, which has to be next. Nothing else may touch the layer's weights and moments meanwhile.
+        """
+        stack = self.stacks[layer]
+        fresh = stack.fresh()
+        for group, held in self._groups.items():  # also those that arrive or leave
+            for name, parameter in held.parameters[layer].items():
+                parameter.data = fresh[name][self._span(group)]
+        for group, ordered in steps.items():
+            span = self._span(group)
+            for step in ordered:
+                then = None if step.then is None else {name: step.then[name][span] for name in stack.names}
+                gradients = dict(zip(stack.names, step.gradients, strict=True))
+                self._groups[group].optimizer.step(
+                    layer, gradients, step.lr, step.scale, num_updates=step.merged, then=then
+                )
+        return fresh
+
+    def _span(self, group: int) -> slice:
+        place = self._places.index(group)
+        return slice(place * self._group_size, (place + 1) * self._group_size)
 
     def drop_gradients(self) -> None:
         self._residency.drop_gradients()
+        for stack in self.stacks:
+            stack.touched.clear()
 
     def begin_run(self, settings: OptimizerSettings) -> None:
         """Fresh moments. `InvalidInput` while a group is on its way, since its moments are those of the run before."""
@@ -180,10 +277,15 @@ class Holdings:
             raise InvalidInput("a group is on its way here", field="group", value=self.arriving)
         self._residency.train()
         self.free_leaving()
+        for number in self._groups:
+            for layer in range(len(self.stacks)):
+                self._catch_up(number, layer)
         self.settings = settings
         self.drop_gradients()
-        for group in self._groups.values():
-            group.optimizer = self._new_optimizer(group.parameters)
+        for stack in self.stacks:
+            stack.drop_spares()
+        for number, group in self._groups.items():
+            group.optimizer = self._new_optimizer(number, group.parameters)
 
     # -- groups come and go -------------------------------------------------------------------------------------------
 
@@ -221,15 +323,12 @@ class Holdings:
 
     def _tensors(self, group: int, layer: int) -> tuple[list[Tensor], int]:
         tensors: list[Tensor] = []
-        updates = 0
+        self._catch_up(group, layer)
         held = self._groups[group]
-        for name in self.stacks[layer].names:
-            parameter = held.parameters[layer][name]
-            state = held.optimizer.state.get(parameter)
+        for name, parameter in held.parameters[layer].items():
             zeros = torch.zeros_like(parameter)
-            tensors += [parameter, *((state["exp_avg"], state["exp_avg_sq"]) if state else (zeros, zeros))]
-            updates = int(state["step"]) if state else 0
-        return tensors, updates
+            tensors += [parameter, *(held.optimizer.moments(layer, name) or (zeros, zeros))]
+        return tensors, held.optimizer.updates(layer)
 
     def reserve(self, group: int, settings: OptimizerSettings) -> None:
         """A place for a group that is about to arrive."""
@@ -258,12 +357,10 @@ class Holdings:
             raise InvalidInput("other tensors than a group of this model has", field="tensors")
         self._residency.settle()
         with torch.no_grad():
-            for number, name in enumerate(names):
-                weight, *moments = tensors[3 * number : 3 * number + 3]
+            for name, weight in zip(names, tensors[::3], strict=True):
                 held.parameters[layer][name].copy_(weight)
-                if updates:
-                    for mine, moment in zip(self._new_state(group, layer, name, updates), moments, strict=True):
-                        mine.copy_(moment)
+        moments = {name: tensors[3 * i + 1 : 3 * i + 3] for i, name in enumerate(names)}
+        held.optimizer.set(layer, moments, updates)
         self._residency.changed([self._places.index(group)])
 
     def hold(self, groups: Collection[int]) -> None:
@@ -308,10 +405,13 @@ class Holdings:
             {name: nn.Parameter(weight(place, layer, name)) for name in stack.names}
             for layer, stack in enumerate(self.stacks)
         ]
-        return _Group(parameters, self._new_optimizer(parameters))
+        return _Group(parameters, self._new_optimizer(group, parameters))
 
-    def _new_optimizer(self, parameters: list[dict[str, nn.Parameter]]) -> torch.optim.AdamW:
-        return adamw([(f"{i}.{n}", p) for i, layer in enumerate(parameters) for n, p in layer.items()], self.settings)
+    def _new_optimizer(self, group: int, parameters: list[dict[str, nn.Parameter]]) -> GroupOptimizer:
+        def new_moments(layer: int, name: str) -> tuple[Tensor, Tensor]:
+            return self._residency.moments(self._places.index(group), layer, name)
+
+        return GroupOptimizer(self.settings, parameters, new_moments)
 
     def _rebind(self) -> None:
         """The stacks lie elsewhere now; parameters stay the same objects, as the optimizers know them."""
@@ -320,10 +420,6 @@ class Holdings:
             for layer, parameters in enumerate(group.parameters):
                 for name, parameter in parameters.items():
                     parameter.data = self._residency.weight(place, layer, name)
-                    parameter.grad = None
-
-    def _parameters(self, group: int) -> list[nn.Parameter]:
-        return [p for layer in self._groups[group].parameters for p in layer.values()]
 
 
 def _keys(layer: int, expert: int, names: Sequence[str]) -> list[ExpertKey]:

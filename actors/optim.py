@@ -4,24 +4,57 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from actors.errors import InvalidInput
+
+Experts = Literal["adamw", "muon"]
+Sparse = Literal["none", "exact", "skip"]
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW (Loshchilov & Hutter 2019). `weight_decay` acts on matrices, not on norms and biases."""
+    """AdamW (Loshchilov & Hutter 2019). `weight_decay` acts on matrices, not on norms and biases.
+
+    What stands below `weight_decay` is about experts; the trunk is AdamW's, and every parameter of it is stepped.
+    """
 
     lr: float = 3e-4
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
+    experts: Experts = "adamw"
+    """`muon`: their matrices by Muon, with the same learning rate and decay; their biases by AdamW."""
+    momentum: float = 0.95
+    """Muon's."""
+    sparse: Sparse = "none"
+    """What becomes of an expert without a gradient, see `actors.moe.optimizer`."""
+    delay_correction: float = 0.0
+    """Strength of what is added to gradients of older weights, see `actors.moe.delay`."""
+    staleness: int = 0
+    """Steps that the experts' weights may be behind when a step is computed; 0: none, the trunk's never are."""
 
-    def to_dict(self) -> dict[str, float]:
+    def __post_init__(self) -> None:
+        if self.experts == "muon" and self.sparse == "exact":
+            raise InvalidInput(
+                "under Muon a step without a gradient is as long and as dear as any other",
+                field="optimizer.sparse",
+                value=self.sparse,
+                remedy="use skip, which leaves experts without tokens alone, or none",
+            )
+        if self.staleness and self.sparse == "exact":
+            raise InvalidInput(
+                "beside forwards nobody makes steps that were put off",
+                field="optimizer.sparse",
+                value=self.sparse,
+                remedy="use skip or none, or optimizer.staleness 0",
+            )
+
+    def to_dict(self) -> dict[str, float | str]:
         return asdict(self)
 
 
@@ -54,10 +87,13 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def square_sum(parameters: Iterable[nn.Parameter]) -> float:
     """Sum of squares of all gradients, for the global norm."""
+    return square_sum_of(parameter.grad for parameter in parameters if parameter.grad is not None)
+
+
+def square_sum_of(gradients: Iterable[Tensor]) -> float:
     total = 0.0
-    for parameter in parameters:
-        if parameter.grad is not None:
-            total += float(torch.linalg.vector_norm(parameter.grad, dtype=_wide(parameter.grad.dtype))) ** 2
+    for gradient in gradients:
+        total += float(torch.linalg.vector_norm(gradient, dtype=_wide(gradient.dtype))) ** 2
     return total
 
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from actors.errors import InvalidInput
 from actors.homes import FileStore, Home, MemoryStore, Store
 from actors.moe.cache import CacheSettings
 from actors.moe.cached import CachedExperts
@@ -38,6 +39,10 @@ class Residency(Protocol):
         """Memory for AdamW's first and second moment, all zeros."""
 
     def drop_gradients(self) -> None: ...
+
+    def take_gradients(self) -> list[dict[str, Tensor]]:
+        """By layer, of all places: the caller's, while others are accumulated. `InvalidInput` where there is one
+        memory for them."""
 
     def resize(self, num_places: int) -> None:
         """Room for more, also in the middle of a step. Views are others afterwards. After an error nothing changed."""
@@ -107,6 +112,9 @@ class OnDevice:
     def drop_gradients(self) -> None:
         for stack in self.stacks:
             stack.zero_gradients()
+
+    def take_gradients(self) -> list[dict[str, Tensor]]:
+        return [stack.take_gradients() for stack in self.stacks]
 
     def resize(self, num_places: int) -> None:
         for stack in self.stacks:
@@ -196,6 +204,9 @@ class Cached:
         for home in self._homes:
             home.zero_gradients()
 
+    def take_gradients(self) -> list[dict[str, Tensor]]:
+        raise beside_a_cache()
+
     def resize(self, num_places: int) -> None:
         shapes = [
             {name: (self._size, *shape) for name, shape in sorted(layer.shapes().items())}
@@ -241,6 +252,15 @@ class Cached:
         for stack in self.stacks:
             stack.close()
         self._homes.clear()
+
+
+def beside_a_cache() -> InvalidInput:
+    """Homes are written in place, and have room for the gradients of one step."""
+    return InvalidInput(
+        "updates beside forwards need all expert groups on the device, and experts.expert_cache_size is set",
+        field="optimizer.staleness",
+        remedy="set optimizer.staleness to 0, or experts.expert_cache_size to 0",
+    )
 
 
 def _no_experts(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

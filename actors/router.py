@@ -32,6 +32,7 @@ from actors.replicas import Replicas, Tally
 from actors.routing import Routing
 from actors.serving import Serving
 from actors.snapshots import SavedState, Snapshot, to_host
+from actors.staleness import Spread
 from actors.transport.contract import Link, Pending
 from actors.transport.message import Message
 from actors.trunk.checkpoint import CheckpointReader
@@ -194,8 +195,10 @@ class Router:
             pieces.forget()
         square = square_sum(self.learner.parameters())
         self._last_commit.confirm()
+        told: list[Mapping[str, Any]] = []
         for phase in ("prepare", "reduce") if self._roster.placement.has_copies else ("prepare",):
             for answer in self._training.ask_all(phase, fields).values():
+                told.append(answer.fields)
                 part = answer.fields["square_sum"]
                 square += math.nan if part is None else float(part)  # type: ignore[arg-type]
         norm = math.sqrt(square)
@@ -206,6 +209,8 @@ class Router:
         report = StepReport(
             attempt.step, total.loss, norm, num_tokens, own.seconds, retries, load_LE.tolist(), total.balance
         )
+        spread = Spread.of(told)
+        report = replace(report, staleness_mean=spread.mean, staleness_max=spread.max, merged_updates=spread.merged)
         update = {"lr": lr, "scale": scale, "bias_speed": bias_speed}
         self.replicas.prepare(attempt, update, report, pieces, load_LE)
         self.commit(attempt, **update)
@@ -229,7 +234,13 @@ class Router:
                 raise StepAborted("the step was given up")
             ids_BS = part.ids_BS.to(self.learner.device)
             self._training.begin(
-                Purpose(step, self._attempt, part.number, min_version=step - 1, sequence_length=ids_BS.shape[1])
+                Purpose(
+                    step,
+                    self._attempt,
+                    part.number,
+                    min_version=max(0, step - 1 - self.learner.settings.staleness),
+                    sequence_length=ids_BS.shape[1],
+                )
             )
             loss = token_losses(self.learner.trunk(input_ids=ids_BS, use_cache=False).logits, ids_BS) / num_tokens
             total += loss.item()

@@ -71,10 +71,11 @@ class Serving:
     def embed(self, ids: Sequence[int]) -> tuple[list[float], int]:
         """Mean of the last hidden states [D]."""
         self._check_prompt(ids)
-        with self.reading(len(ids)) as version, torch.no_grad():
+        with self.reading(len(ids)) as used_version, torch.no_grad():
             base: nn.Module = self._learner.view.base_model
             ids_BS = torch.tensor([ids], device=self._learner.device)
             hidden_BSD = base(input_ids=ids_BS, use_cache=False).last_hidden_state
+            version = used_version()
         return hidden_BSD[0].float().mean(0).tolist(), version
 
     def evaluate(self, batches: Sequence[Tensor]) -> tuple[float, int]:
@@ -92,19 +93,23 @@ class Serving:
         return self._engine.queue()
 
     def _logits(self, ids_BS: Tensor) -> tuple[Tensor, int]:
-        with self.reading(ids_BS.shape[1]) as version, torch.no_grad():
-            return self._learner.view(input_ids=ids_BS.to(self._learner.device), use_cache=False).logits, version
+        with self.reading(ids_BS.shape[1]) as used_version, torch.no_grad():
+            logits_BSV = self._learner.view(input_ids=ids_BS.to(self._learner.device), use_cache=False).logits
+            return logits_BSV, used_version()
 
     # -- what keeps forwards and updates apart ------------------------------------------------------------------------
 
     @contextmanager
-    def reading(self, sequence_length: int = 1, pasts: Sequence[GatePast] | None = None) -> Iterator[int]:
-        """One forward at a time on the serving links, none while a commit goes out. -> the version."""
+    def reading(self, sequence_length: int = 1, pasts: Sequence[GatePast] | None = None) -> Iterator[Callable[[], int]]:
+        """One forward at a time on the serving links, none while a commit goes out.
+
+        -> tells, after the forward, the least version of the experts that it used.
+        """
         with self._lock, self._gate.reading():
             self.reach()
             version = self._version()
             self._dispatcher.begin(Purpose(min_version=version, sequence_length=sequence_length, pasts=pasts))
-            yield version
+            yield lambda: self._dispatcher.used_version
 
     def reach(self) -> None:
         """Open links, over which every expert actor has confirmed the last commit. Inside `reading` or `stopped`."""

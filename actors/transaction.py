@@ -8,7 +8,8 @@ from typing import Any
 
 from actors.errors import StepAborted
 from actors.exchange import Attempt
-from actors.moe.experts import ExpertStack, Saved, WeightGradients
+from actors.moe.experts import ExpertStack, Saved, WeightGradients, Weights
+from actors.staleness import Spread
 
 
 class Transaction:
@@ -20,6 +21,10 @@ class Transaction:
         """Its gradients are complete: only `reduce`, `commit` or `abort` is right from here on."""
         self.touched: set[tuple[int, int]] = set()
         """(group, layer) that got tokens, where groups have copies."""
+        self.spread = Spread()
+        """Of the forwards of this attempt."""
+        self.weights: dict[int, Weights] = {}
+        """By layer, that its last forward of this attempt was computed with."""
         self._saved: dict[tuple[int, int], Saved] = {}
         self._deferred: deque[tuple[int, WeightGradients]] = deque()
 
@@ -62,6 +67,8 @@ class Transaction:
         self._saved.clear()
         self._deferred.clear()
         self.touched.clear()
+        self.weights.clear()
+        self.spread = Spread()
         self.prepared = None
 
     # -- forward and backward -----------------------------------------------------------------------------------------

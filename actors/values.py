@@ -137,6 +137,11 @@ class StepReport:
     """Pairs that each expert of each MoE layer got."""
     balance_loss: float = 0.0
     """Mean over the micro-batches, coefficients included."""
+    staleness_mean: float = 0.0
+    """Committed updates that were not in the experts it was computed on, the mean over these experts."""
+    staleness_max: int = 0
+    merged_updates: int = 0
+    """Of expert actors, since the step before: committed updates that were made as part of others."""
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,8 @@ class JobEvent:
     state: JobState
     step: int
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """step: loss (nats a token), grad_norm, lr, tokens, tokens_per_s, load_max_over_mean, retries;
+    """step: loss (nats a token), grad_norm, lr, tokens, tokens_per_s, load_max_over_mean, retries,
+    staleness_mean and staleness_max (updates that were not in the experts it was computed on), merged_updates;
     eval: heldout_loss (nats a token), heldout_tokens."""
     message: str = ""
 
@@ -178,6 +179,8 @@ class ActorStatus:
     """Requests that wait at a router for their turn."""
     queue_s: float = 0.0
     """How long the first of them has."""
+    merged_updates: int = 0
+    """Committed updates that were made as part of others, since it was behind (expert actors)."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,9 @@ class ClusterStatus:
     """Parameters of shared experts over all parameters."""
     copies: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     """Expert group -> ids of the actors that hold it beside its owner; groups without a copy are left out."""
+    staleness_mean: float = 0.0
+    """Committed updates that were not in the experts which the last step was computed on; the mean over them."""
+    staleness_max: int = 0
 
 
 @dataclass(frozen=True)

@@ -219,6 +219,17 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     """Global gradient norm limit over trunk and experts; 0 switches clipping off."""
+    staleness: int = 0
+    """Steps that the experts' weights may be behind when a step is computed: their updates are made beside it, and
+    nobody waits for the slowest actor within this bound. 0: every step sees every update."""
+    experts: Literal["adamw", "muon"] = "adamw"
+    """What steps the experts' matrices; all else is AdamW's."""
+    momentum: float = 0.95
+    """Muon's."""
+    sparse: Literal["none", "exact", "skip"] = "none"
+    """Experts without tokens in a step: stepped like the others; so too, but when they are wanted; or left alone."""
+    delay_correction: float = 0.0
+    """Strength of DC-ASGD's correction of gradients that were computed with older experts; 0 switches it off."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from actors.compress.settings import MAX_RANK
+from actors.staleness import MAX_STALENESS
 from cluster.config import (
     ClusterConfig,
     DataConfig,
@@ -101,6 +102,19 @@ def validate_job(config: JobConfig, source: str, *, max_positions: int = 0) -> J
         "holds out no documents, but eval.every_steps asks for evaluation",
         config.data.heldout_every,
         "hold some out (50 is usual) or set eval.every_steps to 0",
+    )
+    return config
+
+
+def validate_job_on(config: JobConfig, experts: ExpertsConfig, source: str) -> JobConfig:
+    """What a job asks of expert actors that are there already."""
+    _Check(source).that(
+        not config.optimizer.staleness or not experts.expert_cache_size,
+        "optimizer.staleness",
+        f"updates beside forwards need all expert groups on the device, and experts.expert_cache_size is "
+        f"{experts.expert_cache_size}",
+        config.optimizer.staleness,
+        "set it to 0, or run a cluster with experts.expert_cache_size 0",
     )
     return config
 
@@ -205,6 +219,23 @@ def _check_optimizer(config: OptimizerConfig, check: _Check) -> None:
     check.above("eps", config.eps, 0)
     check.at_least("weight_decay", config.weight_decay, 0)
     check.at_least("clip_norm", config.clip_norm, 0)
+    check.below_one("momentum", config.momentum)
+    check.at_least("delay_correction", config.delay_correction, 0)
+    check.within("staleness", config.staleness, 0, MAX_STALENESS)
+    check.that(
+        config.sparse != "exact" or not config.staleness,
+        "sparse",
+        "beside forwards nobody makes steps that were put off",
+        config.sparse,
+        "use skip or none, or optimizer.staleness 0",
+    )
+    check.that(
+        config.experts != "muon" or config.sparse != "exact",
+        "sparse",
+        "under Muon a step without a gradient is as long and as dear as any other",
+        config.sparse,
+        "use skip, which leaves experts without tokens alone, or none",
+    )
 
 
 def _check_data(config: DataConfig, check: _Check) -> None:

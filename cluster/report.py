@@ -16,6 +16,7 @@ from actors.moe.measures import max_vio
 from cluster.backend import LoadStep
 
 if TYPE_CHECKING:
+    from cluster.bench import asynchronous
     from cluster.bench.balance import Run
     from cluster.bench.result import Report
 
@@ -115,6 +116,50 @@ def _draw_heldout(axes: plt.Axes, rules: Mapping[str, Sequence[Run]]) -> None:
     axes.invert_yaxis()
     axes.set(xlabel=f"held-out loss against {next(iter(rules))}, % (a dot is a seed)", ylabel="rule, nats a token")
     axes.grid(alpha=0.3, axis="x")
+
+
+def draw_async(path: Path, runs: Sequence[asynchronous.Run], speed: Mapping[int, float]) -> None:
+    """A column an optimizer: losses of training at equal tokens, at equal time with one actor four times slower, and
+    below held-out losses against those without delay. `speed`: of s against s = 0, where time was measured."""
+    names = list(dict.fromkeys(run.optimizer for run in runs))
+    shape = (4.5 * len(names), 10)
+    figure, axes = plt.subplots(3, len(names), figsize=shape, sharey="row", layout="constrained", squeeze=False)
+    for name, (by_tokens, by_time, below) in zip(names, axes.T, strict=True):
+        by_staleness: dict[int, list[asynchronous.Run]] = {}
+        for run in runs:
+            if run.optimizer in (name, name.removesuffix("_corrected")) and (
+                run.optimizer == name or not run.staleness
+            ):
+                by_staleness.setdefault(run.staleness, []).append(run)
+        for staleness, group in sorted(by_staleness.items()):
+            curve_S = np.mean([[run.loss_after(i) for i in range(1, len(run.losses) + 1)] for run in group], axis=0)
+            steps_S = np.arange(1, len(curve_S) + 1)
+            label = f"s = {staleness}"
+            by_tokens.plot(steps_S, curve_S, linewidth=1.2, label=label)
+            by_time.plot(steps_S / speed.get(staleness, float("nan")), curve_S, linewidth=1.2, label=label)
+        by_tokens.set(title=name, xlabel="step (equal tokens)", ylabel="training loss (nats a token)")
+        by_time.set(xlabel="time (steps of s = 0, one actor 4 x slower)", ylabel="training loss (nats a token)")
+        _draw_delays(below, by_staleness)
+        for each in (by_tokens, by_time):
+            each.grid(alpha=0.3)
+            each.legend()
+    _save(figure, path)
+
+
+def _draw_delays(axes: plt.Axes, by_staleness: Mapping[int, Sequence[asynchronous.Run]]) -> None:
+    """Each seed against its own run without delay."""
+    undelayed = {run.seed: run.heldout_loss for run in by_staleness[0]}
+    for staleness, runs in sorted(by_staleness.items()):
+        percent = [100 * (run.heldout_loss / undelayed[run.seed] - 1) for run in runs]
+        position = sorted(by_staleness).index(staleness)
+        axes.bar(position, float(np.mean(percent)), alpha=0.6)
+        axes.scatter([position] * len(percent), percent, color="black", s=12, zorder=3)
+    for limit in (-1, 1):
+        axes.axhline(limit, color="gray", linewidth=1, linestyle=":")
+    axes.axhline(0, color="black", linewidth=1)
+    axes.set_xticks(range(len(by_staleness)), [f"s = {s}" for s in sorted(by_staleness)])
+    axes.set(ylabel="held-out loss against s = 0, %")
+    axes.grid(alpha=0.3, axis="y")
 
 
 def draw_compression(path: Path, report: Report) -> None:

@@ -48,7 +48,12 @@ class Member:
         if cluster.links == "socket":
             self.servers = [
                 SocketServer(
-                    self.name, self._unless_frozen(self.host.handle), max_bytes=MAX_BYTES, idle=self.host.idle
+                    self.name,
+                    self._unless_frozen(self.host.handle),
+                    max_bytes=MAX_BYTES,
+                    idle=self.host.idle,
+                    ready=self.host.ready,
+                    keep_s=cluster.timeout_s,
                 ),
                 SocketServer(self.name, self._unless_frozen(self.host.exchange.handle), max_bytes=MAX_BYTES),
             ]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from actors.homes import Home
 from actors.moe.cache import Forecast
-from actors.moe.experts import MAX_PAIRS, ExpertStack, Saved, Work
+from actors.moe.experts import MAX_PAIRS, ExpertStack, Saved, Weights, Work
 from actors.moe.grouped import add_grouped_outer, add_grouped_sum, grouped_mm_into
 from actors.moe.shelf import Loader, Shelf
 
@@ -39,7 +39,7 @@ class CachedExperts(ExpertStack):
         loader: Loader,
         max_pairs: int = MAX_PAIRS,
     ) -> None:
-        super().__init__(template, {}, max_pairs=max_pairs)
+        super().__init__(template, {}, max_pairs=max_pairs)  # `weights` stay empty: passes look for them at home
         self.names = tuple(sorted(shapes))
         self._layer, self._shapes, self._homes, self._group_size = layer, shapes, homes, group_size
         self._loader = loader
@@ -62,7 +62,10 @@ class CachedExperts(ExpertStack):
         """Matrices on the device."""
         return sum(len(shelf) for shelf in self._shelves.values())
 
-    def forward(self, x_TD: Tensor, work: Work, *, keep: bool) -> tuple[Tensor, Saved | None]:
+    def forward(
+        self, x_TD: Tensor, work: Work, *, keep: bool, weights: Weights | None = None
+    ) -> tuple[Tensor, Saved | None]:
+        """Of the weights at home alone: there is one version of them."""
         if keep:
             for home in self._homes:
                 home.train()  # a disk without room for gradients is told before there are any
@@ -96,11 +99,11 @@ class CachedExperts(ExpertStack):
 
     # -- as ExpertStack does it with all weights at hand --------------------------------------------------------------
 
-    def _project(self, name: str, rows_PM: Tensor, counts_E: Sequence[int]) -> Tensor:
+    def _project(self, weights: Weights, name: str, rows_PM: Tensor, counts_E: Sequence[int]) -> Tensor:
         # Who has multiplied by the first matrix multiplies by the second next.
         return self._product(name, rows_PM, counts_E, then=self._out if name == self._in else None)
 
-    def _project_back(self, name: str, rows_PN: Tensor, counts_E: Sequence[int]) -> Tensor:
+    def _project_back(self, weights: Weights, name: str, rows_PN: Tensor, counts_E: Sequence[int]) -> Tensor:
         return self._product(name, rows_PN, counts_E, back=True, then=self._in if name == self._out else None)
 
     def _product(
@@ -124,7 +127,10 @@ class CachedExperts(ExpertStack):
             with _Sum(home.training(self._layer)[name].gradient, self._loader.device) as gradient:
                 add_grouped_sum(gradient, grad_PN[rows], counts)
 
-    def _bias(self, name: str) -> Tensor | None:
+    def _length(self, weights: Weights) -> int:
+        return self.num_experts
+
+    def _bias(self, weights: Weights, name: str) -> Tensor | None:
         bias = f"{name}_bias"
         if bias not in self.names:
             return None

@@ -10,6 +10,7 @@ The layout of the weights and the gating function are those of the transformers 
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,6 +20,19 @@ from torch import Tensor, nn
 
 from actors.errors import InvalidInput
 from actors.moe.grouped import add_bias, add_grouped_outer, add_grouped_sum, grouped_mm
+
+Weights = Mapping[str, Tensor]
+"""A stack's parameters by name, [E, ...] each. Where updates are copy-on-write nobody writes to these tensors again:
+whoever holds the mapping has one version of the layer for as long as needed, whatever becomes of the stack. Once nobody
+holds the mapping its tensors are used again, so they must not be kept without it."""
+
+
+class _Version(dict[str, Tensor]):
+    """Weights that `weakref` can tell the end of."""
+
+
+MAX_SPARES = 2
+"""Sets of tensors that a stack keeps: on a CPU the first touch of new memory costs several times the copying."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,8 @@ class Saved:
     work: Work
     x_TD: Tensor | None
     activations: Activations | None
+    weights: Weights
+    """That the forward was computed with: backward uses the same."""
 
 
 @dataclass
@@ -109,6 +125,11 @@ class ExpertStack(nn.Module):
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor))
         self.names = tuple(sorted(tensors))
+        self.touched: set[int] = set()
+        """Experts that may have a gradient other than zero; who takes or zeroes the gradients clears it."""
+        self._weights = self._bound()
+        self._spare_weights: list[dict[str, Tensor]] = []
+        self._spare_gradients: list[dict[str, Tensor]] = []
 
     @property
     def num_experts(self) -> int:
@@ -121,8 +142,60 @@ class ExpertStack(nn.Module):
     def weight(self, name: str) -> Tensor:
         return self._parameter(name).detach()
 
+    @property
+    def weights(self) -> Weights:
+        """What a forward that begins now uses."""
+        return self._weights
+
+    def switch(self, weights: Weights) -> None:
+        """From now on forwards use these tensors; of the same shapes as before, and the caller's no longer.
+
+        From any thread. One assignment: a forward beside it has all of the old ones or all of the new ones.
+        """
+        version = _Version(weights)
+        if not self._is_cuda:  # there another stream may still read what nobody holds any more
+            weakref.finalize(version, _retire, weakref.ref(self), dict(weights)).atexit = False
+        self._weights = version
+        for name, tensor in weights.items():
+            self._parameter(name).data = tensor
+
+    def fresh(self) -> dict[str, Tensor]:
+        """A copy of the weights, to be written and given to `switch`. From one thread at a time."""
+        with torch.no_grad():
+            if not self._spare_weights:
+                return {name: tensor.clone() for name, tensor in self._weights.items()}
+            spare = self._spare_weights.pop()
+            return {name: spare[name].copy_(tensor) for name, tensor in self._weights.items()}
+
     def gradient(self, name: str) -> Tensor:
         return _grad(self._parameter(name))
+
+    def take_gradients(self) -> dict[str, Tensor]:
+        """What was accumulated, by name, is the caller's; what comes from now on is added up elsewhere."""
+        taken = {name: self.gradient(name) for name in self.names}
+        spare = self._spare_gradients.pop() if self._spare_gradients else {}
+        for name in self.names:
+            self._parameter(name).grad = spare.get(name)
+        return taken
+
+    def give_back(self, gradients: dict[str, Tensor]) -> None:
+        """What `take_gradients` gave is not needed any more, and zero. From any thread."""
+        if not self._is_cuda:
+            self._keep_spare(self._spare_gradients, gradients)
+
+    def drop_spares(self) -> None:
+        """Gives back the memory that is kept for updates."""
+        self._spare_weights.clear()
+        self._spare_gradients.clear()
+
+    def _keep_spare(self, spares: list[dict[str, Tensor]], tensors: dict[str, Tensor]) -> None:
+        fit = all(tensors[name].shape == self._parameter(name).shape for name in self.names)
+        if fit and len(spares) < MAX_SPARES:
+            spares.append(tensors)
+
+    @property
+    def _is_cuda(self) -> bool:
+        return self._parameter(self._in).device.type == "cuda"
 
     def zero_gradients(self) -> None:
         for name in self.names:
@@ -137,6 +210,7 @@ class ExpertStack(nn.Module):
         """Gives up all but these; between two steps, since what is saved counts by the old numbers."""
         kept_E = torch.tensor(experts, device=self._parameter(self._in).device)
         self._rebuild(lambda old: old.index_select(0, kept_E))
+        self.touched.clear()
 
     @torch.no_grad()
     def _rebuild(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -145,83 +219,92 @@ class ExpertStack(nn.Module):
             new = nn.Parameter(change(old))
             new.grad = None if old.grad is None else change(old.grad)
             self.register_parameter(name, new)
+        self._weights = self._bound()
+        self.drop_spares()
 
     @property
     def width(self) -> int:
         """D, the model width."""
         return int(self.shape(self._in)[0 if self._transposed else 1])
 
-    def forward(self, x_TD: Tensor, work: Work, *, keep: bool) -> tuple[Tensor, Saved | None]:
-        """Weighted sum over this stack's experts, one row a token: [T, D]. `keep` saves what backward needs."""
+    def forward(
+        self, x_TD: Tensor, work: Work, *, keep: bool, weights: Weights | None = None
+    ) -> tuple[Tensor, Saved | None]:
+        """Weighted sum over this stack's experts, one row a token: [T, D]. `keep` saves what backward needs.
+
+        `weights`: others than those of now, e.g. of an earlier version.
+        """
+        weights = self._weights if weights is None else weights
         wide = torch.promote_types(work.weight_P.dtype, x_TD.dtype)
         y_TD = torch.zeros(x_TD.shape, dtype=wide, device=x_TD.device)
         whole = len(work.token_P) <= self._max_pairs
         activations = None
         for part in work.parts(self._max_pairs):
-            activations, out_PD = self._compute(x_TD, part, keep=keep and whole)
+            activations, out_PD = self._compute(x_TD, part, weights, keep=keep and whole)
             y_TD.index_add_(0, part.token_P, out_PD * part.weight_P.unsqueeze(1))
-        saved = Saved(work, None, activations) if whole else Saved(work, x_TD, None)
+        saved = Saved(work, None, activations, weights) if whole else Saved(work, x_TD, None, weights)
         return y_TD.to(x_TD.dtype), saved if keep else None
 
     def backward(self, saved: Saved, grad_y_TD: Tensor) -> tuple[Tensor, Tensor, WeightGradients | None]:
         """-> gradient of the tokens [T, D], of the gate weights [P], and the weights' part to be done later, if any."""
         grad_x_TD = torch.zeros_like(grad_y_TD)
         if saved.activations is not None:
-            grad_weight_P, later = self._differentiate(saved.activations, grad_y_TD, grad_x_TD)
+            grad_weight_P, later = self._differentiate(saved.activations, saved.weights, grad_y_TD, grad_x_TD)
             return grad_x_TD, grad_weight_P, later
         grads: list[Tensor] = []
         for part in saved.work.parts(self._max_pairs):
             assert saved.x_TD is not None
-            activations, _ = self._compute(saved.x_TD, part, keep=True)
+            activations, _ = self._compute(saved.x_TD, part, saved.weights, keep=True)
             assert activations is not None
-            grad_weight_P, later = self._differentiate(activations, grad_y_TD, grad_x_TD)
+            grad_weight_P, later = self._differentiate(activations, saved.weights, grad_y_TD, grad_x_TD)
             grads.append(grad_weight_P)
             self.accumulate(later)  # at once: put off, the parts would be in memory together
         return grad_x_TD, torch.cat(grads) if grads else torch.zeros_like(saved.work.weight_P), None
 
-    def _compute(self, x_TD: Tensor, work: Work, *, keep: bool) -> tuple[Activations | None, Tensor]:
+    def _compute(self, x_TD: Tensor, work: Work, weights: Weights, *, keep: bool) -> tuple[Activations | None, Tensor]:
         """Outputs of each pair [P, D], not weighted; with `keep`, what their backward needs."""
         with torch.no_grad():
-            counts_E = self._padded(work.counts_E)
+            counts_E = self._padded(work.counts_E, self._length(weights))
             rows_PD = x_TD.index_select(0, work.token_P)
-            pre_PH = self._project(self._in, rows_PD, counts_E)
-            if (bias := self._bias(self._in)) is not None:
+            pre_PH = self._project(weights, self._in, rows_PD, counts_E)
+            if (bias := self._bias(weights, self._in)) is not None:
                 add_bias(pre_PH, bias, counts_E)
         with torch.set_grad_enabled(keep):
             pre_PH.requires_grad_(keep)
             act_PI = self._activate(pre_PH)
         with torch.no_grad():
-            out_PD = self._project(self._out, act_PI.detach(), counts_E)
-            if (bias := self._bias(self._out)) is not None:
+            out_PD = self._project(weights, self._out, act_PI.detach(), counts_E)
+            if (bias := self._bias(weights, self._out)) is not None:
                 add_bias(out_PD, bias, counts_E)
         return Activations(work, rows_PD, pre_PH, act_PI) if keep else None, out_PD
 
     @torch.no_grad()
     def _differentiate(
-        self, saved: Activations, grad_y_TD: Tensor, grad_x_TD: Tensor
+        self, saved: Activations, weights: Weights, grad_y_TD: Tensor, grad_x_TD: Tensor
     ) -> tuple[Tensor, WeightGradients]:
         """Adds into `grad_x_TD`; -> gradient of the gate weights [P], and what is left for the expert weights."""
         work = saved.work
-        counts_E = self._padded(work.counts_E)
+        counts_E = self._padded(work.counts_E, self._length(weights))
         grad_rows_PD = grad_y_TD.index_select(0, work.token_P)
         # With w the gate weight, y = w * (act @ W + b): grad of w is <grad_y, act @ W + b> = <grad_y @ W^T, act> + ...
-        unweighted_PI = self._project_back(self._out, grad_rows_PD, counts_E)
+        unweighted_PI = self._project_back(weights, self._out, grad_rows_PD, counts_E)
         wide = torch.promote_types(work.weight_P.dtype, grad_y_TD.dtype)
         grad_weight_P = (unweighted_PI * saved.act_PI.detach()).sum(1, dtype=wide)
-        if (bias := self._bias(self._out)) is not None:
+        if (bias := self._bias(weights, self._out)) is not None:
             bias_PD = add_bias(torch.zeros_like(grad_rows_PD), bias, counts_E)
             grad_weight_P += (grad_rows_PD * bias_PD).sum(1, dtype=wide)
         scale_P1 = work.weight_P.unsqueeze(1).to(grad_rows_PD.dtype)
         (grad_pre_PH,) = torch.autograd.grad(saved.act_PI, saved.pre_PH, unweighted_PI.mul_(scale_P1))
         grad_pre_PH = grad_pre_PH.contiguous()
-        grad_x_TD.index_add_(0, work.token_P, self._project_back(self._in, grad_pre_PH, counts_E))
+        grad_x_TD.index_add_(0, work.token_P, self._project_back(weights, self._in, grad_pre_PH, counts_E))
         later = WeightGradients(saved, grad_pre_PH, grad_rows_PD.mul_(scale_P1))
         return grad_weight_P.to(work.weight_P.dtype), later
 
     @torch.no_grad()
     def accumulate(self, part: WeightGradients) -> None:
         """Adds the weights' gradients of one micro-batch into `.grad`."""
-        saved, counts_E = part.saved, self._padded(part.saved.work.counts_E)
+        saved, counts_E = part.saved, self._padded(part.saved.work.counts_E, self.num_experts)
+        self.touched.update(expert for expert, count in enumerate(counts_E) if count)
         act_PI = saved.act_PI.detach()
         self._accumulate_matrix(self._in, saved.rows_PD, part.grad_pre_PH, counts_E)
         self._accumulate_matrix(self._out, act_PI, part.grad_out_PD, counts_E)
@@ -231,13 +314,13 @@ class ExpertStack(nn.Module):
 
     # Where the weights are is known only below this line: `CachedExperts` has them elsewhere.
 
-    def _project(self, name: str, rows_PM: Tensor, counts_E: Sequence[int]) -> Tensor:
+    def _project(self, weights: Weights, name: str, rows_PM: Tensor, counts_E: Sequence[int]) -> Tensor:
         """Rows times the matrices of their experts: [P, N]."""
-        return grouped_mm(rows_PM, self._matrices(self._parameter(name)), counts_E)
+        return grouped_mm(rows_PM, self._matrices(weights[name]), counts_E)
 
-    def _project_back(self, name: str, rows_PN: Tensor, counts_E: Sequence[int]) -> Tensor:
+    def _project_back(self, weights: Weights, name: str, rows_PN: Tensor, counts_E: Sequence[int]) -> Tensor:
         """Rows times the transposed matrices: [P, M]."""
-        return grouped_mm(rows_PN, self._matrices(self._parameter(name)).transpose(1, 2), counts_E)
+        return grouped_mm(rows_PN, self._matrices(weights[name]).transpose(1, 2), counts_E)
 
     def _accumulate_matrix(self, name: str, rows_PM: Tensor, grad_PN: Tensor, counts_E: Sequence[int]) -> None:
         left, right = (rows_PM, grad_PN) if self._transposed else (grad_PN, rows_PM)
@@ -250,22 +333,35 @@ class ExpertStack(nn.Module):
         """[E, in, out], whichever way the family stores them."""
         return weight_E if self._transposed else weight_E.transpose(1, 2)
 
-    def _padded(self, counts_E: Sequence[int]) -> Sequence[int]:
+    def _length(self, weights: Weights) -> int:
+        """Experts in these."""
+        return len(weights[self._in])
+
+    def _padded(self, counts_E: Sequence[int], num_experts: int) -> Sequence[int]:
         """Room may have been made since these were counted."""
-        missing = self.num_experts - len(counts_E)
+        missing = num_experts - len(counts_E)
         return [*counts_E, *[0] * missing] if missing else counts_E
 
     def _parameter(self, name: str) -> nn.Parameter:
         """As `get_parameter`, without its parsing of the name: this is called several times a message."""
         return cast(nn.Parameter, self._parameters[name])
 
-    def _bias(self, name: str) -> Tensor | None:
-        return self._parameters.get(f"{name}_bias")
+    def _bound(self) -> Weights:
+        return _Version({name: self._parameter(name).detach() for name in self.names})
+
+    def _bias(self, weights: Weights, name: str) -> Tensor | None:
+        return weights.get(f"{name}_bias")
 
     def _activate(self, pre_PH: Tensor) -> Tensor:
         template: Any = self._template
         result: Tensor = template._apply_gate(pre_PH) if template.has_gate else template.act_fn(pre_PH)
         return result
+
+
+def _retire(stack_of: Callable[[], ExpertStack | None], tensors: dict[str, Tensor]) -> None:
+    """Nobody holds a version of these tensors any more."""
+    if (stack := stack_of()) is not None:
+        stack._keep_spare(stack._spare_weights, tensors)
 
 
 def _grad(parameter: nn.Parameter) -> Tensor:

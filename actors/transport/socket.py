@@ -19,11 +19,12 @@ import uuid
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import zmq
 
-from actors.errors import InvalidInput, LinkTimeout, MoeClusterError, PeerLost, ProtocolError
+from actors.errors import InvalidInput, LinkTimeout, MoeClusterError, PeerLost, ProtocolError, StepAborted
 from actors.transport import curve
 from actors.transport.contract import CUT_NOTICED_S, Handler, Link
 from actors.transport.curve import LinkKeys
@@ -45,6 +46,8 @@ _GONE = (
 COPY_BELOW_BYTES = 1 << 16
 """Smaller frames are copied into zmq: cheaper than tracking a shared buffer."""
 MAX_REMEMBERED_LINKS = 4096
+LOOK_AGAIN_MS = 1
+"""How long a server with questions that are not ready sleeps before it looks again."""
 SPIN_S = 1e-4
 """How long a server looks for the next question before its thread goes to sleep; waking it costs as much. Questions
 that follow each other come back in 0.23 instead of 0.35 ms, others as before."""
@@ -161,6 +164,8 @@ class SocketServer:
     """Serves a handler to any number of links from one thread: questions are handled one by one, in arrival order.
 
     `idle` is called between questions and does one piece of deferred work; it returns False when none is left.
+    A question for which `ready` is false is kept back until it is true, while others are handled, and refused after
+    `keep_s`.
     """
 
     def __init__(
@@ -171,13 +176,16 @@ class SocketServer:
         host: str = "127.0.0.1",
         max_bytes: int,
         idle: Callable[[], bool] = lambda: False,
+        ready: Callable[[Message], bool] = lambda question: True,
+        keep_s: float = 30.0,
         keys: LinkKeys | None = None,
     ) -> None:
         self.name = name
         self.busy_s = 0.0
         """Time spent on questions since the start."""
         self._handler = handler
-        self._idle = idle
+        self._idle, self._ready, self._keep_s = idle, ready, keep_s
+        self._kept: list[_Kept] = []
         self._max_bytes = max_bytes
         self._directory = tempfile.mkdtemp(prefix="moe-")  # which nobody else may enter: mode 0700
         self._socket = _context().socket(zmq.ROUTER)
@@ -214,7 +222,8 @@ class SocketServer:
     def _run(self) -> None:
         busy = False
         while not self._stop.is_set():
-            if self._poller.poll(0 if busy else 100):
+            busy = self._answer_kept() or busy
+            if self._poller.poll(0 if busy else LOOK_AGAIN_MS if self._kept else 100):
                 started = time.monotonic()
                 self._serve_one()
                 self.busy_s += time.monotonic() - started
@@ -241,14 +250,45 @@ class SocketServer:
         if len(self._last_id) > MAX_REMEMBERED_LINKS:
             self._last_id.popitem(last=False)
         if question.op == "hello":
-            answer = Message("ok", {"name": self.name})
+            self._answer(sender, Message("ok", {"name": self.name}, (), question.id))
+        elif not self._ready(question):
+            self._kept.append(_Kept(sender, question, time.monotonic() + self._keep_s))
         else:
-            answer = self._handler(peer, question)
+            self._handle(sender, question)
+
+    def _handle(self, sender: bytes, question: Message) -> None:
+        answer = self._handler(sender.decode(errors="replace"), question)
         self._answer(sender, Message(answer.op, answer.fields, answer.tensors, question.id))
+
+    def _answer_kept(self) -> bool:
+        """Those that are ready, or have waited for too long. False if there was none."""
+        now = time.monotonic()
+        due = [kept for kept in self._kept if now >= kept.until or self._ready(kept.question)]
+        for kept in due:
+            self._kept.remove(kept)
+            if self._ready(kept.question):
+                started = time.monotonic()
+                self._handle(kept.sender, kept.question)
+                self.busy_s += time.monotonic() - started
+            else:
+                error = StepAborted(f"{self.name} could not begin with {kept.question.op} for {self._keep_s:.0f} s")
+                answer = error_answer(error)
+                self._answer(kept.sender, Message(answer.op, answer.fields, answer.tensors, kept.question.id))
+        return bool(due)
 
     def _answer(self, sender: bytes, answer: Message) -> None:
         # Without ROUTER_MANDATORY zmq drops an answer whose asker is gone, which is what we want.
         self._socket.send_multipart([sender, *encode(answer)], copy=False)
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """A question that is not ready to be handled."""
+
+    sender: bytes
+    question: Message
+    until: float
+    """A `time.monotonic` value."""
 
 
 def _spin(socket: Any) -> None:

@@ -53,6 +53,21 @@ def _balance(args: argparse.Namespace) -> Report:
     return report_of(runs)
 
 
+def _async(args: argparse.Namespace) -> Report:
+    from cluster.bench.asynchronous import QUICK, WHOLE, bench_async, cases
+
+    extent = QUICK if args.quick else replace(WHOLE, seeds=args.rounds)
+    with _progress("sparse updates, stragglers", extent.seeds * len(cases()) * extent.steps) as advance:
+        report, runs, speed = bench_async(
+            extent, after_step=lambda run: advance(f"training {run.optimizer}, s = {run.staleness}, seed {run.seed}")
+        )
+    if args.output is not None:
+        from cluster.report import draw_async
+
+        draw_async(args.output, runs, speed)
+    return report
+
+
 def _compression(args: argparse.Namespace) -> Report:
     from cluster.bench.compression import SETTINGS, STEPS, bench_compression, label, report_of
 
@@ -118,6 +133,11 @@ BENCHES = {
         _balance,
         rounds=1,  # minutes each
     ),
+    "async": Bench(
+        "updates of experts beside forwards and late, against each before the next step; a round is a seed",
+        _async,
+        rounds=3,
+    ),
     "compression": Bench(
         "bytes between two routers and held-out loss with each compression; a round is a seed", _compression, rounds=1
     ),
@@ -150,7 +170,9 @@ def add_parsers(subparsers: Subparsers, guarded: Guard) -> None:
         parser.add_argument("--json", action="store_true", help="print one JSON document")
         if name == "experts":
             parser.add_argument("--hivemind", metavar="PYTHON", help="an interpreter that has hivemind, timed too")
-        if name in ("balance", "compression"):
+        if name == "async":
+            parser.add_argument("--quick", action="store_true", help="one seed and few steps, for a first look")
+        if name in ("balance", "async", "compression"):
             parser.add_argument("--output", metavar="FILE.png", type=_png, help="draw it as a picture as well")
         parser.set_defaults(run=guarded(run_bench))
 

@@ -73,6 +73,10 @@ def _print_status(status: ClusterStatus) -> None:
         print_table(headers, [_cache_row(name, cache) for name, cache in cached])
     if any(map(sum, status.load_LE)):
         print_table(("MoE layer", "tokens", "busiest expert", "busiest over mean"), _load_rows(status.load_LE))
+    if status.staleness_max:
+        print_line(
+            f"experts of the last step were {status.staleness_mean:.2f} updates behind, at most {status.staleness_max}"
+        )
     jobs = ", ".join(f"{number} {state}" for state, number in status.jobs.items() if number)
     print_line(f"jobs: {jobs or 'none'}")
 

@@ -86,6 +86,8 @@ class Coordinator:
         self._other_counts: set[int] = set()
         """Numbers of experts that the model had, or may have before its growth is told here."""
         self._version = 0
+        self._staleness = 0.0, 0
+        """Mean and most, of the last step."""
         self.routers_wanted = 1
         """With fewer the cluster is not whole."""
         self.can_restore = False
@@ -209,6 +211,8 @@ class Coordinator:
             vocab_size=self._model.vocab_size,
             shared_share=self._model.shared_share,
             copies={group: held[1:] for group, held in holders.items() if held[1:]},
+            staleness_mean=self._staleness[0],
+            staleness_max=self._staleness[1],
         )
 
     def load_report(self) -> LoadReport:
@@ -236,6 +240,7 @@ class Coordinator:
             tokens = batch.sequences * batch.sequence_length * batch.gradient_accumulation
             self._loads.add(load_LE, self._version + 1, now, tokens, batch.gradient_accumulation)
         self._version += 1
+        self._staleness = float(metrics.get("staleness_mean", 0)), int(metrics.get("staleness_max", 0))
         self.is_pristine = False
         self._disturbances.stepped(now, int(metrics.get("retries", 0)), int(metrics.get("tokens", 0)))
         loss = metrics.get("loss", 0.0)

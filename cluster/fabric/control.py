@@ -19,6 +19,7 @@ from actors.errors import InvalidInput, MoeClusterError
 from actors.values import Growth, Placement
 from cluster.backend import Checkpoint, ClusterStatus, Job, JobEvent, LoadReport, ModelDirectory, Operation, Rebalance
 from cluster.config import ClusterConfig, JobConfig
+from cluster.configcheck import validate_job_on
 from cluster.control.coordinator import Coordinator, ModelFacts
 from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
 from cluster.control.journal import Journal
@@ -199,6 +200,7 @@ class ControlWorker:
     # -- asked by the front -------------------------------------------------------------------------------------------
 
     def submit(self, config: JobConfig, request_id: str) -> Job:
+        validate_job_on(config, self._config.experts, "job")
         with self._state.changing() as coordinator:
             job = coordinator.submit(config, request_id, time.time())
         self._at.keeper.write_now()  # what was promised must not be forgotten

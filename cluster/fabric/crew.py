@@ -478,11 +478,12 @@ class Crew:
             pid=contact.pid,
             state="ready",
             device=self._config.experts.device if expert else self._config.router.device,
-            version=int(vitals["version"]),
+            version=int(vitals.get("used", vitals["version"])),
             memory_bytes=int(vitals["memory_bytes"]),
             tokens=int(vitals.get("tokens", 0)),
             link=self._links.get(name, ""),
             cache=ExpertCache(**vitals["cache"]) if vitals.get("cache") else None,
+            merged_updates=int(vitals.get("merged", 0)),
             **status_fields(vitals),
         )
 

@@ -120,7 +120,7 @@ class ExpertWorker:
             timeout_s=self._config.router.request_timeout_s,
             cache=CacheSettings(experts.expert_cache_size, experts.cache_dir) if experts.expert_cache_size else None,
         )
-        self._server = self._serve(self._host.handle, self._host.idle)
+        self._server = self._serve(self._host.handle, self._host.idle, self._host.ready)
         self._exchange = self._serve(self._host.exchange.handle)
         self._contact = ExpertContact(
             self._name, self.node_id(), os.getpid(), self._server.address, self._exchange.address
@@ -142,7 +142,12 @@ class ExpertWorker:
         """As it was given them: for a coordinator that is new to it."""
         return self._keys
 
-    def _serve(self, handler: Any, idle: Callable[[], bool] = lambda: False) -> SocketServer:
+    def _serve(
+        self,
+        handler: Any,
+        idle: Callable[[], bool] = lambda: False,
+        ready: Callable[[Message], bool] = lambda question: True,
+    ) -> SocketServer:
         from actors.transport.socket import SocketServer
 
         server = SocketServer(
@@ -151,6 +156,8 @@ class ExpertWorker:
             host=self._bind_host,
             max_bytes=self._config.links.max_message_bytes,
             idle=idle,
+            ready=ready,
+            keep_s=self._config.router.request_timeout_s,
             keys=self._keys,
         )
         server.start()

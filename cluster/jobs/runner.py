@@ -133,8 +133,13 @@ def metrics_of(report: StepReport, lr: float, seconds: float) -> dict[str, float
         "tokens_per_s": report.num_tokens / seconds,
         "load_max_over_mean": max_over_mean(report.load_LE),
         "retries": float(report.retries),
+        "staleness_mean": report.staleness_mean,
+        "staleness_max": float(report.staleness_max),
+        "merged_updates": float(report.merged_updates),
     }
-    return metrics | {"balance_loss": report.balance_loss} if report.balance_loss else metrics
+    if report.balance_loss:
+        metrics["balance_loss"] = report.balance_loss
+    return metrics
 
 
 def max_over_mean(load_LE: Sequence[Sequence[int]]) -> float:

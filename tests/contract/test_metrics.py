@@ -93,6 +93,8 @@ def test_the_cluster_as_it_is(front: Front, backend: MemoryBackend, client: Clie
         assert value(samples, "actor_ready", **labels) == 1
         assert value(samples, "actor_memory_bytes", device=actor.device, **labels) == actor.memory_bytes
         assert value(samples, "actor_staleness_steps", **labels) == status.version - actor.version
+        if actor.role == "expert":
+            assert value(samples, "actor_merged_updates_total", **labels) == actor.merged_updates
     for layer, (max_vio, std) in enumerate(zip(load.max_vio_L, load.utilisation_std_L, strict=True)):
         assert value(samples, "load_max_vio_ratio", layer=str(layer)) == pytest.approx(max_vio)
         assert value(samples, "load_std_ratio", layer=str(layer)) == pytest.approx(std)

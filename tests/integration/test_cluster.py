@@ -85,6 +85,23 @@ def test_status_tells_who_owns_what(client: Client) -> None:
     assert status.num_experts == 8
 
 
+def test_a_job_may_leave_its_experts_behind(client: Client) -> None:
+    late = replace(job_of(8).optimizer, staleness=2)
+    events = list(client.watch_job(client.submit_job(job_of(8, optimizer=late)).id))
+    assert events[-1].state is JobState.SUCCEEDED
+    lags = [event.metrics["staleness_max"] for event in events if event.kind == "step"]
+    assert len(lags) == 8
+    assert all(0 <= lag <= 2 for lag in lags)
+    events = list(client.watch_job(client.submit_job(job_of(2)).id))
+    assert [event.metrics["staleness_max"] for event in events if event.kind == "step"] == [0, 0]
+    deadline = time.monotonic() + WAIT_S
+    while any(actor.version != client.status().version for actor in client.status().actors):
+        assert time.monotonic() < deadline, "every update must be in the weights at last"
+        time.sleep(0.1)
+    with pytest.raises(InvalidInput, match=r"optimizer\.staleness.*65"):
+        client.submit_job(job_of(2, optimizer=replace(late, staleness=65)))
+
+
 def test_a_job_learns_real_text_while_text_is_generated(client: Client) -> None:
     job = client.submit_job(job_of(30))
     versions: list[int] = []

@@ -52,7 +52,17 @@ CONFIGS = st.builds(
     steps=st.integers(1, 10**9),
     batch=st.builds(BatchConfig, st.integers(1, 64), st.integers(2, 1024), st.integers(1, 64)),
     optimizer=st.builds(
-        OptimizerConfig, lr=st.floats(1e-9, 100), beta1=UNIT, beta2=UNIT, eps=st.floats(1e-12, 1), clip_norm=UNIT
+        OptimizerConfig,
+        lr=st.floats(1e-9, 100),
+        beta1=UNIT,
+        beta2=UNIT,
+        eps=st.floats(1e-12, 1),
+        clip_norm=UNIT,
+        experts=st.sampled_from(["adamw", "muon"]),
+        momentum=UNIT,
+        sparse=st.sampled_from(["none", "skip"]),
+        delay_correction=st.floats(0, 1000),
+        staleness=st.integers(0, 64),
     ),
     schedule=st.builds(ScheduleConfig, st.sampled_from(["cosine", "constant"]), st.just(0), UNIT),
     data=st.builds(
@@ -127,6 +137,7 @@ ACTORS = st.builds(
     ),
     num_waiting=SIZES,
     queue_s=st.floats(allow_nan=False),
+    merged_updates=COUNTS,
 )
 FLOATS = st.floats(allow_nan=False)
 STATUSES = st.builds(
@@ -150,6 +161,8 @@ STATUSES = st.builds(
     vocab_size=SIZES,
     shared_share=FLOATS,
     copies=st.dictionaries(SIZES, st.lists(NAMES, max_size=3).map(tuple), max_size=4),
+    staleness_mean=FLOATS,
+    staleness_max=COUNTS,
 )
 LOADS = st.builds(
     LoadReport,

@@ -105,6 +105,14 @@ def test_job_data_path_starts_at_the_file(tmp_path: Path) -> None:
     assert load_job(file, {"data.source": "path:corpus"}).data.source == "path:corpus"
 
 
+def test_a_job_chooses_how_experts_are_updated(tmp_path: Path) -> None:
+    text = "optimizer: {experts: muon, momentum: 0.9, sparse: skip, delay_correction: 2}"
+    optimizer = load_job(write(tmp_path, text)).optimizer
+    assert (optimizer.experts, optimizer.momentum, optimizer.sparse) == ("muon", 0.9, "skip")
+    assert optimizer.delay_correction == 2
+    assert load_job(write(tmp_path, "optimizer: {sparse: none}")).optimizer.sparse == "none"
+
+
 def test_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:
     assert load_job(write(tmp_path, "optimizer: {lr: 3e-3, weight_decay: 0}")).optimizer.lr == 0.003
 
@@ -171,6 +179,17 @@ JOB_FAULTS = {
     "eps": ("optimizer: {eps: 0}", "optimizer.eps", "0.0", "above 0"),
     "clip_norm": ("optimizer: {clip_norm: -1}", "optimizer.clip_norm", "-1.0", "0 or more"),
     "weight_decay": ("optimizer: {weight_decay: -1}", "optimizer.weight_decay", "-1.0", "0 or more"),
+    "expert optimizer": ("optimizer: {experts: sgd}", "optimizer.experts", "'sgd'", "muon"),
+    "momentum": ("optimizer: {momentum: 1}", "optimizer.momentum", "1.0", "less than 1"),
+    "delay correction": ("optimizer: {delay_correction: -1}", "optimizer.delay_correction", "-1.0", "0 or more"),
+    "sparse": ("optimizer: {sparse: off}", "optimizer.sparse", "False", "exact"),
+    "steps put off under Muon": ("optimizer: {experts: muon, sparse: exact}", "optimizer.sparse", "'exact'", "skip"),
+    "steps put off beside forwards": (
+        "optimizer: {sparse: exact, staleness: 1}",
+        "optimizer.sparse",
+        "'exact'",
+        "staleness 0",
+    ),
     "warm-up": ("steps: 10\nschedule: {warmup_steps: 11}", "schedule.warmup_steps", "11", "fewer steps"),
     "min_lr_ratio": ("schedule: {min_lr_ratio: 2}", "schedule.min_lr_ratio", "2.0", "from 0 to 1"),
     "source": ("data: {source: corpus}", "data.source", "'corpus'", "path:"),

@@ -787,3 +787,12 @@ def test_a_saved_job_survives_json() -> None:
     assert job_of_dict(json.loads(json.dumps(job_to_dict(job))), "test") == job
     with pytest.raises(InvalidInput, match="test: holds a job that cannot be read"):
         job_of_dict({"id": "job-1"}, "test")
+
+
+def test_status_tells_how_old_the_experts_of_the_last_step_were(coordinator: Coordinator) -> None:
+    job_id = coordinator.submit(SHORT, "r", 0.0).id
+    coordinator.step(0.0)
+    coordinator.step_committed(job_id, 1, {"loss": 1.0, "staleness_mean": 0.5, "staleness_max": 2.0}, 1.0)
+    assert (coordinator.status().staleness_mean, coordinator.status().staleness_max) == (0.5, 2)
+    coordinator.step_committed(job_id, 2, {"loss": 1.0}, 2.0)
+    assert (coordinator.status().staleness_mean, coordinator.status().staleness_max) == (0.0, 0)

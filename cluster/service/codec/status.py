@@ -33,6 +33,8 @@ def status_to_message(status: ClusterStatus) -> pb.ClusterStatus:
         vocab_size=status.vocab_size,
         shared_share=status.shared_share,
         copies={group: pb.GroupCopies(actors=actors) for group, actors in status.copies.items()},
+        staleness_mean=status.staleness_mean,
+        staleness_max=status.staleness_max,
     )
 
 
@@ -57,6 +59,8 @@ def status_from_message(message: pb.ClusterStatus) -> ClusterStatus:
         vocab_size=message.vocab_size,
         shared_share=message.shared_share,
         copies={group: tuple(copies.actors) for group, copies in message.copies.items()},
+        staleness_mean=message.staleness_mean,
+        staleness_max=message.staleness_max,
     )
 
 
@@ -89,6 +93,7 @@ def _actor_to_message(actor: ActorStatus) -> pb.ActorStatus:
         gpu=pb.GpuUse(**asdict(actor.gpu)) if actor.gpu else None,
         num_waiting=actor.num_waiting,
         queue_s=actor.queue_s,
+        merged_updates=actor.merged_updates,
     )
 
 
@@ -111,6 +116,7 @@ def _actor_from_message(message: pb.ActorStatus) -> ActorStatus:
         gpu=_gpu_from_message(message.gpu) if message.HasField("gpu") else None,
         num_waiting=message.num_waiting,
         queue_s=message.queue_s,
+        merged_updates=message.merged_updates,
     )
 
 

@@ -62,6 +62,9 @@ def _actors(status: ClusterStatus) -> Iterator[Metric]:
     staleness = GaugeMetricFamily(
         "moe_cluster_actor_staleness_steps", "Steps that its weights are behind the newest.", labels=labels
     )
+    merged = CounterMetricFamily(
+        "moe_cluster_actor_merged_updates", "Committed updates that were made as part of others.", labels=labels
+    )
     groups = GaugeMetricFamily("moe_cluster_actor_groups", "Expert groups it owns or has a copy of.", labels=labels)
     tokens = CounterMetricFamily("moe_cluster_actor_tokens", "Tokens received since it started.", labels=labels)
     waiting = GaugeMetricFamily("moe_cluster_requests_waiting", "For their turn at the router.", labels=labels)
@@ -75,10 +78,11 @@ def _actors(status: ClusterStatus) -> Iterator[Metric]:
         if actor.role == "expert":
             groups.add_metric(names, len(actor.groups))
             tokens.add_metric(names, actor.tokens)
+            merged.add_metric(names, actor.merged_updates)
         else:
             waiting.add_metric(names, actor.num_waiting)
             queue.add_metric(names, actor.queue_s)
-    yield from (ready, memory, version, staleness, groups, tokens, waiting, queue)
+    yield from (ready, memory, version, staleness, groups, tokens, merged, waiting, queue)
 
 
 def _links(status: ClusterStatus) -> Iterator[Metric]:
@@ -166,6 +170,8 @@ def _training(step: JobEvent) -> Iterator[Metric]:
         ("grad_norm", "train_grad_norm", "Global gradient norm of its last step."),
         ("tokens_per_s", "train_tokens_per_second", "Of its last step."),
         ("lr", "train_learning_rate", "Of its last step."),
+        ("staleness_mean", "train_staleness_mean_steps", "Of the experts its last step was computed on."),
+        ("staleness_max", "train_staleness_max_steps", "Of the experts its last step was computed on."),
     ):
         if key in step.metrics:
             yield _gauge(name, text, step.metrics[key])

@@ -104,7 +104,7 @@ LEDGER_KIND_STORAGE_FULL: LedgerKind
 LEDGER_KIND_GROW: LedgerKind
 
 class ActorStatus(_message.Message):
-    __slots__ = ("id", "role", "node", "pid", "state", "device", "version", "groups", "memory_bytes", "tokens", "link", "cache", "zone", "link_use", "gpu", "num_waiting", "queue_s")
+    __slots__ = ("id", "role", "node", "pid", "state", "device", "version", "groups", "memory_bytes", "tokens", "link", "cache", "zone", "link_use", "gpu", "num_waiting", "queue_s", "merged_updates")
     ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
@@ -122,6 +122,7 @@ class ActorStatus(_message.Message):
     GPU_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    MERGED_UPDATES_FIELD_NUMBER: _ClassVar[int]
     id: str
     role: ActorRole
     node: str
@@ -139,7 +140,8 @@ class ActorStatus(_message.Message):
     gpu: GpuUse
     num_waiting: int
     queue_s: float
-    def __init__(self, id: _Optional[str] = ..., role: _Optional[_Union[ActorRole, str]] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[_Union[ActorState, str]] = ..., device: _Optional[str] = ..., version: _Optional[int] = ..., groups: _Optional[_Iterable[int]] = ..., memory_bytes: _Optional[int] = ..., tokens: _Optional[int] = ..., link: _Optional[str] = ..., cache: _Optional[_Union[ExpertCache, _Mapping]] = ..., zone: _Optional[str] = ..., link_use: _Optional[_Iterable[_Union[LinkUse, _Mapping]]] = ..., gpu: _Optional[_Union[GpuUse, _Mapping]] = ..., num_waiting: _Optional[int] = ..., queue_s: _Optional[float] = ...) -> None: ...
+    merged_updates: int
+    def __init__(self, id: _Optional[str] = ..., role: _Optional[_Union[ActorRole, str]] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[_Union[ActorState, str]] = ..., device: _Optional[str] = ..., version: _Optional[int] = ..., groups: _Optional[_Iterable[int]] = ..., memory_bytes: _Optional[int] = ..., tokens: _Optional[int] = ..., link: _Optional[str] = ..., cache: _Optional[_Union[ExpertCache, _Mapping]] = ..., zone: _Optional[str] = ..., link_use: _Optional[_Iterable[_Union[LinkUse, _Mapping]]] = ..., gpu: _Optional[_Union[GpuUse, _Mapping]] = ..., num_waiting: _Optional[int] = ..., queue_s: _Optional[float] = ..., merged_updates: _Optional[int] = ...) -> None: ...
 
 class LinkUse(_message.Message):
     __slots__ = ("kind", "sent_bytes", "received_bytes", "wait_s")
@@ -194,7 +196,7 @@ class GroupCopies(_message.Message):
     def __init__(self, actors: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ClusterStatus(_message.Message):
-    __slots__ = ("model", "num_parameters", "num_experts", "num_moe_layers", "top_k", "version", "placement_epoch", "owners", "group_size", "nodes", "actors", "load", "jobs", "ready", "message", "max_positions", "vocab_size", "shared_share", "copies")
+    __slots__ = ("model", "num_parameters", "num_experts", "num_moe_layers", "top_k", "version", "placement_epoch", "owners", "group_size", "nodes", "actors", "load", "jobs", "ready", "message", "max_positions", "vocab_size", "shared_share", "copies", "staleness_mean", "staleness_max")
     class OwnersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -235,6 +237,8 @@ class ClusterStatus(_message.Message):
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     SHARED_SHARE_FIELD_NUMBER: _ClassVar[int]
     COPIES_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_MEAN_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_MAX_FIELD_NUMBER: _ClassVar[int]
     model: str
     num_parameters: int
     num_experts: int
@@ -254,7 +258,9 @@ class ClusterStatus(_message.Message):
     vocab_size: int
     shared_share: float
     copies: _containers.MessageMap[int, GroupCopies]
-    def __init__(self, model: _Optional[str] = ..., num_parameters: _Optional[int] = ..., num_experts: _Optional[int] = ..., num_moe_layers: _Optional[int] = ..., top_k: _Optional[int] = ..., version: _Optional[int] = ..., placement_epoch: _Optional[int] = ..., owners: _Optional[_Mapping[int, str]] = ..., group_size: _Optional[int] = ..., nodes: _Optional[_Iterable[str]] = ..., actors: _Optional[_Iterable[_Union[ActorStatus, _Mapping]]] = ..., load: _Optional[_Iterable[_Union[LayerLoad, _Mapping]]] = ..., jobs: _Optional[_Mapping[str, int]] = ..., ready: _Optional[bool] = ..., message: _Optional[str] = ..., max_positions: _Optional[int] = ..., vocab_size: _Optional[int] = ..., shared_share: _Optional[float] = ..., copies: _Optional[_Mapping[int, GroupCopies]] = ...) -> None: ...
+    staleness_mean: float
+    staleness_max: int
+    def __init__(self, model: _Optional[str] = ..., num_parameters: _Optional[int] = ..., num_experts: _Optional[int] = ..., num_moe_layers: _Optional[int] = ..., top_k: _Optional[int] = ..., version: _Optional[int] = ..., placement_epoch: _Optional[int] = ..., owners: _Optional[_Mapping[int, str]] = ..., group_size: _Optional[int] = ..., nodes: _Optional[_Iterable[str]] = ..., actors: _Optional[_Iterable[_Union[ActorStatus, _Mapping]]] = ..., load: _Optional[_Iterable[_Union[LayerLoad, _Mapping]]] = ..., jobs: _Optional[_Mapping[str, int]] = ..., ready: _Optional[bool] = ..., message: _Optional[str] = ..., max_positions: _Optional[int] = ..., vocab_size: _Optional[int] = ..., shared_share: _Optional[float] = ..., copies: _Optional[_Mapping[int, GroupCopies]] = ..., staleness_mean: _Optional[float] = ..., staleness_max: _Optional[int] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()

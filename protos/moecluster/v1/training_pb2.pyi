@@ -15,6 +15,19 @@ class OptimizerName(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OPTIMIZER_NAME_UNSPECIFIED: _ClassVar[OptimizerName]
     OPTIMIZER_NAME_ADAMW: _ClassVar[OptimizerName]
 
+class ExpertOptimizer(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    EXPERT_OPTIMIZER_UNSPECIFIED: _ClassVar[ExpertOptimizer]
+    EXPERT_OPTIMIZER_ADAMW: _ClassVar[ExpertOptimizer]
+    EXPERT_OPTIMIZER_MUON: _ClassVar[ExpertOptimizer]
+
+class SparseUpdates(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SPARSE_UPDATES_UNSPECIFIED: _ClassVar[SparseUpdates]
+    SPARSE_UPDATES_NONE: _ClassVar[SparseUpdates]
+    SPARSE_UPDATES_EXACT: _ClassVar[SparseUpdates]
+    SPARSE_UPDATES_SKIP: _ClassVar[SparseUpdates]
+
 class ScheduleKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     SCHEDULE_KIND_UNSPECIFIED: _ClassVar[ScheduleKind]
@@ -57,6 +70,13 @@ class JobEventKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     JOB_EVENT_KIND_NOTE: _ClassVar[JobEventKind]
 OPTIMIZER_NAME_UNSPECIFIED: OptimizerName
 OPTIMIZER_NAME_ADAMW: OptimizerName
+EXPERT_OPTIMIZER_UNSPECIFIED: ExpertOptimizer
+EXPERT_OPTIMIZER_ADAMW: ExpertOptimizer
+EXPERT_OPTIMIZER_MUON: ExpertOptimizer
+SPARSE_UPDATES_UNSPECIFIED: SparseUpdates
+SPARSE_UPDATES_NONE: SparseUpdates
+SPARSE_UPDATES_EXACT: SparseUpdates
+SPARSE_UPDATES_SKIP: SparseUpdates
 SCHEDULE_KIND_UNSPECIFIED: ScheduleKind
 SCHEDULE_KIND_COSINE: ScheduleKind
 SCHEDULE_KIND_CONSTANT: ScheduleKind
@@ -115,7 +135,7 @@ class BatchConfig(_message.Message):
     def __init__(self, sequences: _Optional[int] = ..., sequence_length: _Optional[int] = ..., gradient_accumulation: _Optional[int] = ...) -> None: ...
 
 class OptimizerConfig(_message.Message):
-    __slots__ = ("name", "lr", "beta1", "beta2", "eps", "weight_decay", "clip_norm")
+    __slots__ = ("name", "lr", "beta1", "beta2", "eps", "weight_decay", "clip_norm", "staleness", "experts", "momentum", "sparse", "delay_correction")
     NAME_FIELD_NUMBER: _ClassVar[int]
     LR_FIELD_NUMBER: _ClassVar[int]
     BETA1_FIELD_NUMBER: _ClassVar[int]
@@ -123,6 +143,11 @@ class OptimizerConfig(_message.Message):
     EPS_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_DECAY_FIELD_NUMBER: _ClassVar[int]
     CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    MOMENTUM_FIELD_NUMBER: _ClassVar[int]
+    SPARSE_FIELD_NUMBER: _ClassVar[int]
+    DELAY_CORRECTION_FIELD_NUMBER: _ClassVar[int]
     name: OptimizerName
     lr: float
     beta1: float
@@ -130,7 +155,12 @@ class OptimizerConfig(_message.Message):
     eps: float
     weight_decay: float
     clip_norm: float
-    def __init__(self, name: _Optional[_Union[OptimizerName, str]] = ..., lr: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ..., eps: _Optional[float] = ..., weight_decay: _Optional[float] = ..., clip_norm: _Optional[float] = ...) -> None: ...
+    staleness: int
+    experts: ExpertOptimizer
+    momentum: float
+    sparse: SparseUpdates
+    delay_correction: float
+    def __init__(self, name: _Optional[_Union[OptimizerName, str]] = ..., lr: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ..., eps: _Optional[float] = ..., weight_decay: _Optional[float] = ..., clip_norm: _Optional[float] = ..., staleness: _Optional[int] = ..., experts: _Optional[_Union[ExpertOptimizer, str]] = ..., momentum: _Optional[float] = ..., sparse: _Optional[_Union[SparseUpdates, str]] = ..., delay_correction: _Optional[float] = ...) -> None: ...
 
 class ScheduleConfig(_message.Message):
     __slots__ = ("kind", "warmup_steps", "min_lr_ratio")

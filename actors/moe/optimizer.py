@@ -1,0 +1,301 @@
+"""How the parameters of one expert group are updated: AdamW or Muon, all experts or only those with a gradient.
+
+`sparse` of the job says what becomes of an expert whose gradient is zero in a step, since no token came to it:
+`none`: it is stepped like the others. `exact`: its steps are put off until its state is wanted and then made one after
+the other, in pieces that stay in the processor's cache. They are the very steps of `none`, so nothing differs by a bit
+where an expert's tensors fill whole cache lines, elsewhere by the last digit; copies on several actors stay equal in
+any case, whenever each of them makes the steps. It saves work for experts that are not wanted for long. `skip`: weights
+and moments are left alone, and AdamW's correction of the moments counts the steps of the run, as
+`torch.optim.SparseAdam` does.
+
+Not thread-safe.
+
+    E experts of the group
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from actors.moe.delay import compensate_
+from actors.moe.muon import muon_
+from actors.optim import OptimizerSettings, decays
+
+NewMoments = Callable[[int, str], tuple[Tensor, Tensor]]
+"""(layer, name) -> memory for both, zeros."""
+
+PIECE = 1 << 17
+"""Elements that are stepped again and again: with their moments 1.5 MB in float32."""
+MAX_BEHIND = 256
+"""Steps that are put off at most."""
+
+
+@dataclass
+class _Layer:
+    behind_E: list[int]
+    """Steps that each expert has still to make, all with a gradient of zero."""
+    updates: int = 0
+    """So far, with those that were put off."""
+    moments: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """By name, once there was an update. Muon uses the first alone."""
+    lrs: list[float] = field(default_factory=list)
+    """Of the last steps, as many as the expert that is furthest behind has to make."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A parameter [E, ...] with all that belongs to it, or one expert's [1, ...], or a piece of that [N]."""
+
+    weight: Tensor
+    gradient: Tensor
+    first: Tensor
+    second: Tensor
+    then: Tensor | None
+    decays: bool
+    is_muon: bool
+
+    def of(self, expert: int) -> _Part:
+        row = slice(expert, expert + 1)
+        then = None if self.then is None else self.then[row]
+        return replace(
+            self,
+            weight=self.weight[row],
+            gradient=self.gradient[row],
+            first=self.first[row],
+            second=self.second[row],
+            then=then,
+        )
+
+    def without_gradient(self, elements: slice) -> _Part:
+        weight, first, second = (t.view(-1)[elements] for t in (self.weight, self.first, self.second))
+        return _Part(weight, torch.zeros_like(weight), first, second, None, self.decays, self.is_muon)
+
+
+class GroupOptimizer:
+    """Of `parameters` [E, ...], by layer and name."""
+
+    def __init__(
+        self, settings: OptimizerSettings, parameters: Sequence[Mapping[str, nn.Parameter]], new_moments: NewMoments
+    ) -> None:
+        self.settings = settings
+        self._parameters, self._new_moments = parameters, new_moments
+        self._size = next((len(p) for layer in parameters for p in layer.values()), 0)
+        self._layers = [_Layer([0] * self._size) for _ in parameters]
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.settings.sparse != "none"
+
+    def updates(self, layer: int) -> int:
+        return self._layers[layer].updates
+
+    def moments(self, layer: int, name: str) -> tuple[Tensor, Tensor] | None:
+        """Up to date after `catch_up`. None before the first update."""
+        return self._layers[layer].moments.get(name)
+
+    def num_bytes(self) -> int:
+        """Of the moments."""
+        moments = [m for state in self._layers for pair in state.moments.values() for m in pair]
+        return sum(m.nbytes for m in moments if not _is_stand_in(m))
+
+    def set(self, layer: int, moments: Mapping[str, Sequence[Tensor]], updates: int) -> None:
+        """Of a layer that was stepped elsewhere. The weights are the caller's to write."""
+        state = self._layers[layer] = _Layer([0] * self._size, updates)
+        if updates:
+            self._begin(layer)
+            for name, given in moments.items():
+                for mine, moment in zip(state.moments[name], given, strict=True):
+                    if not _is_stand_in(mine):
+                        mine.copy_(moment)
+
+    # -- a step -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(
+        self,
+        layer: int,
+        gradients: Mapping[str, Tensor],
+        lr: float,
+        scale: float,
+        *,
+        num_updates: int = 1,
+        candidates: Collection[int] | None = None,
+        then: Mapping[str, Tensor] | None = None,
+    ) -> bool:
+        """One step of a layer with its gradients times `scale`, which are changed. -> whether weights were.
+
+        `num_updates`: that the step stands for, all with this gradient: averages decay by beta ** num_updates and
+        their count goes on by as many, as in the rule for Adam's larger batches of Malladi et al. 2022, there to the
+        first order. `candidates`: experts that may have a gradient other than zero, None for all. `then`: the weights
+        that the gradients were computed with, where they are older.
+        """
+        state = self._layers[layer]
+        if not state.moments:
+            self._begin(layer)
+        parts = self._parts(layer, gradients, then)
+        if self.is_sparse:
+            touched = self._touched(gradients, candidates)
+            self._leave_out(layer, touched, lr, num_updates)
+            parts = [part.of(expert) for expert in touched for part in parts]
+        self._prepare(parts, state.updates, scale)
+        self._apply(parts, state.updates, lr, num_updates)
+        state.updates += num_updates
+        return bool(parts)
+
+    def _begin(self, layer: int) -> None:
+        """Room for moments. A matrix under Muon has no second one: zeros that take no memory stand for it, so that
+        groups on their way, snapshots and checkpoints have one form."""
+        for name, parameter in self._parameters[layer].items():
+            first, second = self._new_moments(layer, name)
+            if self._is_muon(name, parameter):
+                second = second.new_zeros(()).expand(second.shape)
+            self._layers[layer].moments[name] = first, second
+
+    def _is_muon(self, name: str, parameter: Tensor) -> bool:
+        return self.settings.experts == "muon" and decays(name, parameter.ndim)
+
+    def _parts(
+        self, layer: int, gradients: Mapping[str, Tensor], then: Mapping[str, Tensor] | None = None
+    ) -> list[_Part]:
+        return [
+            _Part(
+                parameter.data,
+                gradients[name],
+                *self._layers[layer].moments[name],
+                then[name] if then is not None else None,
+                decays(name, parameter.ndim),
+                self._is_muon(name, parameter),
+            )
+            for name, parameter in self._parameters[layer].items()
+        ]
+
+    def _touched(self, gradients: Mapping[str, Tensor], candidates: Collection[int] | None) -> list[int]:
+        """Experts whose gradient is not zero, nor so small that its squares are. Counts of tokens would not do: copies
+        of the group have the same gradients, and not the same tokens."""
+        left = sorted(range(self._size) if candidates is None else candidates)
+        found: list[int] = []
+        for gradient in gradients.values():
+            if left:
+                norms = torch.stack([torch.linalg.vector_norm(gradient[e]) for e in left]).tolist()
+                found += [e for e, norm in zip(left, norms, strict=True) if norm != 0]
+                left = [e for e, norm in zip(left, norms, strict=True) if norm == 0]
+        return sorted(found)
+
+    def _prepare(self, parts: Sequence[_Part], updates: int, scale: float) -> None:
+        """Gradients as they are to be used: clipped, and corrected for old weights."""
+        for part in parts:
+            if scale != 1.0:
+                part.gradient.mul_(scale)
+            if part.then is not None and self.settings.delay_correction:
+                mean_square = None
+                if updates and not part.is_muon:
+                    mean_square = part.second / (1 - self.settings.beta2**updates)
+                strength = self.settings.delay_correction
+                compensate_(part.gradient, part.weight, part.then, strength=strength, mean_square=mean_square)
+
+    def _apply(self, parts: Sequence[_Part], updates: int, lr: float, num_updates: int) -> None:
+        settings = self.settings
+        for part in parts:
+            if part.is_muon:
+                muon_(
+                    part.weight,
+                    part.gradient,
+                    part.first,
+                    lr=lr,
+                    momentum=settings.momentum,
+                    weight_decay=settings.weight_decay,
+                    num_updates=num_updates,
+                )
+        for decay in (True, False):
+            if chosen := [part for part in parts if part.decays is decay and not part.is_muon]:
+                self._adamw(chosen, updates, lr, num_updates)
+
+    def _adamw(self, parts: Sequence[_Part], updates: int, lr: float, num_updates: int) -> None:
+        """Of parts that all decay, or do not."""
+        settings, n = self.settings, num_updates
+        # AdamW adds 1 and corrects by 1 - (beta ** n) ** count: with count = (c + n) / n that is 1 - beta ** (c + n).
+        count = (updates + n) / n - 1
+        counts = torch.full((len(parts),), count, dtype=torch.float32, device=parts[0].weight.device)
+        adamw(
+            [part.weight for part in parts],
+            [part.gradient for part in parts],
+            [part.first for part in parts],
+            [part.second for part in parts],
+            [],
+            list(counts.unbind()),
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            beta1=settings.beta1**n,
+            beta2=settings.beta2**n,
+            lr=lr,
+            weight_decay=settings.weight_decay if parts[0].decays else 0.0,
+            eps=settings.eps,
+        )
+
+    # -- steps that were put off --------------------------------------------------------------------------------------
+
+    def is_behind(self, layer: int, experts: Iterable[int] | None = None) -> bool:
+        """Whether one of them has steps to make."""
+        behind_E = self._layers[layer].behind_E
+        return any(behind_E) if experts is None else any(behind_E[e] for e in experts)
+
+    @torch.no_grad()
+    def catch_up(self, layer: int, experts: Iterable[int] | None = None) -> None:
+        """Makes the steps that these experts have still to make; None: all."""
+        state = self._layers[layer]
+        by_count: dict[int, list[int]] = defaultdict(list)
+        for e in range(self._size) if experts is None else experts:
+            if count := state.behind_E[e]:
+                by_count[count].append(e)
+                state.behind_E[e] = 0
+        for count, together in by_count.items():
+            self._step_without_gradient(layer, together, state.lrs[-count:])
+        del state.lrs[: len(state.lrs) - max(state.behind_E, default=0)]
+
+    def _leave_out(self, layer: int, touched: Collection[int], lr: float, num_updates: int) -> None:
+        """Before a step that only `touched` make."""
+        if self.settings.sparse == "exact":
+            assert num_updates == 1, "what is put off is made step by step"
+            state = self._layers[layer]
+            far = [e for e, count in enumerate(state.behind_E) if count >= MAX_BEHIND]
+            self.catch_up(layer, {*touched, *far})
+            state.lrs.append(lr)
+            state.behind_E = [0 if e in touched else count + 1 for e, count in enumerate(state.behind_E)]
+
+    def _step_without_gradient(self, layer: int, experts: Sequence[int], lrs: Sequence[float]) -> None:
+        """Of experts that are equally far behind. Piece by piece, each through all the steps."""
+        parts = self._parts(layer, {name: p.data for name, p in self._parameters[layer].items()})
+        first = self._layers[layer].updates - len(lrs)
+        for decay in (True, False):
+            rows = [part.of(e) for part in parts if part.decays is decay for e in experts]
+            for pieces in _pieces(rows):
+                for number, lr in enumerate(lrs):
+                    self._adamw(pieces, first + number, lr, 1)
+
+
+def _is_stand_in(moment: Tensor) -> bool:
+    """It is expanded from one zero."""
+    return moment.untyped_storage().nbytes() < moment.nbytes
+
+
+def _pieces(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
+    """Parts with gradients of zero, cut and collected to at most `PIECE` elements."""
+    collected: list[_Part] = []
+    room = PIECE
+    for part in parts:
+        for start in range(0, part.weight.numel(), PIECE):
+            piece = part.without_gradient(slice(start, start + PIECE))
+            if piece.weight.numel() > room:
+                yield collected
+                collected, room = [], PIECE
+            collected.append(piece)
+            room -= piece.weight.numel()
+    if collected:
+        yield collected

@@ -1,0 +1,239 @@
+"""What a slow expert actor costs, and what updates beside forwards hide.
+
+`straggler_4x_s4`: training while the updates of one of two actors take 4 times as long, experts up to 4 steps behind;
+the peer is the same actor with experts that are never behind (`s0`). `retained_*`: the same rate as a share of that
+without a slow actor, without staleness; `_copy`: every group on both actors. `retained_pause`: over a window that
+begins with one pause of an actor. `hidden_optimizer_share`: of the time that updates take, how much a step does not
+wait for with `s1`.
+
+Everything runs in this process: a router, two expert actors with their servers and update threads, sockets between
+them. Each time is of steps in a steady state: some are made before, and what is pending at the end was so at the begin.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from actors.dispatcher import Peer, Roster
+from actors.expert import ExpertHost
+from actors.optim import OptimizerSettings
+from actors.router import Router
+from actors.transport.contract import Link
+from actors.transport.socket import SocketLink, SocketServer
+from actors.trunk.model import ModelSource
+from actors.updates import Brake
+from actors.values import Address, Placement
+from cluster.bench.result import Row
+
+FACTORS = (2.0, 4.0)
+STALENESS = (0, 1, 4)
+TIMEOUT_S = 60.0
+MAX_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the model and of what is timed. Few tokens for many weights: updates are a large part of a step."""
+
+    hidden_size: int = 256
+    width: int = 1024
+    """Of an expert, inside."""
+    num_layers: int = 2
+    num_experts: int = 16
+    sequences: int = 2
+    sequence_length: int = 128
+    warmups: int = 5
+    """Steps before those that are timed: more than any bound that is tried."""
+    steps: int = 12
+    """Timed in a round."""
+    pause_s: float = 5.0
+    window_s: float = 8.0
+    """That the rate under a pause is taken over."""
+
+    @property
+    def tokens(self) -> int:
+        """Of a step, that are predicted."""
+        return self.sequences * (self.sequence_length - 1)
+
+    def model(self) -> dict[str, Any]:
+        return {
+            "model_type": "mixtral",
+            "vocab_size": 512,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.width,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "num_local_experts": self.num_experts,
+            "num_experts_per_tok": 2,
+            "max_position_embeddings": self.sequence_length,
+        }
+
+
+def straggler_rows(*, rounds: int, shape: Shape | None = None) -> list[Row]:
+    """Minutes: 18 ways to train a round, and 8 s for each of those with a pause."""
+    shape = shape or Shape()
+    shape = replace(shape, sequences=max(1, shape.sequences // 2))  # updates weigh more: they are what is slow
+    torch.set_num_threads(1)
+    rates: dict[str, list[float]] = {}
+    with _fleet(shape, copies=False) as plain, _fleet(shape, copies=True) as copied:
+        for _ in range(rounds):
+            for fleet, copy in ((plain, ""), (copied, "_copy")):
+                for factor in (1.0, *FACTORS):
+                    for staleness in STALENESS:
+                        rate = fleet.rate(staleness, Brake(factor=factor))
+                        rates.setdefault(f"{factor:.0f}x_s{staleness}{copy}", []).append(rate)
+                for staleness in STALENESS:
+                    name = f"pause_s{staleness}{copy}"
+                    rates.setdefault(name, []).append(fleet.rate_with_a_pause(staleness))
+    whole = rates["1x_s0"]
+    rows = [
+        _rate_row(f"straggler_{factor:.0f}x_s{staleness}", rates[f"{factor:.0f}x_s{staleness}"], "s0", peer)
+        for factor in FACTORS
+        for staleness in STALENESS
+        if staleness
+        for peer in [rates[f"{factor:.0f}x_s0"]]
+    ]
+    retained = [(name, found) for name, found in rates.items() if name != "1x_s0"]
+    return rows + [_rate_row(f"retained_{name}", found, "nobody slow, s0", whole) for name, found in retained]
+
+
+def hidden_rows(*, rounds: int, shape: Shape | None = None) -> list[Row]:
+    """Of one expert actor and a router, which have a core each: while one computes the other's updates are made."""
+    shape = shape or Shape()
+    torch.set_num_threads(1)
+    hidden, shares, times, whole = [], [], [], []
+    with _fleet(shape, copies=False, num_actors=1) as fleet:
+        for number in range(rounds + 1):
+            step_s, update_s = fleet.times(0)
+            beside_s, _ = fleet.times(1)
+            if number:  # the first is a warm-up
+                hidden.append(100 * (step_s - beside_s) / update_s)
+                shares.append(100 * update_s / step_s)
+                times.append(1e3 * beside_s)
+                whole.append(1e3 * step_s)
+    share = statistics.median(shares)
+    step_ratio = statistics.median(a / b for a, b in zip(whole, times, strict=True))
+    return [
+        Row("hidden_optimizer_share", statistics.median(hidden), "%", "updates' share of a step", share, 1.0, rounds),
+        Row("step_s1", statistics.median(times), "ms", "s0", statistics.median(whole), step_ratio, rounds),
+    ]
+
+
+def _rate_row(case: str, ours: Sequence[float], peer: str, theirs: Sequence[float]) -> Row:
+    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    return Row(case, statistics.median(ours), "tokens/s", peer, statistics.median(theirs), ratio, len(ours))
+
+
+class Fleet:
+    """A router and its expert actors; the last one is slowed."""
+
+    def __init__(self, shape: Shape, hosts: Sequence[ExpertHost], router: Router) -> None:
+        self._shape, self._hosts, self._router = shape, hosts, router
+        size = (shape.sequences, shape.sequence_length)
+        generator = torch.Generator().manual_seed(0)
+        self._batches = [[torch.randint(0, 512, size, generator=generator)] for _ in range(4)]
+        self._number = 0
+        self.max_staleness = 0
+        """Of all steps so far."""
+
+    def rate(self, staleness: int, brake: Brake) -> float:
+        """Tokens a second."""
+        self._begin(staleness, brake)
+        return self._shape.tokens / self._seconds_a_step()
+
+    def times(self, staleness: int) -> tuple[float, float]:
+        """-> seconds of a step, and of its update on the slowest actor."""
+        self._begin(staleness, Brake())
+        before = [host.updates.busy_s for host in self._hosts]
+        step_s = self._seconds_a_step()
+        busy = [host.updates.busy_s - b for host, b in zip(self._hosts, before, strict=True)]
+        return step_s, max(busy) / self._shape.steps
+
+    def rate_with_a_pause(self, staleness: int) -> float:
+        """Tokens a second over a window that begins with the pause."""
+        self._begin(staleness, Brake())
+        self._hosts[-1].updates.brake = Brake(pause_s=self._shape.pause_s)
+        started, done = time.perf_counter(), 0
+        while time.perf_counter() - started < self._shape.window_s:
+            self._step()
+            done += 1
+        return done * self._shape.tokens / (time.perf_counter() - started)
+
+    def _begin(self, staleness: int, brake: Brake) -> None:
+        """What another run has left to be done is done then."""
+        for host in self._hosts:
+            host.updates.brake = Brake()
+        self._router.begin_run(OptimizerSettings(staleness=staleness))
+        self._hosts[-1].updates.brake = brake
+        for _ in range(self._shape.warmups):
+            self._step()
+
+    def _seconds_a_step(self) -> float:
+        started = time.perf_counter()
+        for _ in range(self._shape.steps):
+            self._step()
+        return (time.perf_counter() - started) / self._shape.steps
+
+    def _step(self) -> None:
+        batch = self._batches[self._number % len(self._batches)]
+        self._number += 1
+        report = self._router.train_step(batch, lr=1e-4, clip_norm=1.0)
+        self.max_staleness = max(self.max_staleness, report.staleness_max)
+
+
+@contextmanager
+def _fleet(shape: Shape, *, copies: bool, num_actors: int = 2) -> Iterator[Fleet]:
+    source = ModelSource(values=shape.model(), dtype="float32")
+    names = [f"expert-{i}" for i in range(num_actors)]
+    group_size = shape.num_experts // num_actors
+    holders = [[name, *(other for other in names if other != name)] if copies else [name] for name in names]
+    placement = Placement(1, tuple(tuple(each) for each in holders), group_size)
+
+    def open_exchange(name: str, address: Address) -> Link:
+        return SocketLink(name, address, name="peer", max_bytes=MAX_BYTES, timeout_s=TIMEOUT_S)
+
+    hosts = [
+        ExpertHost(
+            name,
+            source,
+            placement.held_by(name),
+            group_size=group_size,
+            open_peer=open_exchange,
+            timeout_s=TIMEOUT_S,
+        )
+        for name in names
+    ]
+    servers = {
+        host.name: SocketServer(
+            host.name, host.handle, max_bytes=MAX_BYTES, idle=host.idle, ready=host.ready, keep_s=TIMEOUT_S
+        )
+        for host in hosts
+    }
+    exchanges = {host.name: SocketServer(host.name, host.exchange.handle, max_bytes=MAX_BYTES) for host in hosts}
+    for server in (*servers.values(), *exchanges.values()):
+        server.start()
+
+    def peer(name: str) -> Peer:
+        address = servers[name].address
+        return Peer(
+            lambda: SocketLink(name, address, name="router", max_bytes=MAX_BYTES, timeout_s=TIMEOUT_S),
+            exchanges[name].address,
+        )
+
+    router = Router(source, Roster(placement, {name: peer(name) for name in names}), timeout_s=TIMEOUT_S)
+    try:
+        yield Fleet(shape, hosts, router)
+    finally:
+        router.close()
+        for host in hosts:
+            host.close()
+        for server in (*servers.values(), *exchanges.values()):
+            server.stop()
