@@ -76,6 +76,11 @@ class LastCommit:
             serving.ask_all("commit", self._fields)
             self._served = version
 
+    def doubt(self) -> None:
+        """An actor can be reached again over the serving links that may not have heard of it."""
+        if self._fields:
+            self._served = 0
+
     def served(self, version: int) -> None:
         """Everybody has said over whichever link that it is at this version."""
         self._served = version

@@ -101,6 +101,8 @@ class Dispatcher:
         self._held: dict[str, list[int]] = {}
         self._lost: set[str] = set()
         """Without a living link; only of a dispatcher that reroutes."""
+        self._just_lost: set[str] = set()
+        """Those of them that were not tried again."""
         self._timeout_s, self._turn, self._reroutes = timeout_s, turn, reroutes
         self._num_experts = num_experts
         self._names: list[str] = []
@@ -135,10 +137,15 @@ class Dispatcher:
             self._num_experts = num_experts
             self.load_LE = torch.zeros(len(self.load_LE), num_experts, dtype=torch.int64)
         self._lost.clear()
+        self._just_lost.clear()
         self._build_table()
 
     def reopen(self) -> list[str]:
         """Opens closed links again. -> actors that are gone for good; none if this one reroutes around them."""
+        # A link may end though its actor lives: once it is tried again, and as long as nobody can stand in for it.
+        if again := self._lost if self._lost and self._table.missing else self._just_lost:
+            self._lost = self._lost - again
+            self._build_table()
         gone = []
         for name, link in self.links.items():
             if link.closed and name not in self._lost:
@@ -151,7 +158,13 @@ class Dispatcher:
                     gone.append(name)
         for name in gone if self._reroutes else ():
             self._lose(name)
+        self._just_lost.clear()
         return [] if self._reroutes else gone
+
+    @property
+    def lost(self) -> frozenset[str]:
+        """Actors that are rerouted around."""
+        return frozenset(self._lost)
 
     def close_links(self, names: Sequence[str]) -> None:
         """Others cannot reach these: whether they are gone is found out by opening the links again."""
@@ -184,6 +197,7 @@ class Dispatcher:
         logger.warning("%s is lost; its work goes to other holders of its experts", name)
         self.links[name].close()
         self._lost.add(name)
+        self._just_lost.add(name)
         self._build_table()
 
     # -- a layer ------------------------------------------------------------------------------------------------------
@@ -294,6 +308,8 @@ class Dispatcher:
                     link.call(Message(op, fields), self._timeout_s)
                 except MoeClusterError as error:
                     logger.info("%s was not told to %s: %s", link.peer, op, error)
+                    if isinstance(error, PeerLost):
+                        link.close()  # so that it is opened again before the next try, not found broken in it
 
     def close(self) -> None:
         for link in self.links.values():

@@ -15,6 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from actors.errors import InvalidInput, LinkError, MoeClusterError, PeerLost, StepAborted
+from actors.keeping import OPS as KEEPING
+from actors.keeping import Keeper
 from actors.transport.contract import Handler, Link, Pending
 from actors.transport.message import Message, error_answer
 from actors.values import Address
@@ -53,6 +55,8 @@ class Exchange:
         self.name = name
         self.on_follow: Handler = lambda peer, question: error_answer(InvalidInput("nothing is here to follow"))
         self.on_update: Callable[[], None] = lambda: None
+        self.keeper = Keeper()
+        """Of snapshots, this host's own and those of its peers."""
         self._open_peer = open_peer
         self.timeout_s = timeout_s
         self._addresses: dict[str, Address] = {}
@@ -66,6 +70,8 @@ class Exchange:
         """(group, layer) -> version after it -> update."""
 
     def handle(self, peer: str, question: Message) -> Message:
+        if question.op in KEEPING:
+            return self.keeper.handle(peer, question)
         try:
             match question.op:
                 case "partial" | "sum":
@@ -103,10 +109,14 @@ class Exchange:
     def start(self, peer: str, question: Message) -> Pending:
         """`StepAborted` naming the peer if it cannot be reached."""
         try:
+            if (link := self._links.get(peer)) is not None and not link.closed:
+                try:
+                    return link.start(question)
+                except PeerLost:  # it has ended since it was used last, which says nothing of the peer
+                    link.close()
             if peer in self._cut_off:
                 raise PeerLost("it was cut off", peer=peer)
-            if peer not in self._links or self._links[peer].closed:
-                self._links[peer] = self._open_peer(peer, self._addresses[peer])
+            self._links[peer] = self._open_peer(peer, self._addresses[peer])
             return self._links[peer].start(question)
         except (KeyError, LinkError) as error:
             raise self._lost(peer, error) from error

@@ -105,6 +105,8 @@ class ExpertHost:
         """The last one that was asked for, until `drop_snapshot`."""
         self._kept = KeptVersions()
         self._pinned_bytes = 0
+        self.for_peers: Snapshot[ExpertKey] | None = None
+        """The same, of one that is to be kept in memory: until it is on its way."""
         self._timeout_s = timeout_s
         self._handlers: dict[str, Callable[[Message], Message]] = {
             "forward": self._forward,
@@ -473,7 +475,7 @@ class ExpertHost:
             "run": self._run,
             "attempt": self._step.attempt.number,
             "term": self._term,
-            "memory_bytes": self._memory_bytes,
+            "memory_bytes": self._memory_bytes + self.exchange.keeper.num_bytes(),
             "pinned_bytes": self._pinned_bytes,
             "cache": self.holdings.cache_counters(),
         }
@@ -539,8 +541,12 @@ class ExpertHost:
         if version != self.version:
             raise StepAborted(f"a snapshot of version {version} is asked for, {self.version} is here")
         owned = self._copies.owned(self.groups)
-        self.snapshot = None  # its memory first
-        self.snapshot = self._drained().snapshot(owned, version, int(fields["run"]))
+        if fields.get("for_peers"):
+            self.for_peers = None  # its memory first
+            self.for_peers = self._drained().snapshot(owned, version, int(fields["run"]))
+        else:
+            self.snapshot = None
+            self.snapshot = self._drained().snapshot(owned, version, int(fields["run"]))
         return Message("ok", {"groups": owned, "version": version})
 
     def drop_snapshot(self) -> None:

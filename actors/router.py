@@ -22,6 +22,7 @@ from actors.division import Part
 from actors.errors import InvalidInput, LinkError, MoeClusterError, NonFinite, PeerLost, StepAborted
 from actors.exchange import Attempt
 from actors.growing import Blueprint, Grower, GrownTrunk, check_growth, seen_by_gates
+from actors.keeping import Keeper
 from actors.learner import Learner
 from actors.losses import token_losses
 from actors.moe.settings import BalanceSettings, GateSettings
@@ -94,6 +95,9 @@ class Router:
         """Of the growth that was asked for last."""
         self.snapshot: Snapshot[str] | None = None
         """The last one that was taken, until `drop_snapshot`."""
+        self.for_peers: Snapshot[str] | None = None
+        """The same, of one that is to be kept in memory: until it is on its way."""
+        self.keeper = Keeper()
         self.replicas = Replicas(timeout_s, piece_bytes)
         self.replicas.on_experts_lost = self._training.close_links
         self.pinning = Pinning(self.learner, self._training, self.replicas, self.serving.pins, timeout_s)
@@ -457,14 +461,19 @@ class Router:
 
     # -- checkpoints: between two steps -------------------------------------------------------------------------------
 
-    def take_snapshot(self) -> SnapshotTaken:
+    def take_snapshot(self, *, for_peers: bool = False) -> SnapshotTaken:
         """Copies of all state here and on every owner of a group, at one version; steps wait for the copying alone.
 
-        Each is kept where it was made, until it is dropped or the next is taken.
+        Each is kept where it was made, until it is dropped or the next is taken. `for_peers`: as one that is kept in
+        memory, beside the one for a checkpoint.
         """
         self._reach_all()
-        self.snapshot = None  # its memory first
-        answers = self._training.ask_all("snapshot", {"version": self.version, "run": self._run})
+        if for_peers:  # its memory first
+            self.for_peers = None
+        else:
+            self.snapshot = None
+        fields = {"version": self.version, "run": self._run, "for_peers": for_peers}
+        answers = self._training.ask_all("snapshot", fields)
         owned = {name: groups for name, answer in answers.items() if (groups := _numbers(answer, "groups"))}
         if sorted(group for groups in owned.values() for group in groups) != list(
             range(self._roster.placement.num_groups)
@@ -472,7 +481,11 @@ class Router:
             raise StepAborted(f"not every expert group has one owner: {owned}")
         state = {**self.learner.state(), **self.learner.moments()}
         copies = {name: to_host(tensor) for name, tensor in state.items()}
-        self.snapshot = Snapshot(self.version, self._run, 0, self.learner.settings, copies)
+        snapshot = Snapshot(self.version, self._run, 0, self.learner.settings, copies)
+        if for_peers:
+            self.for_peers = snapshot
+        else:
+            self.snapshot = snapshot
         return SnapshotTaken(self.version, self._run, tuple(owned), self._roster.placement.num_experts)
 
     def drop_snapshot(self) -> None:
@@ -671,7 +684,7 @@ class Router:
             "queue_s": queue_s,
             "version": self.version,
             "run": self._run,
-            "memory_bytes": self.learner.memory_bytes,
+            "memory_bytes": self.learner.memory_bytes + self.keeper.num_bytes(),
             "pinned_bytes": self.serving.pins.num_bytes(),
             "pins": [model.pinned for model in self.serving.pins.all()],
             "links": {name: link.kind for name, link in list(self._training.links.items())},

@@ -129,7 +129,10 @@ class Serving:
 
     def reach(self) -> None:
         """Open links, over which every expert actor has confirmed the last commit. Inside `reading` or `stopped`."""
+        lost = self._dispatcher.lost
         self._dispatcher.reopen()
+        if lost - self._dispatcher.lost:
+            self._last_commit.doubt()
         self._last_commit.bring(self._dispatcher, self._version())
 
     def pausing(self) -> AbstractContextManager[None]:

@@ -68,6 +68,10 @@ class ExpertsConfig:
     redundancy: int = 1
     """Actors that hold each expert group, on different nodes: 2 survives the death of any one node. Each step sends the
     group's gradients to its copies."""
+    snapshot_every_steps: int = 0
+    """Steps of a job after which every actor keeps its state in host memory, and a peer on another node a copy of it:
+    what is lost comes back from there rather than from the last checkpoint. Takes three times the weights' memory, for
+    each actor's own state and for that of its peer; twice that while one is being made. 0: never."""
     max_groups: int = 0
     """Most groups one actor may hold, copies included; 0: as many as the placement needs, ceil(groups * redundancy /
     actors) + 1 where the nodes are alike."""

@@ -168,6 +168,7 @@ def _check_experts(config: ExpertsConfig, ray: RayConfig, check: _Check) -> None
     check.at_least("group_size", config.group_size, 1)
     check.at_least("threads", config.threads, 1)
     check.at_least("redundancy", config.redundancy, 1)
+    check.at_least("snapshot_every_steps", config.snapshot_every_steps, 0)
     check.at_least("max_groups", config.max_groups, 0)
     check.at_least("expert_cache_size", config.expert_cache_size, 0)
     check.at_least("serving_weight", config.serving_weight, 1)

@@ -20,9 +20,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-# The same examples in every run; `HYPOTHESIS_PROFILE=explore pytest` looks for new ones.
-settings.register_profile("same", derandomize=True)
-settings.register_profile("explore", derandomize=False)
+# The same examples in every run, however slow; `HYPOTHESIS_PROFILE=explore pytest` looks for new ones.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("explore", derandomize=False, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 torch.set_num_threads(1)

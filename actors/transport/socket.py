@@ -8,6 +8,7 @@ keys tcp:// is encrypted and only for those who hold them; ipc:// lies in a dire
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import socket as os_socket
@@ -56,7 +57,17 @@ that follow each other come back in 0.23 instead of 0.35 ms, others as before.""
 
 
 def _context() -> Any:
+    _start_collector()
     return zmq.Context.instance()
+
+
+@functools.cache
+def _start_collector() -> None:
+    """pyzmq has a context of its own, with seven file handles, from the first frame on that it sends without a copy.
+
+    Here from the beginning, so that nobody takes it for a leak when messages grow, as they do after an actor's death.
+    """
+    zmq.Frame(b"-", copy=False, copy_threshold=0)
 
 
 def host_id() -> str:

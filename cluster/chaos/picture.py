@@ -14,7 +14,8 @@ from cluster.chaos.record import Gap, Look, Record, Span
 from cluster.chaos.report import MB, tokens_per_s
 from cluster.chaos.schedule import KINDS
 
-COLOURS = dict(zip(KINDS, ("tab:red", "tab:blue", "tab:green", "tab:purple", "tab:orange"), strict=True))
+_TABLEAU = "red", "blue", "green", "purple", "orange", "brown", "pink", "olive"
+COLOURS = dict(zip(KINDS, (f"tab:{name}" for name in _TABLEAU), strict=True))
 
 
 def draw_timeline(path: Path, record: Record) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from actors.errors import MoeClusterError
 from cluster.backend import ActorStatus, JobState, OperationState
 from cluster.chaos import schedule
+from cluster.chaos.cuts import cut_links
 from cluster.chaos.record import Look, Phase, Record, Span, Strike, Vitals
 from cluster.chaos.report import has_grown, least_of
 from cluster.chaos.schedule import Fault, Kind
@@ -143,8 +144,8 @@ class _Disturbed:
         self._service, self._client, self._say, self._tick = service, client, say, tick
         self._freezer = Freezer()
         self._wanted = record.base
-        self._gone: set[str] = set()
-        """Actors that were hit for good."""
+        self._gone: set[int] = set()
+        """Processes that were hit for good."""
         self._vitals_at_s = 0.0
 
     def run(self) -> None:
@@ -237,11 +238,15 @@ class _Disturbed:
         """-> what went wrong beyond what was meant to."""
         if kind == "scale":
             return self._scale(target)
+        if kind == "coordinator":
+            return "" if self._service.kill_coordinator() else "there was none to kill"
         if kind == "stall":
             self._freezer.freeze(hit[0], schedule.STALL_S)
             self._wait(schedule.STALL_S + SETTLED_S, "stall")
-            return self._taken_for_dead(hit[0].pid)
-        self._gone |= {actor.id for actor in hit}
+            return self._taken_for_dead(hit[0].pid, f"it stood still for {schedule.STALL_S:g} s only")
+        if kind == "cut":
+            return self._cut(hit[0].pid)
+        self._gone |= {actor.pid for actor in hit}
         if kind == "freeze":
             self._freezer.freeze(hit[0], schedule.FREEZE_S)
         elif kind == "node":
@@ -257,6 +262,8 @@ class _Disturbed:
         names = ", ".join(actor.id for actor in hit)
         if fault.kind == "scale":
             return f"{self._wanted} to {target} expert actors"
+        if fault.kind == "coordinator":
+            return fault.kind
         return f"{hit[0].node} with {names}" if fault.kind == "node" else names
 
     def _target(self, fault: Fault) -> int:
@@ -264,10 +271,21 @@ class _Disturbed:
         least = max(experts.min_actors, experts.redundancy)
         return schedule.scale_target(fault, self._wanted, self._record.base, least, experts.max_actors)
 
-    def _taken_for_dead(self, pid: int) -> str:
+    def _cut(self, pid: int) -> str:
+        try:
+            if not cut_links(pid):
+                return "it had no links to cut"
+            self._wait(schedule.CUT_AGAIN_S, "cut")
+            cut_links(pid)
+        except OSError as error:
+            return f"no right to cut links: {error}"
+        self._wait(SETTLED_S, "cut")
+        return self._taken_for_dead(pid, "its links could be opened again")
+
+    def _taken_for_dead(self, pid: int, though: str) -> str:
         status = self._client.status(timeout_s=STATUS_TIMEOUT_S)
         is_there = any(actor.pid == pid for actor in schedule.ready_experts(status))
-        return "" if is_there else f"taken for dead though it stood still for {schedule.STALL_S:g} s only"
+        return "" if is_there else f"taken for dead though {though}"
 
     def _scale(self, target: int) -> str:
         """Waits for it. -> what went wrong."""

@@ -10,15 +10,20 @@ from typing import Literal, get_args
 from actors.errors import InvalidInput
 from cluster.backend import ActorStatus, ClusterStatus
 
-Kind = Literal["kill", "freeze", "stall", "node", "scale"]
+Kind = Literal["kill", "freeze", "stall", "node", "scale", "router", "cut", "coordinator"]
 """kill: kill -9 of an expert actor. freeze: SIGSTOP of one, for longer than heartbeats may be missing. stall: the same
 for less than that. node: kill -9 of a node with all of its expert actors; it comes back by `ray.revive_after_s`.
-scale: one expert actor more or fewer."""
+scale: one expert actor more or fewer. router: kill -9 of a router. cut: all links of an expert actor end while its
+process lives, and once more those that are opened then. coordinator: kill -9 of it."""
+NOBODY: tuple[Kind, ...] = ("scale", "coordinator")
+"""Faults that hit none of the actors that the status tells of."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 DEFAULT_KINDS: tuple[Kind, ...] = ("kill", "freeze", "stall", "scale")
 
 STALL_S = 3.0
 """A stalled process runs again after this: before an actor counts as dead (5 s, `cluster.control.heartbeats`)."""
+CUT_AGAIN_S = 1.0
+"""After a cut, the second one: a step that is hit by both has tries left (`router.max_step_retries`)."""
 FREEZE_S = 20.0
 """A frozen process would run again after this, if it still exists: it must not."""
 
@@ -52,15 +57,15 @@ def _faults(chance: random.Random, mtbf_s: float, min_gap_s: float, kinds: list[
 
 
 def victims(fault: Fault, status: ClusterStatus) -> tuple[ActorStatus, ...]:
-    """Expert actors that the fault hits; none for `scale`."""
-    experts = ready_experts(status)
-    if fault.kind == "scale" or not experts:
+    """Actors that the fault hits; none for `NOBODY`."""
+    actors = ready(status, "router" if fault.kind == "router" else "expert")
+    if fault.kind in NOBODY or not actors:
         return ()
     if fault.kind != "node":
-        return (experts[int(fault.pick * len(experts))],)
-    nodes = sorted({actor.node for actor in experts})
+        return (actors[int(fault.pick * len(actors))],)
+    nodes = sorted({actor.node for actor in actors})
     node = nodes[int(fault.pick * len(nodes))]
-    return tuple(actor for actor in experts if actor.node == node)
+    return tuple(actor for actor in actors if actor.node == node)
 
 
 def scale_target(fault: Fault, here: int, base: int, least: int, most: int) -> int:
@@ -72,19 +77,24 @@ def scale_target(fault: Fault, here: int, base: int, least: int, most: int) -> i
     return here + 1 if can_grow and (fault.pick < 0.5 or not can_shrink) else here - 1
 
 
-def ready_experts(status: ClusterStatus) -> tuple[ActorStatus, ...]:
+def ready(status: ClusterStatus, role: str) -> tuple[ActorStatus, ...]:
     """By id."""
-    experts = [actor for actor in status.actors if actor.role == "expert" and actor.state == "ready"]
-    return tuple(sorted(experts, key=lambda actor: actor.id))
+    found = [actor for actor in status.actors if actor.role == role and actor.state == "ready"]
+    return tuple(sorted(found, key=lambda actor: actor.id))
 
 
-def what_is_missing(status: ClusterStatus, wanted: int, gone: Collection[str] = ()) -> str:
+def ready_experts(status: ClusterStatus) -> tuple[ActorStatus, ...]:
+    return ready(status, "expert")
+
+
+def what_is_missing(status: ClusterStatus, wanted: int, gone: Collection[int] = ()) -> str:
     """Why this is no moment for a fault, since the cluster has one already; empty if all is as it should be.
 
-    `gone`: actors that were hit for good: as long as they are told to be there, nobody has noticed.
+    `gone`: processes that were hit for good: as long as they are told to be there, nobody has noticed. Not names: the
+    last router that dies has a successor of its own name.
     """
     experts = ready_experts(status)
-    if unnoticed := sorted({actor.id for actor in experts} & set(gone)):
+    if unnoticed := [actor.id for actor in (*experts, *ready(status, "router")) if actor.pid in gone]:
         return f"{', '.join(unnoticed)} not missed yet"
     if not status.ready:
         return status.message or "not ready"

@@ -40,9 +40,11 @@ class ServiceProcess:
         self._front = psutil.Process(process.pid)
         self._coordinator: psutil.Process | None = None
         self._seen: dict[int, tuple[psutil.Process, str]] = {}
+        self._lives: dict[str, list[int]] = {}
+        """Process ids that a name has had."""
 
     def vitals(self, status: ClusterStatus) -> Vitals:
-        """Now, of those of the three lasting processes that live."""
+        """Now, of those of the three lasting processes that live. Who took the place of a dead one has a number."""
         num_processes = self._remember()
         lasting = {"front": self._front, "coordinator": self._coordinator}
         for actor in status.actors:
@@ -53,8 +55,28 @@ class ServiceProcess:
         for name, process in lasting.items():
             if process is not None:
                 with suppress(psutil.Error):
-                    rss_bytes[name], handles[name] = process.memory_info().rss, process.num_fds()
+                    rss, num_handles = process.memory_info().rss, process.num_fds()
+                    life = self._life(name, process.pid)
+                    rss_bytes[life], handles[life] = rss, num_handles
         return Vitals(time.time(), rss_bytes, handles, num_processes)
+
+    def _life(self, name: str, pid: int) -> str:
+        """`router`, then `router 2`: memory and handles of two processes are not to be compared."""
+        pids = self._lives.setdefault(name, [])
+        if pid not in pids:
+            pids.append(pid)
+        number = pids.index(pid) + 1
+        return name if number == 1 else f"{name} {number}"
+
+    def kill_coordinator(self) -> bool:
+        """kill -9. -> whether there was one."""
+        self._remember()
+        process, self._coordinator = self._coordinator, None
+        with suppress(psutil.Error):
+            if process is not None:
+                process.kill()
+                return True
+        return False
 
     def end(self) -> list[str]:
         """As Ctrl-C does. -> titles of the processes that outlived it, which are killed."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Protocol
 
 from torch import Tensor
 
 from actors.errors import CheckpointError
-from cluster.checkpoint.files import Files
 from cluster.checkpoint.manifest import Shard
 from cluster.checkpoint.names import Folder
 from cluster.checkpoint.tensors import Entry, read_header, to_tensor
@@ -18,10 +18,17 @@ RUN_BYTES = 64 << 20
 """Tensors that lie side by side are read at once up to this size: a request to an object store takes long."""
 
 
+class Readable(Protocol):
+    """What of `Files` a reader needs."""
+
+    def read(self, folder: Folder, file: str, start: int = 0, end: int | None = None) -> bytes:
+        """As `Files.read`."""
+
+
 class Reader:
     """Reads the shards' headers when made, and later only what is asked for. CheckpointError names a damaged shard."""
 
-    def __init__(self, files: Files, folder: Folder, shards: Sequence[Shard]) -> None:
+    def __init__(self, files: Readable, folder: Folder, shards: Sequence[Shard]) -> None:
         self._files = files
         self._folder = folder
         self._entry_of: dict[str, tuple[Shard, Entry]] = {}

@@ -17,22 +17,33 @@ from cluster.checkpoint.reader import Reader
 from cluster.checkpoint.store import Draft, Found, open_shards, write_shard
 
 Role = Literal["experts", "router"]
+ShardContent = tuple[Mapping[str, Tensor], Mapping[str, str]]
+"""Tensors by name, and what is said of them."""
 
 
 def write_experts(draft: Draft, name: str, snapshot: Snapshot[ExpertKey] | None) -> Shard:
     """`CheckpointError` if this is not the snapshot of the draft, else as `write_shard`."""
-    snapshot = _of_version(draft, name, snapshot)
-    return write_shard(draft, name, {_entry(k): t for k, t in snapshot.tensors.items()}, _facts("experts", snapshot))
+    return write_shard(draft, name, *experts_shard(_of_version(draft, name, snapshot)))
 
 
 def write_router(draft: Draft, name: str, snapshot: Snapshot[str] | None) -> Shard:
-    snapshot = _of_version(draft, name, snapshot)
-    return write_shard(draft, name, snapshot.tensors, _facts("router", snapshot))
+    return write_shard(draft, name, *router_shard(_of_version(draft, name, snapshot)))
 
 
-def read_experts(found: Found) -> SavedState[ExpertKey]:
-    """`CheckpointError` if a shard is damaged, or the shards are not of one version."""
-    reader = open_shards(found)
+def experts_shard(snapshot: Snapshot[ExpertKey]) -> ShardContent:
+    return {_entry(key): tensor for key, tensor in snapshot.tensors.items()}, _facts("experts", snapshot)
+
+
+def router_shard(snapshot: Snapshot[str]) -> ShardContent:
+    return snapshot.tensors, _facts("router", snapshot)
+
+
+def read_experts(found: Found, reader: Reader | None = None) -> SavedState[ExpertKey]:
+    """`CheckpointError` if a shard is damaged, or the shards are not of one version.
+
+    `reader`: of its shards, where they are not in storage.
+    """
+    reader = reader or open_shards(found)
     keys = {key: name for name in reader.names() if (key := _key(name)) is not None}
 
     def read(wanted: Sequence[ExpertKey]) -> list[Tensor]:
@@ -42,9 +53,9 @@ def read_experts(found: Found) -> SavedState[ExpertKey]:
     return SavedState(found.manifest.version, int(facts["updates"]), _optimizer(facts), frozenset(keys), read)
 
 
-def read_router(found: Found) -> SavedState[str]:
+def read_router(found: Found, reader: Reader | None = None) -> SavedState[str]:
     """As `read_experts`."""
-    reader = open_shards(found)
+    reader = reader or open_shards(found)
     names = frozenset(name for name in reader.names() if parse_expert_entry(name) is None)
     facts = _common_facts(reader, found, "router")
     return SavedState(

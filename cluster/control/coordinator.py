@@ -422,7 +422,7 @@ class Coordinator:
         """What was lost is back, and everybody is at this version. `steps`: job -> step it goes on after. A job that
         waits to go on after other steps has failed; one of which no step is known begins anew. `num_parameters`: of the
         model, if it has another number of experts again."""
-        self._disturbances.restored(self._version - version)
+        self._disturbances.restored(self._version - version, message)
         if num_parameters is not None:
             self._resize(placement.num_experts, num_parameters)
         self.placed(placement)

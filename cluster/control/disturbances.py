@@ -53,10 +53,10 @@ class Disturbances:
         self._unpriced.clear()
         self._last_step_s = now
 
-    def restored(self, num_steps: int) -> None:
-        """Everybody went back by so many steps, which are run again."""
+    def restored(self, num_steps: int, message: str) -> None:
+        """Everybody went back by so many steps, which are run again. `message`: what to."""
         if self._latest is not None:
-            self._ledger.add(self._latest, steps_replayed=num_steps)
+            self._ledger.add(self._latest, steps_replayed=num_steps, message=message)
 
     def idle(self) -> None:
         """No job runs: the next step has no step before it."""

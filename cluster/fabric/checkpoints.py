@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from actors.errors import MoeClusterError
+from actors.errors import InvalidInput, MoeClusterError
 from actors.values import Course, SnapshotTaken
 from cluster.backend import Checkpoint, Job
 from cluster.checkpoint.disk import DISK
@@ -76,6 +76,14 @@ class Vault:
                 logger.warning("a newer checkpoint is skipped: %s", skipped)
             found.manifest.check_model(self._facts_of(num_experts_in(found)))
         return found
+
+    def newest_version(self) -> int:
+        """Quickly, since only sizes are verified; -1 if there is none, or nobody can tell."""
+        try:
+            return max((found.manifest.version for found in self.all()[:1]), default=-1)
+        except InvalidInput as error:
+            logger.warning("the newest checkpoint is not known: %s", error)
+            return -1
 
     def all(self) -> list[Found]:
         """Newest first; only sizes are verified."""
@@ -273,7 +281,7 @@ class Checkpoints:
             draft = store.begin(taken.version)
             try:
                 shards = self._shards(names, draft, deadline)
-                found = store.commit(draft, self.vault.manifest_of(taken, self._job_at(taken), shards))
+                found = store.commit(draft, self.vault.manifest_of(taken, self.job_at(taken), shards))
             except MoeClusterError:
                 store.discard(draft)
                 raise
@@ -308,7 +316,8 @@ class Checkpoints:
             with suppress(Unavailable, ray.exceptions.RayError):
                 self._handle(name).drop_snapshot.remote()
 
-    def _job_at(self, taken: SnapshotTaken) -> Mapping[str, Any] | None:
+    def job_at(self, taken: SnapshotTaken) -> Mapping[str, Any] | None:
+        """The job whose steps led to this state, as a manifest has it."""
         with self._course_lock:
             course = self._course
         if course is None or course[1].run != taken.run:

@@ -325,6 +325,7 @@ class ControlWorker:
         with self._state.changing() as coordinator:
             coordinator.imported()
         self._at.keeper.write_now()  # before it is true: whoever comes back must not take them for untouched
+        self._at.snapshots.forget()
         call(ROUTER, self._crew.router.replace_weights.remote(str(directory)), timeout_s)
         self._at.checkpoints.after_change()
         return self.status()

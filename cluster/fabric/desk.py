@@ -25,6 +25,7 @@ from cluster.fabric.rebalancing import Rebalancer
 from cluster.fabric.recovery import Recovery
 from cluster.fabric.routers import Routers
 from cluster.fabric.scaling import Scaling
+from cluster.fabric.snapshots import Snapshots
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Desk:
     growing: Growing
     routers: Routers
     checkpoints: Checkpoints
+    snapshots: Snapshots
     recovery: Recovery
     jobs: JobThreads
     keeper: Keeper
@@ -80,7 +82,8 @@ def set_up(config: ClusterConfig, cluster: str, crew: Crew, control: Any, known:
     checkpoints = Checkpoints(known.vault, config.checkpoint.every_steps, state, crew)
     if known.going_on:
         checkpoints.job_goes_on(*known.going_on)
-    recovery = Recovery(state, crew, changes, scaling, checkpoints, control, experts.redundancy)
+    snapshots = Snapshots(experts.snapshot_every_steps, state, crew, checkpoints)
+    recovery = Recovery(state, crew, changes, scaling, checkpoints, snapshots, control, experts.redundancy)
     routers = Routers(state, crew, changes, control, config.router, wanted.routers, wanted.term)
     draining = Draining(state, crew, changes, scaling, wanted.leaving)
 
@@ -103,8 +106,9 @@ def set_up(config: ClusterConfig, cluster: str, crew: Crew, control: Any, known:
         Growing(state, crew, changes, checkpoints),
         routers,
         checkpoints,
+        snapshots,
         recovery,
-        JobThreads(state, crew, config.model, checkpoints, recovery, routers),
+        JobThreads(state, crew, config.model, checkpoints, recovery, routers, snapshots),
         Keeper(known.vault.url, take, is_worth_it, journal),
         Pins(crew, config.router.max_pins),
     )

@@ -24,6 +24,7 @@ from cluster.fabric.guarded import Guarded
 from cluster.fabric.options import ROUTER
 from cluster.fabric.recovery import Recovery
 from cluster.fabric.routers import Routers
+from cluster.fabric.snapshots import Snapshots
 from cluster.fabric.standing import Following
 from cluster.jobs.batches import MicroBatch
 from cluster.jobs.runner import Documents, JobStopped, run_job
@@ -46,9 +47,10 @@ class JobThreads:
         checkpoints: Checkpoints,
         recovery: Recovery,
         routers: Routers,
+        snapshots: Snapshots,
     ) -> None:
         self._state, self._crew, self._model, self._routers = state, crew, model, routers
-        self._checkpoints, self._recovery = checkpoints, recovery
+        self._checkpoints, self._recovery, self._snapshots = checkpoints, recovery, snapshots
         self._stop: dict[str, threading.Event] = {}
         self._closing = False
 
@@ -74,6 +76,7 @@ class JobThreads:
             while step is not None:
                 step = self._run_from(job_id, config, step, stop)
             if not self._closing:
+                self._snapshots.after_job()
                 self._checkpoints.after_job()
         finally:
             self._stop.pop(job_id, None)
@@ -103,8 +106,12 @@ class JobThreads:
             _Reporter(self._state, job_id),
             stop.is_set,
             start_step=step,
-            after_step=lambda done: self._checkpoints.after_step(job_id, done, stop.is_set),
+            after_step=lambda done: self._after_step(job_id, done, stop),
         )
+
+    def _after_step(self, job_id: str, step: int, stop: threading.Event) -> None:
+        self._snapshots.after_step(job_id, step)
+        self._checkpoints.after_step(job_id, step, stop.is_set)
 
     def _failed(self, job_id: str, error: MoeClusterError, stop: threading.Event) -> int | None:
         """As `_run_from`."""

@@ -1,4 +1,5 @@
-"""Back to the last checkpoint: at the start of a cluster, and when something is lost that no living actor has."""
+"""Back to the last checkpoint or snapshot: at the start of a cluster, and when something is lost that no living actor
+has."""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ from cluster.fabric.crew import Crew
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.options import EXPERT_RESOURCE, ROUTER
 from cluster.fabric.scaling import SEEN_TIMEOUT_S, Scaling
+from cluster.fabric.snapshots import Snapshots
 from cluster.placement.placement import ActorSlot, spread
 
 if TYPE_CHECKING:
@@ -65,12 +67,14 @@ class Recovery:
         changes: Changes,
         scaling: Scaling,
         checkpoints: Checkpoints,
+        snapshots: Snapshots,
         control: Any,
         redundancy: int,
     ) -> None:
         """`control`: the coordinator's own handle."""
         self._state, self._crew, self._changes, self._scaling = state, crew, changes, scaling
-        self._checkpoints, self._control, self._redundancy = checkpoints, control, redundancy
+        self._checkpoints, self._snapshots = checkpoints, snapshots
+        self._control, self._redundancy = control, redundancy
         self._thread: threading.Thread | None = None
 
     def is_needed_after(self, error: MoeClusterError) -> bool:
@@ -159,6 +163,7 @@ class Recovery:
             else:
                 restore_router(self._crew, placement, found, run)
         except InvalidInput as error:  # damaged since it was verified: the next try falls back
+            self._snapshots.forget()
             raise Unavailable(str(error)) from error
         num_parameters = None
         if placement.num_experts != before.num_experts:  # a growth since then is undone, as steps are
@@ -180,6 +185,20 @@ class Recovery:
             raise Unavailable("a new router started and then did not answer")
 
     def _find(self) -> Found:
+        """The snapshot in memory if it is newer than what is in storage; else, or without one, as `_find_stored`."""
+        kept = self._snapshots.newest()
+        if kept is None:
+            return self._find_stored()
+        if kept.manifest.version > self._checkpoints.vault.newest_version():
+            return kept
+        try:
+            stored = self._find_stored()
+        except MoeClusterError as error:
+            logger.warning("goes back to the snapshot in memory: %s", error)
+            return kept
+        return kept if kept.manifest.version > stored.manifest.version else stored
+
+    def _find_stored(self) -> Found:
         """`Unavailable` while the storage is out of reach, `InvalidInput` if nothing there can be used."""
         vault = self._checkpoints.vault
         try:
@@ -227,6 +246,7 @@ class Recovery:
             what = named(before.missing) if before.missing else "the router"
             message = f"restored {sentence(found)} after the loss of {what}, {lost} steps run again"
             coordinator.restored(placement, found.manifest.version, steps, message, time.time(), num_parameters)
+        self._snapshots.returned_to(found)
         logger.warning(message)
         return steps.get(job_id or "")
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from actors.compress.settings import CompressionSettings
+from actors.errors import StepAborted
 from actors.moe.settings import BalanceSettings
 from actors.values import (
     Address,
@@ -49,12 +50,14 @@ if TYPE_CHECKING:
     from actors.dispatcher import Peer, Roster
     from actors.replica import Replica
     from actors.router import Router
+    from actors.snapshots import Key, Snapshot
     from actors.transport.contract import Link
     from actors.transport.curve import LinkKeys
     from actors.transport.message import Message
     from actors.transport.socket import SocketServer
     from actors.transport.turns import Lane
     from cluster.checkpoint.manifest import Shard
+    from cluster.checkpoint.memory import Holder, KeptDraft, Way
     from cluster.checkpoint.store import Draft, Found
 
 MAX_REPORTS = 64
@@ -187,11 +190,28 @@ class ExpertWorker:
     def drop_snapshot(self) -> None:
         self._host.drop_snapshot()
 
+    def keep_snapshot(self, draft: KeptDraft, peer: Holder | None) -> Shard:
+        """In memory here and at the peer, beside steps."""
+        from cluster.checkpoint.memory import keep_part
+        from cluster.checkpoint.state import experts_shard
+
+        snapshot, self._host.for_peers = self._host.for_peers, None
+        content = experts_shard(_of_version(snapshot, draft))
+        return keep_part(draft, self._name, content, self._host.exchange.keeper, peer, self._way())
+
+    def drop_kept(self, but: Sequence[str]) -> None:
+        """Of the snapshots in memory only these stay."""
+        self._host.exchange.keeper.keep_only(but)
+
     def restore(self, groups: Sequence[int], found: Found, run: int) -> None:
         """These groups as they were saved, and nothing else, from now on."""
-        from cluster.checkpoint.state import read_experts
+        from cluster.checkpoint.memory import saved_experts
 
-        self._host.restore(groups, read_experts(found), run)
+        with saved_experts(found, self._host.exchange.keeper, self._way()) as saved:
+            self._host.restore(groups, saved, run)
+
+    def _way(self) -> Way:
+        return _way(self._open_peer, self._config)
 
     def cut(self, names: Sequence[str]) -> None:
         """Nothing is waited for from these actors any longer."""
@@ -253,10 +273,7 @@ class RouterWorker:
         self._control, self._keys = control, keys
         router = self._new_router(self._roster(placement, experts), num_experts)
         if found is not None:
-            from cluster.checkpoint.state import read_router
-
-            router.restore(self._roster(placement, experts), read_router(found), run)
-            self._follow_saved(found, router.course)
+            self._restore(router, placement, experts, found, run)
         return self._serve(router, leads=True)
 
     @ray.method(concurrency_group=CONTROL)
@@ -283,14 +300,20 @@ class RouterWorker:
         )
 
     def _serve(self, router: Router, *, leads: bool) -> RouterContact:
+        from actors.keeping import OPS as KEEPING
         from actors.replica import Replica
         from actors.transport.socket import SocketServer
 
         self._router = router
         replica = Replica(self._name, router, self._find_peer, leads=leads)
+
+        def answer(peer: str, question: Message) -> Message:
+            """It keeps snapshots of others, too, where there is no other node for them."""
+            return (router.keeper if question.op in KEEPING else replica).handle(peer, question)
+
         self._server = SocketServer(
             self._name,
-            replica.handle,
+            answer,
             host=self._bind_host,
             max_bytes=self._config.links.max_message_bytes,
             keys=self._keys,
@@ -461,8 +484,25 @@ class RouterWorker:
         return self._follow(job, self._router.continue_run(balance, compression), job.step)
 
     @ray.method(concurrency_group=TRAIN)
-    def take_snapshot(self) -> SnapshotTaken:
-        return self._router.take_snapshot()
+    def take_snapshot(self, for_peers: bool = False) -> SnapshotTaken:
+        return self._router.take_snapshot(for_peers=for_peers)
+
+    @ray.method(concurrency_group=CONTROL)
+    def keep_snapshot(self, draft: KeptDraft, peer: Holder | None) -> Shard:
+        """As of an expert actor."""
+        from cluster.checkpoint.memory import keep_part
+        from cluster.checkpoint.state import router_shard
+
+        snapshot, self._router.for_peers = self._router.for_peers, None
+        content = router_shard(_of_version(snapshot, draft))
+        return keep_part(draft, ROUTER, content, self._router.keeper, peer, self._way())
+
+    @ray.method(concurrency_group=CONTROL)
+    def drop_kept(self, but: Sequence[str]) -> None:
+        self._router.keeper.keep_only(but)
+
+    def _way(self) -> Way:
+        return _way(lambda name, at: _open_link(name, at, self._name, self._config, self._keys), self._config)
 
     @ray.method(concurrency_group=CONTROL)
     def write_snapshot(self, draft: Draft) -> Shard:
@@ -478,10 +518,16 @@ class RouterWorker:
     @ray.method(concurrency_group=TRAIN)
     def restore(self, placement: Placement, experts: Sequence[ExpertContact], found: Found, run: int) -> None:
         """After the expert actors of this placement."""
-        from cluster.checkpoint.state import read_router
+        self._restore(self._router, placement, experts, found, run)
 
-        self._router.restore(self._roster(placement, experts), read_router(found), run)
-        self._follow_saved(found, self._router.course)
+    def _restore(
+        self, router: Router, placement: Placement, experts: Sequence[ExpertContact], found: Found, run: int
+    ) -> None:
+        from cluster.checkpoint.memory import saved_router
+
+        with saved_router(found, router.keeper, self._way()) as saved:
+            router.restore(self._roster(placement, experts), saved, run)
+        self._follow_saved(found, router.course)
 
     @ray.method(concurrency_group=TRAIN)
     def train_step(
@@ -571,6 +617,20 @@ def _open_link(peer: str, address: Address, name: str, config: ClusterConfig, ke
         timeout_s=config.router.request_timeout_s,
         keys=keys,
     )
+
+
+def _way(open_link: Callable[[str, Address], Link], config: ClusterConfig) -> Way:
+    from cluster.checkpoint.memory import PIECE_BYTES, Way
+
+    limit = min(PIECE_BYTES, config.links.max_message_bytes // 2)
+    return Way(open_link, config.router.request_timeout_s, limit)
+
+
+def _of_version(snapshot: Snapshot[Key] | None, draft: KeptDraft) -> Snapshot[Key]:
+    """What was taken for this draft; another may have been taken since, after a return to an earlier state."""
+    if snapshot is None or snapshot.version != draft.version:
+        raise StepAborted(f"the snapshot of version {draft.version} is not here any more")
+    return snapshot
 
 
 def _tensors(batches: Sequence[MicroBatch]) -> list[Tensor]:

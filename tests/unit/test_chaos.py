@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -26,6 +29,7 @@ from cluster.chaos.schedule import (
     victims,
     what_is_missing,
 )
+from cluster.chaos.service import ServiceProcess
 from cluster.commands.chaos import duration, job_config, kinds, show
 from cluster.commands.output import plain
 from cluster.control.ledger import Entry
@@ -79,7 +83,17 @@ def test_victims() -> None:
     assert [a.id for a in victims(Fault(1, "freeze", 5, 0.99), here)] == ["expert-2"]
     assert [a.id for a in victims(Fault(1, "node", 5, 0.0), here)] == ["expert-0", "expert-2"]
     assert victims(Fault(1, "scale", 5, 0.5), here) == ()
+    assert victims(Fault(1, "coordinator", 5, 0.5), here) == ()
+    assert [a.id for a in victims(Fault(1, "cut", 5, 0.5), here)] == ["expert-1"]
     assert victims(Fault(1, "kill", 5, 0.5), status(router)) == ()
+
+
+def test_any_router_may_be_hit() -> None:
+    routers = actor(1, role="router"), actor(0, role="router"), actor(2, role="router", state="lost")
+    here = status(*routers, actor(0))
+    assert [a.id for a in victims(Fault(1, "router", 5, 0.0), here)] == ["router-0"]
+    assert [a.id for a in victims(Fault(1, "router", 5, 0.99), here)] == ["router-1"]
+    assert victims(Fault(1, "router", 5, 0.5), status(actor(0))) == ()
 
 
 def test_scaling_goes_one_off_and_back() -> None:
@@ -97,10 +111,23 @@ def test_scaling_goes_one_off_and_back() -> None:
 def test_a_cluster_that_has_not_noticed_is_not_whole() -> None:
     here = status(actor(0), actor(1), actor(2))
     assert what_is_missing(here, 3) == ""
-    assert "expert-1 not missed" in what_is_missing(here, 3, {"expert-1", "expert-9"})
+    assert "expert-1 not missed" in what_is_missing(here, 3, {1001, 1009})
+    dead, its_successor = actor(0, role="router"), replace(actor(0, role="router"), pid=77)
+    assert "router-0 not missed" in what_is_missing(status(dead), 0, {dead.pid})
+    assert what_is_missing(status(its_successor), 0, {dead.pid}) == ""
     assert what_is_missing(here, 4) == "3 of 4 expert actors"
     assert what_is_missing(replace(here, message="degraded: group 1"), 3) == "degraded: group 1"
     assert what_is_missing(replace(here, ready=False), 3) == "not ready"
+
+
+def test_who_took_the_place_of_a_dead_process_is_not_compared_with_it() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        service = ServiceProcess(other, "")
+        first, second = (replace(actor(0, role="router"), pid=pid) for pid in (os.getpid(), other.pid))
+        names = [set(service.vitals(status(router)).handles) for router in (first, second, first)]
+        assert other.stdin is not None
+        other.stdin.close()
+    assert names == [{"front", "router"}, {"front", "router 2"}, {"front", "router"}]
 
 
 # --- Figures -----------------------------------------------------------------------------------------------------

@@ -226,6 +226,12 @@ CLUSTER_FAULTS = {
         "ray.nodes is 2",
         "at most 2, or set ray.nodes to 3 or more",
     ),
+    "snapshots more often than never": (
+        MODEL + "experts: {snapshot_every_steps: -1}",
+        "experts.snapshot_every_steps",
+        "-1",
+        "0 or more",
+    ),
     "room below none": (MODEL + "experts: {max_groups: -1}", "experts.max_groups", "-1", "0 or more"),
     "no turn for requests": (MODEL + "experts: {serving_weight: 0}", "experts.serving_weight", "0", "1 or more"),
     "a cache below none": (

@@ -1,0 +1,45 @@
+"""Over Ray: groups without a copy come back from the memory of a peer, while the checkpoint on disk is far behind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.backend import JobEvent
+from cluster.config import BatchConfig
+from cluster.service.client import Client
+from tests.integration.test_resume import JOB, config_in, finish, kill_an_expert_actor, running, same, watch_to
+
+pytestmark = pytest.mark.timeout(300)
+EVERY = 5
+SLOW_JOB = replace(JOB, batch=BatchConfig(sequences=4, sequence_length=128))
+"""A snapshot is with the peer before the next few steps are done."""
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> list[JobEvent]:
+    with running(config_in(tmp_path_factory.mktemp("s"), **{"checkpoint.every_steps": 0})) as client:
+        return finish(client, client.submit_job(SLOW_JOB).id)
+
+
+def kill_soon_after_a_snapshot(client: Client, job_id: str) -> str:
+    watch_to(client, job_id, 4 * EVERY + 3)
+    return kill_an_expert_actor(client)
+
+
+def test_groups_without_a_copy_come_back_from_a_peer(tmp_path: Path, unbroken: list[JobEvent]) -> None:
+    config = config_in(tmp_path, **{"checkpoint.every_steps": 1000, "experts.snapshot_every_steps": EVERY})
+    with running(config) as client:
+        job = client.submit_job(SLOW_JOB)
+        victim = kill_soon_after_a_snapshot(client, job.id)
+        events = finish(client, job.id)
+        same(events, unbroken)
+        notes = [event.message for event in events if event.kind == "note"]
+        assert any("from the memory of the actors" in note for note in notes), notes
+        (entry,) = [entry for entry in client.ledger().entries if entry.subject == victim]
+        assert 1 <= entry.steps_replayed <= EVERY
+        assert "from the memory of the actors" in entry.message
+        steps = [event.step for event in events if event.kind == "step"]
+        assert len(steps) - len(set(steps)) == entry.steps_replayed
