@@ -285,7 +285,7 @@ def test_a_growth_that_fails_in_the_middle_has_not_been(source: ModelSource, kin
             return scripted[0]
         return link
 
-    with trained(source, links="socket", wrap=wrap, timeout_s=4.0) as local:
+    with trained(source, links="socket", wrap=wrap, timeout_s=2.0) as local:
         losses = train(local, 1)
         with pytest.raises(LinkError):
             local.router.grow(Growth(16))
