@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from actors.transport.socket import SocketLink
 from cluster.config import ClusterConfig
+from cluster.fabric.contacts import ExpertContact
 from cluster.fabric.launch import RunningCluster
-from cluster.fabric.workers import ExpertContact
 
 
 def link_to(contact: ExpertContact, running: RunningCluster, config: ClusterConfig, timeout_s: float) -> SocketLink:

@@ -21,10 +21,10 @@ from cluster.control.ledger import Kind
 from cluster.control.rebalancing import Proposal, Stage, named
 from cluster.errors import FailedPrecondition, Unavailable
 from cluster.fabric.calls import call
+from cluster.fabric.contacts import ExpertContact
 from cluster.fabric.crew import Crew
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.options import ROUTER
-from cluster.fabric.workers import ExpertContact
 from cluster.placement.placement import ActorSlot
 
 logger = logging.getLogger(__name__)

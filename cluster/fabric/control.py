@@ -41,6 +41,7 @@ from cluster.fabric.attaching import check_same
 from cluster.fabric.calls import call
 from cluster.fabric.checkpoints import Vault, num_experts_in, sentence, told
 from cluster.fabric.comeback import come_back
+from cluster.fabric.contacts import ExpertContact
 from cluster.fabric.crew import Crew
 from cluster.fabric.desk import Desk, Known, Wanted, set_up
 from cluster.fabric.guarded import Guarded
@@ -48,7 +49,6 @@ from cluster.fabric.journal import name_for, read_journal
 from cluster.fabric.options import ROUTER
 from cluster.fabric.recovery import begin_from, load_experts
 from cluster.fabric.routers import ready_routers
-from cluster.fabric.workers import ExpertContact
 from cluster.jobs.tokenizer import check_vocabulary, load_tokenizer
 from cluster.placement.placement import spread
 

@@ -27,12 +27,14 @@ from cluster.control.heartbeats import Heartbeats
 from cluster.control.journal import Process
 from cluster.errors import StartupError, Unavailable
 from cluster.fabric.calls import call
+from cluster.fabric.contacts import ExpertContact, RouterContact
+from cluster.fabric.expertworker import ExpertWorker
 from cluster.fabric.links import link_keys
 from cluster.fabric.measures import status_fields
 from cluster.fabric.nodes import expert_room, node_names, node_zones, nodes_with_room, short_name
 from cluster.fabric.options import ROUTER, expert_options, lasting, router_options
+from cluster.fabric.routerworker import RouterWorker
 from cluster.fabric.standing import ExpertStanding, RouterStanding
-from cluster.fabric.workers import ExpertContact, ExpertWorker, RouterContact, RouterWorker
 from cluster.placement.placement import ActorSlot
 
 if TYPE_CHECKING:

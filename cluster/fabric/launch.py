@@ -17,11 +17,11 @@ from cluster.fabric.attaching import coordinator_of, name_of, router_of
 from cluster.fabric.backend import RayBackend
 from cluster.fabric.calls import call
 from cluster.fabric.comeback import end_all
+from cluster.fabric.contacts import ExpertContact
 from cluster.fabric.control import ControlWorker
 from cluster.fabric.jobs import RayRouter
 from cluster.fabric.nodes import connected, joined
 from cluster.fabric.options import COORDINATOR, ROUTER, coordinator_options, lasting
-from cluster.fabric.workers import ExpertContact
 
 if TYPE_CHECKING:
     from actors.transport.curve import LinkKeys

@@ -15,7 +15,7 @@ from cluster.config import ClusterConfig
 from cluster.control.orphans import Silence
 
 if TYPE_CHECKING:
-    from cluster.fabric.workers import ExpertContact, RouterContact
+    from cluster.fabric.contacts import ExpertContact, RouterContact
 
 logger = logging.getLogger(__name__)
 

@@ -22,12 +22,12 @@ from cluster.fabric import control as control_module
 from cluster.fabric import crew as crew_module
 from cluster.fabric.attaching import check_same
 from cluster.fabric.comeback import find_survivors, link_keys_of
+from cluster.fabric.contacts import ExpertContact, RouterContact
 from cluster.fabric.control import ControlWorker
 from cluster.fabric.crew import Crew, Survivors
 from cluster.fabric.findings import Findings, on_their_way, tell_losses, weigh, worth_keeping
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.standing import ExpertStanding, Following, RouterStanding
-from cluster.fabric.workers import ExpertContact, RouterContact
 from tests.unit.test_coordinator import MODEL
 from tests.unit.test_journal import JOURNAL
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import ray
 
 from actors.compress.settings import CompressionSettings
 from actors.errors import PeerLost
@@ -19,12 +20,13 @@ from actors.values import Course, Placement
 from cluster.backend import Job, JobState
 from cluster.config import ClusterConfig, JobConfig, LinksConfig, OptimizerConfig
 from cluster.configfile import load_cluster
-from cluster.fabric import workers
+from cluster.fabric.contacts import ExpertContact
+from cluster.fabric.expertworker import ExpertWorker
 from cluster.fabric.links import link_keys
 from cluster.fabric.measures import status_fields
 from cluster.fabric.options import ZONE_LABEL
+from cluster.fabric.routerworker import RouterWorker
 from cluster.fabric.standing import Following
-from cluster.fabric.workers import ExpertContact, ExpertWorker, RouterWorker
 
 NAMES = ("expert-0", "expert-1")
 PLACEMENT = Placement(1, tuple((name,) for name in NAMES), 4)
@@ -39,7 +41,7 @@ def config() -> ClusterConfig:
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = {ZONE_LABEL: "zone-2"}
     context = SimpleNamespace(get_node_id=lambda: "node", get_node_labels=lambda: labels)
-    monkeypatch.setattr(workers.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
 
 
 @pytest.fixture(params=["tcp", "ipc"])

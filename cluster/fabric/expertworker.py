@@ -1,0 +1,170 @@
+"""The Ray edge of an expert host. Nothing is decided here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from actors.values import Address
+from cluster.config import ClusterConfig
+from cluster.fabric.contacts import ExpertContact
+from cluster.fabric.measures import Measures
+from cluster.fabric.standing import ExpertStanding, Watch
+from cluster.fabric.workertools import import_torch, of_version, open_link, way_of
+
+if TYPE_CHECKING:
+    from actors.transport.contract import Link
+    from actors.transport.curve import LinkKeys
+    from actors.transport.message import Message
+    from actors.transport.socket import SocketServer
+    from actors.transport.turns import Lane
+    from cluster.checkpoint.manifest import Shard
+    from cluster.checkpoint.memory import Holder, KeptDraft, Way
+    from cluster.checkpoint.store import Draft, Found
+
+
+class ExpertWorker:
+    """Holds an `ExpertHost` and serves its links from threads of their own; Ray calls only look after it."""
+
+    def __init__(self, name: str, config: ClusterConfig) -> None:
+        import_torch(config.experts.threads)
+        self._name, self._config = name, config
+        self._measures = Measures(config.experts.device)
+        self._watch = Watch(config)
+        self._contact: ExpertContact | None = None
+        self._bind_host = "127.0.0.1" if config.ray.mode == "embedded" else ray.util.get_node_ip_address()
+
+    def node_id(self) -> str:
+        node: str = ray.get_runtime_context().get_node_id()
+        return node
+
+    def load(self, groups: Sequence[int], num_experts: int, keys: LinkKeys | None) -> ExpertContact:
+        """Takes the weights of its groups and begins to serve. Without groups it is there for those that arrive.
+
+        `num_experts` of every layer, for a model that has grown; 0: as the config says. `keys`: of the cluster's links,
+        where they are secured.
+        """
+        from actors.expert import ExpertHost
+        from actors.moe.cache import CacheSettings
+        from cluster.fabric.model import model_source
+
+        self._keys, experts = keys, self._config.experts
+        self._host = ExpertHost(
+            self._name,
+            model_source(self._config, num_experts),
+            groups,
+            group_size=experts.group_size,
+            device=experts.device,
+            open_peer=self._open_peer,
+            timeout_s=self._config.router.request_timeout_s,
+            cache=CacheSettings(experts.expert_cache_size, experts.cache_dir) if experts.expert_cache_size else None,
+        )
+        self._server = self._serve(self._host.handle, self._host.idle, self._host.ready, self._host.lane)
+        self._exchange = self._serve(self._host.exchange.handle)
+        self._contact = ExpertContact(
+            self._name, self.node_id(), os.getpid(), self._server.address, self._exchange.address
+        )
+        return self._contact
+
+    def ping(self) -> None:
+        """There is a coordinator."""
+        self._watch.pinged()
+
+    def standing(self) -> ExpertStanding | None:
+        """None as long as it has not been loaded."""
+        if self._contact is None:
+            return None
+        heard_s = self._watch.heard_s
+        return ExpertStanding(self._contact, self.vitals(), heard_s)
+
+    def link_keys(self) -> LinkKeys | None:
+        """As it was given them: for a coordinator that is new to it."""
+        return self._keys
+
+    def _serve(
+        self,
+        handler: Any,
+        idle: Callable[[], bool] = lambda: False,
+        ready: Callable[[Message], bool] = lambda question: True,
+        lane: Callable[[Message], Lane] = lambda question: "training",
+    ) -> SocketServer:
+        from actors.transport.socket import SocketServer
+
+        server = SocketServer(
+            self._name,
+            handler,
+            host=self._bind_host,
+            max_bytes=self._config.links.max_message_bytes,
+            idle=idle,
+            ready=ready,
+            keep_s=self._config.router.request_timeout_s,
+            keys=self._keys,
+            lane=lane,
+            serving_weight=self._config.experts.serving_weight,
+        )
+        server.start()
+        return server
+
+    def _open_peer(self, name: str, address: Address) -> Link:
+        return self._measures.opened(open_link(name, address, self._name, self._config, self._keys))
+
+    def arrive(self, group: int, owner: ExpertContact, timeout_s: float) -> int:
+        """Brings a group here from its owner, which goes on meanwhile. -> bytes that came."""
+        return self._host.arrive(group, owner.name, owner.exchange, self._exchange.address, timeout_s)
+
+    def leave_off(self, groups: Sequence[int]) -> None:
+        """Gives up groups that are on their way here."""
+        for group in groups:
+            self._host.leave_off(group)
+
+    def write_snapshot(self, draft: Draft) -> Shard:
+        """Beside steps. What was written is still in memory until `drop_snapshot`."""
+        from cluster.checkpoint.state import write_experts
+
+        return write_experts(draft, self._name, self._host.snapshot)
+
+    def drop_snapshot(self) -> None:
+        self._host.drop_snapshot()
+
+    def keep_snapshot(self, draft: KeptDraft, peer: Holder | None) -> Shard:
+        """In memory here and at the peer, beside steps."""
+        from cluster.checkpoint.memory import keep_part
+        from cluster.checkpoint.state import experts_shard
+
+        snapshot, self._host.for_peers = self._host.for_peers, None
+        content = experts_shard(of_version(snapshot, draft))
+        return keep_part(draft, self._name, content, self._host.exchange.keeper, peer, self._way())
+
+    def drop_kept(self, but: Sequence[str]) -> None:
+        """Of the snapshots in memory only these stay."""
+        self._host.exchange.keeper.keep_only(but)
+
+    def restore(self, groups: Sequence[int], found: Found, run: int) -> None:
+        """These groups as they were saved, and nothing else, from now on."""
+        from cluster.checkpoint.memory import saved_experts
+
+        with saved_experts(found, self._host.exchange.keeper, self._way()) as saved:
+            self._host.restore(groups, saved, run)
+
+    def _way(self) -> Way:
+        return way_of(self._open_peer, self._config)
+
+    def cut(self, names: Sequence[str]) -> None:
+        """Nothing is waited for from these actors any longer."""
+        self._host.exchange.cut(names)
+
+    def handle(self, question: Message) -> Message:
+        """The data plane's question as a Ray call: what the links are measured against."""
+        return self._host.handle("ray", question)
+
+    def vitals(self) -> dict[str, Any]:
+        self._watch.vitals_asked()
+        return {**self._host.status(), **self._measures.told(), "busy_s": self._server.busy_s}
+
+    def wait_until_death(self) -> None:
+        """Does not return: the caller's reference fails the moment this process is gone. Only when another coordinator
+        waits here it ends."""
+        self._watch.wait()

@@ -1,0 +1,56 @@
+"""What the Ray edges of expert actors and routers share.
+
+torch and transformers take seconds to import, so only the actors themselves do it, all at the same time: whoever starts
+them imports these modules without.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from actors.errors import StepAborted
+from actors.values import Address
+from cluster.config import ClusterConfig
+
+if TYPE_CHECKING:
+    from actors.snapshots import Key, Snapshot
+    from actors.transport.contract import Link
+    from actors.transport.curve import LinkKeys
+    from cluster.checkpoint.memory import KeptDraft, Way
+
+
+def import_torch(threads: int) -> None:
+    import torch
+    import transformers.modeling_utils  # noqa: F401 - the slow part of it, now rather than in `load`
+
+    torch.set_num_threads(threads)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def open_link(peer: str, address: Address, name: str, config: ClusterConfig, keys: LinkKeys | None) -> Link:
+    from actors.transport.socket import SocketLink
+
+    return SocketLink(
+        peer,
+        address,
+        name=name,
+        max_bytes=config.links.max_message_bytes,
+        timeout_s=config.router.request_timeout_s,
+        keys=keys,
+    )
+
+
+def way_of(open_link: Callable[[str, Address], Link], config: ClusterConfig) -> Way:
+    from cluster.checkpoint.memory import PIECE_BYTES, Way
+
+    limit = min(PIECE_BYTES, config.links.max_message_bytes // 2)
+    return Way(open_link, config.router.request_timeout_s, limit)
+
+
+def of_version(snapshot: Snapshot[Key] | None, draft: KeptDraft) -> Snapshot[Key]:
+    """What was taken for this draft; another may have been taken since, after a return to an earlier state."""
+    if snapshot is None or snapshot.version != draft.version:
+        raise StepAborted(f"the snapshot of version {draft.version} is not here any more")
+    return snapshot
