@@ -389,8 +389,9 @@ def test_an_import_is_written_down_before_the_first_weight_is_touched(
     worker._seat = SimpleNamespace(
         state=Guarded(coordinator),
         keeper=SimpleNamespace(write_now=lambda: told.append(coordinator.is_pristine)),
+        snapshots=SimpleNamespace(forget=lambda: told.append("forgotten")),
         checkpoints=SimpleNamespace(after_change=lambda: told.append("saved")),
     )
     monkeypatch.setattr(control_module, "call", lambda who, ref, timeout_s: told.append(ref))
     worker.import_model("model", 10.0)
-    assert told == ["checked", False, "replaced", "saved"]
+    assert told == ["checked", False, "forgotten", "replaced", "saved"]

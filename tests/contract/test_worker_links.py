@@ -16,7 +16,7 @@ from actors.moe.settings import BalanceSettings
 from actors.transport.curve import LinkKeys
 from actors.transport.message import Message
 from actors.transport.socket import SocketLink
-from actors.values import Course, Placement
+from actors.values import Course, Placement, VersionChoice
 from cluster.backend import Job, JobState
 from cluster.config import ClusterConfig, JobConfig, LinksConfig, OptimizerConfig
 from cluster.configfile import load_cluster
@@ -68,7 +68,7 @@ def test_they_reach_each_other(config, secured):
     experts, contacts, keys = secured
     router = RouterWorker("router-0", config)
     router.load(PLACEMENT, contacts, None, 0, None, 0, keys)
-    logprobs, version = router.score([1, 2, 3, 4])
+    logprobs, version = router.score([1, 2, 3, 4], VersionChoice())
     assert len(logprobs) == 3
     assert version == 0
     kinds = set(router.vitals()["links"].values())
