@@ -391,6 +391,7 @@ def test_an_import_is_written_down_before_the_first_weight_is_touched(
         keeper=SimpleNamespace(write_now=lambda: told.append(coordinator.is_pristine)),
         snapshots=SimpleNamespace(forget=lambda: told.append("forgotten")),
         checkpoints=SimpleNamespace(after_change=lambda: told.append("saved")),
+        pins=SimpleNamespace(all=lambda: ()),
     )
     monkeypatch.setattr(control_module, "call", lambda who, ref, timeout_s: told.append(ref))
     worker.import_model("model", 10.0)
