@@ -139,11 +139,15 @@ def test_groups_move_by_load_while_a_job_trains(client: Client) -> None:
     done = client.rebalance()
     assert done.balance_after >= done.balance_before
     after = client.status()
-    assert after.placement_epoch == before.placement_epoch + len(done.moves)
+    # Copies travel together with moves; a move alone takes an epoch of its own.
+    assert bool(done.moves) <= after.placement_epoch - before.placement_epoch <= len(done.moves)
     owners = dict(before.owners)
     for move in done.moves:
         assert owners[move.group] == move.source
-        owners[move.group] = move.target
+        if move.kind == "move":
+            owners[move.group] = move.target
+        else:
+            assert move.target in after.copies[move.group]
     assert dict(after.owners) == owners
     assert done.done == bool(done.moves)
     finish(client, job.id)
