@@ -141,7 +141,10 @@ def test_the_cluster_heals_itself_while_a_job_trains(client: Client, undisturbed
     assert losses(client, job.id) == pytest.approx(undisturbed[0], rel=1e-9)
     assert text(client) == undisturbed[1]
     wait_until_whole(client)
-    entries = client.ledger().entries
+    deadline = time.monotonic() + WAIT_S
+    while (entries := client.ledger().entries)[-1].recovered_s is None:  # the coordinator's next look writes it down
+        assert time.monotonic() < deadline, entries
+        time.sleep(0.1)
     assert [(entry.kind, entry.subject) for entry in entries] == [("actor_death", first), ("actor_death", second)]
     assert all(entry.recovered_s and not entry.updates_lost for entry in entries)
 
