@@ -22,38 +22,30 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from actors.compress.settings import CompressionSettings
-from actors.dispatcher import Peer, Roster
-from actors.expert import ExpertHost
 from actors.holdings import Holdings
-from actors.moe.settings import BalanceSettings
 from actors.optim import OptimizerSettings, Sparse
-from actors.router import Router
-from actors.transport.contract import Link
-from actors.transport.local import LocalLink
 from actors.trunk.model import ModelSource, Skeleton, skeleton
 from actors.updates import Brake
-from actors.values import Placement, StepReport
-from cluster.bench.balance import GATE, GROUP_SIZE, JOB, MODEL, NUM_HOSTS, TASKS
+from cluster.bench.balance import TASKS
+from cluster.bench.local import JOB, MODEL, Load, LocalRouter, Metrics, Recorder, local_cluster
 from cluster.bench.result import Report, Row, time_row
 from cluster.bench.stragglers import Shape, hidden_rows, straggler_rows
 from cluster.config import DataConfig, EvalConfig, OptimizerConfig
-from cluster.jobs.batches import MicroBatch
 from cluster.jobs.runner import run_job
 
 TASK = "text"
 STALENESS = (0, 1, 2, 4)
-OPTIMIZERS: Mapping[str, OptimizerSettings] = {
-    "adamw": OptimizerSettings(),
-    "adamw_corrected": OptimizerSettings(delay_correction=200.0),
-    "muon": OptimizerSettings(experts="muon"),
-    "muon_corrected": OptimizerSettings(experts="muon", delay_correction=1.0),
+OPTIMIZERS: Mapping[str, OptimizerConfig] = {
+    "adamw": JOB.optimizer,
+    "adamw_corrected": replace(JOB.optimizer, delay_correction=200.0),
+    "muon": replace(JOB.optimizer, experts="muon"),
+    "muon_corrected": replace(JOB.optimizer, experts="muon", delay_correction=1.0),
 }
 """Strengths of about 1, as the paper's, do little for AdamW here: the square of a mean over hundreds of tokens is that
 much smaller than the mean of their squares, which stands for the curvature. Of 1, 20, 100, 200 and 600 for AdamW,
@@ -130,70 +122,24 @@ def _runs_of(runs: Sequence[Run], optimizer: str, staleness: int) -> list[Run]:
 
 def _train(run: Run, steps: int, after_step: Callable[[Run], None]) -> None:
     evaluation = EvalConfig(every_steps=steps, batches=24)
-    job = replace(JOB, steps=steps, data=DataConfig(seed=run.seed), eval=evaluation)
-    with _late_router(run) as router:
-        run_job(job, router, TASKS[TASK](job.data), _Recorder(run, after_step), should_stop=lambda: False)
+    optimizer = replace(OPTIMIZERS[run.optimizer], staleness=run.staleness)
+    job = replace(JOB, steps=steps, optimizer=optimizer, data=DataConfig(seed=run.seed), eval=evaluation)
 
+    def note(step: int, metrics: Metrics, load_LE: Load) -> None:
+        run.losses.append(metrics["loss"])
+        after_step(run)
 
-@dataclass(frozen=True)
-class _Recorder:
-    run: Run
-    after_step: Callable[[Run], None]
+    with local_cluster(run.seed) as cluster:
+        for host in cluster.hosts:
+            host.updates.brake = Brake(hold=run.staleness)
 
-    def step_committed(self, step: int, metrics: dict[str, float], load_LE: list[list[int]]) -> None:
-        self.run.losses.append(metrics["loss"])
-        self.after_step(self.run)
+        def make_all_updates() -> None:
+            cluster.router.status()  # waits for the commit
+            for host in cluster.hosts:
+                host.updates.drain()
 
-    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
-        self.run.heldout_loss = metrics["heldout_loss"]
-
-
-@contextmanager
-def _late_router(run: Run) -> Iterator[_LateRouter]:
-    """A router and its expert hosts in this process."""
-    source = ModelSource(values=MODEL, seed=run.seed)
-    hosts = [ExpertHost(f"expert-{i}", source, [i], group_size=GROUP_SIZE) for i in range(NUM_HOSTS)]
-    for host in hosts:
-        host.updates.brake = Brake(hold=run.staleness)
-    placement = Placement(1, tuple((host.name,) for host in hosts), GROUP_SIZE)
-    router = Router(source, Roster(placement, {host.name: Peer(_opener(host)) for host in hosts}), gate=GATE)
-    try:
-        yield _LateRouter(router, hosts, replace(OPTIMIZERS[run.optimizer], staleness=run.staleness))
-    finally:
-        router.close()
-        for host in hosts:
-            host.close()
-
-
-def _opener(host: ExpertHost) -> Callable[[], Link]:
-    return lambda: LocalLink(host.name, host.handle)
-
-
-@dataclass(frozen=True)
-class _LateRouter:
-    """What a job asks of a router."""
-
-    router: Router
-    hosts: Sequence[ExpertHost]
-    settings: OptimizerSettings
-
-    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings, compression: CompressionSettings) -> None:
-        values = asdict(optimizer)
-        shared = {name: values[name] for name in ("lr", "beta1", "beta2", "eps", "weight_decay")}
-        self.router.begin_run(replace(self.settings, **shared), balance, compression)
-
-    def train_step(
-        self, microbatches: Sequence[MicroBatch], *, lr: float, clip_norm: float, bias_speed: float
-    ) -> StepReport:
-        tensors = [torch.from_numpy(ids_BS) for ids_BS in microbatches]
-        return self.router.train_step(tensors, lr=lr, clip_norm=clip_norm, bias_speed=bias_speed)
-
-    def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
-        """With all updates made."""
-        self.router.status()  # waits for the commit
-        for host in self.hosts:
-            host.updates.drain()
-        return self.router.serving.evaluate([torch.from_numpy(ids_BS) for ids_BS in batches])
+        router = LocalRouter(cluster.router, make_all_updates)
+        run_job(job, router, TASKS[TASK](job.data), Recorder(run, note), should_stop=lambda: False)
 
 
 # --- Sparse updates ----------------------------------------------------------------------------------------------

@@ -19,27 +19,16 @@ Everything runs in this process over local links, without Ray.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from actors.compress.settings import CompressionSettings
-from actors.dispatcher import Peer, Roster
-from actors.expert import ExpertHost
 from actors.moe.measures import max_vio, utilisation_std
-from actors.moe.settings import BalanceSettings, GateSettings
-from actors.optim import OptimizerSettings
-from actors.router import Router
-from actors.transport.contract import Link
-from actors.transport.local import LocalLink
-from actors.trunk.model import ModelSource
-from actors.values import Placement, StepReport
+from actors.moe.settings import BalanceSettings
+from cluster.bench.local import JOB, Load, LocalRouter, Metrics, Recorder, local_cluster
 from cluster.bench.result import Report, Row
-from cluster.config import BatchConfig, DataConfig, EvalConfig, JobConfig, OptimizerConfig, ScheduleConfig
-from cluster.jobs.batches import MicroBatch
+from cluster.config import DataConfig
 from cluster.jobs.runner import Documents, run_job
 from cluster.jobs.sources import Split, file_order, is_heldout, list_files, may_contain, read_documents
 from cluster.jobs.tokenizer import ByteTokenizer
@@ -62,43 +51,6 @@ RULES: Mapping[str, BalanceSettings] = {
     "bias_sequence": BalanceSettings(bias_speed=BIAS_SPEED, sequence=0.0001),
 }
 """Losses with the articles' coefficients; the last is DeepSeek-V3's combination."""
-
-MODEL = {
-    "model_type": "deepseek_v3",
-    "vocab_size": 260,
-    "bos_token_id": ByteTokenizer.bos_id,
-    "eos_token_id": ByteTokenizer.eos_id,
-    "pad_token_id": ByteTokenizer.pad_id,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "first_k_dense_replace": 0,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.04,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "q_lora_rank": None,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 32,
-    "n_routed_experts": 16,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 64,
-    "n_group": 1,
-    "topk_group": 1,
-}
-GATE = GateSettings(kind="deepseek")
-"""Sigmoid scores, no group limit."""
-NUM_HOSTS, GROUP_SIZE = 2, 8
-
-JOB = JobConfig(
-    batch=BatchConfig(sequences=8, sequence_length=64),
-    optimizer=OptimizerConfig(lr=3e-3),
-    schedule=ScheduleConfig(warmup_steps=20),
-    eval=EvalConfig(batches=48),
-)
 
 NUM_TOPICS, DOCUMENT_TOKENS, DOCUMENTS_AT_ONCE = 4, 512, 64
 ZIPF_EXPONENT = 1.1
@@ -170,59 +122,14 @@ def _train(run: Run, steps: int, after_step: AfterStep) -> None:
         eval=replace(JOB.eval, every_steps=steps),
         balance=RULES[run.rule],
     )
-    with _local_router(run.seed) as router:
-        run_job(job, router, TASKS[run.task](job.data), _Recorder(run, after_step), should_stop=lambda: False)
 
+    def note(step: int, metrics: Metrics, load_LE: Load) -> None:
+        run.steps.append(load_LE)
+        after_step(run)
 
-@dataclass(frozen=True)
-class _Recorder:
-    run: Run
-    after_step: AfterStep
-
-    def step_committed(self, step: int, metrics: dict[str, float], load_LE: list[list[int]]) -> None:
-        self.run.steps.append(load_LE)
-        self.after_step(self.run)
-
-    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
-        self.run.heldout_loss = metrics["heldout_loss"]
-
-
-@contextmanager
-def _local_router(seed: int) -> Iterator[LocalRouter]:
-    """A router and its expert hosts in this process."""
-    source = ModelSource(values=MODEL, seed=seed)
-    hosts = [ExpertHost(f"expert-{i}", source, [i], group_size=GROUP_SIZE) for i in range(NUM_HOSTS)]
-    placement = Placement(1, tuple((host.name,) for host in hosts), GROUP_SIZE)
-    router = Router(source, Roster(placement, {host.name: Peer(opener(host)) for host in hosts}), gate=GATE)
-    try:
-        yield LocalRouter(router)
-    finally:
-        router.close()
-
-
-def opener(host: ExpertHost) -> Callable[[], Link]:
-    return lambda: LocalLink(host.name, host.handle)
-
-
-class LocalRouter:
-    """What a job asks of a router."""
-
-    def __init__(self, router: Router) -> None:
-        self._router = router
-
-    def begin_run(self, optimizer: OptimizerConfig, balance: BalanceSettings, compression: CompressionSettings) -> None:
-        values = asdict(optimizer)
-        settings = OptimizerSettings(**{k: values[k] for k in OptimizerSettings().to_dict()})
-        self._router.begin_run(settings, balance, compression)
-
-    def train_step(
-        self, microbatches: Sequence[MicroBatch], *, lr: float, clip_norm: float, bias_speed: float
-    ) -> StepReport:
-        tensors = [torch.from_numpy(ids_BS) for ids_BS in microbatches]
-        return self._router.train_step(tensors, lr=lr, clip_norm=clip_norm, bias_speed=bias_speed)
-
-    def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
-        return self._router.serving.evaluate([torch.from_numpy(ids_BS) for ids_BS in batches])
+    with local_cluster(run.seed) as cluster:
+        documents = TASKS[run.task](job.data)
+        run_job(job, LocalRouter(cluster.router), documents, Recorder(run, note), should_stop=lambda: False)
 
 
 # --- The tasks ---------------------------------------------------------------------------------------------------

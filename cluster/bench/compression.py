@@ -22,16 +22,13 @@ import numpy as np
 import torch
 
 from actors.compress.settings import CompressionSettings
-from actors.dispatcher import Peer, Roster
 from actors.division import Speeds
-from actors.expert import ExpertHost
 from actors.replica import Replica
 from actors.router import Router
 from actors.transport.local import LocalLink
 from actors.transport.message import Message
-from actors.trunk.model import ModelSource
-from actors.values import Placement
-from cluster.bench.balance import GATE, GROUP_SIZE, JOB, MODEL, NUM_HOSTS, TASKS, LocalRouter, opener
+from cluster.bench.balance import TASKS
+from cluster.bench.local import GATE, JOB, Load, LocalRouter, Metrics, Recorder, local_cluster
 from cluster.bench.result import Report, Row
 from cluster.config import DataConfig
 from cluster.jobs.runner import run_job
@@ -137,25 +134,16 @@ def _mean(runs: Sequence[Run], name: str) -> float:
 def _train(run: Run, steps: int, after_step: AfterStep) -> None:
     data = DataConfig(seed=run.seed)
     job = replace(JOB, steps=steps, data=data, eval=replace(JOB.eval, every_steps=steps), compression=run.settings)
+
+    def note(step: int, metrics: Metrics, load_LE: Load) -> None:
+        run.steps = step
+        after_step(run)
+
     with _two_routers(run.seed) as (leader, link):
         joined_bytes = link.traffic.bytes_sent + link.traffic.bytes_received
-        recorder = _Recorder(run, after_step)
-        run_job(job, LocalRouter(leader), TASKS["text"](data), recorder, should_stop=lambda: False)
+        run_job(job, LocalRouter(leader), TASKS["text"](data), Recorder(run, note), should_stop=lambda: False)
         run.link_bytes = link.traffic.bytes_sent + link.traffic.bytes_received - joined_bytes
         run.gradient_bytes = link.gradient_bytes
-
-
-@dataclass(frozen=True)
-class _Recorder:
-    run: Run
-    after_step: AfterStep
-
-    def step_committed(self, step: int, metrics: dict[str, float], load_LE: list[list[int]]) -> None:
-        self.run.steps = step
-        self.after_step(self.run)
-
-    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
-        self.run.heldout_loss = metrics["heldout_loss"]
 
 
 class _Meter(LocalLink):
@@ -189,18 +177,12 @@ class _Even(Speeds):
 @contextmanager
 def _two_routers(seed: int) -> Iterator[tuple[Router, _Meter]]:
     """The one that leads, and its link to the other."""
-    source = ModelSource(values=MODEL, seed=seed)
-    hosts = [ExpertHost(f"expert-{i}", source, [i], group_size=GROUP_SIZE) for i in range(NUM_HOSTS)]
-    peers = {host.name: Peer(opener(host)) for host in hosts}
-    placement = Placement(1, tuple((host.name,) for host in hosts), GROUP_SIZE)
-    leader, other = Router(source, Roster(placement, peers), gate=GATE), Router(source, None, gate=GATE)
-    leader.replicas.speeds = _Even()
-    try:
-        link = _Meter(Replica("replica", other, lambda name, contact: peers[name]))
-        leader.join("replica", link)
-        yield leader, link
-    finally:
-        leader.close()
-        other.close()
-        for host in hosts:
-            host.close()
+    with local_cluster(seed) as cluster:
+        leader, other = cluster.router, Router(cluster.source, None, gate=GATE)
+        leader.replicas.speeds = _Even()
+        try:
+            link = _Meter(Replica("replica", other, lambda name, contact: cluster.peers[name]))
+            leader.join("replica", link)
+            yield leader, link
+        finally:
+            other.close()
