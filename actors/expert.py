@@ -222,40 +222,42 @@ class ExpertHost:
         if keep:
             self._enter(fields)
         self._check_version(int(fields.get("min_version", 0)))
-        x_TD, token_P, weight_P = question.tensors
         stack = self.holdings.stacks[layer]
-        work = Work(token_P.to(self._device), list(fields["counts_E"]), weight_P.to(self._device))
-        self._check_tokens(x_TD)
-        work.check(x_TD.shape[0], len(self.experts))
+        x_TD, work = self._work(question, len(self.experts))
         self.holdings.catch_up(layer, work.counts_E)
         placed = Work(work.token_P, self.holdings.by_place(work.counts_E), work.weight_P)
         self.updates.check()
         weights, lag = self.updates.read(layer)
         if keep and lag > self._may_lag(fields):
             raise StepAborted(f"layer {layer} of {self.name} is {lag} updates behind, {self._may_lag(fields)} may be")
-        y_TD, saved = stack(x_TD.to(self._device), placed, keep=keep, weights=weights)
+        y_TD, saved = stack(x_TD, placed, keep=keep, weights=weights)
         if saved is not None:
             self._step.keep(int(fields["microbatch"]), layer, saved)
             self._step.weights[layer] = weights
             self._step.spread.note(lag, sum(count > 0 for count in work.counts_E))
             self._touch(layer, work.counts_E)
         self.tokens += x_TD.shape[0]
-        self.pairs += len(token_P)
+        self.pairs += len(work.token_P)
         return Message("ok", {"version": self.version, "used": self.version - lag, "pairs": self.pairs}, (y_TD,))
 
     def _forward_pinned(self, question: Message) -> Message:
         """The same of a version that is kept, by the placement of that time."""
         fields: Any = question.fields
         kept, layer = self._kept.get(str(fields["pin"])), self._layer(fields)
-        x_TD, token_P, weight_P = question.tensors
-        work = Work(token_P.to(self._device), list(fields["counts_E"]), weight_P.to(self._device))
-        self._check_tokens(x_TD)
-        work.check(x_TD.shape[0], len(kept.experts))
-        stack = self.holdings.stacks[layer]
-        y_TD, _ = stack(x_TD.to(self._device), kept.placed(work), keep=False, weights=kept.layers[layer])
+        x_TD, work = self._work(question, len(kept.experts))
+        y_TD, _ = self.holdings.stacks[layer](x_TD, kept.placed(work), keep=False, weights=kept.layers[layer])
         self.tokens += x_TD.shape[0]
-        self.pairs += len(token_P)
+        self.pairs += len(work.token_P)
         return Message("ok", {"version": kept.version, "used": kept.version, "pairs": self.pairs}, (y_TD,))
+
+    def _work(self, question: Message, num_experts: int) -> tuple[Tensor, Work]:
+        """Tokens and what is to be done with them, checked, on the device."""
+        fields: Any = question.fields
+        x_TD, token_P, weight_P = question.tensors
+        self._check_tokens(x_TD)
+        work = Work(token_P.to(self._device), list(fields["counts_E"]), weight_P.to(self._device))
+        work.check(x_TD.shape[0], num_experts)
+        return x_TD.to(self._device), work
 
     def _backward(self, question: Message) -> Message:
         self._enter(question.fields)

@@ -103,21 +103,25 @@ def _cut(found: Iterator[memoryview], limit: int) -> Iterator[memoryview]:
 @contextmanager
 def saved_experts(found: Found, keeper: Keeper, way: Way) -> Iterator[SavedState[ExpertKey]]:
     """What the experts were, from storage or from memory, here and elsewhere. Errors as `read_experts`."""
-    if not isinstance(found, Kept):
-        yield read_experts(found)
-        return
-    with _Parts(found, keeper, way) as parts:
-        yield read_experts(found, parts.reader())
+    with _reader_of(found, keeper, way) as reader:
+        yield read_experts(found, reader)
 
 
 @contextmanager
 def saved_router(found: Found, keeper: Keeper, way: Way) -> Iterator[SavedState[str]]:
     """As `saved_experts`."""
+    with _reader_of(found, keeper, way) as reader:
+        yield read_router(found, reader)
+
+
+@contextmanager
+def _reader_of(found: Found, keeper: Keeper, way: Way) -> Iterator[Reader | None]:
+    """None of what is in storage."""
     if not isinstance(found, Kept):
-        yield read_router(found)
+        yield None
         return
     with _Parts(found, keeper, way) as parts:
-        yield read_router(found, parts.reader())
+        yield parts.reader()
 
 
 class _Parts:
