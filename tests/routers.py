@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,8 @@ from actors.transport.contract import Link
 from actors.transport.faulty import Fault, FaultyLink
 from actors.transport.message import Message
 from actors.transport.socket import SocketLink, SocketServer
-from tests.local import MAX_BYTES, LocalCluster, _Mortal
+from actors.trunk.model import ModelSource
+from tests.local import MAX_BYTES, LocalCluster, _Mortal, cluster
 
 PIECE_BYTES = 1 << 14
 """So small that the trunk's gradients and state take several messages."""
@@ -143,3 +145,18 @@ class DeadlyLink(FaultyLink):
         super()._send(question)
         if strikes and self._after:
             self._strike()
+
+
+@contextmanager
+def routers_of(
+    source: ModelSource, count: int, *, wrap_replica: WrapReplica = lambda name, link: link, **changes: Any
+) -> Iterator[Routers]:
+    """So many routers over two expert hosts; `changes` as of `tests.local.cluster`."""
+    with cluster(source, 2, piece_bytes=PIECE_BYTES, **changes) as local:
+        group = Routers(local, wrap_replica)
+        try:
+            for _ in range(1, count):
+                group.add()
+            yield group
+        finally:
+            group.close()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +19,7 @@ from actors.transport.faulty import Fault, FaultyLink
 from actors.trunk.model import ModelSource
 from actors.values import StepReport
 from tests.families import save
-from tests.local import cluster
-from tests.routers import PIECE_BYTES, Routers, WrapReplica
+from tests.routers import Routers, routers_of
 
 BATCHES = [
     [torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(10 * t + m)) for m in range(2)]
@@ -49,23 +48,8 @@ def _even(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Speeds, "note", lambda self, name, num_tokens, seconds: None)
 
 
-@contextmanager
-def routers(
-    source: ModelSource,
-    count: int = 2,
-    *,
-    wrap: Callable[[int, Link], Link] = lambda actor, link: link,
-    wrap_replica: WrapReplica = lambda name, link: link,
-) -> Iterator[Routers]:
-    gate = GateSettings(kind="top_k")
-    with cluster(source, 2, links="local", gate=gate, wrap=wrap, piece_bytes=PIECE_BYTES) as local:
-        group = Routers(local, wrap_replica)
-        try:
-            for _ in range(1, count):
-                group.add()
-            yield group
-        finally:
-            group.close()
+def routers(source: ModelSource, count: int = 2, **changes: Any) -> AbstractContextManager[Routers]:
+    return routers_of(source, count, **{"links": "local", "gate": GateSettings(kind="top_k"), **changes})
 
 
 def step(group: Routers, number: int) -> StepReport:

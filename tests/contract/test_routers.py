@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +22,7 @@ from actors.transport.message import Message
 from actors.trunk.model import ModelSource
 from actors.values import Growth, Sampling, StepReport
 from tests.families import save
-from tests.local import cluster
-from tests.routers import PIECE_BYTES, DeadlyLink, Killed, Routers, WrapReplica
+from tests.routers import DeadlyLink, Killed, Routers, routers_of
 
 SIZES = (4, 3, 1)
 """Sequences of the micro-batches: such as divide evenly, such as do not, and fewer than there are routers."""
@@ -48,37 +48,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     return ModelSource(path=str(directory), dtype="float64")
 
 
-@contextmanager
-def routers(
-    source: ModelSource,
-    count: int,
-    *,
-    links: str = "socket",
-    wrap: Callable[[int, Link], Link] = lambda actor, link: link,
-    wrap_replica: WrapReplica = lambda name, link: link,
-    redundancy: int = 1,
-    gate: GateSettings | None = GATE,
-    timeout_s: float = 20.0,
-    heals: bool = False,
-) -> Iterator[Routers]:
-    with cluster(
-        source,
-        2,
-        links=links,
-        wrap=wrap,
-        redundancy=redundancy,
-        gate=gate,
-        timeout_s=timeout_s,
-        heals=heals,
-        piece_bytes=PIECE_BYTES,
-    ) as local:
-        group = Routers(local, wrap_replica)
-        try:
-            for _ in range(1, count):
-                group.add()
-            yield group
-        finally:
-            group.close()
+def routers(source: ModelSource, count: int, **changes: Any) -> AbstractContextManager[Routers]:
+    return routers_of(source, count, **{"links": "socket", "gate": GATE, **changes})
 
 
 def step(group: Routers, number: int) -> StepReport:
