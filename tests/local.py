@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from actors.dispatcher import Peer, Roster
 from actors.errors import PeerLost
-from actors.expert import ExpertHost
+from actors.expert.host import ExpertHost
 from actors.moe.cache import CacheSettings
 from actors.moe.settings import GateSettings
-from actors.pieces import PIECE_BYTES
-from actors.router import Router
+from actors.router.dispatcher import Peer, Roster
+from actors.router.pieces import PIECE_BYTES
+from actors.router.router import Router
 from actors.transport.contract import Handler, Link
 from actors.transport.local import LocalLink
 from actors.transport.message import Message

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from actors.dispatcher import Peer
 from actors.errors import PeerLost
-from actors.replica import Replica
-from actors.router import Router
+from actors.router.dispatcher import Peer
+from actors.router.replica import Replica
+from actors.router.router import Router
 from actors.transport.contract import Link
 from actors.transport.faulty import Fault, FaultyLink
 from actors.transport.message import Message

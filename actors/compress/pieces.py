@@ -20,7 +20,7 @@ from actors.compress.codecs import Shape, codec_for
 from actors.compress.compressor import Compressor
 from actors.compress.settings import CompressionSettings
 from actors.errors import InvalidInput, StepAborted
-from actors.pieces import PIECE_BYTES, GradientPieces
+from actors.router.pieces import PIECE_BYTES, GradientPieces
 
 Slab = tuple[int, int, int]
 """Number of a parameter, and from which to which of its rows; of a vector, elements."""

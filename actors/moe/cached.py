@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from actors.homes import Home
+from actors.expert.homes import Home
 from actors.moe.cache import Forecast
 from actors.moe.experts import MAX_PAIRS, ExpertStack, Saved, Weights, Work
 from actors.moe.grouped import add_grouped_outer, add_grouped_sum, grouped_mm_into

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from actors.dispatcher import Dispatcher
 from actors.errors import MoeClusterError
+from actors.router.dispatcher import Dispatcher
 from actors.trunk.checkpoint import to_disk_names, write_index, write_shard
 from actors.trunk.model import Skeleton
 

@@ -28,10 +28,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.holdings import Holdings
+from actors.expert.holdings import Holdings
+from actors.expert.updates import Brake
 from actors.optim import OptimizerSettings, Sparse
 from actors.trunk.model import ModelSource, Skeleton, skeleton
-from actors.updates import Brake
 from cluster.bench.balance import TASKS
 from cluster.bench.local import JOB, MODEL, Load, LocalRouter, Metrics, Recorder, local_cluster
 from cluster.bench.result import Report, Row, time_row

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.expert import ExpertHost
+from actors.expert.host import ExpertHost
 from actors.moe.cache import CacheSettings
 from actors.optim import OptimizerSettings
 from actors.transport.message import Message, raise_if_error

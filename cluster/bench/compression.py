@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from actors.compress.settings import CompressionSettings
-from actors.division import Speeds
-from actors.replica import Replica
-from actors.router import Router
+from actors.router.division import Speeds
+from actors.router.replica import Replica
+from actors.router.router import Router
 from actors.transport.local import LocalLink
 from actors.transport.message import Message
 from cluster.bench.balance import TASKS

@@ -11,11 +11,11 @@ from typing import Protocol
 import torch
 
 from actors.compress.settings import CompressionSettings
-from actors.dispatcher import Peer, Roster
-from actors.expert import ExpertHost
+from actors.expert.host import ExpertHost
 from actors.moe.settings import BalanceSettings, GateSettings
 from actors.optim import OptimizerSettings
-from actors.router import Router
+from actors.router.dispatcher import Peer, Roster
+from actors.router.router import Router
 from actors.transport.contract import Link
 from actors.transport.local import LocalLink
 from actors.trunk.model import ModelSource

@@ -29,7 +29,7 @@ TIMEOUT_S = 120.0
 
 _MEASURE = """
 import sys
-import actors.expert, transformers
+import actors.expert.host, transformers
 from transformers import AutoModelForCausalLM
 from actors.trunk.model import ModelSource
 def peak():
@@ -47,7 +47,7 @@ before = now()
 if what == "whole":
     kept = AutoModelForCausalLM.from_pretrained(path)
 else:
-    kept = actors.expert.ExpertHost("host", ModelSource(path=path), [0, 1], group_size=4)
+    kept = actors.expert.host.ExpertHost("host", ModelSource(path=path), [0, 1], group_size=4)
 print(peak() - before)
 """
 

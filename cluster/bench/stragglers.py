@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 
-from actors.dispatcher import Peer, Roster
-from actors.expert import ExpertHost
+from actors.expert.host import ExpertHost
+from actors.expert.updates import Brake
 from actors.optim import OptimizerSettings
-from actors.router import Router
+from actors.router.dispatcher import Peer, Roster
+from actors.router.router import Router
 from actors.transport.contract import Link
 from actors.transport.socket import SocketLink, SocketServer
 from actors.trunk.model import ModelSource
-from actors.updates import Brake
 from actors.values import Address, Placement
 from cluster.bench.result import Row
 

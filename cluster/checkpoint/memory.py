@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from actors.errors import MoeClusterError
-from actors.keeping import Keeper
+from actors.peer_snapshots import Keeper
 from actors.snapshots import ExpertKey, SavedState
 from actors.transport.contract import Link
 from actors.transport.message import Message

@@ -47,7 +47,7 @@ class ExpertWorker:
         `num_experts` of every layer, for a model that has grown; 0: as the config says. `keys`: of the cluster's links,
         where they are secured.
         """
-        from actors.expert import ExpertHost
+        from actors.expert.host import ExpertHost
         from actors.moe.cache import CacheSettings
         from cluster.fabric.model import model_source
 

@@ -43,9 +43,9 @@ from cluster.jobs.batches import MicroBatch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from actors.dispatcher import Peer, Roster
-    from actors.replica import Replica
-    from actors.router import Router
+    from actors.router.dispatcher import Peer, Roster
+    from actors.router.replica import Replica
+    from actors.router.router import Router
     from actors.transport.contract import Link
     from actors.transport.curve import LinkKeys
     from actors.transport.message import Message
@@ -109,8 +109,8 @@ class RouterWorker:
         return self._serve(self._new_router(None, num_experts), leads=False)
 
     def _new_router(self, roster: Roster | None, num_experts: int) -> Router:
-        from actors.pieces import PIECE_BYTES
-        from actors.router import Router
+        from actors.router.pieces import PIECE_BYTES
+        from actors.router.router import Router
         from cluster.fabric.model import model_source
 
         return Router(
@@ -126,8 +126,8 @@ class RouterWorker:
         )
 
     def _serve(self, router: Router, *, leads: bool) -> RouterContact:
-        from actors.keeping import OPS as KEEPING
-        from actors.replica import Replica
+        from actors.peer_snapshots import OPS as KEEPING
+        from actors.router.replica import Replica
         from actors.transport.socket import SocketServer
 
         self._router = router
@@ -179,7 +179,7 @@ class RouterWorker:
         return self._peer(ExpertContact(name, str(contact["node_id"]), int(contact["pid"]), **addresses))
 
     def _peer(self, expert: ExpertContact) -> Peer:
-        from actors.dispatcher import Peer
+        from actors.router.dispatcher import Peer
 
         return Peer(
             lambda: self._open_expert(expert),
@@ -192,7 +192,7 @@ class RouterWorker:
         return self._measures.opened(open_link(expert.name, expert.address, self._name, self._config, self._keys))
 
     def _roster(self, placement: Placement, experts: Sequence[ExpertContact]) -> Roster:
-        from actors.dispatcher import Roster
+        from actors.router.dispatcher import Roster
 
         return Roster(placement, {expert.name: self._peer(expert) for expert in experts})
 

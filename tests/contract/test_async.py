@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from actors.errors import InvalidInput, LinkError, StepAborted
+from actors.expert.updates import Brake
 from actors.moe.cache import CacheSettings
 from actors.optim import OptimizerSettings, adamw, scale_gradients, set_lr, square_sum
 from actors.reference import Reference
-from actors.router import token_losses
+from actors.router.router import token_losses
 from actors.transport.contract import Link
 from actors.transport.faulty import Fault, FaultyLink
 from actors.transport.message import Message
 from actors.trunk.model import ModelSource
-from actors.updates import Brake
 from actors.values import Placement, VersionChoice
 from tests.families import save
 from tests.local import LocalCluster, cluster

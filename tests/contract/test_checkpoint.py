@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from actors.errors import CheckpointError, InvalidInput
-from actors.expert import ExpertHost
+from actors.expert.host import ExpertHost
 from actors.trunk.checkpoint import CheckpointReader
 from actors.trunk.model import ModelSource, skeleton
 from tests.families import build, save

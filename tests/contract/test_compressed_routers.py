@@ -10,10 +10,10 @@ import torch
 
 from actors.compress.pieces import CompressedPieces
 from actors.compress.settings import CompressionSettings
-from actors.division import Speeds
 from actors.errors import InvalidInput, NonFinite
 from actors.moe.settings import GateSettings
 from actors.optim import OptimizerSettings
+from actors.router.division import Speeds
 from actors.transport.contract import Link
 from actors.transport.faulty import Fault, FaultyLink
 from actors.trunk.model import ModelSource

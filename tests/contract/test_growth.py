@@ -16,7 +16,7 @@ from actors.errors import InvalidInput, LinkError
 from actors.moe.settings import BalanceSettings, GateSettings
 from actors.optim import OptimizerSettings
 from actors.reference import Reference
-from actors.router import Router
+from actors.router.router import Router
 from actors.transport.contract import Link
 from actors.transport.faulty import Fault, FaultyLink
 from actors.trunk.model import ModelSource

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from actors.errors import InvalidInput
+from actors.expert.updates import Brake
 from actors.moe.cache import CacheSettings
 from actors.moe.settings import BalanceSettings
 from actors.optim import OptimizerSettings
 from actors.trunk.model import ModelSource
-from actors.updates import Brake
 from cluster.checkpoint.store import CheckpointStore
 from tests.contract.test_copies import PLACEMENTS, copies_agree
 from tests.contract.test_snapshots import restore_all, save_all, spread_over

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from actors.errors import NonFinite, StepAborted
-from actors.exchange import Attempt
+from actors.expert.exchange import Attempt
 from actors.moe.settings import BalanceSettings, GateSettings
 from actors.optim import OptimizerSettings
 from actors.snapshots import Key, SavedState, Snapshot

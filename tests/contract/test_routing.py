@@ -12,7 +12,7 @@ from actors.errors import CheckpointError, InvalidInput, NonFinite
 from actors.moe.measures import max_vio
 from actors.moe.settings import BalanceSettings, GateSettings
 from actors.optim import OptimizerSettings
-from actors.routing import GATES_FILE
+from actors.router.routing import GATES_FILE
 from actors.transport.contract import Link
 from actors.transport.faulty import Fault, FaultyLink
 from actors.transport.message import Message

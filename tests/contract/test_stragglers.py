@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from actors.updates import Brake
+from actors.expert.updates import Brake
 from cluster.bench.stragglers import STALENESS, Shape, _fleet, hidden_rows, straggler_rows
 
 TINY = Shape(

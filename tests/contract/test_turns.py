@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from actors.expert import ExpertHost
+from actors.expert.host import ExpertHost
 from actors.transport.message import Message
 from actors.transport.socket import SocketLink, SocketServer
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from actors.expert import ExpertHost
-from actors.homes import FileStore, Home, MemoryStore
+from actors.expert.homes import FileStore, Home, MemoryStore
+from actors.expert.host import ExpertHost
 from actors.moe.cache import CacheSettings
 from actors.optim import OptimizerSettings
 from actors.transport.message import Message, raise_if_error

@@ -14,11 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.dispatcher import Peer, Roster
-from actors.expert import ExpertHost
+from actors.expert.host import ExpertHost
 from actors.moe.settings import GateSettings
 from actors.optim import OptimizerSettings
-from actors.router import Router
+from actors.router.dispatcher import Peer, Roster
+from actors.router.router import Router
 from actors.transport.socket import SocketLink, SocketServer
 from actors.trunk.model import ModelSource
 from actors.values import Address, Placement, Sampling

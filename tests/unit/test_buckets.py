@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actors.buckets import Buckets, Work
 from actors.errors import StepAborted
-from actors.pieces import BUCKET_BYTES, MAX_BUCKETS, GradientPieces, bucket_bytes
+from actors.router.buckets import Buckets, Work
+from actors.router.pieces import BUCKET_BYTES, MAX_BUCKETS, GradientPieces, bucket_bytes
 
 WAIT_S = 30.0
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from actors.errors import CacheFull, InvalidInput
-from actors.homes import FileStore, Home, MemoryStore, Store
+from actors.expert.homes import FileStore, Home, MemoryStore, Store
 from actors.moe.cached import CachedExperts
 from actors.moe.experts import ExpertStack, Work
 from actors.moe.shelf import Loader

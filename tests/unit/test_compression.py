@@ -15,7 +15,7 @@ from actors.compress.compressor import Compressor
 from actors.compress.pieces import CompressedPieces, pieces_of
 from actors.compress.settings import CompressionSettings
 from actors.errors import InvalidInput, StepAborted
-from actors.pieces import GradientPieces
+from actors.router.pieces import GradientPieces
 
 SETTINGS = [
     CompressionSettings("powersgd", rank=2),

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from actors.births import Births, copies_in_turn
 from actors.errors import InvalidInput
+from actors.expert.births import Births, copies_in_turn
 from actors.values import Growth, Placement
 from cluster.control.coordinator import Coordinator
 from cluster.control.decisions import ActorLost

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.errors import InvalidInput
-from actors.holdings import Holdings, LayerStep
+from actors.expert.holdings import Holdings, LayerStep
 from actors.moe.cache import CacheSettings
 from actors.moe.experts import ExpertStack, Work
 from actors.moe.optimizer import GroupOptimizer

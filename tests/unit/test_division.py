@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from actors.division import Speeds, divide, parts_of
 from actors.errors import InvalidInput
-from actors.pieces import GradientPieces
+from actors.router.division import Speeds, divide, parts_of
+from actors.router.pieces import GradientPieces
 
 
 def test_by_speed() -> None:

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from actors.births import Births, copies_in_turn, evenly_spread, give_birth
 from actors.errors import InvalidInput
-from actors.growing import check_growth, grown_settings
-from actors.holdings import Holdings
+from actors.expert.births import Births, copies_in_turn, evenly_spread, give_birth
+from actors.expert.holdings import Holdings
 from actors.moe.growth import closed_choice, closed_scores, fresh_rows, moved_share, perturbed, split
 from actors.moe.settings import GateSettings
+from actors.router.growing import check_growth, grown_settings
 from actors.trunk.init import initial_experts
 from actors.trunk.model import ModelSource, skeleton
 from actors.values import Growth, Placement

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from actors.errors import InvalidInput
-from actors.holdings import LayerStep
+from actors.expert.holdings import LayerStep
+from actors.expert.updates import merged
 from actors.staleness import MAX_STALENESS, Spread, check_staleness
-from actors.updates import merged
 from actors.values import StepReport
 from cluster.backend import JobEvent, JobState
 from cluster.config import ExpertsConfig, JobConfig, OptimizerConfig

@@ -24,10 +24,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from actors.division import Part, Speeds, divide, parts_of
 from actors.errors import LinkError, MoeClusterError, NonFinite, StepAborted
-from actors.exchange import Attempt
-from actors.pieces import PIECE_BYTES, GradientPieces
+from actors.expert.exchange import Attempt
+from actors.router.division import Part, Speeds, divide, parts_of
+from actors.router.pieces import PIECE_BYTES, GradientPieces
 from actors.transport.contract import Link, Pending
 from actors.transport.message import Message
 from actors.values import StepReport

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from actors.errors import StepAborted
-from actors.exchange import Attempt
+from actors.expert.exchange import Attempt
 from actors.moe.experts import ExpertStack, Saved, WeightGradients, Weights
 from actors.staleness import Spread
 

@@ -13,16 +13,16 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from actors.buckets import Buckets, Work
 from actors.compress.settings import CompressionSettings
-from actors.dispatcher import LinkOpener, Peer, Roster
 from actors.errors import InvalidInput, LinkError, MoeClusterError, NonFinite, PeerLost, StepAborted
-from actors.exchange import Attempt
+from actors.expert.exchange import Attempt
 from actors.moe.settings import BalanceSettings
 from actors.optim import OptimizerSettings
-from actors.pinning import of_fields
-from actors.replicas import Tally, parts_in
-from actors.router import Router
+from actors.router.buckets import Buckets, Work
+from actors.router.dispatcher import LinkOpener, Peer, Roster
+from actors.router.pinning import of_fields
+from actors.router.replicas import Tally, parts_in
+from actors.router.router import Router
 from actors.transport.message import Message, error_answer
 from actors.values import Placement, Promotion, StepReport
 

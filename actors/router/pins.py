@@ -1,7 +1,7 @@
 """Versions that a router keeps beside the newest: a copy of trunk and gates, and links of its own to the experts.
 
-Expert actors keep their part by the placement of the time (`actors.kept`). So a pinned version is computed as it was
-then, wherever groups have gone since, and its forwards wait for no commit.
+Expert actors keep their part by the placement of the time (`actors.expert.pins`). So a pinned version is computed as it
+was then, wherever groups have gone since, and its forwards wait for no commit.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from actors.dispatcher import Dispatcher, Peer, Purpose
-from actors.engine import Served
 from actors.errors import LinkError, StepAborted, VersionGone
-from actors.learner import Learner
 from actors.moe.gating import GatePast
+from actors.router.dispatcher import Dispatcher, Peer, Purpose
+from actors.router.engine import Served
+from actors.router.learner import Learner
 from actors.trunk.model import connect
 from actors.values import Pinned, VersionChoice
 

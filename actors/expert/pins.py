@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from actors.errors import VersionGone
-from actors.holdings import Holdings
+from actors.expert.holdings import Holdings
 from actors.moe.experts import Weights, Work
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from actors.errors import StepAborted
-from actors.pieces import GradientPieces
+from actors.router.pieces import GradientPieces
 
 LOOK_S = 1.0
 

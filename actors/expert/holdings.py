@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from actors.errors import InvalidInput
+from actors.expert.residency import residency
 from actors.moe.cache import CacheSettings
 from actors.moe.experts import ExpertStack, Weights
 from actors.moe.optimizer import GroupOptimizer
 from actors.optim import OptimizerSettings, square_sum_of
-from actors.residency import residency
 from actors.snapshots import KINDS, ExpertKey, SavedState, Snapshot, to_host
 from actors.trunk.model import Skeleton
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.holdings import Holdings
+from actors.expert.holdings import Holdings
 from actors.moe.growth import perturbed
 from actors.trunk.init import drawn_from, initial_experts
 from actors.trunk.model import Skeleton

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from actors.compress.pieces import pieces_of
 from actors.compress.settings import CompressionSettings
-from actors.growing import Blueprint, GrownTrunk, base_settings, blank_trunk
 from actors.moe.settings import GateSettings
 from actors.optim import OptimizerSettings, adamw, scale_gradients, set_lr
-from actors.pieces import bucket_bytes
-from actors.routing import Opening, Routing
+from actors.router.growing import Blueprint, GrownTrunk, base_settings, blank_trunk
+from actors.router.pieces import bucket_bytes
+from actors.router.routing import Opening, Routing
 from actors.snapshots import copy_all, moments, set_moments
 from actors.trunk.checkpoint import CheckpointReader
 from actors.trunk.load import load_trunk, load_weights

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actors.commits import LastCommit
-from actors.dispatcher import Dispatcher, Purpose
-from actors.engine import DecodeEngine, Served
 from actors.errors import InvalidInput
-from actors.learner import Learner
 from actors.losses import token_losses
 from actors.moe.gating import GatePast
-from actors.pinned import PinnedModels
+from actors.router.commits import LastCommit
+from actors.router.dispatcher import Dispatcher, Purpose
+from actors.router.engine import DecodeEngine, Served
+from actors.router.learner import Learner
+from actors.router.pins import PinnedModels
+from actors.router.versions import VersionGate
 from actors.values import NEWEST, Sampling, TokenEvent, VersionChoice
-from actors.versions import VersionGate
 
 
 class Serving:

@@ -1,7 +1,7 @@
 """A router's part of a growth: gates for more experts, made and tried before anything is changed.
 
 What is made here is a whole next trunk beside the one in use, over the same parameters but for the gates', so that
-taking it is an assignment. The experts' part is in `actors.births`.
+taking it is an assignment. The experts' part is in `actors.expert.births`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from actors.births import Births, copies_in_turn, evenly_spread
-from actors.dispatcher import Purpose
 from actors.errors import InvalidInput
+from actors.expert.births import Births, copies_in_turn, evenly_spread
 from actors.moe import growth as math
 from actors.moe.gating import ComposedGate, GateContext
 from actors.moe.settings import MODEL_GATE, GateSettings
-from actors.routing import Opening, Routing
+from actors.router.dispatcher import Purpose
+from actors.router.routing import Opening, Routing
 from actors.trunk.load import blanks
 from actors.trunk.model import ModelSource, RemoteExperts, Skeleton, connect, is_experts, second_view, skeleton
 from actors.values import Growth, Placement

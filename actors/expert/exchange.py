@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from actors.errors import InvalidInput, LinkError, MoeClusterError, PeerLost, StepAborted
-from actors.keeping import OPS as KEEPING
-from actors.keeping import Keeper
+from actors.peer_snapshots import OPS as KEEPING
+from actors.peer_snapshots import Keeper
 from actors.transport.contract import Handler, Link, Pending
 from actors.transport.message import Message, error_answer
 from actors.values import Address

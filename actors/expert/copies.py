@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from actors.exchange import Attempt, Exchange
-from actors.holdings import Holdings
+from actors.expert.exchange import Attempt, Exchange
+from actors.expert.holdings import Holdings
 from actors.transport.contract import Pending
 from actors.transport.message import Message
 from actors.values import Placement

@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Callable
 
 from actors.errors import MoeClusterError
-from actors.exchange import Exchange
-from actors.holdings import Holdings
+from actors.expert.exchange import Exchange
+from actors.expert.holdings import Holdings
 from actors.transport.contract import Link, Pending
 from actors.transport.message import Message
 from actors.values import Address

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from actors.dispatcher import Dispatcher, Peer
 from actors.errors import MoeClusterError
-from actors.learner import Learner
-from actors.pinned import PinnedModel, PinnedModels
-from actors.replicas import Replicas
+from actors.router.dispatcher import Dispatcher, Peer
+from actors.router.learner import Learner
+from actors.router.pins import PinnedModel, PinnedModels
+from actors.router.replicas import Replicas
 from actors.values import Pinned
 
 

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from actors.dispatcher import Purpose
 from actors.errors import CheckpointError, InvalidInput
 from actors.moe.balance import balance_loss, bias_update
 from actors.moe.gating import ComposedGate, GateContext, GatePast, build_gate
 from actors.moe.settings import MODEL_GATE, BalanceSettings, GateSettings
+from actors.router.dispatcher import Purpose
 from actors.trunk.model import RemoteExperts, Skeleton
 
 GATES_FILE = "moe_cluster_gates.safetensors"

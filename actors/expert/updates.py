@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from actors.errors import StepAborted
-from actors.holdings import Holdings, LayerStep, TakenGradients
+from actors.expert.holdings import Holdings, LayerStep, TakenGradients
 from actors.moe.experts import Weights
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from dataclasses import astuple, dataclass, field
 from typing import Any
 
 from actors.errors import LinkTimeout, StepAborted
-from actors.exchange import Exchange
-from actors.holdings import Holdings
+from actors.expert.exchange import Exchange
+from actors.expert.holdings import Holdings
 from actors.optim import OptimizerSettings
 from actors.transport.contract import Link
 from actors.transport.message import Message

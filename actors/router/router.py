@@ -14,24 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.buckets import Buckets
-from actors.commits import LastCommit
 from actors.compress.settings import CompressionSettings
-from actors.dispatcher import Dispatcher, Peer, Purpose, Roster
-from actors.division import Part
 from actors.errors import InvalidInput, LinkError, MoeClusterError, NonFinite, PeerLost, StepAborted
-from actors.exchange import Attempt
-from actors.growing import Blueprint, Grower, GrownTrunk, check_growth, seen_by_gates
-from actors.keeping import Keeper
-from actors.learner import Learner
+from actors.expert.exchange import Attempt
 from actors.losses import token_losses
 from actors.moe.settings import BalanceSettings, GateSettings
 from actors.optim import OptimizerSettings, square_sum
-from actors.pieces import PIECE_BYTES
-from actors.pinning import Pinning
-from actors.replicas import Replicas, Tally
-from actors.routing import Routing
-from actors.serving import Serving
+from actors.peer_snapshots import Keeper
+from actors.router.buckets import Buckets
+from actors.router.commits import LastCommit
+from actors.router.dispatcher import Dispatcher, Peer, Purpose, Roster
+from actors.router.division import Part
+from actors.router.growing import Blueprint, Grower, GrownTrunk, check_growth, seen_by_gates
+from actors.router.learner import Learner
+from actors.router.pieces import PIECE_BYTES
+from actors.router.pinning import Pinning
+from actors.router.replicas import Replicas, Tally
+from actors.router.routing import Routing
+from actors.router.serving import Serving
 from actors.snapshots import SavedState, Snapshot, to_host
 from actors.staleness import Spread
 from actors.transport.contract import Link, Pending

@@ -7,8 +7,8 @@ applies the optimizer and makes the version the step; `abort` drops everything o
 Where groups have copies on other actors, `prepare` also sends what was accumulated here to each group's owner, and
 `reduce` lets the owners send the sums back: every copy then commits the same update.
 
-With a staleness above 0 `commit` leaves the update to a thread (`actors.updates`), and a forward waits only if its
-layer is further behind. Whatever reads or changes whole groups lets that thread finish first.
+With a staleness above 0 `commit` leaves the update to a thread (`actors.expert.updates`), and a forward waits only if
+its layer is further behind. Whatever reads or changes whole groups lets that thread finish first.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.arrivals import Arrivals
-from actors.births import Births, give_birth
-from actors.copies import Copies
 from actors.errors import InvalidInput, LinkError, MoeClusterError, StepAborted
-from actors.exchange import Attempt, Exchange, PeerOpener
-from actors.followers import Followers
-from actors.holdings import Holdings, LoadLayer
-from actors.kept import KeptVersions
+from actors.expert.arrivals import Arrivals
+from actors.expert.births import Births, give_birth
+from actors.expert.copies import Copies
+from actors.expert.exchange import Attempt, Exchange, PeerOpener
+from actors.expert.followers import Followers
+from actors.expert.holdings import Holdings, LoadLayer
+from actors.expert.pins import KeptVersions
+from actors.expert.residency import beside_a_cache
+from actors.expert.transaction import Transaction
+from actors.expert.updates import PendingUpdate, Updates
 from actors.moe.cache import CacheSettings
 from actors.moe.experts import Work
 from actors.optim import OptimizerSettings
-from actors.residency import beside_a_cache
 from actors.snapshots import ExpertKey, SavedState, Snapshot
 from actors.staleness import check_staleness
-from actors.transaction import Transaction
 from actors.transport.message import Message, error_answer
 from actors.transport.turns import Lane
 from actors.trunk.checkpoint import CheckpointReader
 from actors.trunk.init import initial_experts
 from actors.trunk.model import ModelSource, Skeleton, skeleton
-from actors.updates import PendingUpdate, Updates
 from actors.values import Address, Placement
 
 logger = logging.getLogger(__name__)

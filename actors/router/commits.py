@@ -6,9 +6,9 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from actors.dispatcher import Dispatcher, Roster
 from actors.errors import LinkError, PeerLost
-from actors.exchange import Attempt
+from actors.expert.exchange import Attempt
+from actors.router.dispatcher import Dispatcher, Roster
 from actors.transport.contract import Pending
 
 logger = logging.getLogger(__name__)
