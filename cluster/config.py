@@ -114,6 +114,10 @@ class LinksConfig:
     """Encrypted, and only for actors of this cluster. auto: tcp://, which leads to other hosts; on: ipc:// as well,
     which is guarded by its directory's access rights otherwise; off: neither."""
     max_message_bytes: int = 1 << 30
+    payload: Literal["auto", "socket", "shm", "cuda_ipc", "nccl"] = "auto"
+    """Which way large tensors go. auto: between two processes of one host through memory that they share, `cuda_ipc` on
+    one GPU and `shm` otherwise, else over the socket. Any other: this way or not at all. `cuda_ipc` and `nccl`, between
+    the GPUs of one host, are for links between routers and experts; all others are as with auto then."""
 
 
 @dataclass(frozen=True)

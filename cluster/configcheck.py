@@ -52,11 +52,24 @@ def validate_cluster(config: ClusterConfig, source: str) -> ClusterConfig:
     check.at_least("router.max_pins", config.router.max_pins, 0)
 
     check.at_least("links.max_message_bytes", config.links.max_message_bytes, 1 << 16)
+    _check_payload(config, check)
     _check_front(config.front, check.below("front"))
     check.that(bool(config.storage.root), "storage.root", "is empty", None, "name a directory")
     check.at_least("checkpoint.every_steps", config.checkpoint.every_steps, 0)
     check.at_least("checkpoint.keep", config.checkpoint.keep, 2)
     return config
+
+
+def _check_payload(config: ClusterConfig, check: _Check) -> None:
+    for where in ("router", "experts"):
+        device = getattr(config, where).device
+        check.that(
+            config.links.payload not in ("cuda_ipc", "nccl") or device == "cuda",
+            "links.payload",
+            f"is between GPUs, and {where}.device is {device}",
+            config.links.payload,
+            f"set {where}.device to cuda, or this to auto",
+        )
 
 
 def validate_job(config: JobConfig, source: str, *, max_positions: int = 0) -> JobConfig:

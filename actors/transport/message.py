@@ -2,7 +2,8 @@
 
 Header: `[version, id, op, fields, [[dtype, shape], ...]]`, e.g. `[1, 7, "forward", {}, [["float32", [64, 256]]]]`.
 Each tensor is a frame of its own, so that large ones are never copied; the tensors of a small message share one frame,
-each padded to `ALIGN_BYTES`, since a frame costs more than the copy.
+each padded to `ALIGN_BYTES`, since a frame costs more than the copy. Where the link has a carrier, a tensor that it
+brings has no frame, but its place as the third part of its description, and what `told` gives ends the header.
 `decode` checks every size against the limits before a tensor exists.
 """
 
@@ -11,13 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgpack
 import torch
 from torch import Tensor
 
 from actors.errors import InvalidInput, MoeClusterError, NonFinite, ProtocolError, RemoteError, StepAborted, VersionGone
+
+if TYPE_CHECKING:
+    from actors.transport.payload.contract import Carrier
 
 WIRE_VERSION = 1
 MAX_HEADER_BYTES = 64 << 10
@@ -53,41 +57,83 @@ class Message:
 
     @property
     def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors)
+        return sum(map(_num_bytes, self.tensors))
 
 
-def encode(message: Message) -> list[bytes | memoryview]:
+def encode(message: Message, carrier: Carrier | None = None) -> list[bytes | memoryview]:
     """Message -> frames. Tensor frames are views: the caller keeps the tensors unchanged until they are sent."""
-    specs = [(_NAMES[t.dtype], tuple(t.shape)) for t in message.tensors]
-    header: bytes = msgpack.packb((WIRE_VERSION, message.id, message.op, message.fields, specs))
-    if len(specs) > 1 and message.num_bytes < SHARE_BELOW_BYTES:
-        return [header, b"".join(_padded(t) for t in message.tensors)]
-    return [header, *(_view(t) for t in message.tensors)]
+    places = [carrier.put(t) for t in message.tensors] if carrier is not None else [None] * len(message.tensors)
+    specs: list[tuple[Any, ...]] = []
+    inline: list[Tensor] = []
+    for tensor, place in zip(message.tensors, places, strict=True):
+        spec = (_NAMES[tensor.dtype], tuple(tensor.shape))
+        specs.append(spec if place is None else (*spec, place))
+        inline += [tensor] if place is None else []
+    told: list[list[int]] = []
+    if carrier is not None:
+        if len(inline) < len(specs):
+            carrier.ship()
+        told = [carrier.told()]
+    header: bytes = msgpack.packb((WIRE_VERSION, message.id, message.op, message.fields, specs, *told))
+    if len(inline) > 1 and sum(map(_num_bytes, inline)) < SHARE_BELOW_BYTES:
+        return [header, b"".join(_padded(t) for t in inline)]
+    return [header, *(_view(t) for t in inline)]
 
 
-def decode(frames: Sequence[Any], *, peer: str, max_bytes: int) -> Message:
+def decode(frames: Sequence[Any], *, peer: str, max_bytes: int, carrier: Carrier | None = None) -> Message:
     """Frames (bytes or buffers) -> message. `ProtocolError` names the peer and what does not fit."""
     if not frames or len(frames) > MAX_TENSORS + 1:
         raise ProtocolError(f"a message has 1 to {MAX_TENSORS + 1} frames, got {len(frames)}", peer=peer)
     if len(frames[0]) > MAX_HEADER_BYTES:
         raise ProtocolError(f"header of {len(frames[0])} bytes exceeds {MAX_HEADER_BYTES}", peer=peer)
-    if sum(map(len, frames)) > max_bytes:
+    frame_bytes = sum(map(len, frames))
+    if frame_bytes > max_bytes:
         raise ProtocolError(f"message exceeds {max_bytes} bytes", peer=peer)
     try:
-        version, number, op, fields, specs = msgpack.unpackb(frames[0])
+        version, number, op, fields, specs, *told = msgpack.unpackb(frames[0])
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise ProtocolError(f"malformed header: {error!r}", peer=peer) from None
     if version != WIRE_VERSION:
         raise ProtocolError(f"wire version {version!r}, this side speaks {WIRE_VERSION}", peer=peer)
     if not isinstance(op, str) or type(number) is not int or not isinstance(fields, dict):
         raise ProtocolError("header fields have wrong types", peer=peer)
-    if not isinstance(specs, list) or len(specs) > MAX_TENSORS:
+    if not isinstance(specs, list) or len(specs) > MAX_TENSORS or not all(map(_are_integers, told)):
         raise ProtocolError(f"header fields have wrong types, or more than {MAX_TENSORS} tensors", peer=peer)
-    parts = _shared(specs, frames[1], peer) if len(specs) > 1 and len(frames) == 2 else frames[1:]
-    if len(specs) != len(parts):
+    sizes = [_size_bytes(spec, peer) for spec in specs]
+    places = [_place(spec, carrier, peer) for spec in specs]
+    carried_bytes = sum(size for size, place in zip(sizes, places, strict=True) if place is not None)
+    if frame_bytes + carried_bytes > max_bytes:
+        raise ProtocolError(f"message exceeds {max_bytes} bytes", peer=peer)
+    inline = [size for size, place in zip(sizes, places, strict=True) if place is None]
+    parts = _shared(inline, frames[1], peer) if len(inline) > 1 and len(frames) == 2 else frames[1:]
+    if len(inline) != len(parts):
         raise ProtocolError(f"header announces other tensors than the {len(frames) - 1} frames", peer=peer)
-    tensors = tuple(_tensor(spec, part, peer) for spec, part in zip(specs, parts, strict=True))
+    if carrier is not None and told:
+        carrier.hear(told[0])
+    left = iter(parts)
+    tensors = tuple(
+        _tensor(spec, next(left), peer) if place is None else carrier.take(DTYPES[spec[0]], spec[1], place)  # type: ignore[union-attr]
+        for spec, place in zip(specs, places, strict=True)
+    )
     return Message(op, fields, tensors, number)
+
+
+def _are_integers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int for value in values)
+
+
+def _place(spec: Any, carrier: Carrier | None, peer: str) -> list[int] | None:
+    """Where a carrier has brought it; None if it is a frame."""
+    if len(spec) == 2:
+        return None
+    if carrier is None or not _are_integers(spec[2]):
+        raise ProtocolError(f"tensor {spec!r} is said to be where nothing can be", peer=peer)
+    place: list[int] = spec[2]
+    return place
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _padded(tensor: Tensor) -> bytes:
@@ -95,11 +141,10 @@ def _padded(tensor: Tensor) -> bytes:
     return raw + bytes(-len(raw) % ALIGN_BYTES)
 
 
-def _shared(specs: list[Any], frame: Any, peer: str) -> list[memoryview]:
+def _shared(sizes: list[int], frame: Any, peer: str) -> list[memoryview]:
     """The parts of a frame that several tensors share; sizes are checked by `_tensor` as for frames of their own."""
     view, start, parts = memoryview(frame), 0, []
-    for spec in specs:
-        size = _size_bytes(spec, peer)
+    for size in sizes:
         parts.append(view[start : start + size])
         start += size + -size % ALIGN_BYTES
     if start != len(view):
@@ -116,9 +161,9 @@ def _view(tensor: Tensor) -> memoryview:
 
 def _size_bytes(spec: Any, peer: str) -> int:
     try:
-        name, shape = spec
+        name, shape = spec if len(spec) == 2 else spec[:2]
         dtype = DTYPES[name]
-        sizes_ok = len(shape) <= MAX_DIMS and all(type(n) is int and 0 <= n < 1 << 40 for n in shape)
+        sizes_ok = len(spec) <= 3 and len(shape) <= MAX_DIMS and all(type(n) is int and 0 <= n < 1 << 40 for n in shape)
     except (TypeError, ValueError, KeyError):
         raise ProtocolError(f"malformed tensor description {spec!r}", peer=peer) from None
     if not sizes_ok:

@@ -19,7 +19,7 @@ import uuid
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import zmq
@@ -29,6 +29,9 @@ from actors.transport import curve
 from actors.transport.contract import CUT_NOTICED_S, Handler, Link
 from actors.transport.curve import LinkKeys
 from actors.transport.message import Message, decode, encode, error_answer
+from actors.transport.payload.attach import Attachments, Line, attach
+from actors.transport.payload.choice import End
+from actors.transport.payload.contract import AUTO, Carrier, PayloadSettings
 from actors.transport.turns import SERVING_WEIGHT, Lane, Turns
 from actors.values import Address
 
@@ -92,11 +95,13 @@ class SocketLink(Link):
         max_bytes: int,
         timeout_s: float,
         keys: LinkKeys | None = None,
+        payload: PayloadSettings = AUTO,
     ) -> None:
         super().__init__(peer)
         on_this_host = address.host_id == host_id() and os.path.exists(address.ipc.removeprefix("ipc://"))
         self.kind = "socket/ipc" if on_this_host else "socket/tcp"
         self._max_bytes = max_bytes
+        self._line: Line | None = None
         self._ended = ""
         self._socket = _context().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -113,14 +118,30 @@ class SocketLink(Link):
         self._poller.register(self._monitor, zmq.POLLIN)
         self._socket.connect(address.ipc if on_this_host else address.tcp)
         try:
-            self.call(Message("hello", {"name": name}), timeout_s)
+            hello = self.call(Message("hello", {"name": name}), timeout_s)
+            end = End.told(hello.fields.get("end"), peer)
+            self._line = attach(self, payload, end, on_one_host=on_this_host, timeout_s=timeout_s)
+            if self._line is not None:
+                self.kind += f"+{self._line.carrier.kind}"
         except MoeClusterError:
             self.close()
             raise
 
+    @property
+    def _carrier(self) -> Carrier | None:
+        return self._line.carrier if self._line is not None else None
+
     def _send(self, question: Message) -> None:
-        frames = encode(question)
-        size = sum(len(f) for f in frames)
+        self._check_size(question.num_bytes)  # before anything is on its way
+        frames = encode(question, self._carrier)
+        self._check_size(sum(len(f) for f in frames))
+        try:
+            self._socket.send_multipart(frames, flags=zmq.DONTWAIT, copy=False)
+        except zmq.Again:
+            # Of a connection that has ended, too; the monitor tells.
+            raise self._lost(otherwise="the peer does not take messages") from None
+
+    def _check_size(self, size: int) -> None:
         if size > self._max_bytes:
             raise InvalidInput(
                 "message is larger than the link allows",
@@ -128,11 +149,6 @@ class SocketLink(Link):
                 value=size,
                 remedy=f"raise it above {self._max_bytes} or send fewer tokens a micro-batch",
             )
-        try:
-            self._socket.send_multipart(frames, flags=zmq.DONTWAIT, copy=False)
-        except zmq.Again:
-            # Of a connection that has ended, too; the monitor tells.
-            raise self._lost(otherwise="the peer does not take messages") from None
 
     def _receive(self, deadline: float) -> Message:
         while True:
@@ -143,7 +159,7 @@ class SocketLink(Link):
             ready = dict(self._poller.poll(wait_ms))
             if self._socket in ready:
                 frames = _received(self._socket)
-                return decode(frames, peer=self.peer, max_bytes=self._max_bytes)
+                return decode(frames, peer=self.peer, max_bytes=self._max_bytes, carrier=self._carrier)
             if self._ended or self._monitor in ready:
                 raise self._lost(otherwise="the connection ended")
             if time.monotonic() >= deadline:
@@ -158,6 +174,8 @@ class SocketLink(Link):
     def close(self) -> None:
         if not self.closed:
             super().close()
+            if self._line is not None:
+                self._line.close()
             self._socket.disable_monitor()
             self._monitor.close(0)
             self._socket.close(0)
@@ -185,6 +203,7 @@ class SocketServer:
         keys: LinkKeys | None = None,
         lane: Callable[[Message], Lane] = lambda question: "training",
         serving_weight: int = SERVING_WEIGHT,
+        payload: PayloadSettings = AUTO,
     ) -> None:
         self.name = name
         self.busy_s = 0.0
@@ -210,6 +229,8 @@ class SocketServer:
         self.address = Address(host_id(), ipc, f"tcp://{host}:{port}")
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
+        self._attachments = Attachments(payload, self._directory)
+        self._poller.register(self._attachments.fileno(), zmq.POLLIN)
         self._last_id: OrderedDict[bytes, int] = OrderedDict()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"serve-{name}", daemon=True)
@@ -221,6 +242,7 @@ class SocketServer:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
+        self._attachments.close()
         self._socket.close(0)
         with contextlib.suppress(OSError):
             os.unlink(f"{self._directory}/link")
@@ -232,6 +254,7 @@ class SocketServer:
         while not self._stop.is_set():
             busy = self._answer_kept() or busy
             self._take_in(0 if busy or self._turns else LOOK_AGAIN_MS if self._kept else 100)
+            self._attachments.look()
             if self._turns:
                 started = time.monotonic()
                 self._serve_one()
@@ -254,7 +277,8 @@ class SocketServer:
         frames = _received(self._socket) if self._socket.getsockopt(zmq.RCVMORE) else []
         peer = sender.decode(errors="replace")
         try:
-            question = decode(frames, peer=peer, max_bytes=self._max_bytes)
+            carrier = self._attachments.of(sender)
+            question = decode(frames, peer=peer, max_bytes=self._max_bytes, carrier=carrier)
         except ProtocolError as error:
             logger.warning("refused a message: %s", error)
             self._answer(sender, error_answer(error))
@@ -271,7 +295,11 @@ class SocketServer:
     def _serve_one(self) -> None:
         sender, question = self._turns.take()
         if question.op == "hello":
-            self._answer(sender, Message("ok", {"name": self.name}, (), question.id))
+            fields = {"name": self.name, "end": self._attachments.end()}
+            self._answer(sender, Message("ok", fields, (), question.id))
+        elif question.op == "carry":
+            answer = self._attachments.begin(sender, question)
+            self._answer(sender, replace(answer, id=question.id))
         elif not self._ready(question):
             self._kept.append(_Kept(sender, question, time.monotonic() + self._keep_s))
         else:
@@ -299,7 +327,7 @@ class SocketServer:
 
     def _answer(self, sender: bytes, answer: Message) -> None:
         # Without ROUTER_MANDATORY zmq drops an answer whose asker is gone, which is what we want.
-        self._socket.send_multipart([sender, *encode(answer)], copy=False)
+        self._socket.send_multipart([sender, *encode(answer, self._attachments.of(sender))], copy=False)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from cluster.config import ClusterConfig
 from cluster.fabric.contacts import ExpertContact
 from cluster.fabric.measures import Measures
 from cluster.fabric.standing import ExpertStanding, Watch
-from cluster.fabric.workertools import import_torch, of_version, open_link, way_of
+from cluster.fabric.workertools import import_torch, of_version, open_link, payload_settings, way_of
 
 if TYPE_CHECKING:
     from actors.transport.contract import Link
@@ -62,7 +62,8 @@ class ExpertWorker:
             timeout_s=self._config.router.request_timeout_s,
             cache=CacheSettings(experts.expert_cache_size, experts.cache_dir) if experts.expert_cache_size else None,
         )
-        self._server = self._serve(self._host.handle, self._host.idle, self._host.ready, self._host.lane)
+        host = self._host
+        self._server = self._serve(host.handle, host.idle, host.ready, host.lane, device=experts.device)
         self._exchange = self._serve(self._host.exchange.handle)
         self._contact = ExpertContact(
             self._name, self.node_id(), os.getpid(), self._server.address, self._exchange.address
@@ -90,6 +91,7 @@ class ExpertWorker:
         idle: Callable[[], bool] = lambda: False,
         ready: Callable[[Message], bool] = lambda question: True,
         lane: Callable[[Message], Lane] = lambda question: "training",
+        device: str = "cpu",
     ) -> SocketServer:
         from actors.transport.socket import SocketServer
 
@@ -104,6 +106,7 @@ class ExpertWorker:
             keys=self._keys,
             lane=lane,
             serving_weight=self._config.experts.serving_weight,
+            payload=payload_settings(self._config, device),
         )
         server.start()
         return server

@@ -37,7 +37,7 @@ from cluster.fabric.contacts import ExpertContact, RouterContact
 from cluster.fabric.measures import Measures
 from cluster.fabric.options import CONTROL, COORDINATOR, ROUTER, SERVE, TRAIN
 from cluster.fabric.standing import Following, RouterStanding, Watch
-from cluster.fabric.workertools import import_torch, of_version, open_link, way_of
+from cluster.fabric.workertools import import_torch, of_version, open_link, payload_settings, way_of
 from cluster.jobs.batches import MicroBatch
 
 if TYPE_CHECKING:
@@ -143,6 +143,7 @@ class RouterWorker:
             host=self._bind_host,
             max_bytes=self._config.links.max_message_bytes,
             keys=self._keys,
+            payload=payload_settings(self._config),
         )
         self._server.start()
         self._contact = RouterContact(self._name, self._node_id, os.getpid(), self._server.address)
@@ -189,7 +190,9 @@ class RouterWorker:
         )
 
     def _open_expert(self, expert: ExpertContact) -> Link:
-        return self._measures.opened(open_link(expert.name, expert.address, self._name, self._config, self._keys))
+        device = self._config.router.device
+        link = open_link(expert.name, expert.address, self._name, self._config, self._keys, device)
+        return self._measures.opened(link)
 
     def _roster(self, placement: Placement, experts: Sequence[ExpertContact]) -> Roster:
         from actors.router.dispatcher import Roster

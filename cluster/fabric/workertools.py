@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from actors.snapshots import Key, Snapshot
     from actors.transport.contract import Link
     from actors.transport.curve import LinkKeys
+    from actors.transport.payload.contract import PayloadSettings
     from cluster.checkpoint.memory import KeptDraft, Way
 
 
@@ -29,7 +30,17 @@ def import_torch(threads: int) -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
-def open_link(peer: str, address: Address, name: str, config: ClusterConfig, keys: LinkKeys | None) -> Link:
+def payload_settings(config: ClusterConfig, device: str = "cpu") -> PayloadSettings:
+    """For a link's end that sends tensors of this device."""
+    from actors.transport.payload.contract import PayloadSettings
+
+    wish = config.links.payload
+    return PayloadSettings("auto" if device == "cpu" and wish in ("cuda_ipc", "nccl") else wish, device)
+
+
+def open_link(
+    peer: str, address: Address, name: str, config: ClusterConfig, keys: LinkKeys | None, device: str = "cpu"
+) -> Link:
     from actors.transport.socket import SocketLink
 
     return SocketLink(
@@ -39,6 +50,7 @@ def open_link(peer: str, address: Address, name: str, config: ClusterConfig, key
         max_bytes=config.links.max_message_bytes,
         timeout_s=config.router.request_timeout_s,
         keys=keys,
+        payload=payload_settings(config, device),
     )
 
 

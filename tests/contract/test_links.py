@@ -21,10 +21,13 @@ from actors.transport.contract import Link
 from actors.transport.faulty import Fault, FaultyLink
 from actors.transport.local import LocalLink
 from actors.transport.message import Message, decode, encode, error_answer
+from actors.transport.payload.contract import SOCKET_ONLY, PayloadSettings
 from actors.transport.socket import Address, SocketLink, SocketServer
 
 MAX_BYTES = 1 << 22
-KINDS = ("local", "socket/ipc", "socket/tcp", "faulty")
+KINDS = ("local", "socket/ipc", "socket/ipc+shm", "socket/tcp", "faulty")
+CARRYING_ALL = {"shm": PayloadSettings("shm", region_bytes=1 << 20, carry_from_bytes=1)}
+"""Small tensors go the way of large ones, and there is soon no room for them."""
 
 
 def echo(peer: str, question: Message) -> Message:
@@ -45,10 +48,11 @@ def opened(kind: str, handler: Callable[[str, Message], Message] = echo) -> Iter
     if kind == "local":
         yield LocalLink("peer", handler)
         return
-    server = SocketServer("peer", handler, max_bytes=MAX_BYTES)
+    payload = CARRYING_ALL.get(kind.rpartition("+")[2], SOCKET_ONLY)
+    server = SocketServer("peer", handler, max_bytes=MAX_BYTES, payload=payload)
     server.start()
     address = over_tcp(server.address) if kind == "socket/tcp" else server.address
-    link: Link = SocketLink("peer", address, name="router", max_bytes=MAX_BYTES, timeout_s=5)
+    link: Link = SocketLink("peer", address, name="router", max_bytes=MAX_BYTES, timeout_s=5, payload=payload)
     if kind == "faulty":
         link = FaultyLink(link, [])
     try:
@@ -115,7 +119,7 @@ def test_a_closed_link_says_so(link: Link) -> None:
         link.call(Message("echo"), 5)
 
 
-@pytest.mark.parametrize("kind", ["socket/ipc", "socket/tcp"])
+@pytest.mark.parametrize("kind", ["socket/ipc", "socket/ipc+shm", "socket/tcp"])
 def test_a_slow_peer_ends_in_a_timeout_and_its_late_answer_is_dropped(kind: str) -> None:
     release = threading.Event()
 

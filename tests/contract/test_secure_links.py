@@ -59,7 +59,7 @@ def open_link(address: Address, keys: LinkKeys | None, timeout_s: float = 20) ->
 
 @pytest.mark.parametrize(
     ("on_ipc", "way", "kind"),
-    [(False, "tcp", "socket/tcp+curve"), (False, "ipc", "socket/ipc"), (True, "ipc", "socket/ipc+curve")],
+    [(False, "tcp", "socket/tcp+curve"), (False, "ipc", "socket/ipc+shm"), (True, "ipc", "socket/ipc+curve+shm")],
 )
 def test_with_the_keys_it_works_as_without(on_ipc: bool, way: str, kind: str) -> None:
     keys = LinkKeys.generate(on_ipc=on_ipc)

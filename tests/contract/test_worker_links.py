@@ -72,7 +72,7 @@ def test_they_reach_each_other(config, secured):
     assert len(logprobs) == 3
     assert version == 0
     kinds = set(router.vitals()["links"].values())
-    assert kinds in ({"socket/tcp+curve"}, {"socket/ipc+curve"})
+    assert kinds in ({"socket/tcp+curve"}, {"socket/ipc+curve+shm"})
     for worker, other in zip(experts, reversed(contacts), strict=True):
         link = worker._open_peer(other.name, other.exchange)
         assert link.kind in kinds

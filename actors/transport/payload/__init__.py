@@ -1,0 +1,1 @@
+"""Payload carriers: large tensors of a link that do not cross its socket."""

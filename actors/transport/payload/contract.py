@@ -1,0 +1,87 @@
+"""The carrier contract: another way than the socket for the large tensors of one link.
+
+The header stays on the socket, with its order, ids, deadlines and keys, and says of each tensor where it is: its
+**place**, a few integers that begin with the **ticket** of this sending. What `put` leaves at a place stays there until
+the peer has told the ticket back, which it does with any later header, once nobody there reads the tensor any more.
+A carrier never waits for room: without it the tensor goes over the socket.
+
+Both ends make one carrier of the same kind, show each other what `offer` and `descriptors` give, and `meet`.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Wish = Literal["auto", "socket", "shm", "cuda_ipc", "nccl", "gloo"]
+Place = tuple[int, ...]
+
+MAX_TOLD = 1024
+"""Tickets that one header tells back, at most; others wait for the next."""
+
+
+@dataclass(frozen=True)
+class PayloadSettings:
+    """What one end of a link wants of its payloads."""
+
+    wish: Wish = "auto"
+    device: str = "cpu"
+    """Where this end computes, e.g. `cuda` or `cuda:1`."""
+    region_bytes: int = 256 << 20
+    """Of host memory that each end may fill with tensors that the peer still reads; memory is taken as it is used."""
+    gpu_region_bytes: int = 64 << 20
+    """The same on a GPU, where it is taken when the link is opened."""
+    carry_from_bytes: int = 1 << 16
+    """Smaller tensors cross the socket."""
+
+
+AUTO = PayloadSettings()
+SOCKET_ONLY = PayloadSettings("socket")
+
+
+class Carrier(abc.ABC):
+    """One end's half. Used by the thread that uses the link; tensors that it gave may be dropped in any thread."""
+
+    kind: str = ""
+
+    @abc.abstractmethod
+    def offer(self) -> Mapping[str, Any]:
+        """Plain values that the peer needs in order to `meet` this end."""
+
+    def descriptors(self) -> Sequence[int]:
+        """Open files that the peer needs as well; they stay this end's own."""
+        return ()
+
+    @abc.abstractmethod
+    def meet(self, offer: Mapping[str, Any], descriptors: Sequence[int]) -> None:
+        """Takes what the peer has shown, and its descriptors for good. `ProtocolError`, OSError if that is no use."""
+
+    @abc.abstractmethod
+    def put(self, tensor: Tensor) -> Place | None:
+        """Sends one tensor, which may be changed afterwards; None if this one is to cross the socket."""
+
+    def ship(self) -> None:
+        """All tensors of a message were put, and its header follows."""
+
+    def withdraw(self, places: Sequence[Place]) -> None:
+        """Of a message whose header was not sent after all."""
+
+    @abc.abstractmethod
+    def take(self, dtype: torch.dtype, shape: Sequence[int], place: Sequence[int]) -> Tensor:
+        """What the peer put there, read-only. Called once for each place, in the order of the headers. `ProtocolError`
+        for one that cannot be."""
+
+    def told(self) -> list[int]:
+        """For the next header: tickets of the peer that it may forget, at most `MAX_TOLD`."""
+        return []
+
+    def hear(self, tickets: Sequence[int]) -> None:
+        """Counterpart of `told`."""
+
+    def close(self) -> None:
+        """The link has ended. Tensors that were taken stay valid. From any thread, and more than once."""

@@ -1,0 +1,140 @@
+"""A payload of 4 MB to a process of this host and back, over a link as its two ends choose it.
+
+The measure is what no link can do without: two processes that share memory, each copying the bytes into it and waking
+the other up. The same over the socket alone shows what the carrier is worth.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.shared_memory import SharedMemory
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from actors.transport.message import Message
+from actors.transport.payload.contract import SOCKET_ONLY, PayloadSettings
+from actors.transport.socket import SocketLink, SocketServer
+from actors.values import Address
+from cluster.bench.result import Row, interleaved, time_row
+from cluster.errors import StartupError
+
+Bytes = NDArray[np.uint8]
+PAYLOAD_BYTES = 4 << 20
+CALLS_A_ROUND = 20
+MAX_BYTES = 16 << 20
+START_TIMEOUT_S = 60.0
+CALL_TIMEOUT_S = 30.0
+
+
+def payload_rows(rounds: int) -> list[Row]:
+    question = Message("echo", {}, (torch.randint(0, 256, (PAYLOAD_BYTES,), dtype=torch.uint8),))
+    with _other_process(_serve) as parent, _copying(question) as copy_pair:
+        address = _started(parent)
+        auto, socket = _opened(address, PayloadSettings()), _opened(address, SOCKET_ONLY)
+
+        def over(link: SocketLink) -> Callable[[], None]:
+            def run() -> None:
+                for _ in range(CALLS_A_ROUND):
+                    link.call(question, CALL_TIMEOUT_S)
+
+            return run
+
+        def copies() -> None:
+            for _ in range(CALLS_A_ROUND):
+                copy_pair()
+
+        seconds = interleaved({"link": over(auto), "copies": copies, "socket": over(socket)}, rounds, 3)
+        auto.close()
+        socket.close()
+    each = {name: [s / CALLS_A_ROUND for s in values] for name, values in seconds.items()}
+    return [
+        time_row("payload_4mb", "ms", 1e3, each["link"], "copy into shared memory, each way", each["copies"]),
+        time_row("payload_4mb_socket", "ms", 1e3, each["link"], "the same over the socket alone", each["socket"]),
+    ]
+
+
+def _opened(address: Address, payload: PayloadSettings) -> SocketLink:
+    return SocketLink("echo", address, name="bench", max_bytes=MAX_BYTES, timeout_s=CALL_TIMEOUT_S, payload=payload)
+
+
+def _serve(parent: Connection) -> None:
+    """Answers with the payload that came, which is so copied from one end's memory into the other's, as by the peer."""
+
+    def handle(peer: str, question: Message) -> Message:
+        return Message("ok", {}, question.tensors)
+
+    server = SocketServer("echo", handle, max_bytes=MAX_BYTES)
+    server.start()
+    parent.send(server.address)
+    parent.poll(None)  # until the parent closes it, or ends
+    server.stop()
+
+
+@contextmanager
+def _copying(question: Message) -> Iterator[Callable[[], None]]:
+    """The least that there and back can cost: copy into one memory, wake up, copy into the other, wake up."""
+    there, back = (SharedMemory(create=True, size=PAYLOAD_BYTES) for _ in range(2))
+    try:
+        with _other_process(_copy, there.name, back.name) as parent:
+            _started(parent)
+            yield partial(_copy_there, _array(there), question.tensors[0].numpy(), parent)
+    finally:
+        for memory in (there, back):
+            memory.close()
+            memory.unlink()
+
+
+def _copy_there(room: Bytes, payload: Bytes, other: Connection) -> None:
+    room[:] = payload
+    other.send_bytes(b"x")
+    other.recv_bytes()
+
+
+def _array(memory: SharedMemory) -> Bytes:
+    assert memory.buf is not None, "open"
+    return np.frombuffer(memory.buf, np.uint8, PAYLOAD_BYTES)
+
+
+def _copy(parent: Connection, there: str, back: str) -> None:
+    ours, theirs = SharedMemory(back), SharedMemory(there)
+    room, payload = _array(ours), _array(theirs)
+    parent.send(None)
+    while True:
+        try:
+            parent.recv_bytes()
+        except EOFError:
+            break
+        room[:] = payload
+        parent.send_bytes(b"x")
+    del room, payload
+    ours.close()
+    theirs.close()
+
+
+@contextmanager
+def _other_process(run: Callable[..., None], *args: str) -> Iterator[Connection]:
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    process = spawn.Process(target=run, args=(there, *args), daemon=True)
+    process.start()
+    there.close()
+    try:
+        yield here
+    finally:
+        here.close()  # which ends it
+        process.join(10)
+        process.kill()
+
+
+def _started(parent: Connection) -> Address:
+    """What the other process says first."""
+    if not parent.poll(START_TIMEOUT_S):
+        raise StartupError(f"the process to talk to did not start within {START_TIMEOUT_S:.0f} s")
+    said: Address = parent.recv()
+    return said
