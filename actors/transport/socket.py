@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,9 +29,10 @@ from actors.transport import curve
 from actors.transport.contract import CUT_NOTICED_S, Handler, Link
 from actors.transport.curve import LinkKeys
 from actors.transport.message import Message, decode, encode, error_answer
-from actors.transport.payload.attach import Attachments, Line, attach
+from actors.transport.payload.attach import Attachments, attach
 from actors.transport.payload.choice import End
 from actors.transport.payload.contract import AUTO, Carrier, PayloadSettings
+from actors.transport.payload.line import Frames, Line
 from actors.transport.turns import SERVING_WEIGHT, Lane, Turns
 from actors.values import Address
 
@@ -102,6 +103,7 @@ class SocketLink(Link):
         self.kind = "socket/ipc" if on_this_host else "socket/tcp"
         self._max_bytes = max_bytes
         self._line: Line | None = None
+        self._arrived: deque[Frames] = deque()
         self._ended = ""
         self._socket = _context().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -120,9 +122,17 @@ class SocketLink(Link):
         try:
             hello = self.call(Message("hello", {"name": name}), timeout_s)
             end = End.told(hello.fields.get("end"), peer)
-            self._line = attach(self, payload, end, on_one_host=on_this_host, timeout_s=timeout_s)
+            self._line = attach(
+                self,
+                payload,
+                end,
+                on_one_host=on_this_host,
+                takes_messages=_in_clear_text(keys),
+                timeout_s=timeout_s,
+            )
             if self._line is not None:
                 self.kind += f"+{self._line.carrier.kind}"
+                self._poller.register(self._line.fileno(), zmq.POLLIN)
         except MoeClusterError:
             self.close()
             raise
@@ -135,8 +145,11 @@ class SocketLink(Link):
         self._check_size(question.num_bytes)  # before anything is on its way
         frames = encode(question, self._carrier)
         self._check_size(sum(len(f) for f in frames))
+        rest = frames if self._line is None else self._line.send(frames)
+        if rest is None:
+            return
         try:
-            self._socket.send_multipart(frames, flags=zmq.DONTWAIT, copy=False)
+            self._socket.send_multipart(rest, flags=zmq.DONTWAIT, copy=False)
         except zmq.Again:
             # Of a connection that has ended, too; the monitor tells.
             raise self._lost(otherwise="the peer does not take messages") from None
@@ -154,13 +167,22 @@ class SocketLink(Link):
         while True:
             if self.closed or self.is_cut:
                 raise PeerLost("the link is closed", peer=self.peer)
+            if self._arrived:
+                frames = self._arrived.popleft()
+                return decode(frames, peer=self.peer, max_bytes=self._max_bytes, carrier=self._carrier)
             wait_s = 0.0 if self._ended else min(deadline - time.monotonic(), CUT_NOTICED_S)
             wait_ms = max(0, int(wait_s * 1e3 + 0.999))
             ready = dict(self._poller.poll(wait_ms))
+            is_over = bool(self._ended or self._monitor in ready)
+            if self._line is not None and self._line.fileno() in ready:
+                try:
+                    self._arrived += self._line.receive()
+                except EOFError:
+                    is_over = True
             if self._socket in ready:
                 frames = _received(self._socket)
-                return decode(frames, peer=self.peer, max_bytes=self._max_bytes, carrier=self._carrier)
-            if self._ended or self._monitor in ready:
+                self._arrived += [frames] if self._line is None else self._line.arrived(frames)
+            elif is_over and not self._arrived:
                 raise self._lost(otherwise="the connection ended")
             if time.monotonic() >= deadline:
                 raise LinkTimeout("no answer before the deadline", peer=self.peer)
@@ -229,7 +251,7 @@ class SocketServer:
         self.address = Address(host_id(), ipc, f"tcp://{host}:{port}")
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
-        self._attachments = Attachments(payload, self._directory)
+        self._attachments = Attachments(payload, self._directory, takes_messages=_in_clear_text(keys))
         self._poller.register(self._attachments.fileno(), zmq.POLLIN)
         self._last_id: OrderedDict[bytes, int] = OrderedDict()
         self._stop = threading.Event()
@@ -254,14 +276,13 @@ class SocketServer:
         while not self._stop.is_set():
             busy = self._answer_kept() or busy
             self._take_in(0 if busy or self._turns else LOOK_AGAIN_MS if self._kept else 100)
-            self._attachments.look()
             if self._turns:
                 started = time.monotonic()
                 self._serve_one()
                 self.busy_s += time.monotonic() - started
                 busy = True
                 if not self._turns:
-                    _spin(self._socket)
+                    self._spin()
             else:
                 busy = busy and self._idle()
 
@@ -269,15 +290,28 @@ class SocketServer:
         """What has arrived, once there is something or the time is over."""
         if timeout_ms and not self._poller.poll(timeout_ms):
             return
+        if len(self._turns) < MAX_TAKEN_IN:
+            for sender, frames in self._attachments.look():
+                self._take_in_one(sender, frames)
         while len(self._turns) < MAX_TAKEN_IN and _has_message(self._socket):
-            self._take_in_one()
+            self._take_from_zmq()
 
-    def _take_in_one(self) -> None:
+    def _take_from_zmq(self) -> None:
         sender: bytes = self._socket.recv()
         frames = _received(self._socket) if self._socket.getsockopt(zmq.RCVMORE) else []
-        peer = sender.decode(errors="replace")
+        line = self._attachments.of(sender)
         try:
-            carrier = self._attachments.of(sender)
+            messages = [frames] if line is None else line.arrived(frames)
+        except ProtocolError as error:
+            logger.warning("refused a message: %s", error)
+            return
+        for message in messages:
+            self._take_in_one(sender, message)
+
+    def _take_in_one(self, sender: bytes, frames: Frames) -> None:
+        peer, line = sender.decode(errors="replace"), self._attachments.of(sender)
+        try:
+            carrier = line.carrier if line is not None else None
             question = decode(frames, peer=peer, max_bytes=self._max_bytes, carrier=carrier)
         except ProtocolError as error:
             logger.warning("refused a message: %s", error)
@@ -326,8 +360,16 @@ class SocketServer:
         return bool(due)
 
     def _answer(self, sender: bytes, answer: Message) -> None:
-        # Without ROUTER_MANDATORY zmq drops an answer whose asker is gone, which is what we want.
-        self._socket.send_multipart([sender, *encode(answer, self._attachments.of(sender))], copy=False)
+        line = self._attachments.of(sender)
+        rest = encode(answer) if line is None else line.send(encode(answer, line.carrier))
+        if rest is not None:
+            # Without ROUTER_MANDATORY zmq drops an answer whose asker is gone, which is what we want.
+            self._socket.send_multipart([sender, *rest], copy=False)
+
+    def _spin(self) -> None:
+        until = time.monotonic() + SPIN_S
+        while not (self._attachments.is_ready() or _has_message(self._socket)) and time.monotonic() < until:
+            pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -340,10 +382,9 @@ class _Kept:
     """A `time.monotonic` value."""
 
 
-def _spin(socket: Any) -> None:
-    until = time.monotonic() + SPIN_S
-    while not _has_message(socket) and time.monotonic() < until:
-        pass
+def _in_clear_text(keys: LinkKeys | None) -> bool:
+    """Whether messages may go from process to process on one host as they are."""
+    return keys is None or not keys.on_ipc
 
 
 def _has_message(socket: Any) -> bool:

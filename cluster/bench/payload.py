@@ -83,15 +83,15 @@ def _copying(question: Message) -> Iterator[Callable[[], None]]:
     try:
         with _other_process(_copy, there.name, back.name) as parent:
             _started(parent)
-            yield partial(_copy_there, _array(there), question.tensors[0].numpy(), parent)
+            yield partial(_copy_there, there, question.tensors[0].numpy(), parent)
     finally:
         for memory in (there, back):
             memory.close()
             memory.unlink()
 
 
-def _copy_there(room: Bytes, payload: Bytes, other: Connection) -> None:
-    room[:] = payload
+def _copy_there(room: SharedMemory, payload: Bytes, other: Connection) -> None:
+    _array(room)[:] = payload
     other.send_bytes(b"x")
     other.recv_bytes()
 
@@ -103,16 +103,14 @@ def _array(memory: SharedMemory) -> Bytes:
 
 def _copy(parent: Connection, there: str, back: str) -> None:
     ours, theirs = SharedMemory(back), SharedMemory(there)
-    room, payload = _array(ours), _array(theirs)
     parent.send(None)
     while True:
         try:
             parent.recv_bytes()
         except EOFError:
             break
-        room[:] = payload
+        _array(ours)[:] = _array(theirs)
         parent.send_bytes(b"x")
-    del room, payload
     ours.close()
     theirs.close()
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 _PIDFD_GETFD = 438
 """Its number on every architecture; neither libc nor Python have it by name."""
-_LINK = re.compile(r".*/moe-[^/]+/link")
-"""Where a `SocketServer` listens."""
+_LINK = re.compile(r".*/moe-[^/]+/(link|line)")
+"""Where a `SocketServer` listens, for zmq and for lines."""
 
 
 def cut_links(pid: int) -> int:

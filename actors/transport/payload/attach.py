@@ -26,6 +26,7 @@ from actors.transport.contract import Link
 from actors.transport.message import Message, error_answer
 from actors.transport.payload.choice import End, choose, new_carrier
 from actors.transport.payload.contract import Carrier, PayloadSettings
+from actors.transport.payload.line import Frames, Line
 
 logger = logging.getLogger(__name__)
 
@@ -36,19 +37,10 @@ MAX_BEGUN = 64
 _MET = b"met"
 
 
-class Line:
-    """The link's end."""
-
-    def __init__(self, carrier: Carrier, connection: socket.socket) -> None:
-        self.carrier, self._connection = carrier, connection
-
-    def close(self) -> None:
-        self._connection.close()
-        self.carrier.close()
-
-
-def attach(link: Link, settings: PayloadSettings, there: End, *, on_one_host: bool, timeout_s: float) -> Line | None:
-    """Of an open link whose peer has told its end. None: payloads cross the socket.
+def attach(
+    link: Link, settings: PayloadSettings, there: End, *, on_one_host: bool, takes_messages: bool, timeout_s: float
+) -> Line | None:
+    """Of an open link whose peer has told its end. None: payloads cross the socket. `takes_messages` as of a `Line`.
 
     `InvalidInput` where a kind is demanded that cannot be; whatever else fails is said in the log.
     """
@@ -56,7 +48,7 @@ def attach(link: Link, settings: PayloadSettings, there: End, *, on_one_host: bo
     if kind == "socket":
         return None
     try:
-        return _attach(link, kind, settings, timeout_s)
+        connection, carrier = _attach(link, kind, settings, timeout_s)
     except (PeerLost, LinkTimeout):
         raise
     except (OSError, RuntimeError, MoeClusterError) as error:
@@ -64,9 +56,10 @@ def attach(link: Link, settings: PayloadSettings, there: End, *, on_one_host: bo
             raise InvalidInput(f"{link.peer}: {error}", field="links.payload", value=kind, remedy="use auto") from error
         logger.warning("payloads from and to %s cross the socket: %r", link.peer, error)
         return None
+    return Line(connection, carrier, link.peer, takes_messages=takes_messages)
 
 
-def _attach(link: Link, kind: str, settings: PayloadSettings, timeout_s: float) -> Line:
+def _attach(link: Link, kind: str, settings: PayloadSettings, timeout_s: float) -> tuple[socket.socket, Carrier]:
     carrier = new_carrier(kind, settings, link.peer)
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
@@ -82,7 +75,7 @@ def _attach(link: Link, kind: str, settings: PayloadSettings, timeout_s: float) 
         connection.close()
         carrier.close()
         raise
-    return Line(carrier, connection)
+    return connection, carrier
 
 
 @dataclass(frozen=True)
@@ -93,15 +86,16 @@ class _Begun:
 
 
 class Attachments:
-    """The server's end: a carrier for each link that has one. Of one thread."""
+    """The server's end: a line and a carrier for each link that has them. Of one thread."""
 
-    def __init__(self, settings: PayloadSettings, directory: str) -> None:
-        self._settings = settings
-        self._path = os.path.join(directory, "carry")
+    def __init__(self, settings: PayloadSettings, directory: str, *, takes_messages: bool) -> None:
+        self._settings, self._takes_messages = settings, takes_messages
+        self._path = os.path.join(directory, "line")
         self._begun: OrderedDict[bytes, _Begun] = OrderedDict()
-        self._carriers: dict[bytes, Carrier] = {}
-        self._lines: dict[int, tuple[socket.socket, bytes | None]] = {}
-        """By descriptor: a connection, and whose it is once it has shown its token."""
+        self._strangers: dict[int, socket.socket] = {}
+        """By descriptor: connections that have not shown a token yet."""
+        self._senders: dict[int, bytes] = {}
+        self._lines: dict[bytes, Line] = {}
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.setblocking(False)
         self._listener.bind(self._path)
@@ -117,8 +111,8 @@ class Attachments:
         """For the answer to `hello`."""
         return End.of(self._settings).fields()
 
-    def of(self, sender: bytes) -> Carrier | None:
-        return self._carriers.get(sender)
+    def of(self, sender: bytes) -> Line | None:
+        return self._lines.get(sender)
 
     def begin(self, sender: bytes, question: Message) -> Message:
         """The answer to `carry`. Raises nothing."""
@@ -139,17 +133,32 @@ class Attachments:
             self._begun.popitem(last=False)[1].carrier.close()
         return Message("ok", {"token": token, "line": self._path, "offer": dict(carrier.offer())})
 
-    def look(self) -> None:
-        """What has happened at the lines. Does not wait."""
+    def is_ready(self) -> bool:
+        """Whether there is something to `look` at."""
+        return bool(self._events.poll(0))
+
+    def look(self) -> list[tuple[bytes, Frames]]:
+        """What has happened at the lines: messages, by sender. Does not wait."""
+        messages: list[tuple[bytes, Frames]] = []
         for descriptor, _ in self._events.poll(0):
             if descriptor == self._listener.fileno():
                 self._accept()
+            elif descriptor in self._strangers:
+                self._meet(self._strangers.pop(descriptor))
             else:
-                self._hear(descriptor)
+                sender = self._senders[descriptor]
+                try:
+                    messages += [(sender, frames) for frames in self._lines[sender].receive()]
+                except (EOFError, ProtocolError):
+                    del self._senders[descriptor]
+                    self._lines.pop(sender).close()
+        return messages
 
     def close(self) -> None:
-        for descriptor in list(self._lines):
-            self._drop(descriptor)
+        for line in self._lines.values():
+            line.close()
+        for stranger in self._strangers.values():
+            stranger.close()
         for begun in self._begun.values():
             begun.carrier.close()
         self._events.close()
@@ -161,19 +170,19 @@ class Attachments:
         with contextlib.suppress(OSError):  # gone already
             connection, _ = self._listener.accept()
             connection.setblocking(False)
-            self._lines[connection.fileno()] = connection, None
+            self._strangers[connection.fileno()] = connection
             self._events.register(connection.fileno(), select.EPOLLIN)
 
-    def _hear(self, descriptor: int) -> None:
-        connection, sender = self._lines[descriptor]
+    def _meet(self, connection: socket.socket) -> None:
+        """It has said something, which must be the token of a link that has asked, or has ended."""
         token, shown = b"", list[int]()
         with contextlib.suppress(OSError):
             token, shown, _, _ = _receive(connection, TOKEN_BYTES)
-        begun = self._begun.pop(token, None) if sender is None else None
-        if begun is None:  # it has ended, or is not of this cluster
-            for other in shown:
-                os.close(other)
-            self._drop(descriptor)
+        begun = self._begun.pop(token, None)
+        if begun is None:
+            for descriptor in shown:
+                os.close(descriptor)
+            connection.close()
             return
         try:
             begun.carrier.meet(begun.offer, shown)
@@ -181,16 +190,10 @@ class Attachments:
         except (MoeClusterError, KeyError, TypeError, ValueError, OSError, RuntimeError) as error:
             logger.warning("%s gets no carrier: %r", _name(begun.sender), error)
             begun.carrier.close()
-            self._drop(descriptor)
+            connection.close()
             return
-        self._lines[descriptor] = connection, begun.sender
-        self._carriers[begun.sender] = begun.carrier
-
-    def _drop(self, descriptor: int) -> None:
-        connection, sender = self._lines.pop(descriptor)
-        connection.close()  # which takes it out of what is looked at, too
-        if sender is not None:
-            self._carriers.pop(sender).close()
+        line = Line(connection, begun.carrier, _name(begun.sender), takes_messages=self._takes_messages)
+        self._senders[connection.fileno()], self._lines[begun.sender] = begun.sender, line
 
 
 def _receive(connection: socket.socket, size: int) -> tuple[bytes, list[int], int, Any]:
