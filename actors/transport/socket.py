@@ -330,18 +330,20 @@ class SocketServer:
         sender, question = self._turns.take()
         if question.op == "hello":
             fields = {"name": self.name, "end": self._attachments.end()}
-            self._answer(sender, Message("ok", fields, (), question.id))
+            answer = Message("ok", fields, (), question.id)
         elif question.op == "carry":
-            answer = self._attachments.begin(sender, question)
-            self._answer(sender, replace(answer, id=question.id))
+            answer = replace(self._attachments.begin(sender, question), id=question.id)
         elif not self._ready(question):
             self._kept.append(_Kept(sender, question, time.monotonic() + self._keep_s))
+            return
         else:
-            self._handle(sender, question)
+            answer = self._handle(sender, question)
+        del question  # so that this very answer tells what of it nobody reads any more
+        self._answer(sender, answer)
 
-    def _handle(self, sender: bytes, question: Message) -> None:
+    def _handle(self, sender: bytes, question: Message) -> Message:
         answer = self._handler(sender.decode(errors="replace"), question)
-        self._answer(sender, Message(answer.op, answer.fields, answer.tensors, question.id))
+        return Message(answer.op, answer.fields, answer.tensors, question.id)
 
     def _answer_kept(self) -> bool:
         """Those that are ready, or have waited for too long. False if there was none."""
@@ -351,7 +353,7 @@ class SocketServer:
             self._kept.remove(kept)
             if self._ready(kept.question):
                 started = time.monotonic()
-                self._handle(kept.sender, kept.question)
+                self._answer(kept.sender, self._handle(kept.sender, kept.question))
                 self.busy_s += time.monotonic() - started
             else:
                 error = StepAborted(f"{self.name} could not begin with {kept.question.op} for {self._keep_s:.0f} s")

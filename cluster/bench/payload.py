@@ -16,6 +16,7 @@ from multiprocessing.shared_memory import SharedMemory
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from actors.transport.message import Message
 from actors.transport.payload.contract import SOCKET_ONLY, PayloadSettings
@@ -33,7 +34,7 @@ CALL_TIMEOUT_S = 30.0
 
 
 def payload_rows(rounds: int) -> list[Row]:
-    question = Message("echo", {}, (torch.randint(0, 256, (PAYLOAD_BYTES,), dtype=torch.uint8),))
+    question = Message("exchange", {}, (_payload(),))
     with _other_process(_serve) as parent, _copying(question) as copy_pair:
         address = _started(parent)
         auto, socket = _opened(address, PayloadSettings()), _opened(address, SOCKET_ONLY)
@@ -59,15 +60,19 @@ def payload_rows(rounds: int) -> list[Row]:
     ]
 
 
+def _payload() -> Tensor:
+    return torch.randint(0, 256, (PAYLOAD_BYTES,), dtype=torch.uint8)
+
+
 def _opened(address: Address, payload: PayloadSettings) -> SocketLink:
     return SocketLink("echo", address, name="bench", max_bytes=MAX_BYTES, timeout_s=CALL_TIMEOUT_S, payload=payload)
 
 
 def _serve(parent: Connection) -> None:
-    """Answers with the payload that came, which is so copied from one end's memory into the other's, as by the peer."""
+    payload = _payload()
 
     def handle(peer: str, question: Message) -> Message:
-        return Message("ok", {}, question.tensors)
+        return Message("ok", {}, (payload,))
 
     server = SocketServer("echo", handle, max_bytes=MAX_BYTES)
     server.start()
@@ -81,7 +86,7 @@ def _copying(question: Message) -> Iterator[Callable[[], None]]:
     """The least that there and back can cost: copy into one memory, wake up, copy into the other, wake up."""
     there, back = (SharedMemory(create=True, size=PAYLOAD_BYTES) for _ in range(2))
     try:
-        with _other_process(_copy, there.name, back.name) as parent:
+        with _other_process(_copy, back.name) as parent:
             _started(parent)
             yield partial(_copy_there, there, question.tensors[0].numpy(), parent)
     finally:
@@ -101,18 +106,18 @@ def _array(memory: SharedMemory) -> Bytes:
     return np.frombuffer(memory.buf, np.uint8, PAYLOAD_BYTES)
 
 
-def _copy(parent: Connection, there: str, back: str) -> None:
-    ours, theirs = SharedMemory(back), SharedMemory(there)
+def _copy(parent: Connection, back: str) -> None:
+    ours = SharedMemory(back)
+    payload = _payload().numpy()
     parent.send(None)
     while True:
         try:
             parent.recv_bytes()
         except EOFError:
             break
-        _array(ours)[:] = _array(theirs)
+        _array(ours)[:] = payload
         parent.send_bytes(b"x")
     ours.close()
-    theirs.close()
 
 
 @contextmanager
