@@ -47,13 +47,14 @@ def choose(here: End, there: End, *, on_one_host: bool) -> str:
     Two processes on one GPU share its memory, others on one host the host's. `nccl` is for who asks for it.
     """
     wishes = {here.wish, there.wish} - {"auto"}
-    if "socket" in wishes:
+    if wishes == {"socket"}:
         return "socket"
     possible = {kind: _hindrance(kind, here, there, on_one_host) for kind in ("cuda_ipc", "shm", "nccl", "gloo")}
     if not wishes:
         return next((kind for kind in ("cuda_ipc", "shm") if not possible[kind]), "socket")
-    wish = wishes.pop()
-    why = f"the other end wants {wishes.pop()}" if wishes else possible.get(wish, "there is no such kind")
+    wish = here.wish if here.wish != "auto" else there.wish
+    other = (wishes - {wish}) or {""}
+    why = f"the other end wants {other.pop()}" if len(wishes) > 1 else possible.get(wish, "there is no such kind")
     if why:
         raise InvalidInput(why, field="links.payload", value=wish, remedy="use auto")
     return wish
