@@ -24,7 +24,7 @@ from typing import Any
 
 import zmq
 
-from actors.errors import InvalidInput, LinkTimeout, MoeClusterError, PeerLost, ProtocolError, StepAborted
+from actors.errors import InvalidInput, LinkError, LinkTimeout, MoeClusterError, PeerLost, ProtocolError, StepAborted
 from actors.transport import curve
 from actors.transport.contract import CUT_NOTICED_S, Handler, Link
 from actors.transport.curve import LinkKeys
@@ -168,8 +168,7 @@ class SocketLink(Link):
             if self.closed or self.is_cut:
                 raise PeerLost("the link is closed", peer=self.peer)
             if self._arrived:
-                frames = self._arrived.popleft()
-                return decode(frames, peer=self.peer, max_bytes=self._max_bytes, carrier=self._carrier)
+                return self._decoded(self._arrived.popleft())
             wait_s = 0.0 if self._ended else min(deadline - time.monotonic(), CUT_NOTICED_S)
             wait_ms = max(0, int(wait_s * 1e3 + 0.999))
             ready = dict(self._poller.poll(wait_ms))
@@ -183,9 +182,25 @@ class SocketLink(Link):
                 frames = _received(self._socket)
                 self._arrived += [frames] if self._line is None else self._line.arrived(frames)
             elif is_over and not self._arrived:
+                self._abort_carrier()
                 raise self._lost(otherwise="the connection ended")
             if time.monotonic() >= deadline:
                 raise LinkTimeout("no answer before the deadline", peer=self.peer)
+
+    def _decoded(self, frames: Frames) -> Message:
+        try:
+            return decode(frames, peer=self.peer, max_bytes=self._max_bytes, carrier=self._carrier)
+        except PeerLost as error:
+            self._ended = str(error)
+            raise
+
+    def _abort_carrier(self) -> None:
+        if self._line is not None:
+            self._line.carrier.abort()
+
+    def cut(self) -> None:
+        super().cut()
+        self._abort_carrier()
 
     def _lost(self, *, otherwise: str) -> PeerLost:
         """Why, as the first event of the monitor tells, or `otherwise` if there is none. It stays so."""
@@ -313,7 +328,7 @@ class SocketServer:
         try:
             carrier = line.carrier if line is not None else None
             question = decode(frames, peer=peer, max_bytes=self._max_bytes, carrier=carrier)
-        except ProtocolError as error:
+        except LinkError as error:
             logger.warning("refused a message: %s", error)
             self._answer(sender, error_answer(error))
             return

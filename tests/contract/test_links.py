@@ -25,8 +25,11 @@ from actors.transport.payload.contract import SOCKET_ONLY, PayloadSettings
 from actors.transport.socket import Address, SocketLink, SocketServer
 
 MAX_BYTES = 1 << 22
-KINDS = ("local", "socket/ipc", "socket/ipc+shm", "socket/tcp", "faulty")
-CARRYING_ALL = {"shm": PayloadSettings("shm", region_bytes=1 << 20, carry_from_bytes=1)}
+KINDS = ("local", "socket/ipc", "socket/ipc+shm", "socket/ipc+gloo", "socket/tcp", "faulty")
+CARRYING_ALL = {
+    "shm": PayloadSettings("shm", region_bytes=1 << 20, carry_from_bytes=1),
+    "gloo": PayloadSettings("gloo", region_bytes=1 << 20, carry_from_bytes=1),
+}
 """Small tensors go the way of large ones, and there is soon no room for them."""
 
 

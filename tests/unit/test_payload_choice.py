@@ -70,7 +70,7 @@ def test_an_end_is_told_whole() -> None:
 
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ProtocolError, match="pigeon"):
-        new_carrier("pigeon", AUTO, "stranger")
+        new_carrier("pigeon", AUTO, "stranger", 0)
 
 
 def test_slots_never_overlap_and_all_room_comes_back() -> None:

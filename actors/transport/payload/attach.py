@@ -60,7 +60,7 @@ def attach(
 
 
 def _attach(link: Link, kind: str, settings: PayloadSettings, timeout_s: float) -> tuple[socket.socket, Carrier]:
-    carrier = new_carrier(kind, settings, link.peer)
+    carrier = new_carrier(kind, settings, link.peer, 0)
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         fields: Any = link.call(Message("carry", {"kind": kind, "offer": dict(carrier.offer())}), timeout_s).fields
@@ -121,7 +121,7 @@ class Attachments:
             kind, offer = str(fields["kind"]), dict(fields["offer"])
             if self._settings.wish not in ("auto", kind):
                 raise InvalidInput(f"this end wants {self._settings.wish}", field="links.payload", value=kind)
-            carrier = new_carrier(kind, self._settings, _name(sender))
+            carrier = new_carrier(kind, self._settings, _name(sender), 1)
         except MoeClusterError as error:
             return error_answer(error)
         except (KeyError, TypeError, ValueError, OSError, RuntimeError) as error:

@@ -11,6 +11,7 @@ import torch
 from actors.errors import InvalidInput, ProtocolError
 from actors.transport.payload.contract import Carrier, PayloadSettings
 from actors.transport.payload.cuda_ipc import CudaIpcCarrier
+from actors.transport.payload.pair import GlooPair, NcclPair, PairCarrier
 from actors.transport.payload.shm import ShmCarrier
 
 
@@ -60,13 +61,18 @@ def choose(here: End, there: End, *, on_one_host: bool) -> str:
     return wish
 
 
-def new_carrier(kind: str, settings: PayloadSettings, peer: str) -> Carrier:
-    """This end's half. OSError or RuntimeError where the machine does not give what it takes."""
+def new_carrier(kind: str, settings: PayloadSettings, peer: str, rank: int) -> Carrier:
+    """This end's half; `rank` 0 is the link's, 1 the server's. OSError or RuntimeError where the machine does not
+    give what it takes."""
     match kind:
         case "shm":
             return ShmCarrier(settings, peer)
         case "cuda_ipc":
             return CudaIpcCarrier(settings, peer)
+        case "nccl":
+            return PairCarrier(settings, peer, rank, NcclPair(settings.device))
+        case "gloo":
+            return PairCarrier(settings, peer, rank, GlooPair())
     raise ProtocolError(f"wants payloads over {kind!r}, which is unknown here", peer=peer)
 
 

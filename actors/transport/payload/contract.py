@@ -63,7 +63,7 @@ class Carrier(abc.ABC):
 
     @abc.abstractmethod
     def put(self, tensor: Tensor) -> Place | None:
-        """Sends one tensor, which may be changed afterwards; None if this one is to cross the socket."""
+        """Sends one tensor, which nobody changes (contract of Message); None if this one is to cross the socket."""
 
     def ship(self) -> None:
         """All tensors of a message were put, and its header follows."""
@@ -74,7 +74,7 @@ class Carrier(abc.ABC):
     @abc.abstractmethod
     def take(self, dtype: torch.dtype, shape: Sequence[int], place: Sequence[int]) -> Tensor:
         """What the peer put there, read-only. Called once for each place, in the order of the headers. `ProtocolError`
-        for one that cannot be."""
+        for one that cannot be, `PeerLost` where it will not come."""
 
     def told(self) -> list[int]:
         """For the next header: tickets of the peer that it may forget, at most `MAX_TOLD`."""
@@ -83,5 +83,8 @@ class Carrier(abc.ABC):
     def hear(self, tickets: Sequence[int]) -> None:
         """Counterpart of `told`."""
 
+    def abort(self) -> None:
+        """The peer is gone or out of reach: a `take` that waits ends with `PeerLost`. Any thread; does not wait."""
+
     def close(self) -> None:
-        """The link has ended. Tensors that were taken stay valid. From any thread, and more than once."""
+        """The link has ended. Tensors that were taken stay valid. More than once does nothing more."""

@@ -1,0 +1,257 @@
+"""`nccl` (and `gloo`): each link has communicators of its own, of two ranks, over which payloads go in the order of the
+headers. A rank that dies breaks its own links only.
+
+Built from a store in a directory of this user alone, without torch.distributed's global group. One communicator for
+each direction: on a single one a send to a peer that is sending too would wait for itself.
+What a link needs of a backend is `PairBackend`; NCCL's differs from gloo's in nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import shutil
+import tempfile
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from actors.errors import PeerLost, ProtocolError
+from actors.transport.payload.contract import MAX_TOLD, Carrier, PayloadSettings, Place
+
+_dist: Any = torch.distributed
+"""Its stubs lack what is used here."""
+logger = logging.getLogger(__name__)
+
+BUILD_TIMEOUT_S = 30.0
+TAKE_TIMEOUT_S = 30.0
+"""A payload whose header is here is on its way: one that takes longer will not come."""
+ABORT_NOTICED_S = 0.02
+NCCL_CHANNELS = 4
+"""Of a communicator, at most: each has buffers of its own on the GPU. Links do not need all of NVLink."""
+
+
+class PairBackend(ABC):
+    """Two processes that send each other tensors."""
+
+    kind: str = ""
+
+    @abstractmethod
+    def communicator(self, store: Any, rank: int) -> Any:
+        """Of ranks 0 and 1. RuntimeError if the other does not come."""
+
+    @abstractmethod
+    def carries(self, tensor: Tensor) -> bool: ...
+
+    @abstractmethod
+    def room(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Uninitialised, for what arrives."""
+
+    @abstractmethod
+    def settle(self, work: Any, is_over: Callable[[], bool]) -> None:
+        """Until what was received may be used. RuntimeError if the peer is gone, or it `is_over`."""
+
+
+class GlooPair(PairBackend):
+    """Tensors of the host, over TCP on loopback. What NCCL's links are tested with where there is one GPU or none."""
+
+    kind = "gloo"
+
+    def communicator(self, store: Any, rank: int) -> Any:
+        options = _dist.ProcessGroupGloo._Options()
+        options._timeout = timedelta(seconds=BUILD_TIMEOUT_S)
+        options._devices = [_dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        return _dist.ProcessGroupGloo(store, rank, 2, options)
+
+    def carries(self, tensor: Tensor) -> bool:
+        return tensor.is_cpu
+
+    def room(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype)
+
+    def settle(self, work: Any, is_over: Callable[[], bool]) -> None:
+        """gloo cannot be told to stop waiting, so a thread of its own waits, which may be left behind."""
+        done, errors = threading.Event(), list[RuntimeError]()
+
+        def wait() -> None:
+            try:
+                if not work.wait(timedelta(seconds=TAKE_TIMEOUT_S)):
+                    raise RuntimeError("gloo gave it up")
+            except RuntimeError as error:
+                errors.append(error)
+            done.set()
+
+        threading.Thread(target=wait, name="payload", daemon=True).start()
+        while not done.wait(ABORT_NOTICED_S):
+            if is_over():
+                raise RuntimeError("the link has ended")
+        if errors:
+            raise errors[0]
+
+
+class NcclPair(PairBackend):
+    """Tensors of this GPU. Nothing waits on the host: what is received is ready for the current stream."""
+
+    kind = "nccl"
+
+    def __init__(self, device: str) -> None:
+        if not _dist.is_nccl_available():
+            raise RuntimeError("this torch has no NCCL")
+        found = torch.device(device)
+        self._device = torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
+        # A peer that dies is the link's to notice: torch would end this whole process for it.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
+
+    def communicator(self, store: Any, rank: int) -> Any:
+        options = _dist.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=BUILD_TIMEOUT_S)
+        options.config.max_ctas = NCCL_CHANNELS
+        return _dist.ProcessGroupNCCL(store, rank, 2, options)
+
+    def carries(self, tensor: Tensor) -> bool:
+        return tensor.device == self._device
+
+    def room(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device=self._device)
+
+    def settle(self, work: Any, is_over: Callable[[], bool]) -> None:
+        work.wait()
+
+
+class PairCarrier(Carrier):
+    """The link's end is rank 0, the server's rank 1. A place is the number of the payload in its direction.
+
+    A tensor is kept until the peer tells that it has it; more than `region_bytes` on their way go over the socket.
+    """
+
+    def __init__(self, settings: PayloadSettings, peer: str, rank: int, backend: PairBackend) -> None:
+        self.kind = backend.kind
+        self._peer, self._rank, self._backend = peer, rank, backend
+        self._from_bytes = settings.carry_from_bytes
+        self._max_bytes = settings.region_bytes if backend.kind == "gloo" else settings.gpu_region_bytes
+        self._directory = tempfile.mkdtemp(prefix="moe-pair-") if rank == 0 else ""
+        self._going: dict[int, tuple[Tensor, Any]] = {}
+        self._num_going_bytes = 0
+        self._num_sent = self._num_taken = 0
+        self._taken: list[int] = []
+        self._out: Any = None
+        self._in: Any = None
+        self._is_over = threading.Event()
+        self._building: threading.Thread | None = None
+
+    def offer(self) -> Mapping[str, Any]:
+        return {"store": os.path.join(self._directory, "store")} if self._directory else {}
+
+    def meet(self, offer: Mapping[str, Any], descriptors: Sequence[int]) -> None:
+        """Rank 0 waits until both are there; rank 1 has others to serve meanwhile."""
+        for descriptor in descriptors:
+            os.close(descriptor)
+        path = os.path.join(self._directory, "store") if self._rank == 0 else str(offer["store"])
+        self._building = threading.Thread(target=self._build, args=(path,), name="pair", daemon=True)
+        self._building.start()
+        if self._rank == 0 and not self._is_built():
+            raise ProtocolError(f"no communicator with it within {BUILD_TIMEOUT_S:.0f} s", peer=self._peer)
+
+    def put(self, tensor: Tensor) -> Place | None:
+        num_bytes = tensor.numel() * tensor.element_size()
+        if not self._backend.carries(tensor) or num_bytes < self._from_bytes:
+            return None
+        if self._num_going_bytes + num_bytes > self._max_bytes or not self._is_built():
+            return None
+        tensor = tensor.detach().contiguous()
+        try:
+            work = self._out.send([tensor.reshape(-1)], 1 - self._rank, 0)
+        except RuntimeError:
+            self.abort()
+            return None
+        self._num_sent += 1
+        self._going[self._num_sent] = tensor, work
+        self._num_going_bytes += num_bytes
+        return (self._num_sent,)
+
+    def withdraw(self, places: Sequence[Place]) -> None:
+        """What has gone cannot come back, and the peer would take it for the next."""
+        if places:
+            self.abort()
+
+    def take(self, dtype: torch.dtype, shape: Sequence[int], place: Sequence[int]) -> Tensor:
+        self._num_taken += 1
+        if list(place) != [self._num_taken] or math.prod(shape) == 0:
+            self.abort()
+            raise ProtocolError(f"payload {place!r} where {self._num_taken} is due", peer=self._peer)
+        if not self._is_built():
+            raise PeerLost("the way of its payloads has ended", peer=self._peer)
+        room = self._backend.room(shape, dtype)
+        try:
+            work = self._in.recv([room.reshape(-1)], 1 - self._rank, 0)
+            self._backend.settle(work, self._is_over.is_set)
+        except RuntimeError as error:
+            self.abort()
+            raise PeerLost(f"its payload did not come: {error}", peer=self._peer) from None
+        self._taken.append(self._num_taken)
+        return room
+
+    def told(self) -> list[int]:
+        told, self._taken = self._taken[:MAX_TOLD], self._taken[MAX_TOLD:]
+        return told
+
+    def hear(self, tickets: Sequence[int]) -> None:
+        for ticket in tickets:
+            if (gone := self._going.pop(ticket, None)) is not None:
+                self._num_going_bytes -= gone[0].numel() * gone[0].element_size()
+
+    def abort(self) -> None:
+        """NCCL takes half a second to abort, beside whatever this thread goes on with."""
+        if not self._is_over.is_set():
+            self._is_over.set()
+            threading.Thread(target=self._end, name="abort-pair", daemon=True).start()
+
+    def close(self) -> None:
+        self.abort()
+
+    def _is_built(self) -> bool:
+        """Waits for it, which is short: the peer has built its half before it sends anything."""
+        if self._building is None:
+            return False
+        if not self._is_over.is_set():
+            self._building.join(BUILD_TIMEOUT_S)
+        return self._in is not None and not self._is_over.is_set()
+
+    def _build(self, path: str) -> None:
+        try:
+            store = _dist.FileStore(path, 2)
+            there, back = (
+                self._backend.communicator(_dist.PrefixStore(name, store), self._rank) for name in ("there", "back")
+            )
+            self._greet(there, sender=0)
+            self._greet(back, sender=1)
+            self._out, self._in = (there, back) if self._rank == 0 else (back, there)
+        except RuntimeError as error:
+            logger.warning("no %s with %s: %s", self.kind, self._peer, error)
+
+    def _greet(self, way: Any, sender: int) -> None:
+        """The first tensor makes the connection, both ends waiting: now, and one direction after the other."""
+        one = self._backend.room((1,), torch.uint8)
+        pass_on = way.send if self._rank == sender else way.recv
+        self._backend.settle(pass_on([one], 1 - self._rank, 0), self._is_over.is_set)
+
+    def _end(self) -> None:
+        if self._building is not None:
+            self._building.join(BUILD_TIMEOUT_S)
+        for way in (self._out, self._in):
+            if way is not None:
+                with contextlib.suppress(RuntimeError):
+                    way.abort()
+        self._out = self._in = None
+        self._going.clear()
+        if self._directory:
+            shutil.rmtree(self._directory, ignore_errors=True)
