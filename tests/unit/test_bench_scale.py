@@ -13,7 +13,9 @@ def test_a_stream_that_waits_for_its_next_token_counts_before_it_gets_it() -> No
         streams.token(0)
     streams.end(failed=True)
     clock[0] = 7.0
-    assert streams.take().gaps_s == [3.0, 7.0], "between tokens of the first; the second had none yet"
+    seen = streams.take()
+    assert seen.gaps_s == [3.0, 7.0], "between tokens of the first; the second had none yet"
+    assert (seen.ended, seen.failed) == (0, 1)
     clock[0] = 8.0
     streams.token(1)
     seen = streams.take()
