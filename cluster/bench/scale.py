@@ -23,7 +23,9 @@ from cluster.service.client import Client
 
 WAYS = ((2, (3, 2)), (4, (8, 6)))
 NUM_STREAMS = 16
-PROMPT, SAMPLING = "def main(", SamplingParams(max_tokens=64)
+PROMPT, SAMPLING = "def main(", SamplingParams(max_tokens=16)
+REQUEST_TIMEOUT_S = 120.0
+"""Streams share the cores with the job and with actors that start: a token may take seconds, none may fail."""
 QUIET_S = 10.0
 START_TIMEOUT_S = 300.0
 """Four processes that import torch beside a training job take minutes on two cores."""
@@ -146,7 +148,7 @@ def _stream(target: str, number: int, streams: Streams, stop: threading.Event) -
     with Client(target) as client:
         while not stop.is_set():
             try:
-                for _ in client.generate(PROMPT, SAMPLING):
+                for _ in client.generate(PROMPT, SAMPLING, timeout_s=REQUEST_TIMEOUT_S):
                     streams.token(number)
             except MoeClusterError:
                 streams.end(failed=True)
