@@ -130,7 +130,7 @@ class LinkUse:
     """What crossed the links of one kind that an actor opened, since it started."""
 
     kind: str
-    """E.g. `socket/ipc`."""
+    """E.g. `socket/ipc+shm`."""
     sent_bytes: int
     received_bytes: int
     wait_s: float
@@ -166,7 +166,7 @@ class ActorStatus:
     tokens: int = 0
     """Tokens received since it started (expert actors)."""
     link: str = ""
-    """Kind of its link to the router, e.g. `socket/ipc`."""
+    """Kind of its link to the router, e.g. `socket/ipc+shm`: the way of messages, and that of large tensors."""
     cache: ExpertCache | None = None
     """Of an expert actor whose device does not hold all its groups."""
     zone: str = ""

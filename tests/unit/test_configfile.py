@@ -258,6 +258,19 @@ CLUSTER_FAULTS = {
     "health port": (MODEL + "front: {health_port: 50151}", "front.health_port", "50151", "use another"),
     "reflection": (MODEL + "front: {reflection: maybe}", "front.reflection", "'maybe'", "one of auto, on, off"),
     "secure links": (MODEL + "links: {secure: 1}", "links.secure", "1", "one of auto, on, off"),
+    "unknown payload": (MODEL + "links: {payload: pigeon}", "links.payload", "pigeon", "one of auto, socket, shm"),
+    "payload between GPUs on a CPU": (
+        MODEL + "links: {payload: cuda_ipc}",
+        "links.payload",
+        "cuda_ipc",
+        "router.device",
+    ),
+    "payload to experts on a CPU": (
+        MODEL + "links: {payload: nccl}\nrouter: {device: cuda}",
+        "links.payload",
+        "nccl",
+        "set experts.device to cuda",
+    ),
     "bool for a kind": (MODEL + "links: {kind: on}", "links.kind", "True", "one of auto, local, socket"),
     "more routers than there may be": (
         MODEL + "router: {actors: 5}",
