@@ -124,8 +124,8 @@ class Attachments:
             carrier = new_carrier(kind, self._settings, _name(sender), 1)
         except MoeClusterError as error:
             return error_answer(error)
-        except (KeyError, TypeError, ValueError, OSError, RuntimeError) as error:
-            logger.warning("%s gets no carrier: %r", _name(sender), error)
+        except Exception as error:  # whatever a driver does, the server must live on
+            logger.warning("%s gets no carrier", _name(sender), exc_info=True)
             return error_answer(error)
         token = secrets.token_bytes(TOKEN_BYTES)
         self._begun[token] = _Begun(sender, carrier, offer)
@@ -187,8 +187,8 @@ class Attachments:
         try:
             begun.carrier.meet(begun.offer, shown)
             socket.send_fds(connection, [_MET], list(begun.carrier.descriptors()))
-        except (MoeClusterError, KeyError, TypeError, ValueError, OSError, RuntimeError) as error:
-            logger.warning("%s gets no carrier: %r", _name(begun.sender), error)
+        except Exception:  # as in `begin`
+            logger.warning("%s gets no carrier", _name(begun.sender), exc_info=True)
             begun.carrier.close()
             connection.close()
             return
