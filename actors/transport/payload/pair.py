@@ -59,6 +59,10 @@ class PairBackend(ABC):
     def settle(self, work: Any, is_over: Callable[[], bool]) -> None:
         """Until what was received may be used. RuntimeError if the peer is gone, or it `is_over`."""
 
+    @abstractmethod
+    def is_gone(self, work: Any) -> bool:
+        """Whether nobody reads a tensor any more that was sent, and that the peer has told to have taken."""
+
 
 class GlooPair(PairBackend):
     """Tensors of the host, over TCP on loopback. What NCCL's links are tested with where there is one GPU or none."""
@@ -76,6 +80,9 @@ class GlooPair(PairBackend):
 
     def room(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(tuple(shape), dtype=dtype)
+
+    def is_gone(self, work: Any) -> bool:
+        return True
 
     def settle(self, work: Any, is_over: Callable[[], bool]) -> None:
         """gloo cannot be told to stop waiting, so a thread of its own waits, which may be left behind."""
@@ -123,6 +130,9 @@ class NcclPair(PairBackend):
     def room(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(tuple(shape), dtype=dtype, device=self._device)
 
+    def is_gone(self, work: Any) -> bool:
+        return bool(work.is_completed())
+
     def settle(self, work: Any, is_over: Callable[[], bool]) -> None:
         work.wait()
 
@@ -140,6 +150,8 @@ class PairCarrier(Carrier):
         self._max_bytes = settings.region_bytes if backend.kind == "gloo" else settings.gpu_region_bytes
         self._directory = tempfile.mkdtemp(prefix="moe-pair-") if rank == 0 else ""
         self._going: dict[int, tuple[Tensor, Any]] = {}
+        self._there: set[int] = set()
+        """Of those, what the peer has taken: on a GPU that is still to be done."""
         self._num_going_bytes = 0
         self._num_sent = self._num_taken = 0
         self._taken: list[int] = []
@@ -205,9 +217,13 @@ class PairCarrier(Carrier):
         return told
 
     def hear(self, tickets: Sequence[int]) -> None:
-        for ticket in tickets:
-            if (gone := self._going.pop(ticket, None)) is not None:
-                self._num_going_bytes -= gone[0].numel() * gone[0].element_size()
+        self._there.update(tickets)
+        for ticket in list(self._there):
+            if ticket not in self._going:
+                self._there.discard(ticket)
+            elif self._backend.is_gone(self._going[ticket][1]):
+                tensor, _ = self._going.pop(ticket)
+                self._num_going_bytes -= tensor.numel() * tensor.element_size()
 
     def abort(self) -> None:
         """NCCL takes half a second to abort, beside whatever this thread goes on with."""
