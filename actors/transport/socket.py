@@ -190,8 +190,8 @@ class SocketLink(Link):
     def _decoded(self, frames: Frames) -> Message:
         try:
             return decode(frames, peer=self.peer, max_bytes=self._max_bytes, carrier=self._carrier)
-        except PeerLost as error:
-            self._ended = str(error)
+        except PeerLost:
+            self.is_cut = True  # what follows would be read in the place of what is missing
             raise
 
     def _abort_carrier(self) -> None:
