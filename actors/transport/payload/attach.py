@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 TOKEN_BYTES = 32
 MAX_DESCRIPTORS = 4
 MAX_BEGUN = 64
-"""Links that have asked for a carrier and not come to the line yet, at most."""
+"""Links that have asked for a carrier and not come to the line yet, at most; and connections without a token."""
 _MET = b"met"
 
 
@@ -169,6 +169,9 @@ class Attachments:
     def _accept(self) -> None:
         with contextlib.suppress(OSError):  # gone already
             connection, _ = self._listener.accept()
+            if len(self._strangers) >= MAX_BEGUN:
+                connection.close()
+                return
             connection.setblocking(False)
             self._strangers[connection.fileno()] = connection
             self._events.register(connection.fileno(), select.EPOLLIN)
@@ -179,6 +182,9 @@ class Attachments:
         with contextlib.suppress(OSError):
             token, shown, _, _ = _receive(connection, TOKEN_BYTES)
         begun = self._begun.pop(token, None)
+        if begun is not None and begun.sender in self._lines:
+            begun.carrier.close()
+            begun = None
         if begun is None:
             for descriptor in shown:
                 os.close(descriptor)

@@ -20,6 +20,8 @@ from actors.transport.payload.contract import Carrier
 SHORT_BYTES = 1 << 15
 """Of a message with its header, at most."""
 MAX_FRAMES = 32
+MAX_EARLY = 4096
+"""Messages that wait for one that is still on the other way."""
 _NUMBER = struct.Struct("<Q")
 _HEAD = struct.Struct("<QI")
 """Number of the message, number of its frames; the size of each follows."""
@@ -85,6 +87,8 @@ class Line:
         self.carrier.close()
 
     def _in_order(self, number: int, frames: Frames) -> list[Frames]:
+        if len(self._early) >= MAX_EARLY:
+            raise ProtocolError(f"message {self._num_received + 1} is missing", peer=self._peer)
         self._early[number] = frames
         ready = []
         while (following := self._early.pop(self._num_received + 1, None)) is not None:
