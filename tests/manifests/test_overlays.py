@@ -21,6 +21,7 @@ from tests.manifests.pod_rules import POD_RULES
 from tests.manifests.schema import (
     CRDS_VARIABLE,
     RAY_KIND,
+    api_violations,
     borrowed,
     core_schemas,
     find_crds,
@@ -35,6 +36,8 @@ needs_crds = pytest.mark.skipif(
     find_crds() is None,
     reason=f"KubeRay's CRD files are neither in ${CRDS_VARIABLE} nor in ../shared/kuberay",
 )
+KUBERNETES = "1.30", "1.37"
+"""The oldest that k8s/README.md asks for, and the newest that it has been checked with."""
 ADDITIONS = ("redis", "s3")
 VARIANTS = (
     *((name, ()) for name in OVERLAYS),
@@ -61,6 +64,13 @@ def test_built_in_kinds_have_no_unknown_or_wrong_fields(manifests: list[Manifest
         if kind_of(manifest) != RAY_KIND:
             assert kind_of(manifest) in schemas, f"{kind_of(manifest)} is not in core.yaml"
             assert violations(manifest, schemas[kind_of(manifest)]) == [], manifest["metadata"]["name"]
+
+
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_built_in_kinds_pass_kubernetes_validate(version: str, manifests: list[Manifest]) -> None:
+    for manifest in manifests:
+        if kind_of(manifest) != RAY_KIND:
+            assert api_violations(manifest, version) == [], manifest["metadata"]["name"]
 
 
 @needs_crds
