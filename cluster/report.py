@@ -169,7 +169,10 @@ def draw_compression(path: Path, report: Report) -> None:
     lines: dict[str, list[CompressionRow]] = {}
     for row in report.rows:
         if isinstance(row, CompressionRow):
-            lines.setdefault(row.case.partition("_")[0], []).append(row)
+            copies, _, name = row.case.rpartition("copies_")
+            lines.setdefault(f"{name.partition('_')[0]}{', copies' if copies or name != row.case else ''}", []).append(
+                row
+            )
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     for method, rows in lines.items():
         rows.sort(key=lambda row: row.ratio)

@@ -101,7 +101,9 @@ def test_what_is_not_finite_comes_out_as_such() -> None:
 
 
 def test_a_dtype_that_cannot_be_compressed_is_refused_by_name() -> None:
-    with pytest.raises(InvalidInput, match=r"dtype: .*cannot be compressed \(got 'torch.int32'\); use float64, float32"):
+    with pytest.raises(
+        InvalidInput, match=r"dtype: .*cannot be compressed \(got 'torch.int32'\); use float64, float32"
+    ):
         Squeezer(SETTINGS[0]).pack(KEY, [torch.ones(2, 4, 4, dtype=torch.int32)])
 
 
