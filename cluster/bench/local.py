@@ -99,10 +99,9 @@ def local_cluster(seed: int, copies: CopyMeter | None = None) -> Iterator[LocalC
     names = [f"expert-{i}" for i in range(NUM_HOSTS)]
     held = [tuple(names[i:] + names[:i]) if copies else (names[i],) for i in range(NUM_HOSTS)]
     placement = Placement(1, tuple(held), GROUP_SIZE)
-    reaching = {"open_peer": copies.open} if copies else {}
-    hosts = [ExpertHost(n, source, placement.held_by(n), group_size=GROUP_SIZE, **reaching) for n in names]
-    if copies:
-        copies.watch(hosts)
+    meter = copies or CopyMeter()
+    hosts = [ExpertHost(n, source, placement.held_by(n), group_size=GROUP_SIZE, open_peer=meter.open) for n in names]
+    meter.watch(hosts)
     peers = {host.name: Peer(_opener(host), Address("", host.name, "")) for host in hosts}
     router = Router(source, Roster(placement, peers), gate=GATE)
     try:
