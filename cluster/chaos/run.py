@@ -27,6 +27,7 @@ from cluster.chaos.updates import updates_made
 from cluster.chaos.work import Streams, Watched, expected_tokens
 from cluster.config import ClusterConfig, JobConfig, StorageConfig
 from cluster.errors import FailedPrecondition
+from cluster.fabric.workertools import SLOW_UPDATES
 from cluster.service.client import Client
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,13 @@ class Settings:
     streams: int
     phases: Sequence[Phase] = PHASES
     """In which faults strike: training while streams go on, and serving only."""
+    slow_updates_s: float = 0.0
+    """Every expert actor waits so long before each update, which makes it lag behind in a job with a staleness."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of both clusters."""
+        return {SLOW_UPDATES: str(self.slow_updates_s)} if self.slow_updates_s else {}
 
 
 Say = Callable[[str], None]
@@ -90,7 +98,7 @@ def run_chaos(settings: Settings, say: Say, tick: Tick) -> Record:
 
 def _disturbed(settings: Settings, plan: Iterator[Fault], record: Record, say: Say, tick: Tick) -> None:
     say("starting the cluster that will be disturbed ...")
-    cluster = service_process(_fresh(settings, DISTURBED), settings.output, DISTURBED, record)
+    cluster = service_process(_fresh(settings, DISTURBED), settings.output, DISTURBED, record, settings.environment)
     with cluster as service, Client(service.target) as client:
         client.wait_ready(READY_TIMEOUT_S)
         _Disturbed(settings, plan, record, service, client, say, tick).run()
@@ -102,7 +110,7 @@ def _undisturbed(settings: Settings, record: Record, say: Say, tick: Tick) -> No
         return
     steps = max(commit.step for commit in record.commits)
     say(f"the same {steps} steps on a cluster that is left alone ...")
-    cluster = service_process(_fresh(settings, UNDISTURBED), settings.output, UNDISTURBED, record)
+    cluster = service_process(_fresh(settings, UNDISTURBED), settings.output, UNDISTURBED, record, settings.environment)
     with cluster as service, Client(service.target) as client:
         client.wait_ready(READY_TIMEOUT_S)
         job = client.submit_job(replace(settings.job, steps=steps))

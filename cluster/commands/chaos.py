@@ -81,6 +81,14 @@ def add_parsers(subparsers: Subparsers, guarded: Guard) -> None:
         metavar="STEPS",
         help="that the job's experts may be behind, in place of what the job says; losses need not be equal then",
     )
+    add(
+        "--slow-updates",
+        dest="slow_updates_s",
+        metavar="TIME",
+        type=duration,
+        default=0.0,
+        help="that expert actors wait before each update, so that a job with a staleness is behind (default: none)",
+    )
     add("--output", default="chaos-report", metavar="DIR", help="where to write (default: %(default)s)")
     add("--json", action="store_true", help="print the summary as one JSON document")
     parser.set_defaults(run=guarded(run_command))
@@ -105,6 +113,7 @@ def run_command(args: argparse.Namespace) -> int:
         seed=args.seed,
         streams=args.streams,
         phases=args.phases,
+        slow_updates_s=args.slow_updates_s,
     )
     with terminated_as_interrupted(), _shown(stderr=args.json) as (say, tick):
         record = run_chaos(settings, say, tick)

@@ -13,7 +13,7 @@ from cluster.config import ClusterConfig
 from cluster.fabric.contacts import ExpertContact
 from cluster.fabric.measures import Measures
 from cluster.fabric.standing import ExpertStanding, Watch
-from cluster.fabric.workertools import import_torch, of_version, open_link, way_of
+from cluster.fabric.workertools import brake_of, import_torch, of_version, open_link, way_of
 
 if TYPE_CHECKING:
     from actors.transport.contract import Link
@@ -62,6 +62,7 @@ class ExpertWorker:
             timeout_s=self._config.router.request_timeout_s,
             cache=CacheSettings(experts.expert_cache_size, experts.cache_dir) if experts.expert_cache_size else None,
         )
+        self._host.updates.brake = brake_of(os.environ)
         self._server = self._serve(self._host.handle, self._host.idle, self._host.ready, self._host.lane)
         self._exchange = self._serve(self._host.exchange.handle)
         self._contact = ExpertContact(

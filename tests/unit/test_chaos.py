@@ -15,11 +15,13 @@ from statistics import fmean
 import pytest
 
 from actors.errors import InvalidInput
+from actors.expert.updates import Brake
 from actors.staleness import MAX_STALENESS
 from cluster.backend import ActorStatus, ClusterStatus
 from cluster.chaos import report
 from cluster.chaos.picture import degraded, draw_timeline, longest_wait_s
 from cluster.chaos.record import Commit, Gap, Look, Record, Request, Span, Strike, Vitals
+from cluster.chaos.run import Settings
 from cluster.chaos.schedule import (
     DEFAULT_KINDS,
     KINDS,
@@ -31,9 +33,11 @@ from cluster.chaos.schedule import (
     what_is_missing,
 )
 from cluster.chaos.service import ServiceProcess
-from cluster.commands.chaos import duration, job_config, kinds, phases, show
+from cluster.commands.chaos import JOB, duration, job_config, kinds, phases, show
 from cluster.commands.output import plain
+from cluster.configfile import find_config, load_cluster
 from cluster.control.ledger import Entry
+from cluster.fabric.workertools import brake_of
 
 
 def actor(number: int, node: str = "", state: str = "ready", role: str = "expert") -> ActorStatus:
@@ -119,6 +123,13 @@ def test_a_cluster_that_has_not_noticed_is_not_whole() -> None:
     assert what_is_missing(here, 4) == "3 of 4 expert actors"
     assert what_is_missing(replace(here, message="degraded: group 1"), 3) == "degraded: group 1"
     assert what_is_missing(replace(here, ready=False), 3) == "not ready"
+
+
+def test_updates_are_slowed_through_the_environment_of_the_whole_cluster(tmp_path: Path) -> None:
+    cluster = load_cluster(find_config("local_cpu"))
+    settings = Settings(cluster, JOB, tmp_path, 1, 1, 20, 5, ("kill",), 0, 1, slow_updates_s=0.25)
+    assert brake_of(settings.environment).sleep_s == 0.25
+    assert brake_of(replace(settings, slow_updates_s=0).environment) == Brake()
 
 
 def test_who_took_the_place_of_a_dead_process_is_not_compared_with_it() -> None:
