@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from actors.transport.socket import SocketServer
     from actors.transport.turns import Lane
     from cluster.checkpoint.manifest import Shard
-    from cluster.checkpoint.memory import Holder, KeptDraft, Way
+    from cluster.checkpoint.memory import Holder, KeptDraft, Told, Way
     from cluster.checkpoint.store import Draft, Found
 
 
@@ -142,6 +142,14 @@ class ExpertWorker:
     def drop_kept(self, but: Sequence[str]) -> None:
         """Of the snapshots in memory only these stay."""
         self._host.exchange.keeper.keep_only(but)
+
+    def remember_kept(self, told: Told) -> None:
+        """The last complete one, for the next coordinator."""
+        self._host.exchange.keeper.complete = told
+
+    def last_kept(self) -> Told | None:
+        told: Told | None = self._host.exchange.keeper.complete
+        return told
 
     def restore(self, groups: Sequence[int], found: Found, run: int) -> None:
         """These groups as they were saved, and nothing else, from now on."""
