@@ -9,6 +9,7 @@ from contextlib import closing
 from types import TracebackType
 
 from actors.errors import MoeClusterError
+from actors.values import VersionChoice
 from cluster.backend import Job, JobEvent, SamplingParams
 from cluster.chaos.record import Commit, Gap, Phase, Record, Request
 from cluster.service.client import Client
@@ -80,6 +81,7 @@ class Streams:
 
     def __init__(self, client: Client, record: Record, phase: Phase, count: int) -> None:
         self._client, self._record, self._phase = client, record, phase
+        self._choice = VersionChoice(max_behind=record.staleness)  # as training: nobody waits within the bound
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(n, count), daemon=True) for n in range(count)]
 
@@ -112,7 +114,7 @@ class Streams:
         reason, error = "", ""
         prompt, sampling = REQUESTS[key]
         try:
-            with closing(self._client.generate(prompt, sampling, timeout_s=REQUEST_TIMEOUT_S)) as chunks:
+            with closing(self._client.generate(prompt, sampling, self._choice, timeout_s=REQUEST_TIMEOUT_S)) as chunks:
                 for chunk in chunks:
                     now_s = time.time()
                     self._record.gaps.append(Gap(self._phase, last_s, now_s, number))

@@ -64,7 +64,7 @@ class Told:
 
     kept: Kept
     run: int
-    """It may be gone back to as long as this run goes on: other weights, or a return to anything else, begin another."""
+    """It may be gone back to as long as this run goes on: other weights, and returns to anything else, begin others."""
 
 
 @dataclass(frozen=True)
