@@ -184,7 +184,7 @@ class Router:
         self, microbatches: Sequence[Tensor], lr: float, clip_norm: float, bias_speed: float, retries: int
     ) -> StepReport:
         attempt = Attempt(self.version + 1, self._attempt)
-        fields = {"step": attempt.step, "attempt": attempt.number}
+        fields = {"step": attempt.step, "attempt": attempt.number, **self.learner.compression.for_copies()}
         num_tokens = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in microbatches)
         self._training.load_LE.zero_()
         pieces = self.learner.pieces

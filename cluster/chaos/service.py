@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -110,14 +111,22 @@ class ServiceProcess:
 
 
 @contextmanager
-def service_process(config: ClusterConfig, output: Path, name: str, record: Record) -> Iterator[ServiceProcess]:
-    """Ready when entered; ended afterwards. Its config and log are `output`/`name`.yaml and .log."""
+def service_process(
+    config: ClusterConfig, output: Path, name: str, record: Record, environment: Mapping[str, str]
+) -> Iterator[ServiceProcess]:
+    """Ready when entered; ended afterwards. Its config and log are `output`/`name`.yaml and .log. `environment`: of all
+    its processes, beside this one's own."""
     file, log, ready = (output / f"{name}{suffix}" for suffix in (".yaml", ".log", ".json"))
     file.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
     command = [sys.executable, "-m", "cluster.cli", "-v", "up", "--json", "--config", str(file)]
     with log.open("wb") as errors, ready.open("wb") as answers:
         process = subprocess.Popen(
-            command, stdout=answers, stderr=errors, stdin=subprocess.DEVNULL, start_new_session=True
+            command,
+            stdout=answers,
+            stderr=errors,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, **environment},
         )
     try:
         target = _target(process, ready, log)

@@ -71,6 +71,8 @@ class Crew:
             take_snapshot=Remote(lambda for_peers: router.take_snapshot(for_peers=for_peers)),
             keep_snapshot=Remote(lambda draft, peer: self._keep(self.leader, draft, peer)),
             drop_kept=Remote(lambda ids: router.keeper.keep_only(ids), at_once=True),
+            remember_kept=Remote(lambda told: setattr(router.keeper, "complete", told), at_once=True),
+            last_kept=Remote(lambda: router.keeper.complete),
             restore=Remote(self._restore_router),
         )
 
@@ -91,7 +93,10 @@ class Crew:
         if name == self.leader:
             return self.router
         host = self._local.members[name].host
+        keeper = host.exchange.keeper
         return SimpleNamespace(
+            remember_kept=Remote(lambda told: setattr(keeper, "complete", told), at_once=True),
+            last_kept=Remote(lambda: keeper.complete),
             keep_snapshot=Remote(lambda draft, peer: self._keep(name, draft, peer)),
             drop_kept=Remote(host.exchange.keeper.keep_only, at_once=True),
             restore=Remote(lambda groups, found, run: self._restore(name, groups, found, run)),
@@ -212,6 +217,14 @@ class Bench:
             self.coordinator.step_committed(self.job, step, {"loss": report.loss}, float(step))
             self.snapshots.after_step(self.job, step)
             self.settle()
+
+    def come_back(self) -> None:
+        """The coordinator has died, and another is in its place, which knows what the actors tell it."""
+        every_steps = self.snapshots._every_steps
+        self.coordinator.can_restore = False
+        self.snapshots = Snapshots(every_steps, self.snapshots._state, self.crew, self.snapshots._checkpoints)  # type: ignore[arg-type]
+        self.recovery._snapshots = self.snapshots
+        self.snapshots.recall(self.coordinator.status().version)
 
     def settle(self) -> None:
         deadline = time.monotonic() + WAIT_S
@@ -384,6 +397,53 @@ def test_one_that_is_complete_only_after_a_return_is_not_used(source: ModelSourc
         here.settle()
         assert kept is not None
         assert here.snapshots.newest() is kept
+
+
+def test_a_coordinator_that_comes_back_is_told_of_it(
+    source: ModelSource, tmp_path: Path, unbroken: dict[int, float]
+) -> None:
+    with bench(source, tmp_path) as here:
+        here.train(*range(1, 8))
+        here.come_back()
+        assert here.coordinator.can_restore
+        here.kill("expert-1")
+        assert here.go_back() == 5
+        assert "version 5 from the memory of the actors" in here.last_note()
+        here.train(6)
+        here.come_back()  # the return was to the very snapshot: it serves on
+        here.kill("expert-0")
+        assert here.snapshots.newest() is None, "of two actors that have ended nobody has both parts"
+        assert here.snapshots._last is not None
+    with bench(source, tmp_path) as here:
+        here.train(*range(1, 12))
+        here.come_back()
+        here.kill("expert-2")
+        assert here.go_back() == 10
+        here.train(11, 12)
+        same(here.losses, unbroken)
+
+
+def test_a_snapshot_of_a_past_that_is_no_more_is_not_recalled(source: ModelSource, tmp_path: Path) -> None:
+    with bench(source, tmp_path) as here:
+        here.train(*range(1, 7))
+        here.storage.save(here.local, here.job_dict)
+        here.kill("expert-1")
+        assert here.go_back() == 6, "the checkpoint is newer"
+        here.come_back()
+        assert here.snapshots.newest() is None
+    with bench(source, tmp_path / "other") as here:
+        here.train(*range(1, 7))
+        here.local.router.replace_weights(str(source.path))
+        here.come_back()
+        assert here.snapshots.newest() is None, "it would undo the import"
+    with bench(source, tmp_path / "third") as here:
+        here.train(*range(1, 7))
+        here.snapshots.recall(version=4)
+        assert here.snapshots._last is not None
+        here.come_back()
+        here.snapshots._last = None
+        here.snapshots.recall(version=4)
+        assert here.snapshots._last is None, "it is newer than the weights"
 
 
 def test_two_generations_at_most(source: ModelSource, tmp_path: Path) -> None:
