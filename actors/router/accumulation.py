@@ -13,9 +13,10 @@ from actors.expert.exchange import Attempt
 from actors.losses import token_losses
 from actors.router.dispatcher import Dispatcher, Purpose
 from actors.router.division import Part
-from actors.router.flight import MAX_IN_FLIGHT, Flight
+from actors.router.flight import Flight
 from actors.router.learner import Learner
 from actors.router.replicas import Tally
+from actors.values import MAX_IN_FLIGHT
 
 Watching = Callable[[int], AbstractContextManager[None]]
 """Gives what is to be entered around the backwards after which all gradients are complete: so many add to each."""
@@ -26,13 +27,24 @@ def unwatched(num_backwards: int) -> AbstractContextManager[None]:
 
 
 class Accumulation:
-    """Of one router. `in_flight`: micro-batches at once. Each has its activations until its backward is done, so memory
-    for these grows with it."""
+    """Of one router, for the thread that trains."""
 
     def __init__(self, learner: Learner, dispatcher: Dispatcher, in_flight: int) -> None:
-        if not 1 <= in_flight <= MAX_IN_FLIGHT:
-            raise InvalidInput(f"must be 1 to {MAX_IN_FLIGHT}", field="in_flight", value=in_flight)
-        self._learner, self._dispatcher, self._in_flight = learner, dispatcher, in_flight
+        self._learner, self._dispatcher = learner, dispatcher
+        self.in_flight = in_flight
+
+    @property
+    def in_flight(self) -> int:
+        """Micro-batches at once. Each has its activations until its backward is done, so memory for these grows with
+        it. It may be changed between two steps."""
+        return self._in_flight
+
+    @in_flight.setter
+    def in_flight(self, number: int) -> None:
+        if not 1 <= number <= MAX_IN_FLIGHT:
+            remedy = f"use 1 to {MAX_IN_FLIGHT}"
+            raise InvalidInput("is no number of micro-batches at once", field="in_flight", value=number, remedy=remedy)
+        self._in_flight = number
 
     def run(
         self,

@@ -1,9 +1,9 @@
 """Passes of several micro-batches in flight: while the tokens of one are with the experts, the router computes another.
 
-transformers' forward and autograd's backward cannot be left in the middle, so every pass in flight has a thread. Only one
-computes at a time, who holds the baton, and it goes on only where a dispatcher would wait, once a layer and direction,
-always to the next slot in a fixed order. So everything happens in an order that does not depend on timing: gradients
-are added up micro-batch by micro-batch, as if there were no others in flight.
+transformers' forward and autograd's backward cannot be left in the middle, so every pass in flight has a thread. Only
+one computes at a time, who holds the baton, and it goes on only where a dispatcher would wait, once a layer and
+direction, always to the next slot in a fixed order. So everything happens in an order that does not depend on timing:
+gradients are added up micro-batch by micro-batch, as if there were no others in flight.
 
 Links are used by who holds the baton alone. An answer is awaited when the baton is back, after all others have had
 their turn.
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from actors.router.dispatcher import Dispatcher
 
 LOOK_S = 1.0
-MAX_IN_FLIGHT = 8
 
 
 class Baton:

@@ -85,7 +85,7 @@ class Router:
         self._find_roster = find_roster
         self._training = Dispatcher(num_layers, num_experts, timeout_s=timeout_s)
         self._serving = Dispatcher(num_layers, num_experts, timeout_s=timeout_s, reroutes=True)
-        self._accumulation = Accumulation(self.learner, self._training, in_flight)
+        self.accumulation = Accumulation(self.learner, self._training, in_flight)
         self._last_commit = LastCommit(self._training, self._reopen, timeout_s)
         self.version = self._run = 0
         self.serving = Serving(
@@ -194,7 +194,7 @@ class Router:
         self._training.load_LE.zero_()
         pieces = self.learner.pieces
         mine = self.replicas.start(attempt, microbatches, num_tokens, len(pieces))
-        own = self._accumulation.run(attempt, mine, num_tokens, len(microbatches))
+        own = self.accumulation.run(attempt, mine, num_tokens, len(microbatches))
         total = self.replicas.collect(own, pieces, self._training.load_LE)
         if len(self.replicas):
             pieces.squeeze()
@@ -543,7 +543,7 @@ class Router:
         self._reopen()
         self._attempt = attempt.number
         self._training.load_LE.zero_()
-        tally = self._accumulation.run(
+        tally = self.accumulation.run(
             attempt, parts, num_tokens, num_microbatches, should_stop=should_stop, watching=buckets.watching
         )
         buckets.close()
