@@ -179,8 +179,8 @@ def test_a_detached_service_goes_on_without_its_front(address: str, orphans: Orp
             step_beyond(client, job_id, client.get_job(job_id).step)
             assert client.ledger().entries == (), "nothing was disturbed"
             down = services.command("down", "--target", target)
-            down.communicate(timeout=WAIT_S)
-            assert down.returncode == 0
+            _, errors = down.communicate(timeout=WAIT_S)
+            assert down.returncode == 0, errors
     wait_until_gone(orphans.processes)
 
 
