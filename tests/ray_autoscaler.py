@@ -43,7 +43,7 @@ def autoscaled_ray(node_types: Mapping[str, NodeType], idle_s: float) -> Iterato
     all processes have ended."""
     # Not pytest's directory: paths of sockets must be short.
     with tempfile.TemporaryDirectory(prefix="ray-") as directory:
-        address = f"{get_node_ip_address()}:{_free_port()}"
+        address = f"{get_node_ip_address()}:{free_port()}"
         config = Path(directory) / "autoscaler.json"
         config.write_text(json.dumps(_config(address, node_types, idle_s)))
         log = Path(directory) / "head.log"
@@ -152,7 +152,7 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Should somebody take it before the head does, the head says so and ends."""
     with socket.socket() as listener:
         listener.bind(("", 0))

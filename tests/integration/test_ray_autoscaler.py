@@ -6,20 +6,31 @@ import os
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.backend import JobState, OperationState
 from cluster.serve import served
 from cluster.service.client import Client
+from tests.contract.test_metrics import expressions, names_in
 from tests.integration.load import DRAIN_S, LONG_JOB, streams
 from tests.integration.test_autoscaling import wait_for_actors
 from tests.integration.test_copies import WAIT_S, config_in, wait_for_step
 from tests.manifests.kustomize import K8S, find_kubectl, overlay, ray_cluster
-from tests.ray_autoscaler import NodeType, autoscaled_ray, expert_nodes, nodes_by_type, num_nodes, worker_groups
+from tests.ray_autoscaler import (
+    NodeType,
+    autoscaled_ray,
+    expert_nodes,
+    free_port,
+    nodes_by_type,
+    num_nodes,
+    worker_groups,
+)
 
 pytestmark = pytest.mark.timeout(600)  # starting processes that import torch takes minutes on a busy machine
 
@@ -76,7 +87,14 @@ def test_the_groups_on_kubernetes_offer_what_actors_ask_for(groups: dict[str, No
     assert least == {"router": 1, "experts": 2}
     with autoscaled_ray(groups, idle_s=IDLE_S) as address:
         wait_for_nodes(address, 3)
-        changes = {"ray.mode": "existing", "ray.address": address, "experts.actors": 2, "experts.max_actors": 3}
+        metrics_port = free_port()
+        changes = {
+            "ray.mode": "existing",
+            "ray.address": address,
+            "experts.actors": 2,
+            "experts.max_actors": 3,
+            "front.metrics_port": metrics_port,
+        }
         with served(config_in(tmp_path, **changes)) as service, Client(service.target) as client:
             job = client.submit_job(LONG_JOB)
             wait_for_step(client, job.id, 3)
@@ -90,8 +108,18 @@ def test_the_groups_on_kubernetes_offer_what_actors_ask_for(groups: dict[str, No
             assert len({actor.node for actor in actors}) == 3, "the router and the expert actors, on a node each"
             step = client.get_job(job.id).step
             wait_for_step(client, job.id, step + 3)
+            assert metrics_without_a_value(metrics_port) == set()
             client.cancel_job(job.id)
             assert [entry.kind for entry in client.ledger().entries] == ["scale_up", "scale_down", "drain"]
+
+
+def metrics_without_a_value(port: int) -> set[str]:
+    """Of those that alerts and panels name, but for GPUs."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=WAIT_S) as response:
+        families = text_string_to_metric_families(response.read().decode())
+    seen = {sample.name for family in families for sample in family.samples}
+    named = set().union(*(names_in(expression) for expression in expressions().values()))
+    return {name for name in named - seen if not name.startswith("moe_cluster_gpu_")}
 
 
 @pytest.mark.skipif(find_kubectl() is None, reason="kubectl is not installed, which renders the overlays")
