@@ -135,16 +135,18 @@ def step_beyond(client: Client, job_id: str, step: int) -> int:
 
 
 @contextmanager
-def replaced(services: Services, target: str, front: subprocess.Popen[str]) -> Iterator[str]:
+def replaced(
+    services: Services, target: str, front: subprocess.Popen[str]
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """Under requests one front after the other ends as Kubernetes ends a pod, when another is there: none fails, and
-    those that are under way at a front that ends are finished there. Gives the target of the one that is left."""
+    those that are under way at a front that ends are finished there. Gives the one that is left."""
     detached, limit_s = {"ray.detached": True, "front.shutdown_grace_s": GRACE_S}, GRACE_S + 30
     with services.up(**detached) as (second_target, second), asking(target, second_target) as asked:
         asked.wait_for(6)
         front.terminate()
         asked.wait_for(6)
         assert front.wait(limit_s) == 0
-        with services.up(**detached, **{"front.port": int(target.rpartition(":")[2])}) as (third_target, _):
+        with services.up(**detached, **{"front.port": int(target.rpartition(":")[2])}) as (third_target, third):
             assert third_target == target, "a new front in the old one's place"
             second.terminate()
             asked.wait_for(6)
@@ -152,7 +154,7 @@ def replaced(services: Services, target: str, front: subprocess.Popen[str]) -> I
             asked.wait_for(6)
             asked.end()
             assert asked.failed == []
-            yield third_target
+            yield third_target, third
 
 
 def test_a_detached_service_goes_on_without_its_front(address: str, orphans: Orphans, tmp_path: Path) -> None:
@@ -174,13 +176,16 @@ def test_a_detached_service_goes_on_without_its_front(address: str, orphans: Orp
             step_beyond(client, job_id, step)
             assert len(list(client.generate("def "))) > 0
         assert ours() == before, "the same processes, which nobody has disturbed"
-        with replaced(services, target, front) as target, Client(target) as client:
+        with replaced(services, target, front) as (target, last):
+            with Client(target) as client:
+                step_beyond(client, job_id, client.get_job(job_id).step)
+                assert client.ledger().entries == (), "nothing was disturbed"
+            last.terminate()
+            assert last.wait(GRACE_S + 30) == 0
             assert ours() == before, "fronts that end leave the cluster alone"
-            step_beyond(client, job_id, client.get_job(job_id).step)
-            assert client.ledger().entries == (), "nothing was disturbed"
             down = services.command("down", "--target", target)
-            down.communicate(timeout=WAIT_S)
-            assert down.returncode == 0
+            _, errors = down.communicate(timeout=WAIT_S)
+            assert down.returncode == 0, errors
     wait_until_gone(orphans.processes)
 
 

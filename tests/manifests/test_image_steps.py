@@ -51,7 +51,8 @@ def shell(command: str, folder: Path, variables: dict[str, str]) -> subprocess.C
 
 
 def environment(venv: Path) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name in ("LANG", "TMPDIR") or "proxy" in name.lower()}
+    theirs = re.compile(r"LANG|TMPDIR|PIP_.*|.*_proxy", re.IGNORECASE)  # where pip finds packages here
+    kept = {name: value for name, value in os.environ.items() if theirs.fullmatch(name)}
     path = f"{venv / 'bin'}:{Path(sys.base_prefix) / 'bin'}:/usr/bin:/bin"
     return {**kept, "PATH": path, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_CACHE_DIR": "1"}
 
@@ -62,6 +63,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
     source, venv = root / "src", root / "opt" / "venv"
     source.mkdir()
     index = next(text.partition("=")[2] for text in texts("ARG") if text.startswith("TORCH_INDEX_URL="))
+    index = os.environ.get("TORCH_INDEX_URL", index)
     left_out = []
     for step in steps():
         if step.stage == 1 and step.instruction == "COPY":

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.load import DRAIN_S
 from tests.manifests.agreement import AGREEMENT_RULES
 from tests.manifests.kustomize import (
     COMPONENTS,
     OVERLAYS,
     Manifest,
+    env,
     find_kubectl,
     overlay,
+    pods,
     ray_cluster,
     with_components,
 )
@@ -103,6 +106,11 @@ def test_it_is_as_ours_must_be(rule, manifests: list[Manifest]) -> None:
 def test_names_are_given_once(manifests: list[Manifest]) -> None:
     names = [(m["kind"], m["metadata"]["name"]) for m in manifests]
     assert len(set(names)) == len(names)
+
+
+def test_integration_tests_drain_within_the_shortest_time_that_a_pod_has() -> None:
+    boxes = [c for name in OVERLAYS for pod in pods(overlay(name)) for c in pod.containers]
+    assert min(int(env(box)["DRAIN_TIMEOUT_S"]) for box in boxes if "DRAIN_TIMEOUT_S" in env(box)) == DRAIN_S
 
 
 def test_a_second_cluster_is_another_namespace(tmp_path: Path) -> None:
