@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from actors.compress.settings import CompressionSettings
 from actors.errors import CheckpointError, InvalidInput
 from actors.moe.settings import BalanceSettings
 from actors.optim import OptimizerSettings
@@ -40,6 +41,8 @@ MODEL = ModelFacts("tiny", 1000, num_experts=8, num_moe_layers=2, top_k=2, max_p
 STEPS = 12
 BATCHES = [torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(t)) for t in range(STEPS)]
 BALANCE = BalanceSettings(bias_speed=0.01)
+OPTIMIZER = OptimizerSettings(weight_decay=0.3)
+NO_COMPRESSION = CompressionSettings()
 WAIT_S = 30.0
 PIECE_BYTES = 1000
 
@@ -172,8 +175,16 @@ class Storage:
 class Bench:
     """A cluster that trains a job, as the fabric sees it."""
 
-    def __init__(self, local: LocalCluster, root: Path, every_steps: int, nodes: Mapping[str, str]) -> None:
-        self.local = local
+    def __init__(
+        self,
+        local: LocalCluster,
+        root: Path,
+        every_steps: int,
+        nodes: Mapping[str, str],
+        optimizer: OptimizerSettings = OPTIMIZER,
+        compression: CompressionSettings = NO_COMPRESSION,
+    ) -> None:
+        self.local, self.compression = local, compression
         self.coordinator = Coordinator(MODEL, local.placement)
         for name in ("router-0", *local.members):
             role = "router" if name == "router-0" else "expert"
@@ -200,7 +211,7 @@ class Bench:
         )
         self.job = self.coordinator.submit(JobConfig(steps=100), "mine", 1.0).id
         self.coordinator.step(1.0)
-        local.router.begin_run(OptimizerSettings(weight_decay=0.3), BALANCE)
+        local.router.begin_run(optimizer, BALANCE, compression)
         self.losses: dict[int, float] = {}
 
     @property
@@ -241,7 +252,7 @@ class Bench:
         step = self.recovery.go_back(self.job, lambda: False)
         self.local.placement = self.coordinator.placement
         if step is not None:
-            assert self.local.router.continue_run(BALANCE).version == step
+            assert self.local.router.continue_run(BALANCE, self.compression).version == step
         return step
 
     @property
@@ -271,7 +282,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
 @pytest.fixture(scope="module")
 def unbroken(source: ModelSource) -> dict[int, float]:
     with cluster(source, 2) as local:
-        local.router.begin_run(OptimizerSettings(weight_decay=0.3), BALANCE)
+        local.router.begin_run(OPTIMIZER, BALANCE)
         return {
             step: local.router.train_step([BATCHES[step - 1]], lr=1e-2, clip_norm=1.0, bias_speed=0.01).loss
             for step in range(1, STEPS + 1)
@@ -280,11 +291,18 @@ def unbroken(source: ModelSource) -> dict[int, float]:
 
 @contextmanager
 def bench(
-    source: ModelSource, root: Path, actors: int = 3, every_steps: int = 5, links: str = "local"
+    source: ModelSource,
+    root: Path,
+    actors: int = 3,
+    every_steps: int = 5,
+    links: str = "local",
+    redundancy: int = 1,
+    group_size: int = 1,
+    **of_the_job: Any,
 ) -> Iterator[Bench]:
     nodes = {f"expert-{i}": f"node-{i}" for i in range(actors)}
-    with cluster(source, actors, group_size=1, links=links) as local:
-        yield Bench(local, root, every_steps, nodes)
+    with cluster(source, actors, group_size=group_size, links=links, redundancy=redundancy) as local:
+        yield Bench(local, root, every_steps, nodes, **of_the_job)
 
 
 def same(found: Mapping[int, float], unbroken: Mapping[int, float]) -> None:
