@@ -32,7 +32,7 @@ from cluster.chaos.schedule import (
     victims,
     what_is_missing,
 )
-from cluster.chaos.service import ServiceProcess
+from cluster.chaos.service import ServiceProcess, counts
 from cluster.commands.chaos import JOB, duration, job_config, kinds, phases, show
 from cluster.commands.output import plain
 from cluster.configfile import find_config, load_cluster
@@ -123,6 +123,21 @@ def test_a_cluster_that_has_not_noticed_is_not_whole() -> None:
     assert what_is_missing(here, 4) == "3 of 4 expert actors"
     assert what_is_missing(replace(here, message="degraded: group 1"), 3) == "degraded: group 1"
     assert what_is_missing(replace(here, ready=False), 3) == "not ready"
+
+
+@pytest.mark.parametrize(
+    ("title", "expected"),
+    [
+        ("ray::ExpertWorker", True),
+        ("/x/ray/core/src/ray/raylet/raylet --raylet_socket_name=/tmp", True),
+        ("/usr/bin/python -m cluster.cli up", True),
+        ("ray::IDLE", False),
+        ("/x/python -m ray.scripts.scripts start --block --address 1.2.3.4:5", False),
+        ("/x/python -u /x/ray/_private/log_monitor.py --session-dir=/tmp", False),
+    ],
+)
+def test_which_processes_must_not_become_more(title: str, expected: bool) -> None:
+    assert counts(title) == expected
 
 
 def test_updates_are_slowed_through_the_environment_of_the_whole_cluster(tmp_path: Path) -> None:
