@@ -67,6 +67,8 @@ class Settings:
     streams: int
     phases: Sequence[Phase] = PHASES
     """In which faults strike: training while streams go on, and serving only."""
+    max_faults: int = 0
+    """A phase ends when it has had so many; 0: only with its time."""
     slow_updates_s: float = 0.0
     """Every expert actor waits so long before each update, which makes it lag behind in a job with a staleness."""
 
@@ -204,7 +206,8 @@ class _Disturbed:
         span = self._record.spans[phase] = Span(start_s, start_s + seconds)
         try:
             self._strikes(phase, span)
-            self._wait_until(span.end_s, phase, span)
+            if not self._has_had_enough(phase):
+                self._wait_until(span.end_s, phase, span)
         finally:
             self._record.spans[phase] = Span(start_s, min(span.end_s, time.time()))
         if self._await_whole(HEAL_TIMEOUT_S):
@@ -219,7 +222,7 @@ class _Disturbed:
 
     def _strikes(self, phase: Phase, span: Span) -> None:
         due_s = span.start_s + self._settings.min_gap_s  # a short phase shall have a fault too
-        while due_s < span.end_s:
+        while due_s < span.end_s and not self._has_had_enough(phase):
             self._wait_until(due_s, phase, span)
             held_back_s = 0.0
             if self._look(phase, span):
@@ -230,6 +233,10 @@ class _Disturbed:
             struck_s = time.time()
             self._strike(fault, phase, struck_s, held_back_s)
             due_s = struck_s + self._next.gap_s
+
+    def _has_had_enough(self, phase: Phase) -> bool:
+        count = sum(strike.phase == phase for strike in self._record.strikes)
+        return 0 < self._settings.max_faults <= count
 
     def _strike(self, fault: Fault, phase: Phase, now_s: float, held_back_s: float) -> None:
         """Carries it out and waits until all is as it was."""

@@ -32,6 +32,16 @@ OWN_TITLES = ("ray::ControlWorker", "ray::RouterWorker", "ray::ExpertWorker")
 """Other workers of Ray come and go as it sees fit: it reads data in them, and keeps some in store."""
 
 
+OF_NODES = ("ray.scripts.scripts start", "log_monitor.py")
+"""Of a node that was started again, and not of one that is there from the start: no leak."""
+
+
+def counts(title: str) -> bool:
+    """Whether a process of this title is one of those whose number must not grow."""
+    is_at_work = title.startswith(OWN_TITLES) or not title.startswith("ray::")
+    return is_at_work and not any(name in title for name in OF_NODES)
+
+
 class ServiceProcess:
     """`moe-cluster up` and all that descends from it."""
 
@@ -104,7 +114,7 @@ class ServiceProcess:
                 if process.status() == psutil.STATUS_ZOMBIE:
                     continue
                 self._seen[process.pid] = process, title
-                count += title.startswith(OWN_TITLES) or not title.startswith("ray::")
+                count += counts(title)
                 if title.startswith(COORDINATOR_TITLE):
                     self._coordinator = process
         return count

@@ -62,6 +62,14 @@ def add_parsers(subparsers: Subparsers, guarded: Guard) -> None:
         default=PHASES,
         help=f"share the minutes equally, of {','.join(PHASES)} (default: both)",
     )
+    add(
+        "--faults",
+        dest="max_faults",
+        type=int,
+        default=0,
+        metavar="N",
+        help="end a phase after so many (default: time)",
+    )
     add("--seed", type=int, default=0, help="of the schedule (default: %(default)s)")
     add(
         "--reference",
@@ -113,6 +121,7 @@ def run_command(args: argparse.Namespace) -> int:
         seed=args.seed,
         streams=args.streams,
         phases=args.phases,
+        max_faults=args.max_faults,
         slow_updates_s=args.slow_updates_s,
     )
     with terminated_as_interrupted(), _shown(stderr=args.json) as (say, tick):

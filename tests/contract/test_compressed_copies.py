@@ -12,6 +12,7 @@ import torch
 from actors.compress.settings import CompressionSettings
 from actors.errors import NonFinite
 from actors.expert.squeezing import Squeezer
+from actors.moe.cache import CacheSettings
 from actors.optim import OptimizerSettings
 from actors.transport.contract import Link
 from actors.transport.faulty import Fault, FaultyLink
@@ -189,6 +190,14 @@ def test_beside_forwards_and_sparse(source: ModelSource, optimizer: OptimizerSet
             host.updates.drain()
         copies_agree(local)
         assert local.router.serving.logits(IDS).isfinite().all()
+
+
+def test_behind_an_expert_cache(source: ModelSource) -> None:
+    found = []
+    for cache in (None, CacheSettings(2)):
+        with cluster(source, 2, redundancy=2, cache=cache) as local:
+            found.append(told_of(run(local)))
+    assert found[0] == found[1], "bit for bit, on a CPU"
 
 
 def test_sparse_updates_are_those_of_a_dense_run(source: ModelSource) -> None:

@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from cluster.backend import ActorStatus, ClusterStatus
 from cluster.chaos import report
 from cluster.chaos.picture import degraded, draw_timeline, longest_wait_s
 from cluster.chaos.record import Commit, Gap, Look, Record, Request, Span, Strike, Vitals
-from cluster.chaos.run import Settings
+from cluster.chaos.run import Settings, _Disturbed
 from cluster.chaos.schedule import (
     DEFAULT_KINDS,
     KINDS,
@@ -32,7 +33,7 @@ from cluster.chaos.schedule import (
     victims,
     what_is_missing,
 )
-from cluster.chaos.service import ServiceProcess
+from cluster.chaos.service import ServiceProcess, counts
 from cluster.commands.chaos import JOB, duration, job_config, kinds, phases, show
 from cluster.commands.output import plain
 from cluster.configfile import find_config, load_cluster
@@ -125,11 +126,35 @@ def test_a_cluster_that_has_not_noticed_is_not_whole() -> None:
     assert what_is_missing(replace(here, ready=False), 3) == "not ready"
 
 
+@pytest.mark.parametrize(
+    ("title", "expected"),
+    [
+        ("ray::ExpertWorker", True),
+        ("/x/ray/core/src/ray/raylet/raylet --raylet_socket_name=/tmp", True),
+        ("/usr/bin/python -m cluster.cli up", True),
+        ("ray::IDLE", False),
+        ("/x/python -m ray.scripts.scripts start --block --address 1.2.3.4:5", False),
+        ("/x/python -u /x/ray/_private/log_monitor.py --session-dir=/tmp", False),
+    ],
+)
+def test_which_processes_must_not_become_more(title: str, expected: bool) -> None:
+    assert counts(title) == expected
+
+
 def test_updates_are_slowed_through_the_environment_of_the_whole_cluster(tmp_path: Path) -> None:
     cluster = load_cluster(find_config("local_cpu"))
     settings = Settings(cluster, JOB, tmp_path, 1, 1, 20, 5, ("kill",), 0, 1, slow_updates_s=0.25)
     assert brake_of(settings.environment).sleep_s == 0.25
     assert brake_of(replace(settings, slow_updates_s=0).environment) == Brake()
+
+
+@pytest.mark.parametrize(("most", "expected"), [(0, (False, False)), (1, (True, True)), (2, (True, False))])
+def test_a_phase_may_end_after_so_many_faults(tmp_path: Path, most: int, expected: tuple[bool, bool]) -> None:
+    cluster = load_cluster(find_config("local_cpu"))
+    settings = Settings(cluster, JOB, tmp_path, 1, 1, 20, 5, ("kill",), 0, 1, max_faults=most)
+    run: Any = object.__new__(_Disturbed)
+    run._settings, run._record = settings, a_run()
+    assert (run._has_had_enough("training"), run._has_had_enough("serving")) == expected
 
 
 def test_who_took_the_place_of_a_dead_process_is_not_compared_with_it() -> None:
