@@ -81,13 +81,13 @@ def overlap_rows(config: ClusterConfig, *, rounds: int, delays_s: Sequence[float
                 for _, control in hosts.values():
                     control.send(delay_s)
                     _heard(control, ANSWER_S)
-                rows += _rows(router, batches, tokens, delay_s, rounds)
+                rows += rows_of(router, batches, tokens, delay_s, rounds)
         finally:
             router.close()
     return rows
 
 
-def _rows(
+def rows_of(
     router: Router, batches: Sequence[Sequence[torch.Tensor]], tokens: int, delay_s: float, rounds: int
 ) -> list[Row]:
     def train(in_flight: int) -> None:
