@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from actors.errors import PeerLost
 from actors.moe.settings import BalanceSettings, GateSettings
 from actors.optim import OptimizerSettings
 from actors.transport.contract import Link
@@ -112,3 +113,26 @@ def test_a_layer_that_is_computed_twice_counts_once(source: ModelSource, use_ree
             # One is open on purpose: that to the last commit.
             assert all(not link._early and len(link._waiting) == 1 for link in links), "answers nobody waits for"
     assert found[1] == found[0]
+
+
+def test_serving_goes_around_an_actor_that_is_lost_between_the_halves(source: ModelSource) -> None:
+    ids = BATCHES[0][0]
+    with cluster(source, 3, redundancy=2) as local:
+        expected = local.router.serving.logits(ids)
+        dispatcher = local.router._serving
+        link = dispatcher.links["expert-1"]
+        wait, armed, struck = link.wait, list[bool](), list[int]()
+
+        def dies(question_id: int, timeout_s: float) -> Message:
+            if armed:
+                struck.append(question_id)
+                raise PeerLost("died with the tokens", peer=link.peer)
+            return wait(question_id, timeout_s)
+
+        link.wait = dies  # type: ignore[method-assign]
+        block = local.router.learner.view.model.layers[-1].mlp
+        block.shared_experts.down_proj.register_forward_hook(lambda *args: armed.append(True))
+        torch.testing.assert_close(local.router.serving.logits(ids), expected, rtol=1e-9, atol=1e-12)
+        assert len(struck) == 1
+        assert len(armed) == 1, "what others compute anew is no reason to compute shared experts again"
+        assert dispatcher.lost == {"expert-1"}
