@@ -111,9 +111,13 @@ class Flight:
         self._baton = Baton(num_slots)
         self._backward_alone = backward_alone and num_slots > 1
 
-    def backward(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def backward(self) -> Iterator[None]:
         """Around the backward of a pass."""
-        return self._baton.alone() if self._backward_alone else nullcontext()
+        current = self._dispatcher.current
+        with self._baton.alone() if self._backward_alone else nullcontext():
+            self._dispatcher.current = current
+            yield
 
     def run(self, passes: Iterable[Callable[[], None]]) -> None:
         """All of them; a slot that is done with one takes the next. The first error ends all, and is raised when every

@@ -67,7 +67,6 @@ class _Send(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, away: _Away) -> Tensor:
-        # No tensor is saved: activation checkpointing need not come here again.
         ctx.away, ctx.like = away, (weights_TK.shape, weights_TK.dtype, weights_TK.device)
         away.purpose = away.dispatcher.purpose.fields(away.layer)
         away.sent = away.dispatcher.forward(away.layer, x_TD, ids_TK, weights_TK)
@@ -90,6 +89,7 @@ class _Receive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ticket: Tensor, away: _Away) -> Tensor:
         ctx.away = away
+        ctx.save_for_backward(ticket)
         sent, away.sent = away.sent, None
         assert sent is not None
         return away.dispatcher.receive(sent)
@@ -97,6 +97,9 @@ class _Receive(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         away: _Away = ctx.away
+        # Nothing is in it, but activation checkpointing runs the layer's forward again before it is here: the experts
+        # must be asked for that before they are asked for gradients.
+        _ = ctx.saved_tensors
         (grad_y_TD,) = grads
         away.pending = away.dispatcher.backward(away.shares, away.purpose, grad_y_TD)
         away.grad_x_TD = torch.zeros_like(grad_y_TD)

@@ -232,12 +232,21 @@ def empty_trunk(source: ModelSource) -> PreTrainedModel:
     return trunk
 
 
+def _no_experts(
+    x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, meanwhile: Meanwhile = nothing, /
+) -> Tensor:
+    return torch.zeros_like(x_TD)
+
+
 def connect(trunk: PreTrainedModel, remotes: list[RemoteExperts]) -> None:
     """Gives every MoE layer, in order, the function that computes its experts."""
+    weight = trunk.get_input_embeddings().weight
+    x_BSD = torch.zeros(1, 1, int(trunk.config.get_text_config().hidden_size), dtype=weight.dtype, device=weight.device)
     modules = [(name, m) for name, m in trunk.named_modules() if is_experts(m)]
     for (name, module), remote in zip(modules, remotes, strict=True):
+        module.__dict__["remote"] = _no_experts
+        watch(trunk, name, x_BSD)
         module.__dict__["remote"] = remote
-        watch(trunk, name)
 
 
 def second_view(

@@ -1,8 +1,9 @@
 """Shared experts of a layer, computed while its routed tokens are away.
 
 Most families add them after the routed ones, from the same tensor: `experts(x) + shared_experts(x)`. Their code stays
-as it is. Once a layer has been seen to do so, its shared experts are computed inside the call of the routed ones, and
-its own call gets the result that is there. It is the same function of the same tensor, so no number changes.
+as it is. A layer that is seen to do so, in a trial before it is used, has its shared experts computed inside the call
+of the routed ones, and its own call gets the result that is there. It is the same function of the same tensor, so no
+number changes.
 
 Families that call their shared experts before the routed ones (Qwen-MoE) have nothing left to compute then, and those
 that give them something else or more than that tensor are left alone.
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
@@ -53,7 +55,10 @@ class SharedExperts:
         self._here = threading.local()
         self._source: Literal["", "given", "sent"] = ""
         """Which tensor of a visit the family gives to its shared experts; empty: not known."""
-        self._is_off = False
+        self._is_tried = False
+        """Now. Later on nothing is learnt: activation checkpointing runs a forward again, and must find the same
+        order."""
+        self._block = block
         block.register_forward_pre_hook(self._enter, with_kwargs=True)
         block.register_forward_hook(self._leave, always_call=True)
         shared.__dict__["forward"] = self._called
@@ -62,6 +67,19 @@ class SharedExperts:
     def is_early(self) -> bool:
         """Whether they are computed while tokens are away."""
         return bool(self._source)
+
+    def try_out(self, x_BSD: Tensor) -> None:
+        """Sees what the block does. Its routed experts must be computed by something."""
+        self._is_tried = True
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                self._block(x_BSD)
+        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+            # It wants more than one tensor, say: then nothing is done early.
+            logger.info("shared experts of %s are not computed early: %s", type(self._block).__name__, error)
+            self._source = ""
+        finally:
+            self._is_tried = False
 
     def sending(self, x_TD: Tensor) -> Meanwhile:
         """The block's routed experts are called with these tokens. -> what to do while they are away."""
@@ -87,8 +105,8 @@ class SharedExperts:
             if x is visit.input and isinstance(x, Tensor) and _version(x) == visit.version:
                 return early
             logger.warning("shared experts are no longer computed early: they were given another tensor")
-            self._source, self._is_off = "", True
-        elif visit.sent is not None and x is not None and not self._is_off:
+            self._source = ""
+        elif self._is_tried and visit.sent is not None and x is not None:
             self._source = "given" if x is visit.given else "sent" if x is visit.sent else ""
         return self._compute(*args, **kwargs)
 
@@ -105,13 +123,17 @@ class SharedExperts:
         self._here.visit = None
 
 
-def watch(model: nn.Module, experts_name: str) -> None:
-    """Lets the shared experts beside this experts module be computed early, where the family has any. Once a module."""
+def watch(model: nn.Module, experts_name: str, x_BSD: Tensor) -> None:
+    """Lets the shared experts beside this experts module be computed early, where the family has any. Once a module.
+
+    `x_BSD`: any tokens, to try it out with.
+    """
     experts = model.get_submodule(experts_name)
     block = model.get_submodule(experts_name.rpartition(".")[0])
     shared = next((m for name in NAMES if isinstance(m := getattr(block, name, None), nn.Module)), None)
     if shared is not None and shared_of(experts) is None:
-        experts.__dict__["shared"] = SharedExperts(block, shared)
+        found = experts.__dict__["shared"] = SharedExperts(block, shared)
+        found.try_out(x_BSD)
 
 
 def shared_of(experts: nn.Module) -> SharedExperts | None:

@@ -81,13 +81,13 @@ def overlap_rows(config: ClusterConfig, *, rounds: int, delays_s: Sequence[float
                 for _, control in hosts.values():
                     control.send(delay_s)
                     _heard(control, ANSWER_S)
-                rows += _rows(router, batches, tokens, delay_s, rounds)
+                rows += rows_of(router, batches, tokens, delay_s, rounds)
         finally:
             router.close()
     return rows
 
 
-def _rows(
+def rows_of(
     router: Router, batches: Sequence[Sequence[torch.Tensor]], tokens: int, delay_s: float, rounds: int
 ) -> list[Row]:
     def train(in_flight: int) -> None:
@@ -192,8 +192,7 @@ def _serve(
         while True:
             travel.delay_s = control.recv()
             control.send(travel.delay_s)
-    except (EOFError, BrokenPipeError):
-        pass
-    finally:
+    except (EOFError, OSError):  # the bench is over
         server.stop()
         host.close()
+        os._exit(0)  # libraries' threads may keep an interpreter that ends by itself
