@@ -119,9 +119,9 @@ class LinksConfig:
     which is guarded by its directory's access rights otherwise; off: neither."""
     max_message_bytes: int = 1 << 30
     payload: Literal["auto", "socket", "shm", "cuda_ipc", "nccl"] = "auto"
-    """Which way large tensors go. auto: between two processes of one host through memory that they share, `cuda_ipc` on
-    one GPU and `shm` otherwise, else over the socket. Any other: this way or not at all. `cuda_ipc` and `nccl`, between
-    the GPUs of one host, are for links between routers and experts; all others are as with auto then."""
+    """Which way large tensors go. auto: `shm`, host memory that both ends share, where they are on one host, else the
+    socket. Any other: this way or not at all. `cuda_ipc` (on one GPU) and `nccl` (between the GPUs of one host) are for
+    links between routers and experts; all others are as with auto then."""
 
 
 @dataclass(frozen=True)

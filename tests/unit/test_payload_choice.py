@@ -25,8 +25,8 @@ def of(end: End, wish: str) -> End:
         (CPU, OTHER_CPU, True, "shm"),
         (CPU, CPU, True, "shm"),
         (CPU, OTHER_CPU, False, "socket"),
-        (GPU, SAME_GPU, True, "cuda_ipc"),
-        (GPU, GPU, True, "shm"),  # one process cannot map its own memory
+        (GPU, SAME_GPU, True, "shm"),
+        (of(GPU, "cuda_ipc"), SAME_GPU, True, "cuda_ipc"),
         (GPU, OTHER_GPU, True, "shm"),
         (GPU, OTHER_CPU, True, "shm"),
         (GPU, SAME_GPU, False, "socket"),

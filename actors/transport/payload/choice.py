@@ -45,14 +45,14 @@ class End:
 def choose(here: End, there: End, *, on_one_host: bool) -> str:
     """Kind of the carrier, or `socket`. `InvalidInput` where a kind is demanded and cannot be.
 
-    Two processes on one GPU share its memory, others on one host the host's. `nccl` is for who asks for it.
+    Two ends on one host share the host's memory. `cuda_ipc` and `nccl` are for who asks for them.
     """
     wishes = {here.wish, there.wish} - {"auto"}
     if wishes == {"socket"}:
         return "socket"
     possible = {kind: _hindrance(kind, here, there, on_one_host) for kind in ("cuda_ipc", "shm", "nccl", "gloo")}
     if not wishes:
-        return next((kind for kind in ("cuda_ipc", "shm") if not possible[kind]), "socket")
+        return "socket" if possible["shm"] else "shm"
     wish = here.wish if here.wish != "auto" else there.wish
     other = (wishes - {wish}) or {""}
     why = f"the other end wants {other.pop()}" if len(wishes) > 1 else possible.get(wish, "there is no such kind")
