@@ -7,6 +7,7 @@ both processes know orders them before the copies out, and a place is told back 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from actors.errors import ProtocolError
 from actors.transport.payload.contract import MAX_TOLD, Carrier, PayloadSettings, Place
 from actors.transport.payload.cuda_memory import GpuMemory
 from actors.transport.payload.slots import Slots
+
+logger = logging.getLogger(__name__)
 
 
 class CudaIpcCarrier(Carrier):
@@ -103,6 +106,9 @@ class CudaIpcCarrier(Carrier):
             self._stream.synchronize()
             while self._reading:
                 self._reading.popleft()[1].synchronize()
-        if self._theirs is not None:
-            self._theirs.close()
-        self._ours.close()
+        for memory in (self._theirs, self._ours):
+            try:
+                if memory is not None:
+                    memory.close()
+            except RuntimeError:
+                logger.warning("memory of the link with %s was not given back", self._peer, exc_info=True)

@@ -90,18 +90,22 @@ def _driver() -> Any:
 @contextmanager
 def _current(device: torch.device) -> Iterator[Any]:
     """The driver, with torch's context of the device as this thread's."""
+    cuda = _driver()
+    _check(cuda.cuCtxPushCurrent_v2(_context(device.index)), "take the device's context")
+    try:
+        yield cuda
+    finally:
+        cuda.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+
+
+@functools.cache
+def _context(index: int) -> ctypes.c_void_p:
+    """Held until this process ends: torch may not have it yet, and with its last user all its memory would go."""
     torch.cuda.init()
     cuda, number, context = _driver(), ctypes.c_int(), ctypes.c_void_p()
-    _check(cuda.cuDeviceGet(ctypes.byref(number), device.index), "find the device")
+    _check(cuda.cuDeviceGet(ctypes.byref(number), index), "find the device")
     _check(cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), number), "take the device's context")
-    try:
-        _check(cuda.cuCtxPushCurrent_v2(context), "take the device's context")
-        try:
-            yield cuda
-        finally:
-            cuda.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
-    finally:
-        cuda.cuDevicePrimaryCtxRelease_v2(number)
+    return context
 
 
 def _check(code: int, what: str) -> None:
