@@ -36,8 +36,8 @@ TAKE_TIMEOUT_S = 30.0
 """A payload whose header is here is on its way: one that takes longer will not come."""
 ABORT_NOTICED_S = 0.02
 NCCL_CHANNELS = 4
-"""Of a communicator, at most: each has buffers of its own on the GPU. Links do not need all of NVLink. With torch 2.11 a
-communicator took 262 MiB on an H200, what NCCL loads with its first included; a link has two."""
+"""Of a communicator, at most: each has buffers of its own on the GPU. Links do not need all of NVLink. With torch 2.11
+a communicator took 262 MiB on an H200, what NCCL loads with its first included; a link has two."""
 
 
 class PairBackend(ABC):
