@@ -69,9 +69,9 @@ def _async(args: argparse.Namespace) -> Report:
 
 
 def _compression(args: argparse.Namespace) -> Report:
-    from cluster.bench.compression import SETTINGS, STEPS, bench_compression, label, report_of
+    from cluster.bench.compression import COPIES, SETTINGS, STEPS, bench_compression, label, report_of
 
-    with _progress("compression", len(SETTINGS) * args.rounds * STEPS) as advance:
+    with _progress("compression", (len(SETTINGS) + len(COPIES)) * args.rounds * STEPS) as advance:
         runs = bench_compression(
             rounds=args.rounds, after_step=lambda run: advance(f"training {label(run.settings)}, seed {run.seed}")
         )
@@ -161,7 +161,9 @@ BENCHES = {
         rounds=3,
     ),
     "compression": Bench(
-        "bytes between two routers and held-out loss with each compression; a round is a seed", _compression, rounds=1
+        "bytes between two routers, or copies of expert groups, and held-out loss by compression; a round is a seed",
+        _compression,
+        rounds=1,
     ),
     "rebalance": Bench(
         "training under a Zipf load after a rebalance with copies, against before; a round is a step", _rebalance
