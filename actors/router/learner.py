@@ -82,7 +82,7 @@ class Learner:
     def drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         self.pieces.drop()
-        self.routing.take_loss()
+        self.routing.drop_losses()
 
     # -- state in and out ---------------------------------------------------------------------------------------------
 

@@ -110,6 +110,21 @@ def _rebalance(args: argparse.Namespace) -> Report:
         return bench_rebalance(_config(args), rounds=args.rounds, after_step=advance)
 
 
+def _print_metrics(report: Report) -> None:
+    from cluster.bench.metrics import CostRow
+
+    rows = []
+    for r in report.rows:
+        cost = spread = ""
+        if isinstance(r, CostRow):
+            cost = f"{100 * r.cost_ratio:.2f} %"
+            spread = f"{100 * r.low_ratio:.2f} to {100 * r.high_ratio:.2f} %"
+        without = f"{r.peer_value:,.3g}" if r.peer else ""
+        rows.append((r.case, f"{r.value:,.3g} {r.unit}", without, cost, spread, r.rounds))
+    columns = ("case", "with metrics", "without", "cost", "95 % interval", "rounds")
+    print_table(columns, rows, title="bench metrics")
+
+
 @dataclass(frozen=True)
 class Bench:
     help: str
@@ -129,7 +144,9 @@ BENCHES = {
         _on_a_cluster("serve"),
         rounds=5,
     ),
-    "metrics": Bench("training while metrics are scraped every second, against without them", _on_a_cluster("metrics")),
+    "metrics": Bench(
+        "training while metrics are scraped every second, against without them", _on_a_cluster("metrics"), rounds=20
+    ),
     "memory": Bench("loading a quarter of the experts, against loading the whole model", _alone("memory")),
     "planner": Bench("placement of experts by load, against the public EPLB algorithm", _alone("planner")),
     "experts": Bench("training one expert behind a link, against the same expert in one process", _experts),
@@ -165,6 +182,10 @@ BENCHES = {
 }
 
 
+TABLES: dict[str, Callable[[Report], None]] = {"compression": _print_compression, "metrics": _print_metrics}
+"""Of those whose rows have more than others'."""
+
+
 def add_parsers(subparsers: Subparsers, guarded: Guard) -> None:
     parser = subparsers.add_parser("bench", help="measure against a peer in the same run")
     names = parser.add_subparsers(required=True, metavar="NAME", dest="name")
@@ -189,8 +210,8 @@ def run_bench(args: argparse.Namespace) -> int:
     if args.json:
         print_json(report.to_dict())
         return 0
-    if args.name == "compression":
-        _print_compression(report)
+    if (show := TABLES.get(args.name)) is not None:
+        show(report)
         return 0
     rows = [
         (r.case, f"{r.value:,.3g} {r.unit}", f"{r.peer_value:,.3g} {r.unit}", r.peer, f"{r.ratio:.2f}", r.rounds)

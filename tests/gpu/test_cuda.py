@@ -72,7 +72,8 @@ def test_losses_equal_those_on_the_cpu(tmp_path: Path, family: str) -> None:
     torch.testing.assert_close(losses(source, "cuda"), losses(source, "cpu"), rtol=1e-3, atol=0)
 
 
-def test_losses_over_sockets_equal_those_on_the_cpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_losses_over_sockets_equal_those_on_the_cpu(tmp_path: Path, in_flight: int) -> None:
     source = ModelSource(path=str(save("deepseek_v3", tmp_path / "m", torch.float32)))
     with ExitStack() as stack:
         parts = {"a": (0, 1), "b": (2, 3)}
@@ -82,7 +83,7 @@ def test_losses_over_sockets_equal_those_on_the_cpu(tmp_path: Path) -> None:
             for name, address in zip("ab", addresses, strict=True)
         }
         placement = Placement(1, (("a",), ("a",), ("b",), ("b",)), 2)
-        router = Router(source, Roster(placement, peers), device="cuda", timeout_s=60)
+        router = Router(source, Roster(placement, peers), device="cuda", timeout_s=60, in_flight=in_flight)
         router.begin_run(OptimizerSettings())
         got = [router.train_step(b, lr=1e-3, clip_norm=1.0).loss for b in BATCHES]
         router.close()
@@ -158,3 +159,19 @@ def test_a_group_moves_from_device_to_device(tmp_path: Path) -> None:
             got.append(local.router.train_step(batch, lr=1e-3, clip_norm=1.0).loss)
             copies_agree(local)
     torch.testing.assert_close(got, losses(source, "cpu"), rtol=1e-3, atol=0)
+
+
+def test_losses_with_several_in_flight_equal_those_of_one_after_the_other(tmp_path: Path) -> None:
+    """On the device one backward is under way at a time, beside forwards of others."""
+    source = ModelSource(path=str(save("deepseek_v3", tmp_path / "m", torch.float32)))
+    batches = [batch + BATCHES[0] for batch in BATCHES]
+    found: dict[int, list[float]] = {}
+    for in_flight in (1, 2, 3):
+        with cluster(source, 2, device="cuda", in_flight=in_flight) as local:
+            local.router.begin_run(OptimizerSettings())
+            reports = [local.router.train_step(b, lr=1e-3, clip_norm=1.0) for b in batches]
+            found[in_flight] = [report.loss for report in reports]
+            assert not any(report.retries for report in reports)
+    # Sums of the same numbers, in an order that atomic additions on the device do not fix.
+    torch.testing.assert_close(found[2], found[1], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[3], found[1], rtol=1e-5, atol=0)
