@@ -277,4 +277,4 @@ class JobConfig:
     eval: EvalConfig = EvalConfig()
     balance: BalanceSettings = field(default_factory=BalanceSettings)
     compression: CompressionSettings = field(default_factory=CompressionSettings)
-    """Of the trunk's gradients, where there are several routers."""
+    """Of the trunk's gradients where there are several routers, and on request of experts' between copies."""

@@ -27,6 +27,7 @@ from actors.router.dispatcher import Dispatcher, Peer, Roster
 from actors.router.division import Part
 from actors.router.growing import Blueprint, Grower, GrownTrunk, check_growth, seen_by_gates
 from actors.router.learner import Learner
+from actors.router.likeness import facts_of
 from actors.router.pieces import PIECE_BYTES
 from actors.router.pinning import Pinning
 from actors.router.replicas import Replicas, Tally
@@ -189,7 +190,7 @@ class Router:
         self, microbatches: Sequence[Tensor], lr: float, clip_norm: float, bias_speed: float, retries: int
     ) -> StepReport:
         attempt = Attempt(self.version + 1, self._attempt)
-        fields = {"step": attempt.step, "attempt": attempt.number}
+        fields = {"step": attempt.step, "attempt": attempt.number, **self.learner.compression.for_copies()}
         num_tokens = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in microbatches)
         self._training.load_LE.zero_()
         pieces = self.learner.pieces
@@ -490,7 +491,10 @@ class Router:
 
     def join(self, name: str, link: Link) -> None:
         """Another router, which has just been started, computes its part of every step from now on. Between two steps,
-        which wait until it has taken the trunk over from here. `PeerLost` if it does not."""
+        which wait until it has taken the trunk over from here. `PeerLost` if it does not. `InvalidInput` if its config
+        is another, by the first value that differs."""
+        facts = facts_of(self.learner.source, self.learner.gate)
+        link.call(Message("compare", {"term": self.replicas.term, "facts": facts}), self._timeout_s)
         self._reach_all()
         self.replicas.add(name, link)
         self._give_state([name])

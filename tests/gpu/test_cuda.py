@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from actors.compress.settings import CompressionSettings, Method
 from actors.expert.host import ExpertHost
 from actors.moe.settings import GateSettings
 from actors.optim import OptimizerSettings
@@ -132,6 +134,18 @@ def test_copies_on_the_device_stay_equal_and_take_over(tmp_path: Path) -> None:
             got.append(local.router.train_step(batch, lr=1e-3, clip_norm=1.0).loss)
             copies_agree(local)
     torch.testing.assert_close(got, losses(source, "cpu"), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("method", ["powersgd", "topk", "int8", "fp8"])
+def test_compressed_sums_of_copies_are_the_same_bits_everywhere(tmp_path: Path, method: Method) -> None:
+    source = ModelSource(path=str(save("deepseek_v3", tmp_path / "m", torch.float32)))
+    settings = CompressionSettings(method, rank=2, share=0.05, copies=True)
+    with cluster(source, 2, device="cuda", redundancy=2) as local:
+        local.router.begin_run(OptimizerSettings(eps=1e-4), compression=settings)
+        for batch in BATCHES:
+            assert math.isfinite(local.router.train_step(batch, lr=1e-3, clip_norm=1.0).loss)
+            copies_agree(local)
+        assert local.hosts[0]._copies.num_bytes() > 0
 
 
 def test_a_group_moves_from_device_to_device(tmp_path: Path) -> None:
