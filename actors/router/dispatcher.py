@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from actors.errors import LinkError, MoeClusterError, NonFinite, PeerLost, ProtocolError, StepAborted
-from actors.moe.balance import expert_load
-from actors.moe.dispatch import HolderTable, Share, plan
+from actors.moe.dispatch import HolderTable, Share
+from actors.moe.fp8 import Payload, packed
 from actors.moe.gating import GatePast
+from actors.router.rows import add_rows, load_where, plan_where, rows_of
 from actors.transport.contract import Link, Pending
 from actors.transport.message import Message
 from actors.values import Address, Placement
@@ -94,7 +95,16 @@ class Dispatcher:
     """A router has one for training, where a lost actor ends the attempt, and one for serving (`reroutes`), where the
     work of a lost actor goes to other holders of its experts."""
 
-    def __init__(self, num_layers: int, num_experts: int, *, timeout_s: float, turn: int = 0, reroutes: bool = False):
+    def __init__(
+        self,
+        num_layers: int,
+        num_experts: int,
+        *,
+        timeout_s: float,
+        turn: int = 0,
+        reroutes: bool = False,
+        payload: Payload = "trunk",
+    ):
         self.links: dict[str, Link] = {}
         self.epoch = 0
         self._peers: dict[str, Peer] = {}
@@ -103,7 +113,7 @@ class Dispatcher:
         """Without a living link; only of a dispatcher that reroutes."""
         self._just_lost: set[str] = set()
         """Those of them that were not tried again."""
-        self._timeout_s, self._turn, self._reroutes = timeout_s, turn, reroutes
+        self._timeout_s, self._turn, self._reroutes, self.payload = timeout_s, turn, reroutes, payload
         self._num_experts = num_experts
         self._names: list[str] = []
         self._table = HolderTable.of([], num_experts)
@@ -213,12 +223,11 @@ class Dispatcher:
 
     def forward(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, list[Share]]:
         purpose = self.purpose
-        if not torch.isfinite(weights_TK).all():
+        shares, finite = plan_where(ids_TK, self._table, self._backlog.of(self._names), self._turn, weights_TK)
+        if not finite:
             raise NonFinite(f"gate scores of layer {layer} are not finite", step=purpose.step)
-        ids_TK = ids_TK.cpu()
         if purpose.keep:
-            self.load_LE[layer] += expert_load(ids_TK, self.load_LE.shape[1])
-        shares = plan(ids_TK, self._table, self._backlog.of(self._names), self._turn)
+            self.load_LE[layer] += load_where(ids_TK, shares, self._table)
         y_TD = torch.zeros_like(x_TD)
         todo = shares
         while todo:
@@ -233,9 +242,9 @@ class Dispatcher:
         names = [self._names[share.actor] for share in shares]
         pending: list[Pending | None] = []
         for name, share in zip(names, shares, strict=True):
-            rows = x_TD.index_select(0, share.tokens_T.to(x_TD.device))
+            rows = packed(rows_of(x_TD, share), self.payload)
             weight_P = weights_N.index_select(0, share.pair_P.to(x_TD.device))
-            question = Message("forward", {**fields, "counts_E": share.counts_E}, (rows, share.token_P, weight_P))
+            question = Message("forward", {**fields, "counts_E": share.counts_E}, (*rows, share.token_P, weight_P))
             pending.append(self._start(name, question))
         answers = self._answers(pending)
         left: list[Share] = []
@@ -247,7 +256,7 @@ class Dispatcher:
             self.used_version = min(self.used_version, int(answer.fields["used"]))  # type: ignore[arg-type]
             (part,) = _tensors(answer, 1, name)
             _expect(part, (len(share.tokens_T), x_TD.shape[1]), x_TD.dtype, name)
-            y_TD.index_add_(0, share.tokens_T.to(x_TD.device), part.to(x_TD.device))
+            add_rows(y_TD, share, part)
             self._backlog.note(name, len(share.token_P), int(answer.fields["pairs"]))  # type: ignore[arg-type]
         return self._planned_anew(left, ids_TK) if left else []
 
@@ -259,10 +268,10 @@ class Dispatcher:
             )
 
     def _planned_anew(self, left: Sequence[Share], ids_TK: Tensor) -> list[Share]:
-        ids_N = torch.full((ids_TK.numel(),), -1, dtype=ids_TK.dtype)
+        ids_N = torch.full((ids_TK.numel(),), -1, dtype=ids_TK.dtype, device=ids_TK.device)
         for share in left:
             ids_N[share.pair_P] = ids_TK.reshape(-1)[share.pair_P]
-        return plan(ids_N.view_as(ids_TK), self._table, self._backlog.of(self._names), self._turn)
+        return plan_where(ids_N.view_as(ids_TK), self._table, self._backlog.of(self._names), self._turn)[0]
 
     def backward(
         self, layer: int, shares: Sequence[Share], purpose: Mapping[str, Any], grad_y_TD: Tensor, like_TK: Tensor
@@ -271,7 +280,7 @@ class Dispatcher:
         device = grad_y_TD.device
         names = [self._names[share.actor] for share in shares]
         pending = [
-            self._start(name, Message("backward", purpose, (grad_y_TD.index_select(0, s.tokens_T.to(device)),)))
+            self._start(name, Message("backward", purpose, (rows_of(grad_y_TD, s),)))
             for name, s in zip(names, shares, strict=True)
         ]
         grad_x_TD = torch.zeros_like(grad_y_TD)
@@ -281,7 +290,7 @@ class Dispatcher:
             part, grad_weight_P = _tensors(answer, 2, name)
             _expect(part, (len(share.tokens_T), grad_y_TD.shape[1]), grad_y_TD.dtype, name)
             _expect(grad_weight_P, share.pair_P.shape, like_TK.dtype, name)
-            grad_x_TD.index_add_(0, share.tokens_T.to(device), part.to(device))
+            add_rows(grad_x_TD, share, part)
             grad_weights_N[share.pair_P.to(device)] = grad_weight_P.to(device)
         return grad_x_TD, grad_weights_N.view_as(like_TK)
 
