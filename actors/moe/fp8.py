@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from actors.errors import InvalidInput
+from actors.moe.passes import kernels_for
 
 Payload = Literal["trunk", "fp8"]
 """How rows travel: in the trunk's dtype, or packed."""
@@ -28,6 +29,8 @@ LARGEST = 448.0
 @torch.no_grad()
 def pack(rows_RD: Tensor) -> tuple[Tensor, Tensor]:
     """-> e4m3 [R, D], float32 scales [R]. Rows of zeros have scale 1. Numbers that are not finite come out as such."""
+    if kernels := kernels_for(rows_RD):
+        return kernels.pack(rows_RD, LARGEST)  # type: ignore[no-any-return]
     wide_RD = rows_RD.float()
     scale_R = wide_RD.abs().amax(1) / LARGEST if rows_RD.shape[1] else wide_RD.new_zeros(len(rows_RD))
     scale_R = torch.where(scale_R == 0, 1.0, scale_R)
@@ -38,6 +41,8 @@ def pack(rows_RD: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def unpack(packed_RD: Tensor, scale_R: Tensor, dtype: torch.dtype) -> Tensor:
     """Counterpart of `pack`, in `dtype`: [R, D]."""
+    if packed_RD.is_contiguous() and (kernels := kernels_for(packed_RD.view(torch.uint8), scale_R)):
+        return kernels.unpack(packed_RD, scale_R, dtype)  # type: ignore[no-any-return]
     return (packed_RD.float() * scale_R.unsqueeze(1)).to(dtype)
 
 

@@ -160,3 +160,50 @@ def add_at(into_TD: Tensor, index_R: Tensor, rows_RD: Tensor) -> None:
     if rows_RD.numel():
         grid = (len(index_R), triton.cdiv(width, block))
         _add_at[grid](into_TD, index_R, rows_RD, D=width, BLOCK=block, num_warps=_warps(block))
+
+
+@triton.jit
+def _pack(rows, out, scales, LARGEST: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    most = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, D, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        value = tl.load(rows + row * D + column, mask=column < D, other=0.0).to(tl.float32)
+        most = tl.maximum(most, tl.abs(value))
+    scale = tl.max(most, axis=0) / LARGEST
+    scale = tl.where(scale == 0, 1.0, scale)
+    tl.store(scales + row, scale)
+    for start in range(0, D, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        value = tl.load(rows + row * D + column, mask=column < D, other=0.0).to(tl.float32) / scale
+        inside = tl.minimum(tl.maximum(value, -LARGEST), LARGEST)
+        value = tl.where(value == value, inside, value)  # what is not a number stays so
+        tl.store(out + row * D + column, value.to(tl.float8e4nv), mask=column < D)
+
+
+def pack(rows_RD: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    num_rows, width = rows_RD.shape
+    out_RD = torch.empty(rows_RD.shape, dtype=torch.float8_e4m3fn, device=rows_RD.device)
+    scale_R = torch.empty(num_rows, dtype=torch.float32, device=rows_RD.device)
+    block = _block(width)
+    if out_RD.numel():
+        _pack[(num_rows,)](rows_RD, out_RD, scale_R, LARGEST=largest, D=width, BLOCK=block, num_warps=_warps(block))
+    return out_RD, scale_R
+
+
+@triton.jit
+def _unpack(rows, scales, out, D: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(rows + row * D + column, mask=column < D, other=0.0).to(tl.float32) * tl.load(scales + row)
+    tl.store(out + row * D + column, value, mask=column < D)
+
+
+def unpack(rows_RD: Tensor, scale_R: Tensor, dtype: torch.dtype) -> Tensor:
+    num_rows, width = rows_RD.shape
+    out_RD = torch.empty(rows_RD.shape, dtype=dtype, device=rows_RD.device)
+    block = _block(width)
+    if out_RD.numel():
+        grid = (num_rows, triton.cdiv(width, block))
+        _unpack[grid](rows_RD, scale_R, out_RD, D=width, BLOCK=block, num_warps=_warps(block))
+    return out_RD

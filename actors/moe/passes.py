@@ -29,8 +29,8 @@ def _kernels() -> ModuleType | None:
     return kernels
 
 
-def _for(*tensors: Tensor) -> ModuleType | None:
-    """The kernels, where they know what to do with these tensors."""
+def kernels_for(*tensors: Tensor) -> ModuleType | None:
+    """`actors.moe.kernels`, where it is and knows what to do with these tensors; else None."""
     if any(tensor.device.type != "cuda" for tensor in tensors) or (kernels := _kernels()) is None:
         return None
     fits = all(t.is_contiguous() and (t.dtype in kernels.DTYPES or not t.is_floating_point()) for t in tensors)
@@ -39,7 +39,7 @@ def _for(*tensors: Tensor) -> ModuleType | None:
 
 def gather_rows(x_TD: Tensor, token_P: Tensor) -> Tensor:
     """x[token of p]: [P, D]."""
-    if kernels := _for(x_TD, token_P):
+    if kernels := kernels_for(x_TD, token_P):
         return kernels.gather_rows(x_TD, token_P)  # type: ignore[no-any-return]
     return x_TD.index_select(0, token_P)
 
@@ -62,7 +62,7 @@ def add_sums(
     `by_token`: of `order_by_token`. In the order of the pairs, so equal arguments give equal bits, which atomic sums on
     a GPU do not.
     """
-    if kernels := _for(into_TD, rows_PD, token_P, *(() if weight_P is None else (weight_P,))):
+    if kernels := kernels_for(into_TD, rows_PD, token_P, *(() if weight_P is None else (weight_P,))):
         sorted_P, order_P = by_token
         tokens_T = torch.arange(len(into_TD), dtype=sorted_P.dtype, device=sorted_P.device)
         ends_T = torch.searchsorted(sorted_P, tokens_T, right=True, out_int32=True)
@@ -74,7 +74,7 @@ def add_sums(
 
 def gated(pre_PH: Tensor, weight_P: Tensor) -> Tensor:
     """weight[p] * silu(gate[p]) * up[p] with (gate, up) the halves of a row: [P, I]."""
-    if kernels := _for(pre_PH, weight_P):
+    if kernels := kernels_for(pre_PH, weight_P):
         return kernels.gated(pre_PH, weight_P)  # type: ignore[no-any-return]
     gate_PI, up_PI = pre_PH.chunk(2, dim=1)
     return (F.silu(gate_PI) * up_PI * weight_P.unsqueeze(1)).to(pre_PH.dtype)
@@ -83,7 +83,7 @@ def gated(pre_PH: Tensor, weight_P: Tensor) -> Tensor:
 def gated_backward_(pre_PH: Tensor, grad_PI: Tensor, weight_P: Tensor) -> Tensor:
     """Of `gated`, where `grad_PI` is the gradient of its result. -> gradient of the weights [P]; that of `pre_PH` takes
     its place there."""
-    if kernels := _for(pre_PH, grad_PI, weight_P):
+    if kernels := kernels_for(pre_PH, grad_PI, weight_P):
         return kernels.gated_backward_(pre_PH, grad_PI, weight_P)  # type: ignore[no-any-return]
     wide = torch.promote_types(weight_P.dtype, pre_PH.dtype)
     gate_PI, up_PI = (half.to(wide) for half in pre_PH.chunk(2, dim=1))
@@ -100,7 +100,7 @@ def add_at(into_TD: Tensor, index_R: Tensor, rows_RD: Tensor) -> None:
     """into[index[r]] += rows[r], in place. Indices ascend, so that as many as there are rows are all of them."""
     if len(index_R) == len(into_TD):
         into_TD.add_(rows_RD)
-    elif kernels := _for(into_TD, index_R, rows_RD):
+    elif kernels := kernels_for(into_TD, index_R, rows_RD):
         kernels.add_at(into_TD, index_R, rows_RD)
     else:
         into_TD.index_add_(0, index_R, rows_RD)

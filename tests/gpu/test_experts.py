@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.moe import passes
+from actors.moe import fp8, passes
 from actors.moe.device import DeviceExperts, experts_on
 from actors.moe.device_dispatch import plan_there
 from actors.moe.dispatch import HolderTable, plan
@@ -127,7 +127,7 @@ def test_kernels_are_the_plain_passes(width: int, dtype: torch.dtype, weight_dty
     x_TD, token_P = torch.randn(tokens, width).to(dtype), torch.randint(0, tokens, (pairs,), dtype=torch.int32)
     weight_P, pre_PH = torch.rand(pairs).to(weight_dtype), torch.randn(pairs, 2 * width).to(dtype)
     grad_PI = torch.randn(pairs, width).to(dtype)
-    assert passes._for(x_TD.to(CUDA)) is not None, "Triton is there"
+    assert passes.kernels_for(x_TD.to(CUDA)) is not None, "Triton is there"
     rows = passes.gather_rows(x_TD.to(CUDA), token_P.to(CUDA))
     assert torch.equal(rows.cpu(), x_TD.index_select(0, token_P))
     low = torch.bfloat16 in (dtype, weight_dtype)
@@ -153,6 +153,23 @@ def test_no_index_leads_out_of_the_tokens() -> None:
     x_TD = torch.ones(4, 32, device=CUDA)
     rows = passes.gather_rows(x_TD, torch.tensor([-7, 3, 4, 1 << 20], dtype=torch.int32, device=CUDA))
     assert rows.sum(1).tolist() == [0, 32, 0, 0]
+
+
+@pytest.mark.parametrize("width", [130, 7168])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_packed_as_on_the_cpu(width: int, dtype: torch.dtype) -> None:
+    rows = torch.randn(65, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows[3], rows[4, 5], rows[5, 6] = 0, float("nan"), float("inf")
+    got, scales = fp8.pack(rows.to(CUDA))
+    expected, expected_scales = fp8.pack(rows)
+    sane = torch.tensor([row not in (4, 5) for row in range(65)])
+    torch.testing.assert_close(scales.cpu()[sane], expected_scales[sane])
+    differs = (got.cpu().float() != expected.float())[sane]
+    assert float(differs.float().mean()) < 1e-3, "a quotient may fall on the other side of a rounding"
+    back = fp8.unpack(got, scales, dtype)
+    assert not back[4].isfinite().all()
+    assert not back[5].isfinite().all()
+    near(back[sane.to(CUDA)], fp8.unpack(expected, expected_scales, torch.float64)[sane], 1e-2)
 
 
 @pytest.mark.parametrize("held", [*HELD.values(), *COPIES.values()], ids=[*HELD, *COPIES])
