@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from actors.expert.host import ExpertHost
+from actors.moe.cache import CacheSettings
 from actors.moe.device import DeviceExperts, default_max_pairs, is_swiglu
 from actors.moe.experts import MAX_PAIRS, Work
 from actors.moe.passes import add_at, gated, gated_backward_
@@ -107,3 +109,15 @@ def test_counts_are_brought_to_the_device_once() -> None:
     (part,) = work.parts(100)
     assert part.counts_E.ends_on(torch.device("cpu")).tolist() == [1, 1, 4, 6]  # type: ignore[attr-defined]
     assert part.counts_E.ends_on(torch.device("cpu")) is part.counts_E.ends_on(torch.device("cpu"))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("cache", [None, CacheSettings(1)], ids=["on the device", "behind it"])
+@pytest.mark.parametrize(("max_pairs", "is_whole"), [(3, False), (4, True), (0, True)])
+def test_a_host_keeps_as_many_pairs_as_it_is_told(cache: CacheSettings | None, max_pairs: int, is_whole: bool) -> None:
+    source = ModelSource(values={"model_type": "deepseek_v3", **FAMILIES["deepseek_v3"]})
+    host = ExpertHost("host", source, [0], group_size=2, cache=cache, max_pairs=max_pairs)
+    work = Work(torch.arange(4), [3, 1], torch.ones(4))
+    _, saved = host.holdings.stacks[0](torch.randn(4, 32), work, keep=True)
+    host.close()
+    assert saved is not None
+    assert (saved.activations is not None) == is_whole
