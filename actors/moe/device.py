@@ -127,4 +127,4 @@ class DeviceExperts(ExpertStack):
             super()._accumulate_matrix(name, rows_PM, grad_PN, counts_E)
             return
         left, right = (rows_PM, grad_PN) if self._transposed else (grad_PN, rows_PM)
-        parameter.grad = grouped_outer(left, right, counts_E)
+        parameter.grad = grouped_outer(left, right, counts_E).contiguous()
