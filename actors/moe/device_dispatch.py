@@ -38,6 +38,8 @@ def plan_there(
     if not len(ids_N) or not holders.num_slots:
         return [], True if sound is None else bool(sound)
     pairs = _spread(ids_N, holders, backlog_A, turn) if holders.has_copies else _by_place(ids_N, holders)
+    if len(holders.num_slots) == 1 and (alone := _alone(pairs, num_tokens, top_k, sound)) is not None:
+        return alone
     # Row of each pair's token among those its actor needs: the number of needed ones up to it.
     num_actors = len(holders.num_slots)
     token_N = pairs.order_N.div(top_k, rounding_mode="floor")
@@ -48,9 +50,8 @@ def plan_there(
     token_P = row_AT.view(-1).index_select(0, cell_N) - 1
     tokens_A = row_AT[:num_actors, -1]
     packed = _packed(needed[: num_actors * num_tokens], row_AT[:num_actors], tokens_A, len(ids_N))
-    flag = pairs.counts_S.new_ones(1) if sound is None else sound.reshape(1).to(pairs.counts_S.dtype)
-    told = to_host(torch.cat((pairs.counts_S, tokens_A.to(pairs.counts_S.dtype), flag)))
-    counts, needs, is_sound = told[: -num_actors - 1], told[-num_actors - 1 : -1], bool(told[-1])
+    told, is_sound = _told(torch.cat((pairs.counts_S, tokens_A)), sound)
+    counts, needs = told[:-num_actors], told[-num_actors:]
     shares: list[Share] = []
     first_pair = first_slot = first_token = 0
     for actor, (slots, num_needed) in enumerate(zip(holders.num_slots, needs, strict=True)):
@@ -61,6 +62,24 @@ def plan_there(
             shares.append(Share(actor, tokens_T, token_P[part], counts_E, pairs.order_N[part]))
         first_pair, first_slot, first_token = part.stop, first_slot + slots, first_token + num_needed
     return shares, is_sound
+
+
+def _alone(pairs: _Pairs, num_tokens: int, top_k: int, sound: Tensor | None) -> tuple[list[Share], bool] | None:
+    """An actor that has all experts needs every token, unless some choices are unused: then None."""
+    counts_E, is_sound = _told(pairs.counts_S, sound)
+    if sum(counts_E) < len(pairs.order_N):
+        return None
+    tokens_T = torch.arange(num_tokens, device=pairs.order_N.device)
+    token_P = pairs.order_N.div(top_k, rounding_mode="floor").to(torch.int32)
+    return [Share(0, tokens_T, token_P, counts_E, pairs.order_N)], is_sound
+
+
+def _told(numbers: Tensor, sound: Tensor | None) -> tuple[list[int], bool]:
+    """These numbers on the host, and whether it is sound."""
+    if sound is None:
+        return to_host(numbers), True
+    *told, is_sound = to_host(torch.cat((numbers, sound.reshape(1))))
+    return told, bool(is_sound)
 
 
 def load_of(shares: Sequence[Share], holders: HolderTable) -> Tensor:

@@ -59,6 +59,11 @@ def add_grouped_outer(grad_EMN: Tensor, left_PM: Tensor, right_PN: Tensor, count
 
 def add_grouped_sum(grad_EN: Tensor, rows_PN: Tensor, counts_E: Sequence[int]) -> None:
     """grad[e] += sum of the rows of e, in place: the gradient of a bias."""
+    if rows_PN.device.type == "cuda" and rows_PN.dtype == torch.bfloat16:
+        # As a product with ones, 16 bytes of them: sums of bfloat16 one by one would be rounded one by one.
+        ones_P8 = rows_PN.new_ones(len(rows_PN), 8)
+        grad_EN += grouped_outer(ones_P8, rows_PN, counts_E)[:, 0]
+        return
     grad_EN.index_add_(0, _experts(counts_E, rows_PN), rows_PN.to(grad_EN.dtype))
 
 
