@@ -100,7 +100,7 @@ def to_host(numbers: Tensor) -> list[int]:
     pinned = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
     pinned.copy_(numbers, non_blocking=True)
     event = torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(numbers.device))
     event.synchronize()
     return pinned.tolist()  # type: ignore[no-any-return]
 

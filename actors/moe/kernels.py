@@ -7,6 +7,10 @@ more than 2^31 bytes.
     P pairs   T tokens   D model width   I inner width
 """
 
+from collections.abc import Callable
+from functools import wraps
+from typing import TypeVar, cast
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +21,20 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCKS = (1024, 512, 256, 128)
 _MAX_IDLE = 0.1
 """Part of a block's lanes that may be beyond the end of a row."""
+
+
+Launch = TypeVar("Launch", bound=Callable[..., object])
+
+
+def _there(launch: Launch) -> Launch:
+    """Triton launches on the device that is current, which need not be the one that the first tensor is on."""
+
+    @wraps(launch)
+    def run(first: Tensor, *rest: object) -> object:
+        with torch.cuda.device_of(first):
+            return launch(first, *rest)
+
+    return cast(Launch, run)
 
 
 def _block(width: int) -> int:
@@ -43,6 +61,7 @@ def _gather(x, token, out, num_tokens, D: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + pair * D + column, value, mask=inside)
 
 
+@_there
 def gather_rows(x_TD: Tensor, token_P: Tensor) -> Tensor:
     """A token that is not there gives zeros: no index leads out of the tensor."""
     num_tokens, width = x_TD.shape
@@ -71,6 +90,7 @@ def _sum(into, rows, order, ends, weight, D: tl.constexpr, WEIGHTED: tl.constexp
     tl.store(into + token * D + column, total, mask=inside)
 
 
+@_there
 def add_sums(into_TD: Tensor, rows_PD: Tensor, order_P: Tensor, ends_T: Tensor, weight_P: Tensor | None) -> None:
     num_tokens, width = into_TD.shape
     block = _block(width)
@@ -102,6 +122,7 @@ def _gate(pre, weight, act, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(act + pair * WIDTH + column, w * gate * tl.sigmoid(gate) * up, mask=inside)
 
 
+@_there
 def gated(pre_PH: Tensor, weight_P: Tensor) -> Tensor:
     num_pairs, width = len(pre_PH), pre_PH.shape[1] // 2
     act_PI = pre_PH.new_empty(num_pairs, width)
@@ -132,6 +153,7 @@ def _gate_backward(pre, grad, weight, grad_weight, WIDTH: tl.constexpr, BLOCK: t
     tl.store(grad_weight + pair, tl.sum(products, axis=0))
 
 
+@_there
 def gated_backward_(pre_PH: Tensor, grad_PI: Tensor, weight_P: Tensor) -> Tensor:
     num_pairs, width = len(pre_PH), pre_PH.shape[1] // 2
     grad_weight_P = weight_P.new_empty(num_pairs)
@@ -154,6 +176,7 @@ def _add_at(into, index, rows, D: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(into + row * D + column, total, mask=inside)
 
 
+@_there
 def add_at(into_TD: Tensor, index_R: Tensor, rows_RD: Tensor) -> None:
     width = into_TD.shape[1]
     block = _block(width)
@@ -182,6 +205,7 @@ def _pack(rows, out, scales, LARGEST: tl.constexpr, D: tl.constexpr, BLOCK: tl.c
         tl.store(out + row * D + column, value.to(tl.float8e4nv), mask=column < D)
 
 
+@_there
 def pack(rows_RD: Tensor, largest: float) -> tuple[Tensor, Tensor]:
     num_rows, width = rows_RD.shape
     out_RD = torch.empty(rows_RD.shape, dtype=torch.float8_e4m3fn, device=rows_RD.device)
@@ -200,6 +224,7 @@ def _unpack(rows, scales, out, D: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + row * D + column, value, mask=column < D)
 
 
+@_there
 def unpack(rows_RD: Tensor, scale_R: Tensor, dtype: torch.dtype) -> Tensor:
     num_rows, width = rows_RD.shape
     out_RD = torch.empty(rows_RD.shape, dtype=dtype, device=rows_RD.device)

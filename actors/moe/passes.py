@@ -4,14 +4,16 @@ token's experts; each forward and backward.
 With w the gate weight of a pair, w * (act @ W) = (w * act) @ W: in one pass with the activation the weighting costs
 nothing, and backward gets the gradient of the weights W without another pass over the output's gradient.
 
-On a GPU with Triton each is one kernel (`actors.moe.kernels`); elsewhere plain torch, with the same numbers but for
-the last digits. Nothing here makes the host wait for the device.
+On a GPU with Triton each is one kernel (`actors.moe.kernels`): as fast as what torch.compile makes of the activation,
+and in backward, with the sum over a row in it, 1.7 times as fast (0.48 against 0.81 ms for 98,304 pairs of width 1408
+on an H100). Elsewhere plain torch, with the same numbers but for the last digits. Nothing here makes the host wait.
 
     P pairs of a token and an expert, sorted by expert   T tokens   D model width   I inner width   H = 2 I
 """
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from types import ModuleType
 
@@ -19,12 +21,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 
 @cache
 def _kernels() -> ModuleType | None:
     try:
         from actors.moe import kernels
     except ImportError:  # a build of torch without Triton
+        return None
+    try:
+        into_TD = torch.zeros(1, 16, device="cuda")
+        kernels.add_at(into_TD, torch.zeros(1, dtype=torch.int64, device="cuda"), into_TD)
+    except Exception:  # it needs a compiler for C, and the host may lack it: whatever is wrong, there is another way
+        logger.warning("Triton does not work here; the passes between grouped products are plain torch", exc_info=True)
         return None
     return kernels
 

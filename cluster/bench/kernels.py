@@ -66,9 +66,8 @@ def _bench(case: str, counts_E: Sequence[int], rounds: int) -> Row:
     token_P = torch.randperm(NUM_ROWS, device="cuda").to(torch.int32)
     work = Work(token_P, Counts(counts_E), torch.rand(NUM_ROWS, device="cuda"))
     rows_PD, grad_TD = x_TD.index_select(0, token_P), torch.randn_like(x_TD)
-    _, act_PI, _ = stack.compute_rows(
-        rows_PD, work, stack.weights
-    )  # the same numbers: what a card draws depends on them
+    # The same numbers for both: the power that a card draws, and with it its clock, depends on them.
+    _, act_PI, _ = stack.compute_rows(rows_PD, work, stack.weights)
     left, right = torch.randn(2, DENSE, DENSE, device="cuda", dtype=torch.bfloat16)
     ends_E = Counts(counts_E).ends_on(torch.device("cuda"))
     w_in, w_out = (stack.weight(name).transpose(1, 2) for name in ("gate_up_proj", "down_proj"))
