@@ -1,7 +1,9 @@
 """`one_gpu_3b`: training tokens a second of a router and an expert host that share one GPU, against transformers with
-`grouped_mm` in one process on the same GPU: the same weights, batches, losses and optimizer.
+`grouped_mm` in one process on the same GPU: the same weights, batches, losses and optimizer. `two_gpu_3b`: the same with
+the expert host on a GPU of its own, so that gradients and updates of experts are computed beside the trunk's.
 
-The two stand side by side in the device's memory and are timed in turns.
+Router and host are in one process with a local link between them; rows cross from GPU to GPU as copies between peers.
+Both sides' models are in memory together and are timed in turns, one micro-batch a step.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -64,14 +66,16 @@ class Extent:
     sequences: int
     length: int
     device: str
+    expert_device: str
     dtype: str
 
 
-WHOLE = Extent(MODEL, GROUP_SIZE, sequences=8, length=2048, device="cuda", dtype="bfloat16")
+WHOLE = Extent(MODEL, GROUP_SIZE, sequences=8, length=2048, device="cuda:0", expert_device="cuda:0", dtype="bfloat16")
+TWO_GPUS = replace(WHOLE, expert_device="cuda:1")
 
 
 @dataclass(frozen=True)
-class OneGpuRow(Row):
+class TrainingRow(Row):
     spread: float
     """Of the ratio: largest round less smallest."""
     num_parameters: int
@@ -80,13 +84,18 @@ class OneGpuRow(Row):
 
 
 def one_gpu_rows(rounds: int) -> list[Row]:
-    """None where no GPU has room for both. At least `MIN_ROUNDS`."""
+    """None where no GPU has room for both sides; with another GPU, that case too. At least `MIN_ROUNDS`."""
     if not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < MIN_MEMORY_BYTES:
         return []
-    return [train_both(WHOLE, max(rounds, MIN_ROUNDS))]
+    extents = {"one_gpu_3b": WHOLE, "two_gpu_3b": TWO_GPUS}
+    found: list[Row] = []
+    for case, extent in list(extents.items())[: torch.cuda.device_count()]:
+        found.append(train_both(case, extent, max(rounds, MIN_ROUNDS)))
+        torch.cuda.empty_cache()
+    return found
 
 
-def train_both(extent: Extent, rounds: int) -> OneGpuRow:
+def train_both(case: str, extent: Extent, rounds: int) -> TrainingRow:
     with side_by_side(extent) as (router, reference):
         batches = random_batches(extent, STEPS_A_ROUND)
         losses: dict[str, float] = {}
@@ -94,21 +103,21 @@ def train_both(extent: Extent, rounds: int) -> OneGpuRow:
         def ours() -> None:
             for batch in batches:
                 losses["ours"] = router.train_step([batch], lr=LR, clip_norm=CLIP_NORM).loss
-            _wait_for(extent.device)
+            _wait(extent)
 
         def theirs() -> None:
             for batch in batches:
                 losses["theirs"], _ = reference.train_step([batch], lr=LR, clip_norm=CLIP_NORM)
-            _wait_for(extent.device)
+            _wait(extent)
 
         seconds = interleaved({"ours": ours, "theirs": theirs}, rounds, 2)
         num_parameters = sum(parameter.numel() for parameter in reference.model.parameters())
     peer = "transformers grouped_mm, one process"
     tokens = STEPS_A_ROUND * extent.sequences * (extent.length - 1)
-    row = rate_row("one_gpu_3b", "tokens/s", tokens, seconds["ours"], peer, seconds["theirs"])
+    row = rate_row(case, "tokens/s", tokens, seconds["ours"], peer, seconds["theirs"])
     ratios = [b / a for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)]
     difference = abs(losses["ours"] / losses["theirs"] - 1)
-    return OneGpuRow(
+    return TrainingRow(
         **asdict(row), spread=max(ratios) - min(ratios), num_parameters=num_parameters, loss_difference=difference
     )
 
@@ -127,9 +136,14 @@ def side_by_side(extent: Extent) -> Iterator[tuple[Router, Reference]]:
         source = ModelSource(path=directory, dtype=extent.dtype)
         num_groups = int(skeleton(source).num_experts) // extent.group_size
         host = ExpertHost(
-            "expert-0", source, range(num_groups), group_size=extent.group_size, device=extent.device, timeout_s=600
+            "expert-0",
+            source,
+            range(num_groups),
+            group_size=extent.group_size,
+            device=extent.expert_device,
+            timeout_s=600,
         )
-        peer = Peer(lambda: LocalLink(host.name, host.handle))
+        peer = Peer(lambda: LocalLink(host.name, host.handle, idle=host.idle))
         placement = Placement(1, ((host.name,),) * num_groups, extent.group_size)
         router = Router(source, Roster(placement, {host.name: peer}), device=extent.device, timeout_s=600)
     try:
@@ -148,6 +162,6 @@ def random_batches(extent: Extent, number: int) -> list[torch.Tensor]:
     return list(torch.randint(0, int(extent.values["vocab_size"]), size, generator=generator).to(extent.device))
 
 
-def _wait_for(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def _wait(extent: Extent) -> None:
+    for device in {extent.device, extent.expert_device} - {"cpu"}:
+        torch.cuda.synchronize(device)

@@ -1,5 +1,5 @@
-"""`split_cost`: training tokens a second of a router and its expert actors, against one process. With a GPU also
-`one_gpu_3b`, of `cluster.bench.one_gpu`."""
+"""`split_cost`: training tokens a second of a router and its expert actors, against one process. With GPUs also
+`one_gpu_3b` and `two_gpu_3b`, of `cluster.bench.one_gpu`."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ TINY = {
 
 
 def test_both_sides_train_the_same_model() -> None:
-    row = train_both(Extent(TINY, 4, sequences=2, length=16, device="cpu", dtype="float32"), rounds=2)
+    row = train_both("one_gpu_3b", Extent(TINY, 4, 2, 16, "cpu", "cpu", "float32"), rounds=2)
     assert row.case == "one_gpu_3b"
     assert row.rounds == 2
     assert row.loss_difference < 1e-4
