@@ -1,6 +1,6 @@
 """`one_gpu_3b`: training tokens a second of a router and an expert host that share one GPU, against transformers with
-`grouped_mm` in one process on the same GPU: the same weights, batches, losses and optimizer. `two_gpu_3b`: the same with
-the expert host on a GPU of its own, so that gradients and updates of experts are computed beside the trunk's.
+`grouped_mm` in one process on the same GPU: the same weights, batches, losses and optimizer. `two_gpu_3b`: with the
+expert host on a GPU of its own, so that gradients and updates of experts are computed beside the trunk's.
 
 Router and host are in one process with a local link between them; rows cross from GPU to GPU as copies between peers.
 Both sides' models are in memory together and are timed in turns, one micro-batch a step.
@@ -54,6 +54,7 @@ GROUP_SIZE = 16
 STEPS_A_ROUND = 2
 MIN_ROUNDS = 5
 LR, CLIP_NORM = 1e-4, 1.0
+TIMEOUT_S = 600.0
 MIN_MEMORY_BYTES = 70 << 30
 
 
@@ -141,11 +142,11 @@ def side_by_side(extent: Extent) -> Iterator[tuple[Router, Reference]]:
             range(num_groups),
             group_size=extent.group_size,
             device=extent.expert_device,
-            timeout_s=600,
+            timeout_s=TIMEOUT_S,
         )
         peer = Peer(lambda: LocalLink(host.name, host.handle, idle=host.idle))
         placement = Placement(1, ((host.name,),) * num_groups, extent.group_size)
-        router = Router(source, Roster(placement, {host.name: peer}), device=extent.device, timeout_s=600)
+        router = Router(source, Roster(placement, {host.name: peer}), device=extent.device, timeout_s=TIMEOUT_S)
     try:
         router.begin_run(OptimizerSettings(lr=LR))
         reference = Reference.of(model)

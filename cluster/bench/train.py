@@ -53,7 +53,9 @@ def bench_train(config: ClusterConfig, *, rounds: int) -> Report:
     tokens = STEPS_A_ROUND * SEQUENCES * (LENGTH - 1)
     row = rate_row("split_cost", "tokens/s", tokens, seconds["ours"], f"transformers {peer}", seconds[peer])
     if not (rows := one_gpu_rows(rounds)):
-        logger.warning("no CUDA device with room for both sides: one_gpu_3b is left out")
+        logger.warning("no CUDA device with room for both sides: one_gpu_3b and two_gpu_3b are left out")
+    elif len(rows) == 1:
+        logger.warning("one CUDA device: two_gpu_3b is left out")
     return Report("train", [row, *rows])
 
 
