@@ -132,6 +132,7 @@ class LocalCluster:
     device: str
     cache: CacheSettings | None = None
     gate: GateSettings | None = None
+    in_flight: int = 1
     members: dict[str, Member] = field(default_factory=dict)
     router: Router = field(init=False)
     placement: Placement = field(init=False)
@@ -207,11 +208,12 @@ def cluster(
     cache: CacheSettings | None = None,
     piece_bytes: int = PIECE_BYTES,
     payload: Payload = "trunk",
+    in_flight: int = 1,
 ) -> Iterator[LocalCluster]:
     """`wrap` may put a faulty link around each link as it is opened. With `heals` copies take over from the dead."""
     slots = [ActorSlot(f"expert-{i}", f"node-{i}") for i in range(num_actors)]
     placement = spread(skeleton(source).num_experts, group_size, slots, redundancy)
-    local = LocalCluster(source, group_size, links, wrap, timeout_s, device, cache, gate)
+    local = LocalCluster(source, group_size, links, wrap, timeout_s, device, cache, gate, in_flight)
     local.placement = placement
     for slot in slots:
         local.add(placement.held_by(slot.id))
@@ -225,6 +227,7 @@ def cluster(
         find_roster=local.without if heals else None,
         piece_bytes=piece_bytes,
         payload=payload,
+        in_flight=in_flight,
     )
     try:
         yield local

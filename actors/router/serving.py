@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -19,6 +18,7 @@ from actors.router.dispatcher import Dispatcher, Purpose
 from actors.router.engine import DecodeEngine, Served
 from actors.router.learner import Learner
 from actors.router.pins import PinnedModels
+from actors.router.turns import FairLock
 from actors.router.versions import VersionGate
 from actors.values import NEWEST, Sampling, TokenEvent, VersionChoice
 
@@ -37,7 +37,7 @@ class Serving:
     ) -> None:
         """`version`: of the trunk, now."""
         self._learner, self._dispatcher, self._last_commit, self._version = learner, dispatcher, last_commit, version
-        self._lock = threading.Lock()
+        self._lock = FairLock()
         self._gate = VersionGate()
         text = learner.skeleton.config.get_text_config()
         self.vocab_size = int(text.vocab_size)
@@ -141,8 +141,9 @@ class Serving:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Forwards wait inside, and the links are free for other questions."""
-        with self._lock, self._gate.writing():
+        """Forwards wait inside, and the links are free for other questions. It does not wait its turn behind all of
+        them: the one that is under way ends, and this is next."""
+        with self._gate.writing():
             yield
 
     # -- input --------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 expert host on a GPU of its own, so that gradients and updates of experts are computed beside the trunk's.
 
 Router and host are in one process with a local link between them; rows cross from GPU to GPU as copies between peers.
-Both sides' models are in memory together and are timed in turns, one micro-batch a step.
+Both sides' models are in memory together and are timed in turns.
 """
 
 from __future__ import annotations
@@ -69,10 +69,12 @@ class Extent:
     device: str
     expert_device: str
     dtype: str
+    in_flight: int = 1
+    """Micro-batches that our side divides a batch into, and has in flight together."""
 
 
 WHOLE = Extent(MODEL, GROUP_SIZE, sequences=8, length=2048, device="cuda:0", expert_device="cuda:0", dtype="bfloat16")
-TWO_GPUS = replace(WHOLE, expert_device="cuda:1")
+TWO_GPUS = replace(WHOLE, expert_device="cuda:1", in_flight=2)
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def train_both(case: str, extent: Extent, rounds: int) -> TrainingRow:
 
         def ours() -> None:
             for batch in batches:
-                losses["ours"] = router.train_step([batch], lr=LR, clip_norm=CLIP_NORM).loss
+                losses["ours"] = router.train_step(batch.chunk(extent.in_flight), lr=LR, clip_norm=CLIP_NORM).loss
             _wait(extent)
 
         def theirs() -> None:
@@ -146,7 +148,13 @@ def side_by_side(extent: Extent) -> Iterator[tuple[Router, Reference]]:
         )
         peer = Peer(lambda: LocalLink(host.name, host.handle, idle=host.idle))
         placement = Placement(1, ((host.name,),) * num_groups, extent.group_size)
-        router = Router(source, Roster(placement, {host.name: peer}), device=extent.device, timeout_s=TIMEOUT_S)
+        router = Router(
+            source,
+            Roster(placement, {host.name: peer}),
+            device=extent.device,
+            timeout_s=TIMEOUT_S,
+            in_flight=extent.in_flight,
+        )
     try:
         router.begin_run(OptimizerSettings(lr=LR))
         reference = Reference.of(model)

@@ -1,5 +1,6 @@
-"""`split_cost`: training tokens a second of a router and its expert actors, against one process. With GPUs also
-`one_gpu_3b` and `two_gpu_3b`, of `cluster.bench.one_gpu`."""
+"""`split_cost`: training tokens a second of a router and its expert actors, against one process. `overlap_m2`: of two
+and three micro-batches in flight, against one after the other. With GPUs also `one_gpu_3b` and `two_gpu_3b`, of
+`cluster.bench.one_gpu`."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from actors.optim import OptimizerSettings
 from actors.reference import Reference
 from actors.trunk.model import ModelSource
 from cluster.bench.one_gpu import one_gpu_rows
+from cluster.bench.overlap import overlap_rows
 from cluster.bench.result import Report, interleaved, rate_row
 from cluster.config import ClusterConfig, OptimizerConfig
 from cluster.fabric.launch import launched
@@ -56,7 +58,7 @@ def bench_train(config: ClusterConfig, *, rounds: int) -> Report:
         logger.warning("no CUDA device with room for both sides: one_gpu_3b and two_gpu_3b are left out")
     elif len(rows) == 1:
         logger.warning("one CUDA device: two_gpu_3b is left out")
-    return Report("train", [row, *rows])
+    return Report("train", [row, *overlap_rows(config, rounds=rounds), *rows])
 
 
 def _plain(directory: str, experts: str, batches: np.ndarray) -> Callable[[], None]:

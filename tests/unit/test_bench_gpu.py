@@ -26,8 +26,9 @@ TINY = {
 }
 
 
-def test_both_sides_train_the_same_model() -> None:
-    row = train_both("one_gpu_3b", Extent(TINY, 4, 2, 16, "cpu", "cpu", "float32"), rounds=2)
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_both_sides_train_the_same_model(in_flight: int) -> None:
+    row = train_both("one_gpu_3b", Extent(TINY, 4, 2, 16, "cpu", "cpu", "float32", in_flight), rounds=2)
     assert row.case == "one_gpu_3b"
     assert row.rounds == 2
     assert row.loss_difference < 1e-4
