@@ -74,7 +74,7 @@ class Extent:
 
 
 WHOLE = Extent(MODEL, GROUP_SIZE, sequences=8, length=2048, device="cuda:0", expert_device="cuda:0", dtype="bfloat16")
-TWO_GPUS = replace(WHOLE, expert_device="cuda:1", in_flight=2)
+TWO_GPUS = replace(WHOLE, expert_device="cuda:1")
 
 
 @dataclass(frozen=True)
