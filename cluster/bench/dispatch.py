@@ -1,6 +1,7 @@
 """One actor's share of one token, as in a decode step, over its link and as a Ray actor call of the same tensors.
 
 `small_message` goes to the expert host and back; `one_token_layer` is computed by the experts there as well.
+`fp8_rows`: `cluster.bench.fp8`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 
 from actors.transport.message import Message
 from actors.trunk.model import skeleton
+from cluster.bench.fp8 import fp8_row
 from cluster.bench.live import link_to
 from cluster.bench.result import Report, interleaved, time_row
 from cluster.config import ClusterConfig
@@ -42,7 +44,7 @@ def bench_dispatch(config: ClusterConfig, *, rounds: int) -> Report:
             each = {name: [s / CALLS_A_ROUND for s in values] for name, values in seconds.items()}
             rows.append(time_row(case, "ms", 1e3, each["link"], "Ray actor call", each["ray"]))
         link.close()
-    return Report("dispatch", rows)
+    return Report("dispatch", [*rows, fp8_row()])
 
 
 def _calls(ask: Callable[[Message], Message], question: Message) -> Callable[[], None]:
