@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -91,9 +91,12 @@ def square_sum(parameters: Iterable[nn.Parameter]) -> float:
 
 
 def square_sum_of(gradients: Iterable[Tensor]) -> float:
+    norms: list[Any] = [torch.linalg.vector_norm(gradient, dtype=_wide(gradient.dtype)) for gradient in gradients]
+    if len(norms) > 1 and len({(norm.device, norm.dtype) for norm in norms}) == 1:
+        norms = torch.stack(norms).tolist()  # one wait for the device, not one each
     total = 0.0
-    for gradient in gradients:
-        total += float(torch.linalg.vector_norm(gradient, dtype=_wide(gradient.dtype))) ** 2
+    for norm in norms:
+        total += float(norm) ** 2
     return total
 
 

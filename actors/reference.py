@@ -23,6 +23,14 @@ class Reference:
         )
         self.begin_run(OptimizerSettings())
 
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Reference:
+        """Of a model that is there already, on whatever device."""
+        reference = cls.__new__(cls)
+        reference.model = model
+        reference.begin_run(OptimizerSettings())
+        return reference
+
     def begin_run(self, settings: OptimizerSettings) -> None:
         self.model.train()
         self._optimizer = adamw(self.model.named_parameters(), settings)

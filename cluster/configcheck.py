@@ -186,6 +186,7 @@ def _check_experts(config: ExpertsConfig, ray: RayConfig, check: _Check) -> None
     check.at_least("snapshot_every_steps", config.snapshot_every_steps, 0)
     check.at_least("max_groups", config.max_groups, 0)
     check.at_least("expert_cache_size", config.expert_cache_size, 0)
+    check.at_least("max_pairs", config.max_pairs, 0)
     check.at_least("serving_weight", config.serving_weight, 1)
     check.that(
         not config.cache_dir or config.expert_cache_size > 0,

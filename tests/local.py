@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from actors.errors import PeerLost
 from actors.expert.host import ExpertHost
 from actors.moe.cache import CacheSettings
+from actors.moe.fp8 import Payload
 from actors.moe.settings import GateSettings
 from actors.router.dispatcher import Peer, Roster
 from actors.router.pieces import PIECE_BYTES
@@ -206,6 +207,7 @@ def cluster(
     heals: bool = False,
     cache: CacheSettings | None = None,
     piece_bytes: int = PIECE_BYTES,
+    payload: Payload = "trunk",
     in_flight: int = 1,
 ) -> Iterator[LocalCluster]:
     """`wrap` may put a faulty link around each link as it is opened. With `heals` copies take over from the dead."""
@@ -224,6 +226,7 @@ def cluster(
         max_step_retries=max_step_retries,
         find_roster=local.without if heals else None,
         piece_bytes=piece_bytes,
+        payload=payload,
         in_flight=in_flight,
     )
     try:

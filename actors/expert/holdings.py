@@ -73,12 +73,15 @@ class Holdings:
         groups: Sequence[int],
         load: LoadLayer,
         cache: CacheSettings | None = None,
+        max_pairs: int = 0,
     ) -> None:
         self._group_size = group_size
         self.settings = OptimizerSettings()
         self._places: list[int | None] = list(groups)
         """Group at each place of the stacks."""
-        self._residency = residency(skeleton, group_size, device, len(groups), lambda i: load(i, groups), cache)
+        self._residency = residency(
+            skeleton, group_size, device, len(groups), lambda i: load(i, groups), cache, max_pairs
+        )
         self._groups = {group: self._new_group(group) for group in groups}
         self._shared: set[int] = set()
         """Layers whose weights somebody else keeps: they are not written to, but copied first."""

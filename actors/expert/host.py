@@ -37,6 +37,7 @@ from actors.expert.transaction import Transaction
 from actors.expert.updates import PendingUpdate, Updates
 from actors.moe.cache import CacheSettings
 from actors.moe.experts import Work
+from actors.moe.fp8 import unpacked
 from actors.optim import OptimizerSettings
 from actors.snapshots import ExpertKey, SavedState, Snapshot
 from actors.staleness import check_staleness
@@ -73,14 +74,16 @@ class ExpertHost:
         open_peer: PeerOpener = _no_peers,
         timeout_s: float = 30.0,
         cache: CacheSettings | None = None,
+        max_pairs: int = 0,
     ) -> None:
+        """`max_pairs` of a token and an expert are computed at a time; 0: what suits the device."""
         self.name = name
         self.group_size = group_size
         self.version = version
         self.tokens = 0
         self.pairs = 0
         self._source = source
-        self._device, self._cache = torch.device(device), cache
+        self._device, self._cache, self._max_pairs = torch.device(device), cache, max_pairs
         self._skeleton: Skeleton = skeleton(source)
         self._num_experts = self._skeleton.num_experts
         """Of every layer now: the model may have grown."""
@@ -253,11 +256,12 @@ class ExpertHost:
     def _work(self, question: Message, num_experts: int) -> tuple[Tensor, Work]:
         """Tokens and what is to be done with them, checked, on the device."""
         fields: Any = question.fields
-        x_TD, token_P, weight_P = question.tensors
+        *rows, token_P, weight_P = question.tensors
+        x_TD = unpacked([part.to(self._device) for part in rows], self._skeleton.dtype)
         self._check_tokens(x_TD)
-        work = Work(token_P.to(self._device), list(fields["counts_E"]), weight_P.to(self._device))
+        work = Work(token_P, list(fields["counts_E"]), weight_P)
         work.check(x_TD.shape[0], num_experts)
-        return x_TD.to(self._device), work
+        return x_TD, work.to(self._device)
 
     def _backward(self, question: Message) -> Message:
         self._enter(question.fields)
@@ -596,7 +600,7 @@ class ExpertHost:
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _holdings_of(self, groups: Sequence[int], load: LoadLayer) -> Holdings:
-        return Holdings(self._skeleton, self.group_size, self._device, groups, load, self._cache)
+        return Holdings(self._skeleton, self.group_size, self._device, groups, load, self._cache, self._max_pairs)
 
     def _load(self, source: ModelSource, groups: Sequence[int]) -> Holdings:
         reader = CheckpointReader(source.path, self._skeleton) if source.path and groups else None

@@ -16,9 +16,10 @@ from actors.errors import InvalidInput
 from actors.expert.homes import FileStore, Home, MemoryStore, Store
 from actors.moe.cache import CacheSettings
 from actors.moe.cached import CachedExperts
-from actors.moe.experts import ExpertStack
+from actors.moe.device import experts_on
+from actors.moe.experts import MAX_PAIRS, ExpertStack
 from actors.moe.shelf import Loader
-from actors.trunk.model import Skeleton
+from actors.trunk.model import ExpertLayer, Skeleton
 
 Stacked = Callable[[int], Mapping[str, Tensor]]
 """Layer -> parameters of the experts of all places, [places * group_size, ...]."""
@@ -79,25 +80,37 @@ def residency(
     num_places: int,
     load: Stacked,
     cache: CacheSettings | None,
+    max_pairs: int = 0,
 ) -> Residency:
+    """`max_pairs` of a token and an expert are computed at a time; 0: what suits the device."""
     if cache is None:
-        return OnDevice(skeleton, group_size, device, num_places, load)
-    return Cached(skeleton, group_size, device, num_places, load, cache)
+        return OnDevice(skeleton, group_size, device, num_places, load, max_pairs)
+    return Cached(skeleton, group_size, device, num_places, load, cache, max_pairs)
 
 
 class OnDevice:
     """One stack of weights a layer, for grouped products over all experts."""
 
     def __init__(
-        self, skeleton: Skeleton, group_size: int, device: torch.device, num_places: int, load: Stacked
+        self,
+        skeleton: Skeleton,
+        group_size: int,
+        device: torch.device,
+        num_places: int,
+        load: Stacked,
+        max_pairs: int = 0,
     ) -> None:
         self._size = group_size
-        self.stacks = [
-            ExpertStack(layer.template, {n: t.to(device) for n, t in load(i).items()})
-            if num_places
-            else ExpertStack(layer.template, _no_experts(layer.shapes(), skeleton.dtype, device))
-            for i, layer in enumerate(skeleton.layers)
-        ]
+
+        def stack(number: int, layer: ExpertLayer) -> ExpertStack:
+            tensors = (
+                {name: tensor.to(device) for name, tensor in load(number).items()}
+                if num_places
+                else _no_experts(layer.shapes(), skeleton.dtype, device)
+            )
+            return experts_on(device, layer.template, tensors, num_layers=len(skeleton.layers), max_pairs=max_pairs)
+
+        self.stacks = [stack(number, layer) for number, layer in enumerate(skeleton.layers)]
 
     def weight(self, place: int, layer: int, name: str) -> Tensor:
         return self.stacks[layer].weight(name)[self._span(place)]
@@ -164,6 +177,7 @@ class Cached:
         num_places: int,
         load: Stacked,
         cache: CacheSettings,
+        max_pairs: int = 0,
     ) -> None:
         self._skeleton, self._size = skeleton, group_size
         self._store: Store = FileStore(cache.directory) if cache.directory else MemoryStore(device)
@@ -183,6 +197,7 @@ class Cached:
                 group_size=group_size,
                 capacity=cache.size,
                 loader=self._loader,
+                max_pairs=max_pairs or MAX_PAIRS,
             )
             for i, layer in enumerate(skeleton.layers)
         ]

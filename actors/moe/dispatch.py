@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -119,7 +120,7 @@ def plan(
     num_tokens, top_k = topk_ids_TK.shape
     ids_N = topk_ids_TK.reshape(-1)
     if holders.missing:
-        _refuse_missing(ids_N, holders)
+        refuse_missing(ids_N, holders)
     if holders.has_copies:
         order_N, counts = _spread(ids_N, holders, backlog_A, turn)
     else:
@@ -139,7 +140,7 @@ def plan(
     return shares
 
 
-def _refuse_missing(ids_N: Tensor, holders: HolderTable) -> None:
+def refuse_missing(ids_N: Tensor, holders: HolderTable) -> None:
     needed = set(ids_N.unique().tolist())
     lost = [expert for expert in holders.missing if expert in needed]
     if lost:
@@ -156,9 +157,19 @@ def _spread(
 ) -> tuple[np.ndarray, list[int]]:
     """-> pairs [N] in the order of their places, in token order within; pairs of each place."""
     num_unused, *counts_E = torch.bincount(ids_N + 1, minlength=holders.num_experts + 1).tolist()
-    counts = _fill(counts_E, holders, backlog_A, turn)
-    # Sorted by expert, the pairs of a place are one block already: the holders of an expert share its pairs in token
-    # order. What is left is to bring the blocks from the order of experts into that of places.
+    counts = fill(counts_E, holders, backlog_A, turn)
+    shift = np.repeat(block_shifts(counts_E, counts, holders, num_unused), counts)
+    return _stable_order(ids_N.to(torch.int16))[np.arange(len(shift)) + shift], counts
+
+
+def block_shifts(
+    counts_E: Sequence[int], counts: Sequence[int], holders: HolderTable, num_unused: int
+) -> npt.NDArray[np.int64]:
+    """[S]: how far the pairs of each place are behind where they belong, once all are sorted by expert.
+
+    They are one block then: the holders of an expert share its pairs in token order. What is left is to bring the
+    blocks from the order of experts into that of places.
+    """
     start = np.zeros(len(counts), dtype=np.int64)
     next_pair = num_unused
     for count, places in zip(counts_E, holders.places_E, strict=True):
@@ -166,11 +177,11 @@ def _spread(
             for place in places.values():
                 start[place] = next_pair
                 next_pair += counts[place]
-    shift = np.repeat(start - np.cumsum([0, *counts[:-1]]), counts)
-    return _stable_order(ids_N.to(torch.int16))[np.arange(len(shift)) + shift], counts
+    result: npt.NDArray[np.int64] = start - np.cumsum([0, *counts[:-1]])
+    return result
 
 
-def _fill(counts_E: list[int], holders: HolderTable, backlog_A: Sequence[float] | None, turn: int) -> list[int]:
+def fill(counts_E: list[int], holders: HolderTable, backlog_A: Sequence[float] | None, turn: int) -> list[int]:
     """-> pairs of each place. Experts without a choice come first, then the largest; each fills up its holders' levels
     as water would. An actor's level is its backlog and what this batch gave it so far, in pairs."""
     num_actors = len(holders.num_slots)

@@ -13,13 +13,15 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from actors.errors import InvalidInput
-from actors.moe.grouped import add_bias, add_grouped_outer, add_grouped_sum, grouped_mm
+from actors.moe.grouped import Counts, add_bias, add_grouped_outer, add_grouped_sum, grouped_mm
+from actors.moe.passes import order_by_token
 
 Weights = Mapping[str, Tensor]
 """A stack's parameters by name, [E, ...] each. Where updates are copy-on-write nobody writes to these tensors again:
@@ -46,14 +48,26 @@ class Work:
     counts_E: Sequence[int]
     weight_P: Tensor
 
+    @cached_property
+    def by_token(self) -> tuple[Tensor, Tensor]:
+        """Tokens in ascending order, and the pairs in that order: [P] each."""
+        return order_by_token(self.token_P)
+
+    def to(self, device: torch.device) -> Work:
+        return Work(self.token_P.to(device), Counts(self.counts_E), self.weight_P.to(device))
+
     def check(self, num_tokens: int, num_experts: int) -> None:
-        """Raises `InvalidInput` unless the parts fit each other; runs before any memory is taken for the work."""
+        """Raises `InvalidInput` unless the parts fit each other; runs before any memory is taken for the work.
+
+        Indices that are on a GPU already are not looked at, since the host would have to wait for it; there no index
+        leads out of the tokens (`actors.moe.passes.gather_rows`).
+        """
         if len(self.counts_E) != num_experts or any(type(n) is not int or n < 0 for n in self.counts_E):
             raise InvalidInput(f"need {num_experts} counts of at least 0", field="counts_E", value=self.counts_E)
         num_pairs = sum(self.counts_E)
         if self.token_P.shape != (num_pairs,) or self.weight_P.shape != (num_pairs,):
             raise InvalidInput(f"need {num_pairs} pairs", field="token_P", value=tuple(self.token_P.shape))
-        if num_pairs:
+        if num_pairs and self.token_P.device.type != "cuda":
             low, high = self.token_P.aminmax()
             if int(low) < 0 or int(high) >= num_tokens:
                 raise InvalidInput(
@@ -65,10 +79,10 @@ class Work:
         ends_E = list(itertools.accumulate(self.counts_E))
         for first in range(0, len(self.token_P), max_pairs):
             last = min(first + max_pairs, len(self.token_P))
-            counts_E = [
+            counts_E = Counts(
                 max(0, min(end, last) - max(end - count, first))
                 for end, count in zip(ends_E, self.counts_E, strict=True)
-            ]
+            )
             yield Work(self.token_P[first:last], counts_E, self.weight_P[first:last])
 
 
@@ -235,13 +249,12 @@ class ExpertStack(nn.Module):
         `weights`: others than those of now, e.g. of an earlier version.
         """
         weights = self._weights if weights is None else weights
-        wide = torch.promote_types(work.weight_P.dtype, x_TD.dtype)
-        y_TD = torch.zeros(x_TD.shape, dtype=wide, device=x_TD.device)
         whole = len(work.token_P) <= self._max_pairs
+        y_TD = torch.zeros(x_TD.shape, dtype=self._sum_dtype(x_TD, work, whole), device=x_TD.device)
         activations = None
         for part in work.parts(self._max_pairs):
             activations, out_PD = self._compute(x_TD, part, weights, keep=keep and whole)
-            y_TD.index_add_(0, part.token_P, out_PD * part.weight_P.unsqueeze(1))
+            self._add_outputs(y_TD, part, out_PD)
         saved = Saved(work, None, activations, weights) if whole else Saved(work, x_TD, None, weights)
         return y_TD.to(x_TD.dtype), saved if keep else None
 
@@ -261,11 +274,29 @@ class ExpertStack(nn.Module):
             self.accumulate(later)  # at once: put off, the parts would be in memory together
         return grad_x_TD, torch.cat(grads) if grads else torch.zeros_like(saved.work.weight_P), None
 
+    # How rows are permuted: `DeviceExperts` does it otherwise.
+
+    def _sum_dtype(self, x_TD: Tensor, work: Work, whole: bool) -> torch.dtype:
+        """In which a token's outputs are added up; `whole`: all at once."""
+        return torch.promote_types(work.weight_P.dtype, x_TD.dtype)
+
+    def _rows(self, x_TD: Tensor, work: Work) -> Tensor:
+        return x_TD.index_select(0, work.token_P)
+
+    def _add_outputs(self, y_TD: Tensor, work: Work, out_PD: Tensor) -> None:
+        """What `_compute` gave, times the gate weights, to each token's sum."""
+        y_TD.index_add_(0, work.token_P, out_PD * work.weight_P.unsqueeze(1))
+
+    def _add_rows(self, into_TD: Tensor, work: Work, rows_PD: Tensor) -> None:
+        into_TD.index_add_(0, work.token_P, rows_PD)
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
     def _compute(self, x_TD: Tensor, work: Work, weights: Weights, *, keep: bool) -> tuple[Activations | None, Tensor]:
         """Outputs of each pair [P, D], not weighted; with `keep`, what their backward needs."""
         with torch.no_grad():
             counts_E = self._padded(work.counts_E, self._length(weights))
-            rows_PD = x_TD.index_select(0, work.token_P)
+            rows_PD = self._rows(x_TD, work)
             pre_PH = self._project(weights, self._in, rows_PD, counts_E)
             if (bias := self._bias(weights, self._in)) is not None:
                 add_bias(pre_PH, bias, counts_E)
@@ -285,7 +316,7 @@ class ExpertStack(nn.Module):
         """Adds into `grad_x_TD`; -> gradient of the gate weights [P], and what is left for the expert weights."""
         work = saved.work
         counts_E = self._padded(work.counts_E, self._length(weights))
-        grad_rows_PD = grad_y_TD.index_select(0, work.token_P)
+        grad_rows_PD = self._rows(grad_y_TD, work)
         # With w the gate weight, y = w * (act @ W + b): grad of w is <grad_y, act @ W + b> = <grad_y @ W^T, act> + ...
         unweighted_PI = self._project_back(weights, self._out, grad_rows_PD, counts_E)
         wide = torch.promote_types(work.weight_P.dtype, grad_y_TD.dtype)
@@ -296,7 +327,7 @@ class ExpertStack(nn.Module):
         scale_P1 = work.weight_P.unsqueeze(1).to(grad_rows_PD.dtype)
         (grad_pre_PH,) = torch.autograd.grad(saved.act_PI, saved.pre_PH, unweighted_PI.mul_(scale_P1))
         grad_pre_PH = grad_pre_PH.contiguous()
-        grad_x_TD.index_add_(0, work.token_P, self._project_back(weights, self._in, grad_pre_PH, counts_E))
+        self._add_rows(grad_x_TD, work, self._project_back(weights, self._in, grad_pre_PH, counts_E))
         later = WeightGradients(saved, grad_pre_PH, grad_rows_PD.mul_(scale_P1))
         return grad_weight_P.to(work.weight_P.dtype), later
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from actors.errors import LinkError, MoeClusterError, NonFinite, PeerLost, ProtocolError, StepAborted
-from actors.moe.balance import expert_load
-from actors.moe.dispatch import HolderTable, Share, plan
+from actors.moe.dispatch import HolderTable, Share
+from actors.moe.fp8 import Payload, packed
 from actors.moe.gating import GatePast
 from actors.router.halves import routed
+from actors.router.rows import add_rows, load_where, plan_where, rows_of
 from actors.transport.contract import Link, Pending
 from actors.transport.message import Message
 from actors.trunk.shared import Meanwhile, nothing
@@ -126,7 +127,16 @@ class Dispatcher:
     """A router has one for training, where a lost actor ends the attempt, and one for serving (`reroutes`), where the
     work of a lost actor goes to other holders of its experts."""
 
-    def __init__(self, num_layers: int, num_experts: int, *, timeout_s: float, turn: int = 0, reroutes: bool = False):
+    def __init__(
+        self,
+        num_layers: int,
+        num_experts: int,
+        *,
+        timeout_s: float,
+        turn: int = 0,
+        reroutes: bool = False,
+        payload: Payload = "trunk",
+    ) -> None:
         self.links: dict[str, Link] = {}
         self.epoch = 0
         self._peers: dict[str, Peer] = {}
@@ -135,7 +145,7 @@ class Dispatcher:
         """Without a living link; only of a dispatcher that reroutes."""
         self._just_lost: set[str] = set()
         """Those of them that were not tried again."""
-        self._timeout_s, self._turn, self._reroutes = timeout_s, turn, reroutes
+        self._timeout_s, self._turn, self._reroutes, self.payload = timeout_s, turn, reroutes, payload
         self._num_experts = num_experts
         self._names: list[str] = []
         self._table = HolderTable.of([], num_experts)
@@ -258,14 +268,13 @@ class Dispatcher:
     def forward(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Sent:
         """The sending half: every actor that is needed has its part. `receive` is the other."""
         now = self.current
-        if not torch.isfinite(weights_TK).all():
+        shares, finite = self._plan(ids_TK, weights_TK)
+        if not finite:
             raise NonFinite(f"gate scores of layer {layer} are not finite", step=now.purpose.step)
-        ids_TK = ids_TK.cpu()
         if now.purpose.keep and layer not in now.counted:
             now.counted.add(layer)
-            self.load_LE[layer] += expert_load(ids_TK, self.load_LE.shape[1])
+            self.load_LE[layer] += load_where(ids_TK, shares, self._table)
         self._backlog.visit()
-        shares = self._plan(ids_TK)
         weights_N = weights_TK.reshape(-1)
         return Sent(layer, shares, self._ask(layer, shares, x_TD, weights_N), x_TD, ids_TK, weights_N)
 
@@ -278,9 +287,10 @@ class Dispatcher:
             todo = self._compute(sent.layer, todo, sent.x_TD, sent.ids_TK, sent.weights_N, y_TD)
         return y_TD
 
-    def _plan(self, ids_TK: Tensor) -> list[Share]:
+    def _plan(self, ids_TK: Tensor, weights_TK: Tensor | None = None) -> tuple[list[Share], bool]:
         backlog = self.current.backlog
-        return plan(ids_TK, self._table, [backlog.get(name, 0.0) for name in self._names], self._turn)
+        backlog_A = [backlog.get(name, 0.0) for name in self._names]
+        return plan_where(ids_TK, self._table, backlog_A, self._turn, weights_TK)
 
     def _compute(
         self, layer: int, shares: list[Share], x_TD: Tensor, ids_TK: Tensor, weights_N: Tensor, y_TD: Tensor
@@ -292,9 +302,9 @@ class Dispatcher:
         fields = {**self.purpose.fields(layer), "epoch": self.epoch}
         pending: list[Pending | None] = []
         for share in shares:
-            rows = x_TD.index_select(0, share.tokens_T.to(x_TD.device))
+            rows = packed(rows_of(x_TD, share), self.payload)
             weight_P = weights_N.index_select(0, share.pair_P.to(x_TD.device))
-            question = Message("forward", {**fields, "counts_E": share.counts_E}, (rows, share.token_P, weight_P))
+            question = Message("forward", {**fields, "counts_E": share.counts_E}, (*rows, share.token_P, weight_P))
             pending.append(self._start(self._names[share.actor], question))
         return pending
 
@@ -318,7 +328,7 @@ class Dispatcher:
             now.used_version = min(now.used_version, int(answer.fields["used"]))  # type: ignore[arg-type]
             (part,) = _tensors(answer, 1, name)
             _expect(part, (len(share.tokens_T), x_TD.shape[1]), x_TD.dtype, name)
-            y_TD.index_add_(0, share.tokens_T.to(x_TD.device), part.to(x_TD.device))
+            add_rows(y_TD, share, part)
             self._backlog.note(name, len(share.token_P), int(answer.fields["pairs"]))  # type: ignore[arg-type]
         return self._planned_anew(left, ids_TK) if left else []
 
@@ -330,18 +340,17 @@ class Dispatcher:
             )
 
     def _planned_anew(self, left: Sequence[Share], ids_TK: Tensor) -> list[Share]:
-        ids_N = torch.full((ids_TK.numel(),), -1, dtype=ids_TK.dtype)
+        ids_N = torch.full((ids_TK.numel(),), -1, dtype=ids_TK.dtype, device=ids_TK.device)
         for share in left:
             ids_N[share.pair_P] = ids_TK.reshape(-1)[share.pair_P]
-        return self._plan(ids_N.view_as(ids_TK))
+        return self._plan(ids_N.view_as(ids_TK))[0]
 
     def backward(self, shares: Sequence[Share], purpose: Mapping[str, Any], grad_y_TD: Tensor) -> list[Pending | None]:
         """The sending half; `purpose`: fields of the layer's forward."""
-        device = grad_y_TD.device
         return [
             self._start(
                 self._names[share.actor],
-                Message("backward", purpose, (grad_y_TD.index_select(0, share.tokens_T.to(device)),)),
+                Message("backward", purpose, (rows_of(grad_y_TD, share),)),
             )
             for share in shares
         ]
@@ -359,7 +368,7 @@ class Dispatcher:
             part, grad_weight_P = _tensors(answer, 2, name)
             _expect(part, (len(share.tokens_T), grad_x_TD.shape[1]), grad_x_TD.dtype, name)
             _expect(grad_weight_P, share.pair_P.shape, grad_weights_N.dtype, name)
-            grad_x_TD.index_add_(0, share.tokens_T.to(device), part.to(device))
+            add_rows(grad_x_TD, share, part)
             grad_weights_N[share.pair_P.to(device)] = grad_weight_P.to(device)
 
     # -- questions to all ---------------------------------------------------------------------------------------------

@@ -74,7 +74,9 @@ class Pinning:
 
     def _add(self, pinned: Pinned, tensors: Mapping[str, Tensor], peers: Mapping[str, Peer]) -> None:
         keeping = {name: peer for name, peer in peers.items() if name in pinned.held}
-        self._models.add(PinnedModel(pinned, self._learner, tensors, keeping, timeout_s=self._timeout_s))
+        payload = self._training.payload
+        model = PinnedModel(pinned, self._learner, tensors, keeping, timeout_s=self._timeout_s, payload=payload)
+        self._models.add(model)
 
 
 def to_fields(pinned: Pinned) -> dict[str, Any]:

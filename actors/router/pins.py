@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from actors.errors import LinkError, StepAborted, VersionGone
+from actors.moe.fp8 import Payload
 from actors.moe.gating import GatePast
 from actors.router.dispatcher import Dispatcher, Peer, Purpose
 from actors.router.engine import Served
@@ -35,12 +36,15 @@ class PinnedModel:
         peers: Mapping[str, Peer],
         *,
         timeout_s: float,
+        payload: Payload = "trunk",
     ) -> None:
         """`tensors`: what `Learner.copied` gave at that version. `peers`: the actors of `pinned.held`."""
         self.pinned, self.peers, self.tensors = pinned, dict(peers), dict(tensors)
         self._view, routing = learner.view_of(tensors, pinned.num_experts)
         num_layers = len(learner.skeleton.layers)
-        self._dispatcher = Dispatcher(num_layers, pinned.num_experts, timeout_s=timeout_s, reroutes=True)
+        self._dispatcher = Dispatcher(
+            num_layers, pinned.num_experts, timeout_s=timeout_s, reroutes=True, payload=payload
+        )
         connect(self._view, [routing.layer_function(i, self._dispatcher) for i in range(num_layers)])
         self._lock = threading.Lock()
         self._is_gone = self._is_linked = False

@@ -17,6 +17,7 @@ from torch import Tensor
 from actors.compress.settings import CompressionSettings
 from actors.errors import InvalidInput, LinkError, MoeClusterError, NonFinite, PeerLost, StepAborted
 from actors.expert.exchange import Attempt
+from actors.moe.fp8 import Payload
 from actors.moe.settings import BalanceSettings, GateSettings
 from actors.optim import OptimizerSettings, square_sum
 from actors.peer_snapshots import Keeper
@@ -73,6 +74,7 @@ class Router:
         max_sessions: int = 16,
         find_roster: Callable[[Sequence[str]], Roster] | None = None,
         piece_bytes: int = PIECE_BYTES,
+        payload: Payload = "trunk",
         in_flight: int = 1,
     ) -> None:
         self.learner = Learner(source, gate or GateSettings(), device, piece_bytes)
@@ -84,8 +86,8 @@ class Router:
         self._max_retries = max_step_retries
         self._timeout_s = timeout_s
         self._find_roster = find_roster
-        self._training = Dispatcher(num_layers, num_experts, timeout_s=timeout_s)
-        self._serving = Dispatcher(num_layers, num_experts, timeout_s=timeout_s, reroutes=True)
+        self._training = Dispatcher(num_layers, num_experts, timeout_s=timeout_s, payload=payload)
+        self._serving = Dispatcher(num_layers, num_experts, timeout_s=timeout_s, reroutes=True, payload=payload)
         self.accumulation = Accumulation(self.learner, self._training, in_flight)
         self._last_commit = LastCommit(self._training, self._reopen, timeout_s)
         self.version = self._run = 0

@@ -1,11 +1,13 @@
 """`ffn_*`: training one feed-forward expert behind a link (forward, backward, AdamW), against the same in one process.
 
 With an interpreter that has hivemind, its expert server is timed too, on its own `ffn` block of as many weights.
+With a GPU, `kernel_*` of `cluster.bench.kernels` come before these.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 from collections.abc import Callable
@@ -21,10 +23,13 @@ from actors.optim import OptimizerSettings, adamw
 from actors.transport.contract import Pending
 from actors.transport.message import Message
 from actors.transport.socket import SocketLink
+from cluster.bench.kernels import kernel_rows
 from cluster.bench.live import link_to
 from cluster.bench.result import Report, Row, interleaved, rate_row
 from cluster.config import ClusterConfig, ModelConfig
 from cluster.fabric.launch import launched
+
+logger = logging.getLogger(__name__)
 
 SHAPES = ((1024, 2048), (256, 1024))
 """(hidden size, tokens a batch)"""
@@ -39,7 +44,8 @@ def intermediate_size(hidden_size: int) -> int:
 
 
 def bench_experts(config: ClusterConfig, *, rounds: int, hivemind: str | None = None) -> Report:
-    rows: list[Row] = []
+    if not (rows := kernel_rows(rounds)):
+        logger.warning("no CUDA device: kernel_even and kernel_zipf are left out")
     for hidden_size, num_tokens in SHAPES:
         rows.append(_bench_shape(config, hidden_size, num_tokens, rounds))
         if hivemind is not None:

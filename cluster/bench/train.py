@@ -1,8 +1,10 @@
-"""`split_cost`: training tokens a second of a router and its expert actors, against one process. And `overlap_m2`: of
-two and three micro-batches in flight, against one after the other."""
+"""`split_cost`: training tokens a second of a router and its expert actors, against one process. `overlap_m2`: of two
+and three micro-batches in flight, against one after the other. With GPUs also `one_gpu_3b` and `two_gpu_3b`, of
+`cluster.bench.one_gpu`."""
 
 from __future__ import annotations
 
+import logging
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -15,10 +17,13 @@ from transformers import AutoModelForCausalLM
 from actors.optim import OptimizerSettings
 from actors.reference import Reference
 from actors.trunk.model import ModelSource
+from cluster.bench.one_gpu import one_gpu_rows
 from cluster.bench.overlap import overlap_rows
 from cluster.bench.result import Report, interleaved, rate_row
 from cluster.config import ClusterConfig, OptimizerConfig
 from cluster.fabric.launch import launched
+
+logger = logging.getLogger(__name__)
 
 SEQUENCES, LENGTH = 8, 256
 STEPS_A_ROUND = 3
@@ -49,7 +54,11 @@ def bench_train(config: ClusterConfig, *, rounds: int) -> Report:
     peer = min(PEERS, key=lambda name: statistics.median(seconds[name]))
     tokens = STEPS_A_ROUND * SEQUENCES * (LENGTH - 1)
     row = rate_row("split_cost", "tokens/s", tokens, seconds["ours"], f"transformers {peer}", seconds[peer])
-    return Report("train", [row, *overlap_rows(config, rounds=rounds)])
+    if not (rows := one_gpu_rows(rounds)):
+        logger.warning("no CUDA device with room for both sides: one_gpu_3b and two_gpu_3b are left out")
+    elif len(rows) == 1:
+        logger.warning("one CUDA device: two_gpu_3b is left out")
+    return Report("train", [row, *overlap_rows(config, rounds=rounds), *rows])
 
 
 def _plain(directory: str, experts: str, batches: np.ndarray) -> Callable[[], None]:

@@ -61,6 +61,7 @@ class ExpertWorker:
             open_peer=self._open_peer,
             timeout_s=self._config.router.request_timeout_s,
             cache=CacheSettings(experts.expert_cache_size, experts.cache_dir) if experts.expert_cache_size else None,
+            max_pairs=experts.max_pairs,
         )
         host = self._host
         host.updates.brake = brake_of(os.environ)

@@ -123,6 +123,7 @@ class RouterWorker:
             max_sessions=self._config.router.max_sessions,
             find_roster=self._find_roster,
             piece_bytes=min(PIECE_BYTES, self._config.links.max_message_bytes // 2),
+            payload=self._config.links.dispatch,
             in_flight=self._config.router.in_flight,
         )
 

@@ -233,6 +233,7 @@ CLUSTER_FAULTS = {
         "0 or more",
     ),
     "room below none": (MODEL + "experts: {max_groups: -1}", "experts.max_groups", "-1", "0 or more"),
+    "no pair at a time": (MODEL + "experts: {max_pairs: -1}", "experts.max_pairs", "-1", "0 or more"),
     "no turn for requests": (MODEL + "experts: {serving_weight: 0}", "experts.serving_weight", "0", "1 or more"),
     "a cache below none": (
         MODEL + "experts: {expert_cache_size: -1}",
