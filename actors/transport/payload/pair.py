@@ -182,7 +182,7 @@ class PairCarrier(Carrier):
             return None
         tensor = tensor.detach().contiguous()
         try:
-            work = self._out.send([tensor.reshape(-1)], 1 - self._rank, 0)
+            work = self._out.send([_bytes_of(tensor)], 1 - self._rank, 0)
         except RuntimeError:
             self.abort()
             return None
@@ -205,7 +205,7 @@ class PairCarrier(Carrier):
             raise PeerLost("the way of its payloads has ended", peer=self._peer)
         room = self._backend.room(shape, dtype)
         try:
-            work = self._in.recv([room.reshape(-1)], 1 - self._rank, 0)
+            work = self._in.recv([_bytes_of(room)], 1 - self._rank, 0)
             self._backend.settle(work, self._is_over.is_set)
         except RuntimeError as error:
             self.abort()
@@ -230,7 +230,8 @@ class PairCarrier(Carrier):
         """NCCL takes half a second to abort, beside whatever this thread goes on with."""
         if not self._is_over.is_set():
             self._is_over.set()
-            threading.Thread(target=self._end, name="abort-pair", daemon=True).start()
+            # No daemon: a process that ends in the middle of it would be aborted itself.
+            threading.Thread(target=self._end, name="abort-pair").start()
 
     def close(self) -> None:
         self.abort()
@@ -272,3 +273,8 @@ class PairCarrier(Carrier):
         self._going.clear()
         if self._directory:
             shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """As backends know them all, whatever the dtype is. The tensor is contiguous."""
+    return tensor.reshape(-1).view(torch.uint8)
