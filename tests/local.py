@@ -205,6 +205,8 @@ def cluster(
     heals: bool = False,
     cache: CacheSettings | None = None,
     piece_bytes: int = PIECE_BYTES,
+    decode_batch: int = 0,
+    max_sessions: int = 16,
 ) -> Iterator[LocalCluster]:
     """`wrap` may put a faulty link around each link as it is opened. With `heals` copies take over from the dead."""
     slots = [ActorSlot(f"expert-{i}", f"node-{i}") for i in range(num_actors)]
@@ -222,6 +224,8 @@ def cluster(
         max_step_retries=max_step_retries,
         find_roster=local.without if heals else None,
         piece_bytes=piece_bytes,
+        decode_batch=decode_batch,
+        max_sessions=max_sessions,
     )
     try:
         yield local

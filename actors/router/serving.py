@@ -16,11 +16,15 @@ from actors.losses import token_losses
 from actors.moe.gating import GatePast
 from actors.router.commits import LastCommit
 from actors.router.dispatcher import Dispatcher, Purpose
-from actors.router.engine import DecodeEngine, Served
+from actors.router.engine import DecodeEngine
 from actors.router.learner import Learner
 from actors.router.pins import PinnedModels
+from actors.router.served import Served
 from actors.router.versions import VersionGate
 from actors.values import NEWEST, Sampling, TokenEvent, VersionChoice
+
+DECODE_BATCH = {"cuda": 32, "cpu": 1}
+"""Streams that share a forward, unless told."""
 
 
 class Serving:
@@ -34,8 +38,9 @@ class Serving:
         version: Callable[[], int],
         *,
         max_sessions: int,
+        decode_batch: int = 0,
     ) -> None:
-        """`version`: of the trunk, now."""
+        """`version`: of the trunk, now. `decode_batch`: see `router.decode_batch` of a cluster config."""
         self._learner, self._dispatcher, self._last_commit, self._version = learner, dispatcher, last_commit, version
         self._lock = threading.Lock()
         self._gate = VersionGate()
@@ -48,6 +53,7 @@ class Serving:
             max_sessions=max_sessions,
             max_positions=self.max_positions,
             end_ids=_end_ids(learner.skeleton.config),
+            batch=decode_batch or DECODE_BATCH[learner.device.type],
         )
 
     # -- requests -----------------------------------------------------------------------------------------------------
@@ -98,11 +104,20 @@ class Serving:
         """Streams that wait for their turn, and how long the first of them has, in seconds."""
         return self._engine.queue()
 
+    def close(self) -> None:
+        self._engine.stop()
+        for link in list(self._dispatcher.links.values()):
+            link.cut()  # the step at hand may wait for an actor that is frozen
+        self._engine.close()
+        self._dispatcher.close()
+        self.pins.close()
+
     def _served(self, choice: VersionChoice) -> Served:
         if not choice.is_newest:
             return self.pins.choose(choice, self._version()).served
         guard = partial(self.reading, max_behind=choice.max_behind)
-        return Served(lambda: self._learner.view, guard, lambda: self._learner.routing.new_pasts())
+        key = ("newest", choice.max_behind)
+        return Served(lambda: self._learner.view, guard, lambda: self._learner.routing.new_pasts(), key)
 
     def _logits(self, ids_BS: Tensor, choice: VersionChoice = NEWEST) -> tuple[Tensor, int]:
         served = self._served(choice)

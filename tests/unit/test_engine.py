@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from actors.router.engine import choose, generator_at
+from actors.router.sampling import choose, generator_at
 from actors.values import Sampling, TokenEvent
 from cluster.jobs.tokenizer import ByteTokenizer
 from cluster.serving import TextStream
