@@ -207,6 +207,7 @@ def cluster(
     piece_bytes: int = PIECE_BYTES,
     decode_batch: int = 0,
     max_sessions: int = 16,
+    captured: str = "auto",
 ) -> Iterator[LocalCluster]:
     """`wrap` may put a faulty link around each link as it is opened. With `heals` copies take over from the dead."""
     slots = [ActorSlot(f"expert-{i}", f"node-{i}") for i in range(num_actors)]
@@ -226,6 +227,7 @@ def cluster(
         piece_bytes=piece_bytes,
         decode_batch=decode_batch,
         max_sessions=max_sessions,
+        captured=captured,
     )
     try:
         yield local

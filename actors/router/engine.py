@@ -38,7 +38,7 @@ class DecodeEngine:
         max_positions: int,
         end_ids: Sequence[int],
         batch: int = 1,
-        new_forward: Callable[[], Forward] = lambda: plain_forward,
+        new_forward: Callable[[Served], Forward] = lambda served: plain_forward,
     ) -> None:
         """`new_forward`: for every batch, how its steps are computed."""
         self._slots = threading.BoundedSemaphore(max_sessions)
@@ -99,7 +99,7 @@ class DecodeEngine:
         assert self._layout is not None
         device = served.model().get_input_embeddings().weight.device
         slots = Slots(self._layout, device, max_slots=self._batch, max_positions=self._max_positions)
-        return Batch(served, slots, self._new_forward(), self._last_only)
+        return Batch(served, slots, self._new_forward(served), self._last_only)
 
     def _decode(self, served: Served, prompt: Sequence[int], sampling: Sampling, budget: int) -> Iterator[TokenEvent]:
         """In turns with the other streams, a forward of its own for every token."""

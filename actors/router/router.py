@@ -68,6 +68,7 @@ class Router:
         max_step_retries: int = 3,
         max_sessions: int = 16,
         decode_batch: int = 0,
+        captured: str = "auto",
         find_roster: Callable[[Sequence[str]], Roster] | None = None,
         piece_bytes: int = PIECE_BYTES,
     ) -> None:
@@ -91,6 +92,7 @@ class Router:
             lambda: self.version,
             max_sessions=max_sessions,
             decode_batch=decode_batch,
+            captured=captured,
         )
         self.learner.on_new_model = self._connect
         self._connect()

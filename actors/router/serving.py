@@ -14,9 +14,13 @@ from torch import Tensor, nn
 from actors.errors import InvalidInput
 from actors.losses import token_losses
 from actors.moe.gating import GatePast
+from actors.moe.settings import MODEL_GATE
+from actors.router.batch import Forward, plain_forward
+from actors.router.captured import CapturedForward, Nowhere
 from actors.router.commits import LastCommit
 from actors.router.dispatcher import Dispatcher, Purpose
 from actors.router.engine import DecodeEngine
+from actors.router.inplace import ExpertsInPlace
 from actors.router.learner import Learner
 from actors.router.pins import PinnedModels
 from actors.router.served import Served
@@ -25,6 +29,7 @@ from actors.values import NEWEST, Sampling, TokenEvent, VersionChoice
 
 DECODE_BATCH = {"cuda": 32, "cpu": 1}
 """Streams that share a forward, unless told."""
+_NEWEST = object()
 
 
 class Serving:
@@ -39,8 +44,9 @@ class Serving:
         *,
         max_sessions: int,
         decode_batch: int = 0,
+        captured: str = "auto",
     ) -> None:
-        """`version`: of the trunk, now. `decode_batch`: see `router.decode_batch` of a cluster config."""
+        """`version`: of the trunk, now. `decode_batch`, `captured`: see `router` of a cluster config."""
         self._learner, self._dispatcher, self._last_commit, self._version = learner, dispatcher, last_commit, version
         self._lock = threading.Lock()
         self._gate = VersionGate()
@@ -48,12 +54,14 @@ class Serving:
         self.vocab_size = int(text.vocab_size)
         self.max_positions = int(getattr(text, "max_position_embeddings", 1 << 20))
         self.pins = PinnedModels()
+        self._captured = captured
         self._engine = DecodeEngine(
             learner.view,
             max_sessions=max_sessions,
             max_positions=self.max_positions,
             end_ids=_end_ids(learner.skeleton.config),
             batch=decode_batch or DECODE_BATCH[learner.device.type],
+            new_forward=self._new_forward,
         )
 
     # -- requests -----------------------------------------------------------------------------------------------------
@@ -116,8 +124,19 @@ class Serving:
         if not choice.is_newest:
             return self.pins.choose(choice, self._version()).served
         guard = partial(self.reading, max_behind=choice.max_behind)
-        key = ("newest", choice.max_behind)
+        key = (_NEWEST, choice.max_behind)
         return Served(lambda: self._learner.view, guard, lambda: self._learner.routing.new_pasts(), key)
+
+    def _new_forward(self, served: Served) -> Forward:
+        """Of a batch of streams."""
+        device = self._learner.device
+        if self._captured == "off" or device.type != "cuda":
+            return plain_forward
+        is_newest = isinstance(served.key, tuple) and served.key[0] is _NEWEST
+        # A gate of ours looks at its scores on the host, so that no graph can hold it.
+        inside = is_newest and self._learner.routing.settings.kind == MODEL_GATE
+        experts = ExpertsInPlace(self._dispatcher, device) if inside else Nowhere()
+        return CapturedForward(experts, must=self._captured == "on")
 
     def _logits(self, ids_BS: Tensor, choice: VersionChoice = NEWEST) -> tuple[Tensor, int]:
         served = self._served(choice)

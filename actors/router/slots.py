@@ -200,7 +200,8 @@ class Slots:
         """Counts how often memory has been another."""
         self._device = device
         self._max_slots, self._max_positions = max_slots, max_positions
-        self._room = (0, 0)
+        self.room = (0, 0)
+        """Slots and positions that there is memory for."""
 
     @property
     def num_bytes(self) -> int:
@@ -216,12 +217,12 @@ class Slots:
         slot = len(self.lengths)
         self._make_room(slot + 1, length + 1)
         for layer, own in zip(cache.layers, self.cache.layers, strict=True):
-            own.buffer.put(slot, (layer.keys, layer.values), length, self._room)
+            own.buffer.put(slot, (layer.keys, layer.values), length, self.room)
         if pasts is not None:
             self.pasts = self.pasts or [_SlotPast(self) for _ in pasts]
             for past, own_past in zip(pasts, self.pasts, strict=True):
                 if past.length:
-                    own_past.buffer.put(slot, past.kept(), length, self._room)
+                    own_past.buffer.put(slot, past.kept(), length, self.room)
         self.lengths.append(length)
 
     def remove(self, slot: int) -> None:
@@ -244,14 +245,14 @@ class Slots:
         self._make_room(min(num_slots, self._max_slots), min(num_positions, self._max_positions))
 
     def _make_room(self, num_slots: int, num_positions: int) -> None:
-        slots, positions = self._room
+        slots, positions = self.room
         if slots >= num_slots and positions >= num_positions:
             return
         if slots < num_slots:
             slots = min(self._max_slots, max(num_slots, 2 * slots))
         if positions < num_positions:
             positions = min(_blocks(self._max_positions), _blocks(max(num_positions, 2 * positions)))
-        self._room = slots, positions
+        self.room = slots, positions
         self.generation += 1
         for buffer in self._buffers():
             buffer.reserve(slots, positions)

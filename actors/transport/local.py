@@ -15,12 +15,12 @@ class LocalLink(Link):
 
     def __init__(self, peer: str, handler: Handler, *, name: str = "router") -> None:
         super().__init__(peer)
-        self._handler = handler
+        self.handler = handler
         self._name = name
         self._answers: deque[Message] = deque()
 
     def _send(self, question: Message) -> None:
-        self._answers.append(replace(self._handler(self._name, question), id=question.id))
+        self._answers.append(replace(self.handler(self._name, question), id=question.id))
 
     def _receive(self, deadline: float) -> Message:
         if self.closed:
