@@ -14,6 +14,7 @@ from actors.moe.settings import GateSettings
 from actors.optim import OptimizerSettings
 from actors.router import captured
 from actors.router.captured import CapturedForward
+from actors.router.inplace import ExpertsInPlace
 from actors.trunk.model import ModelSource
 from actors.values import Growth, Sampling, VersionChoice
 from tests.families import FAMILIES
@@ -113,9 +114,13 @@ def test_gates_of_ours_stay_between_the_graphs(forwards: list[CapturedForward]) 
     assert not any(step.is_whole for step in forwards[0]._steps.values())
 
 
-@pytest.mark.parametrize("links", ["local", "socket"])
-def test_training_growth_and_pins_are_seen(links: str, forwards: list[CapturedForward]) -> None:
-    with made("deepseek_v3", "on", links) as local:
+@pytest.mark.parametrize("experts", ["inside", "between"])
+def test_training_growth_and_pins_are_seen(
+    experts: str, forwards: list[CapturedForward], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if experts == "between":
+        monkeypatch.setattr(ExpertsInPlace, "_hosts", lambda self: [])
+    with made("deepseek_v3", "on") as local:
         local.router.begin_run(OptimizerSettings())
         agree(local, tokens(local))
         captures = forwards[0].num_captures
