@@ -1,7 +1,9 @@
 """Experts of one layer at shapes that do not depend on the gate's choice, so that a CUDA graph can hold them.
 
-Every stack takes all T tokens; pairs of experts that it has not come last and count nothing. Sorting, counting and
-offsets are done on the device, and nothing is waited for.
+Every stack takes all T tokens. Where there is a kernel for grouped products with offsets on the device, pairs are
+sorted there, those of experts that the stack has not come last and count nothing. Elsewhere every expert computes every
+token and the gate's weights, most of them zero, sum up: few tokens cost little more that way, since reading the
+experts' weights is what takes time. Nothing is waited for either way.
 """
 
 from __future__ import annotations
@@ -40,15 +42,37 @@ class StaticPart:
 
 
 def static_experts(parts: Sequence[StaticPart], x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """Weighted sums [T, D] over the parts' experts, as `ExpertStack.forward` rounds them. No gradients."""
+    """Weighted sums [T, D] over the parts' experts. No gradients."""
     wide = torch.promote_types(weights_TK.dtype, x_TD.dtype)
     y_TD = torch.zeros(x_TD.shape, dtype=wide, device=x_TD.device)
     for part in parts:
-        y_TD += _weighted_sums(part, x_TD, ids_TK, weights_TK).to(wide)
+        sums = _sums_of_pairs if _has_kernel(x_TD) else _sums_of_all
+        y_TD += sums(part, x_TD, ids_TK, weights_TK)
     return y_TD.to(x_TD.dtype)
 
 
-def _weighted_sums(part: StaticPart, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+def _has_kernel(x_TD: Tensor) -> bool:
+    """For grouped products whose offsets stay on the device."""
+    is_gpu = x_TD.device.type == "cuda" and x_TD.dtype == torch.bfloat16
+    return is_gpu and torch.cuda.get_device_capability(x_TD.device) >= (9, 0)
+
+
+def _sums_of_all(part: StaticPart, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """Every row of the stack computes every token: [R, T, ...]."""
+    stack, weights, num_rows = part.stack, part.weights, len(part.range_R)
+    row_TK = part.row_E[ids_TK.reshape(-1)].view_as(ids_TK)
+    weights_TR = weights_TK.new_zeros(len(x_TD), num_rows + 1).scatter_add_(1, row_TK, weights_TK)[:, :num_rows]
+
+    def project(rows: Tensor, name: str) -> Tensor:
+        out = torch.matmul(rows, stack._matrices(weights[name]))
+        bias = stack._bias(weights, name)
+        return out if bias is None else out + bias.unsqueeze(1)
+
+    out_RTD = project(stack._activate(project(x_TD, stack._in)), stack._out)
+    return (out_RTD * weights_TR.t().unsqueeze(2)).sum(0)
+
+
+def _sums_of_pairs(part: StaticPart, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     num_tokens, top_k = ids_TK.shape
     row_N = part.row_E[ids_TK.reshape(-1)]
     sorted_N, order_N = torch.sort(row_N, stable=True)
@@ -62,11 +86,9 @@ def _weighted_sums(part: StaticPart, x_TD: Tensor, ids_TK: Tensor, weights_TK: T
 
 def _outputs(part: StaticPart, rows_ND: Tensor, row_N: Tensor, ends_R: Tensor) -> Tensor:
     """Of each pair [N, D], not weighted."""
-    stack, weights = part.stack, part.weights
+    stack = part.stack
     pre_NH = _project(part, stack._in, rows_ND, row_N, ends_R)
-    act_NI = stack._activate(pre_NH)
-    assert set(weights) <= {stack._in, stack._out, f"{stack._in}_bias", f"{stack._out}_bias"}
-    return _project(part, stack._out, act_NI, row_N, ends_R)
+    return _project(part, stack._out, stack._activate(pre_NH), row_N, ends_R)
 
 
 def _project(part: StaticPart, name: str, rows_NM: Tensor, row_N: Tensor, ends_R: Tensor) -> Tensor:

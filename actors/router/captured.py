@@ -103,6 +103,8 @@ class CapturedStep:
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._calls: list[_Call] = []
         self._finite: list[Tensor] = []
+        self._finite_B: Tensor | None = None
+        """Whether all layers' gates gave the row finite weights; only where experts are computed inside."""
         self._pool = pool
         self._capture(model)
 
@@ -131,7 +133,7 @@ class CapturedStep:
             graph.replay()
             if call is not None:
                 call.make(rows)
-        if self._finite and not bool(torch.stack(self._finite)[:, :rows].all()):
+        if self._finite_B is not None and not bool(self._finite_B[:rows].all()):
             raise NonFinite("gate scores are not finite", step=0)
         return self._logits_BV[:rows]
 
@@ -147,6 +149,7 @@ class CapturedStep:
                 self._begin()
                 try:
                     self._logits_BV = self._forward(model)
+                    self._finite_B = torch.stack(self._finite).all(dim=0) if self._finite else None
                 finally:
                     self._graphs[-1].capture_end()
         torch.cuda.synchronize()

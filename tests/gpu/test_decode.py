@@ -33,8 +33,9 @@ def source(family: str) -> ModelSource:
 
 
 @pytest.fixture(autouse=True)
-def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captured, "SEEN_BEFORE", 0)
+    monkeypatch.setattr(captured, "SETTLED_AFTER", 5)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from actors.moe import static
 from actors.moe.experts import ExpertStack, Work
 from actors.moe.static import StaticPart, static_experts
 from actors.trunk.init import initial_experts
@@ -29,7 +30,11 @@ def stacks_of(family: str) -> list[tuple[ExpertStack, list[int]]]:
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "mixtral", "gpt_oss"])
 @pytest.mark.parametrize("choice", ["any", "one expert", "unused places"])
-def test_it_is_the_sum_over_the_stacks(family: str, choice: str) -> None:
+@pytest.mark.parametrize("has_kernel", [False, True])
+def test_it_is_the_sum_over_the_stacks(
+    family: str, choice: str, has_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(static, "_has_kernel", lambda x_TD: has_kernel)
     generator = torch.Generator().manual_seed(3)
     x_TD = torch.randn(13, 32, generator=generator)
     ids_TK = torch.rand(13, NUM_EXPERTS, generator=generator).argsort(1)[:, :2]
