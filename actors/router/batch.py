@@ -1,8 +1,8 @@
 """Streams that decode together: one thread computes, a forward for the next token of all of them at a time.
 
-A new stream's prompt is a forward of its own, between two steps, whose keys and values are copied into a slot; from
-then on it goes with the batch until it ends or is closed. Streams of another version are another batch, which takes
-turns with the first.
+A new stream's prompt is a forward of its own, or with those that wait beside it and are as long, between two steps. Its
+keys and values are copied into a slot; from then on it goes with the batch until it ends or is closed. Streams of
+another version are another batch, which takes turns with the first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from actors.errors import StepAborted
-from actors.router.sampling import choose, choose_each, generator_at
+from actors.router.sampling import choose_each
 from actors.router.served import Served
 from actors.router.slots import Slots
 from actors.values import Sampling, TokenEvent
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 AHEAD = 32
 """Tokens of a stream that may wait for their reader; with more its row stands still."""
+MAX_JOINT_TOKENS = 4096
+"""Of prompts that are computed in one forward."""
 _POLL_S = 1.0
 _CLOSE_S = 30.0
 
@@ -116,26 +118,30 @@ class Batch:
         self.streams: list[Stream] = []
         self._slots, self._forward, self._last_only = slots, forward, last_only
 
-    def takes(self, stream: Stream) -> bool:
-        return stream.served.key == self.served.key and not self._slots.is_full
+    @property
+    def num_free(self) -> int:
+        return self._slots.num_free
 
-    def join(self, stream: Stream) -> None:
-        """Computes its prompt and gives its first token."""
-        served, prompt, pasts = self.served, stream.prompt, self.served.new_pasts()
+    def join(self, streams: Sequence[Stream]) -> None:
+        """Computes their prompts, which are equally long, and gives their first tokens. An error ends them."""
+        served, length, pasts = self.served, len(streams[0].prompt), self.served.new_pasts()
         try:
-            with served.guard(len(prompt), pasts) as used_version, torch.no_grad():
+            with served.guard(length, pasts) as used_version, torch.no_grad():
                 model = served.model()
-                ids_BS = torch.tensor([list(prompt)], device=model.get_input_embeddings().weight.device)
+                ids_BS = torch.tensor([stream.prompt for stream in streams])
+                ids_BS = ids_BS.to(model.get_input_embeddings().weight.device)
                 out = model(input_ids=ids_BS, use_cache=True, **self._last_only)
                 version = used_version()
-            logits_V = out.logits[0, -1]
+            tokens = self._chosen(out.logits[:, -1], streams)
         except Exception as error:
-            stream.fail(error)
+            for stream in streams:
+                stream.fail(error)
             return
-        stream.give(choose(logits_V, stream.sampling, generator_at(stream.sampling.seed, stream.position)), version)
-        if not stream.ended:
-            self._slots.add(out.past_key_values, pasts, len(prompt))
-            self.streams.append(stream)
+        for row, (stream, token) in enumerate(zip(streams, tokens, strict=True)):
+            stream.give(token, version)
+            if not stream.ended:
+                self._slots.add(out.past_key_values, pasts, length, row)
+                self.streams.append(stream)
 
     def step(self) -> None:
         """Another token of every stream that is read. An error ends them all."""
@@ -144,8 +150,7 @@ class Batch:
                 tokens = [stream.last_token for stream in self.streams]
                 logits_BV = self._forward(self.served.model(), self._slots, tokens)
                 version = used_version()
-            positions = [stream.position for stream in self.streams]
-            tokens = choose_each(logits_BV, [stream.sampling for stream in self.streams], positions)
+            tokens = self._chosen(logits_BV, self.streams)
         except Exception as error:
             self.fail(error)
             return
@@ -153,6 +158,10 @@ class Batch:
             if stream.is_read:  # of one that is not, the same is computed again
                 self._slots.lengths[slot] += 1
                 stream.give(token, version)
+
+    @staticmethod
+    def _chosen(logits_BV: Tensor, streams: Sequence[Stream]) -> list[int]:
+        return choose_each(logits_BV, [stream.sampling for stream in streams], [stream.position for stream in streams])
 
     def fail(self, error: Exception) -> None:
         for stream in self.streams:
@@ -250,18 +259,29 @@ class DecodeLoop:
         for batch in self._batches:
             batch.drop_ended()
         if self._waiting:
-            stream = self._waiting.popleft()
-            if not stream.closed:
-                self._batch_for(stream).join(stream)
+            first = self._waiting[0]
+            batch = self._batch_for(first)
+            most = min(batch.num_free, max(1, MAX_JOINT_TOKENS // len(first.prompt)))
+            if joining := [stream for stream in self._take_like(first, most) if not stream.closed]:
+                batch.join(joining)
         for batch in self._batches:
             if batch.is_read:
                 batch.step()
                 batch.drop_ended()
         self._batches = [batch for batch in self._batches if batch.streams] or self._batches[:1]
 
+    def _take_like(self, first: Stream, most: int) -> list[Stream]:
+        """Those that wait whose prompts can be computed with that of the first, which is among them."""
+        key, length = first.served.key, len(first.prompt)
+        with self._changed:
+            alike = [stream for stream in self._waiting if (stream.served.key, len(stream.prompt)) == (key, length)]
+            for stream in alike[:most]:
+                self._waiting.remove(stream)
+        return alike[:most]
+
     def _batch_for(self, stream: Stream) -> Batch:
         for batch in self._batches:
-            if batch.takes(stream):
+            if batch.served.key == stream.served.key and batch.num_free:
                 return batch
         batch = self._new_batch(stream.served)
         self._batches.append(batch)

@@ -70,7 +70,7 @@ class DecodeEngine:
             if self._layout is None:
                 yield from self._decode(served, prompt, sampling, budget)
             else:
-                yield from self._loop.run(Stream(served, prompt, sampling, budget, self._end_ids))
+                yield from self._loop.run(Stream(served, list(prompt), sampling, budget, self._end_ids))
         finally:
             self._slots.release()
 

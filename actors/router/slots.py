@@ -118,11 +118,11 @@ class SlotBuffer:
         self._parts = tuple(_with_room(part, num_slots, num_positions) for part in self._parts)
 
     def put(self, slot: int, new: Sequence[Tensor], end: int, room: tuple[int, int]) -> None:
-        """Keys and values [1, H, S, W] of the positions up to `end`, those before `end` - S being looked at no more."""
+        """Keys and values [H, S, W] of the positions up to `end`, those before `end` - S being looked at no more."""
         if not self._parts:
-            self._parts = tuple(part.new_zeros(room[0], part.shape[1], room[1], part.shape[3]) for part in new)
+            self._parts = tuple(part.new_zeros(room[0], part.shape[0], room[1], part.shape[2]) for part in new)
         for part, own in zip(new, self._parts, strict=True):
-            own[slot, :, end - part.shape[2] : end] = part[0]
+            own[slot, :, end - part.shape[1] : end] = part
 
     def write(self, window: Window, new: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H, 1, W] of the rows' new tokens -> those of all positions that are looked at."""
@@ -208,21 +208,21 @@ class Slots:
         return sum(buffer.num_bytes for buffer in self._buffers())
 
     @property
-    def is_full(self) -> bool:
-        return len(self.lengths) == self._max_slots
+    def num_free(self) -> int:
+        return self._max_slots - len(self.lengths)
 
-    def add(self, cache: Cache, pasts: Sequence[GatePast] | None, length: int) -> None:
-        """A stream takes the next slot, with what a forward of its own over `length` tokens has kept."""
-        assert not self.is_full
+    def add(self, cache: Cache, pasts: Sequence[GatePast] | None, length: int, row: int = 0) -> None:
+        """A stream takes the next slot, with what a forward over its `length` tokens has kept in this row."""
+        assert self.num_free
         slot = len(self.lengths)
         self._make_room(slot + 1, length + 1)
         for layer, own in zip(cache.layers, self.cache.layers, strict=True):
-            own.buffer.put(slot, (layer.keys, layer.values), length, self.room)
+            own.buffer.put(slot, (layer.keys[row], layer.values[row]), length, self.room)
         if pasts is not None:
             self.pasts = self.pasts or [_SlotPast(self) for _ in pasts]
             for past, own_past in zip(pasts, self.pasts, strict=True):
                 if past.length:
-                    own_past.buffer.put(slot, past.kept(), length, self.room)
+                    own_past.buffer.put(slot, [part[row] for part in past.kept()], length, self.room)
         self.lengths.append(length)
 
     def remove(self, slot: int) -> None:
