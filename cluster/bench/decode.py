@@ -8,6 +8,7 @@ in turns, the experts in two other processes behind socket links.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -166,6 +167,8 @@ def bench_streams(config: ClusterConfig, extent: Extent, rounds: int) -> Row:
     num_experts = skeleton(source).num_experts
     prompts_BS = extent.prompts(int(source.config().get_text_config().vocab_size))
     names = ("expert-0", "expert-1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - len(names)))  # a host takes a core
     placement = Placement(1, tuple((name,) for name in names), num_experts // len(names))
     with ExitStack() as stack:
         peers = {
@@ -186,6 +189,7 @@ def bench_streams(config: ClusterConfig, extent: Extent, rounds: int) -> Row:
             name: partial(stream_all, routers[batch], prompts_BS, extent.num_tokens)
             for name, batch in (("together", extent.num_streams), ("in turns", 1))
         }
+        stack.callback(torch.set_num_threads, threads)
         seconds = interleaved(candidates, rounds)
     tokens = extent.num_streams * extent.num_tokens
     case = f"decode_{extent.num_streams}_streams"
