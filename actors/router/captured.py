@@ -228,8 +228,9 @@ class CapturedForward:
         key = rows, length, whole
         step = self._steps.pop(key, None)
         if step is not None and step.is_whole and not step.has(weights):
-            self._calm, step = 0, None
+            self._calm = 0
             self._steps = {key: step for key, step in self._steps.items() if not step.is_whole}
+            return self._step(model, slots, weights)
         if step is not None and not step.is_of(model, slots):
             step = None
         if step is None:
@@ -247,7 +248,7 @@ class CapturedForward:
         while len(self._steps) >= MAX_STEPS:
             del self._steps[next(iter(self._steps))]
         try:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            self._pool = self._pool or graph_pool()
             step = CapturedStep(model, slots, rows, length, self._experts.parts() if whole else [], self._pool)
         except Exception as error:  # whatever a family does that a graph cannot hold
             if self._must:
@@ -258,6 +259,11 @@ class CapturedForward:
             return None
         self.num_captures += 1
         return step
+
+
+def graph_pool() -> Any:
+    """Memory that graphs share which are never replayed at the same time."""
+    return torch.cuda.graph_pool_handle()
 
 
 @contextmanager
