@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -89,9 +89,10 @@ class CapturedStep:
         num_rows: int,
         length: int,
         parts: Sequence[list[StaticPart]],
-        pool: Any,
+        tokens: Sequence[int],
     ) -> None:
-        """`parts`: of the experts, by layer, where they are computed inside; otherwise empty."""
+        """`parts`: of the experts, by layer, where they are computed inside; otherwise empty. `tokens`: of the step
+        that comes next, at whose positions keys and values are written while it is captured."""
         device = next(model.parameters()).device
         self.num_rows, self.length = num_rows, length
         self._parts = parts
@@ -105,7 +106,8 @@ class CapturedStep:
         self._finite: list[Tensor] = []
         self._finite_B: Tensor | None = None
         """Whether all layers' gates gave the row finite weights; only where experts are computed inside."""
-        self._pool = pool
+        self._pool = torch.cuda.graph_pool_handle()
+        self._put(tokens, slots.lengths)
         self._capture(model)
 
     @property
@@ -126,8 +128,7 @@ class CapturedStep:
     def run(self, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """-> logits [B, V] of these rows, until the next run."""
         rows = len(tokens)
-        unused = [0] * (self.num_rows - rows)
-        self._input_2B.copy_(torch.tensor([[*tokens, *unused], [*lengths, *unused]]))
+        self._put(tokens, lengths)
         self._slots.window = Window(self._input_2B[1, :rows], self.length)
         for graph, call in zip(self._graphs, [*self._calls, None], strict=True):
             graph.replay()
@@ -136,6 +137,11 @@ class CapturedStep:
         if self._finite_B is not None and not bool(self._finite_B[:rows].all()):
             raise NonFinite("gate scores are not finite", step=0)
         return self._logits_BV[:rows]
+
+    def _put(self, tokens: Sequence[int], lengths: Sequence[int]) -> None:
+        """Rows that are not used write to the beginning of slots that are free."""
+        unused = [0] * (self.num_rows - len(tokens))
+        self._input_2B.copy_(torch.tensor([[*tokens, *unused], [*lengths, *unused]]))
 
     def _capture(self, model: PreTrainedModel) -> None:
         stream = torch.cuda.Stream()
@@ -198,7 +204,6 @@ class CapturedForward:
         self._steps: dict[tuple[int, int, bool], CapturedStep] = {}
         """By rows, positions and whether experts are inside; the last used last."""
         self._seen: dict[tuple[int, int, bool], int] = {}
-        self._pool: Any = None
         self._given_up = False
         self._calm = SETTLED_AFTER
         """Steps since the experts' weights moved."""
@@ -209,7 +214,7 @@ class CapturedForward:
             return plain_forward(model, slots, tokens)
         with self._experts.holding() as weights:
             self._calm += 1
-            step = self._step(model, slots, weights)
+            step = self._step(model, slots, tokens, weights)
             if step is not None and step.is_whole:
                 return self._replay(step, slots, tokens)
         # Not inside: here the actors are asked.
@@ -219,7 +224,9 @@ class CapturedForward:
         self.num_replays += 1
         return step.run(tokens, slots.lengths)
 
-    def _step(self, model: PreTrainedModel, slots: Slots, weights: Sequence[Weights] | None) -> CapturedStep | None:
+    def _step(
+        self, model: PreTrainedModel, slots: Slots, tokens: Sequence[int], weights: Sequence[Weights] | None
+    ) -> CapturedStep | None:
         """What was captured for these shapes, or is now; None to go without."""
         rows, length = _power_of_2(len(slots.lengths)), _power_of_2(max(slots.lengths) + 1, BLOCK)
         slots.reserve(rows, length)
@@ -230,16 +237,18 @@ class CapturedForward:
         if step is not None and step.is_whole and not step.has(weights):
             self._calm = 0
             self._steps = {key: step for key, step in self._steps.items() if not step.is_whole}
-            return self._step(model, slots, weights)
+            return self._step(model, slots, tokens, weights)
         if step is not None and not step.is_of(model, slots):
             step = None
         if step is None:
-            step = self._captured(key, model, slots)
+            step = self._captured(key, model, slots, tokens)
         if step is not None:
             self._steps[key] = step
         return step
 
-    def _captured(self, key: tuple[int, int, bool], model: PreTrainedModel, slots: Slots) -> CapturedStep | None:
+    def _captured(
+        self, key: tuple[int, int, bool], model: PreTrainedModel, slots: Slots, tokens: Sequence[int]
+    ) -> CapturedStep | None:
         self._seen[key] = self._seen.get(key, 0) + 1
         if self._seen[key] <= SEEN_BEFORE:
             return None
@@ -248,8 +257,7 @@ class CapturedForward:
         while len(self._steps) >= MAX_STEPS:
             del self._steps[next(iter(self._steps))]
         try:
-            self._pool = self._pool or graph_pool()
-            step = CapturedStep(model, slots, rows, length, self._experts.parts() if whole else [], self._pool)
+            step = CapturedStep(model, slots, rows, length, self._experts.parts() if whole else [], tokens)
         except Exception as error:  # whatever a family does that a graph cannot hold
             if self._must:
                 raise
@@ -259,11 +267,6 @@ class CapturedForward:
             return None
         self.num_captures += 1
         return step
-
-
-def graph_pool() -> Any:
-    """Memory that graphs share which are never replayed at the same time."""
-    return torch.cuda.graph_pool_handle()
 
 
 @contextmanager

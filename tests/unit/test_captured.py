@@ -23,7 +23,9 @@ class Step:
 
     failure: Exception | None = None
 
-    def __init__(self, model: Any, slots: Slots, rows: int, length: int, parts: Sequence[Any], pool: object) -> None:
+    def __init__(
+        self, model: Any, slots: Slots, rows: int, length: int, parts: Sequence[Any], tokens: Sequence[int]
+    ) -> None:
         if self.failure is not None:
             raise self.failure
         self.shape, self.is_whole = (rows, length), bool(parts)
@@ -56,7 +58,6 @@ class Here:
 @pytest.fixture(autouse=True)
 def _without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captured, "CapturedStep", Step)
-    monkeypatch.setattr(captured, "graph_pool", object)
     monkeypatch.setattr(captured, "plain_forward", lambda model, slots, tokens: PLAIN)
     monkeypatch.setattr(Step, "failure", None)
 
