@@ -268,7 +268,8 @@ class DecodeLoop:
             if batch.is_read:
                 batch.step()
                 batch.drop_ended()
-        self._batches = [batch for batch in self._batches if batch.streams] or self._batches[:1]
+        lasting = [batch for batch in self._batches if batch.served.is_lasting]
+        self._batches = [batch for batch in self._batches if batch.streams] or lasting[:1]
 
     def _take_like(self, first: Stream, most: int) -> list[Stream]:
         """Those that wait whose prompts can be computed with that of the first, which is among them."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -42,12 +42,26 @@ SETTLED_AFTER = 100
 """Steps without a move of the experts' weights after which they are captured again."""
 
 
+@dataclass(frozen=True)
+class Standing:
+    """Where experts are."""
+
+    placement: Hashable
+    """Which of them are in which rows of the stacks."""
+    weights: Sequence[Weights]
+    """Of each layer's stacks, one after the other."""
+
+    def is_as(self, other: Standing) -> bool:
+        if self.placement != other.placement:
+            return False
+        return all(mine is theirs for mine, theirs in zip(self.weights, other.weights, strict=True))
+
+
 class ExpertsHere(Protocol):
     """The experts of every MoE layer, where this process and device have them all."""
 
-    def holding(self) -> AbstractContextManager[Sequence[Weights] | None]:
-        """Weights of each layer's stacks, one after the other, which inside neither move nor change; None where they
-        are not all here, or not of the version that is served."""
+    def holding(self) -> AbstractContextManager[Standing | None]:
+        """Inside, nothing moves or changes. None where they are not all here, or not of the version that is served."""
         ...
 
     def parts(self) -> list[list[StaticPart]]:
@@ -90,16 +104,18 @@ class CapturedStep:
         length: int,
         parts: Sequence[list[StaticPart]],
         tokens: Sequence[int],
+        standing: Standing | None = None,
     ) -> None:
-        """`parts`: of the experts, by layer, where they are computed inside; otherwise empty. `tokens`: of the step
-        that comes next, at whose positions keys and values are written while it is captured."""
+        """`parts`: of the experts, by layer, where they are computed inside, which are as `standing` says; otherwise
+        empty. `tokens`: of the step that comes next, at whose positions keys and values are written while it is
+        captured."""
         device = next(model.parameters()).device
         self.num_rows, self.length = num_rows, length
         self._parts = parts
         self._model = weakref.ref(model)
         self._slots, self._generation = slots, slots.generation
         self._places = _places(model)
-        self._weights = [part.weights for layer in parts for part in layer]
+        self._standing = standing
         self._input_2B = torch.zeros(2, num_rows, dtype=torch.int64, device=device)
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._calls: list[_Call] = []
@@ -119,11 +135,9 @@ class CapturedStep:
         """Whether trunk and caches are still where they were."""
         return self._model() is model and slots.generation == self._generation and _places(model) == self._places
 
-    def has(self, weights: Sequence[Weights] | None) -> bool:
+    def has(self, standing: Standing | None) -> bool:
         """Whether the experts are, too."""
-        if weights is None or len(weights) != len(self._weights):
-            return False
-        return all(mine is now for mine, now in zip(self._weights, weights, strict=True))
+        return standing is not None and self._standing is not None and self._standing.is_as(standing)
 
     def run(self, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """-> logits [B, V] of these rows, until the next run."""
@@ -212,9 +226,9 @@ class CapturedForward:
     def __call__(self, model: PreTrainedModel, slots: Slots, tokens: Sequence[int]) -> Tensor:
         if self._given_up:
             return plain_forward(model, slots, tokens)
-        with self._experts.holding() as weights:
+        with self._experts.holding() as standing:
             self._calm += 1
-            step = self._step(model, slots, tokens, weights)
+            step = self._step(model, slots, tokens, standing)
             if step is not None and step.is_whole:
                 return self._replay(step, slots, tokens)
         # Not inside: here the actors are asked.
@@ -225,29 +239,34 @@ class CapturedForward:
         return step.run(tokens, slots.lengths)
 
     def _step(
-        self, model: PreTrainedModel, slots: Slots, tokens: Sequence[int], weights: Sequence[Weights] | None
+        self, model: PreTrainedModel, slots: Slots, tokens: Sequence[int], standing: Standing | None
     ) -> CapturedStep | None:
         """What was captured for these shapes, or is now; None to go without."""
         rows, length = _power_of_2(len(slots.lengths)), _power_of_2(max(slots.lengths) + 1, BLOCK)
         slots.reserve(rows, length)
         rows, length = min(rows, slots.room[0]), min(length, slots.room[1])
-        whole = weights is not None and self._calm > SETTLED_AFTER
+        whole = standing is not None and self._calm > SETTLED_AFTER
         key = rows, length, whole
         step = self._steps.pop(key, None)
-        if step is not None and step.is_whole and not step.has(weights):
+        if step is not None and step.is_whole and not step.has(standing):
             self._calm = 0
             self._steps = {key: step for key, step in self._steps.items() if not step.is_whole}
-            return self._step(model, slots, tokens, weights)
+            return self._step(model, slots, tokens, standing)
         if step is not None and not step.is_of(model, slots):
             step = None
         if step is None:
-            step = self._captured(key, model, slots, tokens)
+            step = self._captured(key, model, slots, tokens, standing)
         if step is not None:
             self._steps[key] = step
         return step
 
     def _captured(
-        self, key: tuple[int, int, bool], model: PreTrainedModel, slots: Slots, tokens: Sequence[int]
+        self,
+        key: tuple[int, int, bool],
+        model: PreTrainedModel,
+        slots: Slots,
+        tokens: Sequence[int],
+        standing: Standing | None,
     ) -> CapturedStep | None:
         self._seen[key] = self._seen.get(key, 0) + 1
         if self._seen[key] <= SEEN_BEFORE:
@@ -257,7 +276,7 @@ class CapturedForward:
         while len(self._steps) >= MAX_STEPS:
             del self._steps[next(iter(self._steps))]
         try:
-            step = CapturedStep(model, slots, rows, length, self._experts.parts() if whole else [], tokens)
+            step = CapturedStep(model, slots, rows, length, self._experts.parts() if whole else [], tokens, standing)
         except Exception as error:  # whatever a family does that a graph cannot hold
             if self._must:
                 raise
@@ -267,6 +286,10 @@ class CapturedForward:
             return None
         self.num_captures += 1
         return step
+
+
+def can_capture(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 @contextmanager

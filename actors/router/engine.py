@@ -21,6 +21,9 @@ from actors.values import Sampling, TokenEvent
 
 logger = logging.getLogger(__name__)
 
+LINGER_S, LINGER_ON_GPU_S = 1.0, 60.0
+"""How long the memory of a batch without streams is kept: on a GPU with what was captured."""
+
 
 class DecodeEngine:
     """At most `max_sessions` streams decode; more wait. A stream's tokens do not depend on the other streams: with a
@@ -51,7 +54,8 @@ class DecodeEngine:
         self._layout: Layout | None = layout_of(model) if self._batch > 1 else None
         if self._batch > 1 and self._layout is None:
             logger.info("streams of %s decode in turns: its layers keep no plain keys", type(model).__name__)
-        self._loop = DecodeLoop(self._new_batch)
+        on_gpu = model.get_input_embeddings().weight.device.type == "cuda"
+        self._loop = DecodeLoop(self._new_batch, linger_s=LINGER_ON_GPU_S if on_gpu else LINGER_S)
 
     def stream(
         self, served: Served, prompt: Sequence[int], sampling: Sampling, timeout_s: float

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 
 from actors.expert.host import ExpertHost
-from actors.moe.experts import Weights
 from actors.moe.static import StaticPart
+from actors.router.captured import Standing
 from actors.router.dispatcher import Dispatcher
 from actors.transport.local import LocalLink
 
@@ -21,9 +21,9 @@ class ExpertsInPlace:
         self._dispatcher, self._device = dispatcher, device
 
     @contextmanager
-    def holding(self) -> Iterator[Sequence[Weights] | None]:
-        """After `Dispatcher.begin`: weights of each layer's stacks, one after the other, which inside neither move nor
-        change. None where not all are here, or are not of the version that is asked for."""
+    def holding(self) -> Iterator[Standing | None]:
+        """After `Dispatcher.begin`: inside, weights neither move nor change. None where not all are here, or are not of
+        the version that is asked for."""
         hosts = self._hosts()
         version = self._dispatcher.purpose.min_version
         with ExitStack() as held:
@@ -31,8 +31,9 @@ class ExpertsInPlace:
             whole = [weights for weights in found if weights is not None]
             if not whole or len(whole) < len(found):
                 yield None
-            else:
-                yield [weights for layer in zip(*whole, strict=True) for weights in layer]
+                return
+            placement = self._dispatcher.epoch, tuple(host.groups for host in hosts)
+            yield Standing(placement, [weights for layer in zip(*whole, strict=True) for weights in layer])
 
     def parts(self) -> list[list[StaticPart]]:
         """Of each layer, inside `holding`. An expert with copies is computed by the first that has it."""

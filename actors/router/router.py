@@ -92,7 +92,7 @@ class Router:
             lambda: self.version,
             max_sessions=max_sessions,
             decode_batch=decode_batch,
-            captured=captured,
+            capture=captured,
         )
         self.learner.on_new_model = self._connect
         self._connect()

@@ -27,3 +27,5 @@ class Served:
     """For one session."""
     key: Hashable = field(default_factory=object)
     """Sessions of equal keys may share a forward."""
+    is_lasting: bool = False
+    """Whether it stays when nobody asks for it: what was made ready for its sessions is kept for a while."""

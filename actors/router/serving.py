@@ -15,8 +15,8 @@ from actors.errors import InvalidInput
 from actors.losses import token_losses
 from actors.moe.gating import GatePast
 from actors.moe.settings import MODEL_GATE
+from actors.router import captured
 from actors.router.batch import Forward, plain_forward
-from actors.router.captured import CapturedForward, Nowhere
 from actors.router.commits import LastCommit
 from actors.router.dispatcher import Dispatcher, Purpose
 from actors.router.engine import DecodeEngine
@@ -44,9 +44,10 @@ class Serving:
         *,
         max_sessions: int,
         decode_batch: int = 0,
-        captured: str = "auto",
+        capture: str = "auto",
     ) -> None:
-        """`version`: of the trunk, now. `decode_batch`, `captured`: see `router` of a cluster config."""
+        """`version`: of the trunk, now. `decode_batch`, `capture`: see `router.decode_batch`
+        and `router.captured` of a cluster config."""
         self._learner, self._dispatcher, self._last_commit, self._version = learner, dispatcher, last_commit, version
         self._lock = threading.Lock()
         self._gate = VersionGate()
@@ -54,7 +55,7 @@ class Serving:
         self.vocab_size = int(text.vocab_size)
         self.max_positions = int(getattr(text, "max_position_embeddings", 1 << 20))
         self.pins = PinnedModels()
-        self._captured = captured
+        self._capture = capture
         self._engine = DecodeEngine(
             learner.view,
             max_sessions=max_sessions,
@@ -125,18 +126,20 @@ class Serving:
             return self.pins.choose(choice, self._version()).served
         guard = partial(self.reading, max_behind=choice.max_behind)
         key = (_NEWEST, choice.max_behind)
-        return Served(lambda: self._learner.view, guard, lambda: self._learner.routing.new_pasts(), key)
+        return Served(
+            lambda: self._learner.view, guard, lambda: self._learner.routing.new_pasts(), key, is_lasting=True
+        )
 
     def _new_forward(self, served: Served) -> Forward:
         """Of a batch of streams."""
         device = self._learner.device
-        if self._captured == "off" or device.type != "cuda":
+        if self._capture == "off" or not captured.can_capture(device):
             return plain_forward
         is_newest = isinstance(served.key, tuple) and served.key[0] is _NEWEST
         # A gate of ours looks at its scores on the host, so that no graph can hold it.
         inside = is_newest and self._learner.routing.settings.kind == MODEL_GATE
-        experts = ExpertsInPlace(self._dispatcher, device) if inside else Nowhere()
-        return CapturedForward(experts, must=self._captured == "on")
+        experts = ExpertsInPlace(self._dispatcher, device) if inside else captured.Nowhere()
+        return captured.CapturedForward(experts, must=self._capture == "on")
 
     def _logits(self, ids_BS: Tensor, choice: VersionChoice = NEWEST) -> tuple[Tensor, int]:
         served = self._served(choice)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from actors.moe.experts import Weights
 from actors.router import captured
-from actors.router.captured import MAX_STEPS, SEEN_BEFORE, CapturedForward, Nowhere
+from actors.router.captured import MAX_STEPS, SEEN_BEFORE, CapturedForward, Nowhere, Standing
 from actors.router.slots import BLOCK, Layout, Slots
 
 PLAIN = torch.zeros(1, 4)
@@ -24,18 +24,18 @@ class Step:
     failure: Exception | None = None
 
     def __init__(
-        self, model: Any, slots: Slots, rows: int, length: int, parts: Sequence[Any], tokens: Sequence[int]
+        self, model: Any, slots: Slots, rows: int, length: int, parts: Any, tokens: Any, standing: Standing | None
     ) -> None:
         if self.failure is not None:
             raise self.failure
         self.shape, self.is_whole = (rows, length), bool(parts)
-        self._of, self._weights = (model, slots.generation), [part for layer in parts for part in layer]
+        self._of, self._standing = (model, slots.generation), standing
 
     def is_of(self, model: Any, slots: Slots) -> bool:
         return self._of == (model, slots.generation)
 
-    def has(self, weights: Sequence[Weights] | None) -> bool:
-        return weights is not None and all(a is b for a, b in zip(self._weights, weights, strict=True))
+    def has(self, standing: Standing | None) -> bool:
+        return standing is not None and self._standing is not None and self._standing.is_as(standing)
 
     def run(self, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
         return torch.ones(len(tokens), 4)
@@ -46,10 +46,11 @@ class Here:
 
     def __init__(self) -> None:
         self.weights: Weights | None = {}
+        self.epoch = 0
 
     @contextmanager
-    def holding(self) -> Iterator[list[Weights] | None]:
-        yield None if self.weights is None else [self.weights]
+    def holding(self) -> Iterator[Standing | None]:
+        yield None if self.weights is None else Standing(self.epoch, [self.weights])
 
     def parts(self) -> list[list[Any]]:
         return [[self.weights]]
@@ -129,6 +130,9 @@ def test_experts_that_move_are_left_out_until_they_rest(monkeypatch: pytest.Monk
     here.weights = dict[str, Tensor]()  # an update made a copy
     assert kinds(5) == [None] * (SEEN_BEFORE) + [False, False]
     assert not any(step.is_whole for step in forward._steps.values()), "what was moved is kept by nobody"
+    assert kinds(12)[-1] is True
+    here.epoch += 1  # another group came into a place that was free
+    assert kinds(5)[-1] is False
     assert kinds(12)[-1] is True
     here.weights = None  # not all of them are here any more
     assert kinds(1) == [False]
