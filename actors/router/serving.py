@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -24,6 +23,7 @@ from actors.router.inplace import ExpertsInPlace
 from actors.router.learner import Learner
 from actors.router.pins import PinnedModels
 from actors.router.served import Served
+from actors.router.turns import FairLock
 from actors.router.versions import VersionGate
 from actors.values import NEWEST, Sampling, TokenEvent, VersionChoice
 
@@ -49,7 +49,7 @@ class Serving:
         """`version`: of the trunk, now. `decode_batch`, `capture`: see `router.decode_batch`
         and `router.captured` of a cluster config."""
         self._learner, self._dispatcher, self._last_commit, self._version = learner, dispatcher, last_commit, version
-        self._lock = threading.Lock()
+        self._lock = FairLock()
         self._gate = VersionGate()
         text = learner.skeleton.config.get_text_config()
         self.vocab_size = int(text.vocab_size)
@@ -178,8 +178,9 @@ class Serving:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Forwards wait inside, and the links are free for other questions."""
-        with self._lock, self._gate.writing():
+        """Forwards wait inside, and the links are free for other questions. It does not wait its turn behind all of
+        them: the one that is under way ends, and this is next."""
+        with self._gate.writing():
             yield
 
     # -- input --------------------------------------------------------------------------------------------------------

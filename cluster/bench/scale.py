@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from statistics import median
 
 from actors.errors import MoeClusterError
@@ -23,7 +23,9 @@ from cluster.service.client import Client
 
 WAYS = ((2, (3, 2)), (4, (8, 6)))
 NUM_STREAMS = 16
-PROMPT, SAMPLING = "def main(", SamplingParams(max_tokens=64)
+PROMPT, SAMPLING = "def main(", SamplingParams(max_tokens=16)
+REQUEST_TIMEOUT_S = 120.0
+"""Streams share the cores with the job and with actors that start: a token may take seconds, none may fail."""
 QUIET_S = 10.0
 START_TIMEOUT_S = 300.0
 """Four processes that import torch beside a training job take minutes on two cores."""
@@ -35,21 +37,45 @@ JOB = JobConfig(
 )
 
 
-@dataclass
+@dataclass(frozen=True)
+class Seen:
+    """What the streams saw while something lasted."""
+
+    gaps_s: list[float]
+    """Longest time between two tokens, of each stream; the time since its last token counts."""
+    ended: int
+    failed: int
+
+
 class Streams:
-    """What the streams saw since the last `take`."""
+    """Tokens of several streams, as they come. Thread-safe."""
 
-    gaps_s: list[float] = field(default_factory=list)
-    """Longest time between two tokens, of each stream."""
-    ended: int = 0
-    failed: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self, count: int, now: Callable[[], float] = time.monotonic) -> None:
+        self._now, self._lock = now, threading.Lock()
+        self._last_S = [now()] * count
+        self._longest_S = [0.0] * count
+        self._ended = self._failed = 0
 
-    def take(self) -> Streams:
-        with self.lock:
-            taken = Streams(self.gaps_s, self.ended, self.failed)
-            self.gaps_s, self.ended, self.failed = [], 0, 0
-            return taken
+    def token(self, stream: int) -> None:
+        with self._lock:
+            now = self._now()
+            self._longest_S[stream] = max(self._longest_S[stream], now - self._last_S[stream])
+            self._last_S[stream] = now
+
+    def end(self, *, failed: bool) -> None:
+        """Of a request; its stream asks again at once."""
+        with self._lock:
+            self._ended += not failed
+            self._failed += failed
+
+    def take(self) -> Seen:
+        """Since the last time."""
+        with self._lock:
+            now = self._now()
+            gaps = [max(longest, now - last) for longest, last in zip(self._longest_S, self._last_S, strict=True)]
+            seen = Seen(gaps, self._ended, self._failed)
+            self._longest_S, self._ended, self._failed = [0.0] * len(gaps), 0, 0
+            return seen
 
 
 def bench_scale(config: ClusterConfig, *, rounds: int, progress: Callable[[str], None] = lambda text: None) -> Report:
@@ -79,20 +105,20 @@ def _ways(target: str, counts: list[int], progress: Callable[[str], None]) -> li
     return rows
 
 
-def _way(client: Client, before: int, after: int, streams: Streams, quiet: Streams) -> list[Row]:
+def _way(client: Client, before: int, after: int, streams: Streams, quiet: Seen) -> list[Row]:
     *_, operation = client.watch_operation(client.scale(after).id)
     if operation.state is not OperationState.SUCCEEDED:
         raise MoeClusterError(f"{before} -> {after}: {operation.error}")
     seen = streams.take()
     way = f"{before}_to_{after}"
-    usual_s = median(quiet.gaps_s or [0.0])
-    worst_s, worst_quiet_s = max(seen.gaps_s, default=0.0), max(quiet.gaps_s, default=0.0)
+    usual_s = median(quiet.gaps_s)
+    worst_s, worst_quiet_s = max(seen.gaps_s), max(quiet.gaps_s)
     direction = "up" if after > before else "down"
     return [
         _row(f"{direction}_stall_{way}", operation.stall_s * 1e3, "ms", "", 0.0),
         _row(f"{direction}_prepare_{way}", operation.prepare_s, "s", "", 0.0),
         _row(f"stream_gap_{way}", worst_s * 1e3, "ms", "the same without a change", worst_quiet_s * 1e3),
-        _row(f"stream_gap_median_{way}", median(seen.gaps_s or [0.0]) * 1e3, "ms", "without a change", usual_s * 1e3),
+        _row(f"stream_gap_median_{way}", median(seen.gaps_s) * 1e3, "ms", "without a change", usual_s * 1e3),
         _row(f"failed_requests_{way}", seen.failed, f"of {seen.ended + seen.failed}", "", 0.0),
     ]
 
@@ -103,8 +129,11 @@ def _row(case: str, value: float, unit: str, peer: str, peer_value: float) -> Ro
 
 @contextmanager
 def _streaming(target: str) -> Iterator[Streams]:
-    streams, stop = Streams(), threading.Event()
-    threads = [threading.Thread(target=_stream, args=(target, streams, stop), daemon=True) for _ in range(NUM_STREAMS)]
+    streams, stop = Streams(NUM_STREAMS), threading.Event()
+    threads = [
+        threading.Thread(target=_stream, args=(target, number, streams, stop), daemon=True)
+        for number in range(NUM_STREAMS)
+    ]
     for thread in threads:
         thread.start()
     try:
@@ -115,17 +144,13 @@ def _streaming(target: str) -> Iterator[Streams]:
             thread.join(60)
 
 
-def _stream(target: str, streams: Streams, stop: threading.Event) -> None:
+def _stream(target: str, number: int, streams: Streams, stop: threading.Event) -> None:
     with Client(target) as client:
         while not stop.is_set():
-            longest, last = 0.0, time.monotonic()
             try:
-                for _ in client.generate(PROMPT, SAMPLING):
-                    longest, last = max(longest, time.monotonic() - last), time.monotonic()
+                for _ in client.generate(PROMPT, SAMPLING, timeout_s=REQUEST_TIMEOUT_S):
+                    streams.token(number)
             except MoeClusterError:
-                with streams.lock:
-                    streams.failed += 1
-                continue
-            with streams.lock:
-                streams.gaps_s.append(longest)
-                streams.ended += 1
+                streams.end(failed=True)
+            else:
+                streams.end(failed=False)

@@ -7,11 +7,9 @@ import os
 import re
 import signal
 import threading
-import time
 import uuid
-from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +21,13 @@ from actors.values import Pinned, Placement
 from cluster.backend import ActorStatus, ExpertCache
 from cluster.config import ClusterConfig
 from cluster.control.coordinator import ModelFacts
-from cluster.control.heartbeats import Heartbeats
 from cluster.control.journal import Process
 from cluster.errors import StartupError, Unavailable
 from cluster.fabric.calls import call
 from cluster.fabric.contacts import ExpertContact, RouterContact
 from cluster.fabric.expertworker import ExpertWorker
 from cluster.fabric.links import link_keys
+from cluster.fabric.lookout import Lookout, Signs
 from cluster.fabric.measures import status_fields
 from cluster.fabric.nodes import expert_room, node_names, node_zones, nodes_with_room, short_name
 from cluster.fabric.options import ROUTER, expert_options, lasting, router_options
@@ -43,19 +41,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LOAD_WINDOW_S = 10.0
 ASK_TIMEOUT_S = 10.0
-
-
-@dataclass
-class Signs:
-    """What one look at the actors brought."""
-
-    seen: list[ActorStatus] = field(default_factory=list)
-    dead: dict[str, str] = field(default_factory=dict)
-    """Actor -> why; its process has ended."""
-    frozen: dict[str, float] = field(default_factory=dict)
-    """Actor -> seconds for which it has not answered; its process may live."""
 
 
 @dataclass(frozen=True)
@@ -86,24 +72,13 @@ class Crew:
         """Those that have the trunk."""
         self._leader = ROUTER
         """Empty while none leads."""
-        self._deaths: dict[str, Any] = {}
+        self._lookout = Lookout(self._lock)
         self._nodes: dict[str, str] = {}
         """Names of those that have or had an actor: asked for when one starts, since Ray's head may be away later."""
-        self._pings: dict[str, Any] = {}
-        self._links: dict[str, str] = {}
-        """Link kind of each expert actor, as a router last told."""
-        self._heartbeats = Heartbeats()
-        self._busy: dict[str, deque[tuple[float, float]]] = {}
-        """Time and busy seconds so far of each expert actor."""
-        self._queues: dict[str, tuple[int, float]] = {}
-        """Of each router: requests that wait, how long the first has."""
-        self._pins: dict[str, tuple[float, tuple[Pinned, ...]]] = {}
-        """Of each router: when it last told, by `time.monotonic`, which pins it has."""
         self.leaving: Mapping[str, str] = {}
         """Id -> name of the nodes on which no new actor is to be started. Replaced, never changed."""
         self._ending: list[tuple[str, str, Any]] = []
         """Expert actors that were ended, their nodes, and what tells that the process is gone."""
-        self._next_ping_s = 0.0
         self._next_number = 0
         self._next_router = 1
         self.num_experts = 0
@@ -163,13 +138,13 @@ class Crew:
             if self._leader != leader:
                 raise Unavailable(f"{leader}, which {contact.name} joined, has ended")
             self._routers[contact.name] = contact
-            self._deaths[contact.name] = self.handle(contact.name).wait_until_death.remote()
+            self._lookout.watch(contact.name, self.handle(contact.name))
 
     def status_of(self, name: str) -> ActorStatus:
         """Asked now. `Unavailable` if it has ended."""
         vitals = call(name, self.handle(name).vitals.remote(), ASK_TIMEOUT_S)
         with self._lock:
-            _found(self._deaths, name)
+            self._lookout.check(name)
             return self._status(name, vitals)
 
     def start_router(self) -> ModelFacts:
@@ -257,7 +232,7 @@ class Crew:
             self._learn_nodes()
             with self._lock:
                 self._experts[name] = contact
-                self._deaths[name] = self._handles[name].wait_until_death.remote()
+                self._lookout.watch(name, self._handles[name])
 
     def load_router(self, placement: Placement, control: Any, found: Found | None, run: int) -> None:
         """After the expert actors of this placement: the trunk from the model directory, or from a checkpoint as this
@@ -282,7 +257,7 @@ class Crew:
                 self._handles[name], self._routers[name] = handle, router.contact
             self._leader = found.leader
             for name in (*found.routers, *found.experts):
-                self._deaths[name] = self._handles[name].wait_until_death.remote()
+                self._lookout.watch(name, self._handles[name])
 
     def processes(self) -> tuple[Process, ...]:
         with self._lock:
@@ -334,7 +309,7 @@ class Crew:
     def run(self) -> int:
         """The newest that any living actor knows of: jobs, and returns to checkpoints, are counted by it."""
         with self._lock:
-            refs = {name: handle.vitals.remote() for name, handle in self._handles.items() if name in self._deaths}
+            refs = {name: self._handles[name].vitals.remote() for name in self._lookout.watched}
         runs = [0]
         for name, ref in refs.items():
             try:
@@ -381,17 +356,12 @@ class Crew:
         for name in names:
             with self._lock:
                 handle = self._handles.pop(name, None)
-                death = self._deaths.pop(name, None)
-                self._pings.pop(name, None)
-                self._busy.pop(name, None)
-                self._heartbeats.forget(name)
+                death = self._lookout.leave(name)
                 contact = self._experts.pop(name, None)
                 if contact is not None and death is not None:
                     self._forget_ended()
                     self._ending.append((name, contact.node_id, death))
                 self._routers.pop(name, None)
-                self._queues.pop(name, None)
-                self._pins.pop(name, None)
                 if name == self._leader:
                     self._leader = ""
             if handle is not None:
@@ -420,64 +390,18 @@ class Crew:
 
     def look(self) -> Signs:
         """To be called several times a second."""
-        signs = Signs()
-        now = time.monotonic()
         with self._lock:
-            if now >= self._next_ping_s:
-                self._next_ping_s = now + self._heartbeats.interval_s
-                self._ping(now)
-            self._read_answers(signs, now)
-            self._read_deaths(signs)
-            for verdict in self._heartbeats.check(now):
-                logger.warning("%s is %s: silent for %.1f s", verdict.actor, verdict.state, verdict.silent_s)
-                if verdict.state == "dead":
-                    signs.frozen[verdict.actor] = verdict.silent_s
-        return signs
-
-    def _ping(self, now: float) -> None:
-        for name in self._deaths:
-            if name not in self._pings:
-                self._pings[name] = self._handles[name].vitals.remote()
-            self._heartbeats.sent(name, now)
-
-    def _read_answers(self, signs: Signs, now: float) -> None:
-        refs = list(self._pings.values())
-        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0) if refs else ([], [])
-        for name in [n for n, ref in self._pings.items() if ref in ready]:
-            try:
-                vitals = call(name, self._pings.pop(name), 1.0)
-            except MoeClusterError as error:
-                logger.info("no vitals of %s: %s", name, error)
-                continue
-            self._heartbeats.answered(name, now)
-            self._links |= vitals.get("links", {})
-            self._note_load(name, vitals, now)
-            if name == self._leader:
-                signs.dead |= {n: f"left out by {name}" for n in vitals["left_out"] if n in self._deaths}
-            signs.seen.append(self._status(name, vitals))
-
-    def _note_load(self, name: str, vitals: dict[str, Any], now: float) -> None:
-        if name in self._routers:
-            self._queues[name] = int(vitals["num_waiting"]), float(vitals["queue_s"])
-            self._pins[name] = now, tuple(vitals["pins"])
-            return
-        history = self._busy.setdefault(name, deque())
-        history.append((now, float(vitals["busy_s"])))
-        while history[0][0] < now - LOAD_WINDOW_S:
-            history.popleft()
+            signs = self._lookout.look(self._leader)
+            signs.seen = [self._status(name, vitals) for name, vitals in signs.vitals.items()]
+            return signs
 
     def pins_of(self, router: str) -> tuple[float, tuple[Pinned, ...]] | None:
         """When it last told which pins it has, by `time.monotonic`, and which."""
-        with self._lock:
-            return self._pins.get(router)
+        return self._lookout.pins_of(router)
 
     def demand(self) -> tuple[dict[str, float], int, float]:
         """Share of the time that each expert actor was busy lately, requests that wait, how long the first has."""
-        with self._lock:
-            spans = {n: (h[-1][0] - h[0][0], h[-1][1] - h[0][1]) for n, h in self._busy.items() if n in self._experts}
-            busy = {name: busy / passed for name, (passed, busy) in spans.items() if passed > 0}
-            waiting, queue_s = zip(*self._queues.values(), strict=True) if self._queues else ((), ())
-            return busy, sum(waiting), max(queue_s, default=0.0)
+        return self._lookout.demand()
 
     def _status(self, name: str, vitals: dict[str, Any]) -> ActorStatus:
         expert = self._experts.get(name)
@@ -493,21 +417,11 @@ class Crew:
             memory_bytes=int(vitals["memory_bytes"]),
             pinned_bytes=int(vitals["pinned_bytes"]),
             tokens=int(vitals.get("tokens", 0)),
-            link=self._links.get(name, ""),
+            link=self._lookout.link_of(name),
             cache=ExpertCache(**vitals["cache"]) if vitals.get("cache") else None,
             merged_updates=int(vitals.get("merged", 0)),
             **status_fields(vitals),
         )
-
-    def _read_deaths(self, signs: Signs) -> None:
-        refs = list(self._deaths.values())
-        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0) if refs else ([], [])
-        for name in [n for n, ref in self._deaths.items() if ref in ready]:
-            try:
-                call(name, self._deaths.pop(name), 1.0)
-            except MoeClusterError as error:
-                signs.dead[name] = str(error)
-                self._heartbeats.forget(name)
 
 
 def _found(table: dict[str, Any], name: str) -> Any:
