@@ -105,7 +105,7 @@ class RouterConfig:
     """Generate streams that decode at the same time; more wait their turn."""
     decode_batch: int = 0
     """Generate streams of one version that share each forward; 1: they decode in turns, and a stream's tokens are the
-    same to the last bit whatever else runs. 0: 32 on a GPU, 1 on a CPU."""
+    same to the last bit whatever else runs. 0: 32 on a GPU, 1 on a CPU. No more than max_sessions."""
     captured: Literal["auto", "on", "off"] = "auto"
     """On a GPU, whether the step of streams that share a forward is captured in CUDA graphs. auto: where the model
     allows it; on: or it is an error."""
