@@ -41,6 +41,8 @@ class Keeper:
     """Thread-safe: parts come over links while others are read."""
 
     def __init__(self) -> None:
+        self.complete: Any = None
+        """What whoever looks after snapshots says of the last complete one, for its successor."""
         self._lock = threading.Lock()
         self._parts: dict[tuple[str, str], _Part] = {}
         """(snapshot, part)."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
+MAX_IN_FLIGHT = 8
+"""Micro-batches that a router computes at once."""
+
 
 @dataclass(frozen=True)
 class Placement:

@@ -97,6 +97,10 @@ class RouterConfig:
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     threads: int = 2
+    in_flight: int = 1
+    """Micro-batches of a step (batch.gradient_accumulation) that are computed at once: while the tokens of one are with
+    the experts the router computes another. The losses are the same. Each takes memory for the activations of a whole
+    forward. It pays where tokens travel far, or experts have devices of their own."""
     request_timeout_s: float = 30.0
     """Deadline of one message to an expert actor and its answer."""
     max_step_retries: int = 3
@@ -279,4 +283,4 @@ class JobConfig:
     eval: EvalConfig = EvalConfig()
     balance: BalanceSettings = field(default_factory=BalanceSettings)
     compression: CompressionSettings = field(default_factory=CompressionSettings)
-    """Of the trunk's gradients, where there are several routers."""
+    """Of the trunk's gradients where there are several routers, and on request of experts' between copies."""

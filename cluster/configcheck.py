@@ -9,6 +9,7 @@ from pathlib import Path
 
 from actors.compress.settings import MAX_RANK
 from actors.staleness import MAX_STALENESS
+from actors.values import MAX_IN_FLIGHT
 from cluster.config import (
     ClusterConfig,
     DataConfig,
@@ -47,6 +48,7 @@ def validate_cluster(config: ClusterConfig, source: str) -> ClusterConfig:
         f"use {config.router.actors} or more",
     )
     check.at_least("router.threads", config.router.threads, 1)
+    check.within("router.in_flight", config.router.in_flight, 1, MAX_IN_FLIGHT)
     check.above("router.request_timeout_s", config.router.request_timeout_s, 0)
     check.at_least("router.max_step_retries", config.router.max_step_retries, 0)
     check.at_least("router.max_sessions", config.router.max_sessions, 1)

@@ -169,7 +169,9 @@ def draw_compression(path: Path, report: Report) -> None:
     lines: dict[str, list[CompressionRow]] = {}
     for row in report.rows:
         if isinstance(row, CompressionRow):
-            lines.setdefault(row.case.partition("_")[0], []).append(row)
+            name = row.case.removeprefix("copies_")
+            line = name.partition("_")[0] + (", copies" if name != row.case else "")
+            lines.setdefault(line, []).append(row)
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     for method, rows in lines.items():
         rows.sort(key=lambda row: row.ratio)

@@ -131,6 +131,7 @@ class LocalCluster:
     device: str
     cache: CacheSettings | None = None
     gate: GateSettings | None = None
+    in_flight: int = 1
     members: dict[str, Member] = field(default_factory=dict)
     router: Router = field(init=False)
     placement: Placement = field(init=False)
@@ -208,11 +209,12 @@ def cluster(
     decode_batch: int = 0,
     max_sessions: int = 16,
     captured: str = "auto",
+    in_flight: int = 1,
 ) -> Iterator[LocalCluster]:
     """`wrap` may put a faulty link around each link as it is opened. With `heals` copies take over from the dead."""
     slots = [ActorSlot(f"expert-{i}", f"node-{i}") for i in range(num_actors)]
     placement = spread(skeleton(source).num_experts, group_size, slots, redundancy)
-    local = LocalCluster(source, group_size, links, wrap, timeout_s, device, cache, gate)
+    local = LocalCluster(source, group_size, links, wrap, timeout_s, device, cache, gate, in_flight)
     local.placement = placement
     for slot in slots:
         local.add(placement.held_by(slot.id))
@@ -228,6 +230,7 @@ def cluster(
         decode_batch=decode_batch,
         max_sessions=max_sessions,
         captured=captured,
+        in_flight=in_flight,
     )
     try:
         yield local

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,7 +43,7 @@ def autoscaled_ray(node_types: Mapping[str, NodeType], idle_s: float) -> Iterato
     all processes have ended."""
     # Not pytest's directory: paths of sockets must be short.
     with tempfile.TemporaryDirectory(prefix="ray-") as directory:
-        address = f"{get_node_ip_address()}:{_free_port()}"
+        address = f"{get_node_ip_address()}:{free_port()}"
         config = Path(directory) / "autoscaler.json"
         config.write_text(json.dumps(_config(address, node_types, idle_s)))
         log = Path(directory) / "head.log"
@@ -67,7 +68,8 @@ def expert_nodes(max_nodes: int) -> dict[str, NodeType]:
 
 
 def worker_groups(cluster: Mapping[str, Any]) -> dict[str, NodeType]:
-    """The groups of a RayCluster as KubeRay tells them to the autoscaler: bounds, resources, labels."""
+    """The groups of a RayCluster as KubeRay tells them to the autoscaler: bounds, resources, labels, priority. GPUs are
+    numbers that nodes give: no node looks for one."""
     return {
         group["groupName"]: {
             "resources": {
@@ -78,6 +80,7 @@ def worker_groups(cluster: Mapping[str, Any]) -> dict[str, NodeType]:
             "node_config": {},
             "min_workers": group["minReplicas"],
             "max_workers": group["maxReplicas"],
+            "priority": group.get("priority", 0),
         }
         for group in cluster["spec"]["workerGroupSpecs"]
     }
@@ -134,7 +137,9 @@ def _command(address: str, directory: str, config: Path, resources: Mapping[str,
 
 
 def _environment() -> dict[str, str]:
-    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_NAMESPACE")}
+    # Nodes would offer fewer GPUs than they are told to if they knew which there are.
+    others = "RAY_ADDRESS", "RAY_NAMESPACE", "CUDA_VISIBLE_DEVICES"
+    environment = {name: value for name, value in os.environ.items() if name not in others}
     return environment | {
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_AUTH_MODE": "disabled",
@@ -147,7 +152,7 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Should somebody take it before the head does, the head says so and ends."""
     with socket.socket() as listener:
         listener.bind(("", 0))
@@ -157,9 +162,13 @@ def _free_port() -> int:
 
 def num_nodes(address: str) -> int:
     """Living nodes beside the head, as the autoscaler counts them."""
+    return sum(nodes_by_type(address).values())
+
+
+def nodes_by_type(address: str) -> dict[str, int]:
     status = get_cluster_status(address)
-    nodes = [*status.active_nodes, *status.idle_nodes]
-    return sum(node.ray_node_type_name != FAKE_HEAD_NODE_TYPE for node in nodes)
+    types = Counter(node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes))
+    return {name: count for name, count in types.items() if name != FAKE_HEAD_NODE_TYPE}
 
 
 def _wait_for(head: subprocess.Popen[bytes], address: str, log: Path) -> None:

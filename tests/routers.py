@@ -82,6 +82,7 @@ class Routers:
             timeout_s=local.timeout_s,
             find_roster=local.without,
             piece_bytes=PIECE_BYTES,
+            in_flight=local.in_flight,
         )
         seat = Seat(name, Replica(name, router, self._find_peer))
         if local.links == "socket":

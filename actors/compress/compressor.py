@@ -80,6 +80,11 @@ class Compressor:
         """It does not."""
         self._next = {}
 
+    def num_bytes(self) -> int:
+        """Of what is remembered."""
+        kept = [*self._memory, *self._next.values()]
+        return sum(t.nbytes for memory in kept for t in (memory.error, memory.warm) if t is not None)
+
     def forget(self) -> None:
         """As new."""
         self._memory, self._next = [Memory()] * len(self._codecs), {}

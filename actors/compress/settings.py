@@ -1,9 +1,9 @@
-"""How the routers of a job compress the trunk's gradients, as values from a config. No torch here."""
+"""How a job's gradients are compressed where they travel, as values from a config. No torch here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Literal, get_args, get_type_hints
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args, get_type_hints
 
 from actors.errors import InvalidInput
 
@@ -27,6 +27,12 @@ class CompressionSettings:
     """Of each parameter's values that `topk` sends, above 0 to 1."""
     quantised: bool = False
     """What `powersgd` and `topk` send goes as INT8."""
+    copies: bool = False
+    """Not only the trunk's gradients between routers, but those of expert groups between their copies too."""
+
+    def for_copies(self) -> dict[str, Any]:
+        """What expert actors are told of it with every step; nothing where their gradients go as they are."""
+        return {"compression": asdict(self)} if self.copies and self.method != "none" else {}
 
     def check(self) -> None:
         """Raises `InvalidInput` for the first value that cannot be used."""

@@ -295,6 +295,7 @@ class ExpertHost:
         self._step.check_complete()
         while self._step.do_deferred(self.holdings.stacks):
             pass
+        self._copies.compress(question.fields)
         self._copies.send_partial_sums(self.holdings, self._step.touched, self._step.attempt)
         self._step.prepare()
         spread, self._step.spread.merged = self._step.spread, self.updates.num_merged - self._merged_before
@@ -316,6 +317,7 @@ class ExpertHost:
         if (term := int(fields.get("term", 0))) < self._term:
             raise StepAborted(f"commit of step {step} by a router of term {term}, now is {self._term}")
         self._copies.take_sums(self.holdings, self._step.check_prepared("commit", fields))
+        self._copies.keep()
         lr, scale = float(fields["lr"]), float(fields["scale"])
         self._followers.tell(self.holdings, step, lr, scale)
         if self._staleness:
@@ -345,7 +347,7 @@ class ExpertHost:
         return self.holdings
 
     def _measure(self) -> None:
-        self._memory_bytes = self.holdings.num_bytes()
+        self._memory_bytes = self.holdings.num_bytes() + self._copies.num_bytes()
         self._pinned_bytes = self._kept.num_bytes(self.holdings)
 
     def _abort(self, question: Message) -> Message:
@@ -449,7 +451,7 @@ class ExpertHost:
         self._num_experts = placement.num_experts
         for group in wanted:
             self._arrivals.arrived(group)
-        self._copies.placement = placement
+        self._copies.use(placement)
         self.exchange.connect({name: Address(*address) for name, address in fields["addresses"].items()})
         # Those that hold the group now take part in the steps, and those of groups owned elsewhere ask there.
         owned = self._copies.owned(self.groups)
@@ -596,7 +598,7 @@ class ExpertHost:
         self._new_run({"run": run})
         self._drop_gradients()
         self.exchange.forget_gradients(Attempt(sys.maxsize, 0))  # steps with these numbers will come again
-        self._copies.placement = Placement(0, (), self.group_size)
+        self._copies.use(Placement(0, (), self.group_size))
         self.snapshot = None
         self.holdings.close()
         self.holdings = self._holdings_of((), lambda layer, groups: {})
@@ -626,6 +628,7 @@ class ExpertHost:
     def _new_run(self, fields: Mapping[str, Any]) -> None:
         self._run = int(fields.get("run", self._run + 1))
         self._followers.clear()
+        self._copies.forget()
         for group in self.holdings.arriving:
             self._arrivals.drop(group)
 
@@ -676,6 +679,7 @@ class ExpertHost:
 
     def _drop_gradients(self) -> None:
         self.holdings.drop_gradients()
+        self._copies.drop()
         self._end_attempt()
 
     def _end_attempt(self) -> None:

@@ -79,7 +79,7 @@ def merged(steps: Sequence[LayerStep]) -> LayerStep:
 
 @dataclass
 class Brake:
-    """For tests and benchmarks, in the host's own process: makes its updates slow. Nothing sets it from outside."""
+    """For tests and benchmarks: makes a host's updates slow. No message sets it, only the host's own process."""
 
     factor: float = 1.0
     """Each update takes so many times as long."""

@@ -6,6 +6,7 @@ Backward goes from the last layer to the first, so the last pieces are complete 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -25,13 +26,16 @@ class Buckets:
         self._changed = threading.Condition()
         self._missing = [pieces.parameters_of(piece) for piece in range(len(pieces))]
         """Of each piece: parameters whose gradient is not complete."""
-        self._done: set[int] = set()
+        self._num_backwards = 1
+        self._added: Counter[int] = Counter()
+        """Of each parameter, while watched: how often its gradient has been added to."""
         self._is_over = False
         self._spoilt = ""
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Around the last backward of a step: a gradient is complete when it has been added to once more."""
+    def watching(self, num_backwards: int = 1) -> Iterator[None]:
+        """Around the last backwards of a step: a gradient is complete when it has been added to so many times more."""
+        self._num_backwards = num_backwards
         numbered = [(number, p) for number, p in enumerate(self._parameters) if p.requires_grad]
         handles = [p.register_post_accumulate_grad_hook(self._noting(number)) for number, p in numbered]
         try:
@@ -60,10 +64,12 @@ class Buckets:
     def _noting(self, number: int) -> Callable[[Tensor], None]:
         def note(_: Tensor) -> None:
             with self._changed:
-                if number in self._done:
+                self._added[number] += 1
+                if self._added[number] < self._num_backwards:
+                    return
+                if self._added[number] > self._num_backwards:
                     # Within one backward, as reentrant activation checkpointing does: it may have been sent too early.
                     self._spoilt = f"the gradient of parameter {number} came in parts"
-                self._done.add(number)
                 for missing in self._missing:
                     missing.discard(number)
                 self._changed.notify_all()

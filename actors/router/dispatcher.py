@@ -1,6 +1,7 @@
 """The router's side of its links: a layer's tokens go out, weighted sums come back, and the same for gradients.
 
-One dispatcher serves one thread. Questions go to all actors first, then answers are awaited, so actors work together.
+One dispatcher serves one thread at a time. Questions go to all actors first, then answers are awaited, so actors work
+together; in between the router has time for something else (`actors.router.halves`, `actors.router.flight`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,9 +19,14 @@ from actors.errors import LinkError, MoeClusterError, NonFinite, PeerLost, Proto
 from actors.moe.balance import expert_load
 from actors.moe.dispatch import HolderTable, Share, plan
 from actors.moe.gating import GatePast
+from actors.router.halves import routed
 from actors.transport.contract import Link, Pending
 from actors.transport.message import Message
+from actors.trunk.shared import Meanwhile, nothing
 from actors.values import Address, Placement
+
+if TYPE_CHECKING:
+    from actors.trunk.model import RemoteExperts
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +96,32 @@ class Purpose:
         }
 
 
+@dataclass
+class Pass:
+    """One way through the layers and back, of one micro-batch or request."""
+
+    purpose: Purpose = field(default_factory=Purpose)
+    used_version: int = 0
+    """The least version of the experts that were used."""
+    backlog: Mapping[str, float] = field(default_factory=dict)
+    """Pairs that each actor has to do for others, a layer: the same all the way, so that a layer that is computed twice
+    is shared alike."""
+    counted: set[int] = field(default_factory=set)
+    """Layers whose load is noted: one that is computed twice (activation checkpointing) counts once."""
+
+
+@dataclass
+class Sent:
+    """Tokens of a layer that are with the actors."""
+
+    layer: int
+    shares: list[Share]
+    pending: list[Pending | None]
+    x_TD: Tensor
+    ids_TK: Tensor
+    weights_N: Tensor
+
+
 class Dispatcher:
     """A router has one for training, where a lost actor ends the attempt, and one for serving (`reroutes`), where the
     work of a lost actor goes to other holders of its experts."""
@@ -108,9 +140,10 @@ class Dispatcher:
         self._names: list[str] = []
         self._table = HolderTable.of([], num_experts)
         self._backlog = _Backlog(num_layers)
-        self.purpose = Purpose()
-        self.used_version = 0
-        """The least version of the experts that were used since `begin`."""
+        self.current = Pass()
+        """What is computed now. Where several passes are in flight, whose turn it is sets it."""
+        self.while_away: Meanwhile = nothing
+        """Called once in each direction of each layer, after the questions were sent and before answers are awaited."""
         self.load_LE = torch.zeros(num_layers, num_experts, dtype=torch.int64)
         """Pairs routed to each expert since the caller last zeroed it; training forwards only."""
 
@@ -186,11 +219,21 @@ class Dispatcher:
         """Expert numbers of this actor, in its local order."""
         return list(self._held.get(name, []))
 
+    @property
+    def purpose(self) -> Purpose:
+        """Of the pass that is computed now."""
+        return self.current.purpose
+
+    @property
+    def used_version(self) -> int:
+        """The least version of the experts that were used since `begin`."""
+        return self.current.used_version
+
     def begin(self, purpose: Purpose) -> None:
         """Before each pass through the layers."""
-        self.purpose, self.used_version = purpose, max(purpose.min_version, purpose.step - 1)
         if not purpose.pin:  # what is pinned must not depend, by a rounding, on how holders share the work
-            self._backlog.refresh(self._names)
+            self._backlog.refresh_after_a_pass(self._names)
+        self.current = Pass(purpose, max(purpose.min_version, purpose.step - 1), self._backlog.by_name())
 
     def _build_table(self) -> None:
         self._names = list(self.links)
@@ -207,49 +250,77 @@ class Dispatcher:
 
     # -- a layer ------------------------------------------------------------------------------------------------------
 
-    def layer_function(self, layer: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def layer_function(self, layer: int) -> RemoteExperts:
         """What the experts module of this layer calls instead of computing: differentiable in tokens and weights."""
 
-        def remote(x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
-            result: Tensor = _RoutedExperts.apply(x_TD, topk_weights_TK, topk_ids_TK, layer, self)
-            return result
+        def remote(
+            x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, meanwhile: Meanwhile = nothing, /
+        ) -> Tensor:
+            return routed(self, layer, x_TD, topk_ids_TK, topk_weights_TK, meanwhile)
 
         return remote
 
-    def forward(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, list[Share]]:
-        purpose = self.purpose
+    def forward(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Sent:
+        """The sending half: every actor that is needed has its part. `receive` is the other."""
+        now = self.current
         if not torch.isfinite(weights_TK).all():
-            raise NonFinite(f"gate scores of layer {layer} are not finite", step=purpose.step)
+            raise NonFinite(f"gate scores of layer {layer} are not finite", step=now.purpose.step)
         ids_TK = ids_TK.cpu()
-        if purpose.keep:
+        if now.purpose.keep and layer not in now.counted:
+            now.counted.add(layer)
             self.load_LE[layer] += expert_load(ids_TK, self.load_LE.shape[1])
-        shares = plan(ids_TK, self._table, self._backlog.of(self._names), self._turn)
-        y_TD = torch.zeros_like(x_TD)
-        todo = shares
+        self._backlog.visit()
+        shares = self._plan(ids_TK)
+        weights_N = weights_TK.reshape(-1)
+        return Sent(layer, shares, self._ask(layer, shares, x_TD, weights_N), x_TD, ids_TK, weights_N)
+
+    def receive(self, sent: Sent) -> Tensor:
+        """The weighted sums [T, D]."""
+        self.while_away()
+        y_TD = torch.zeros_like(sent.x_TD)
+        todo = self._take(sent.shares, sent.pending, sent.x_TD, sent.ids_TK, y_TD)
         while todo:
-            todo = self._compute(layer, todo, x_TD, ids_TK, weights_TK.reshape(-1), y_TD)
-        return y_TD, shares
+            todo = self._compute(sent.layer, todo, sent.x_TD, sent.ids_TK, sent.weights_N, y_TD)
+        return y_TD
+
+    def _plan(self, ids_TK: Tensor) -> list[Share]:
+        backlog = self.current.backlog
+        return plan(ids_TK, self._table, [backlog.get(name, 0.0) for name in self._names], self._turn)
 
     def _compute(
         self, layer: int, shares: list[Share], x_TD: Tensor, ids_TK: Tensor, weights_N: Tensor, y_TD: Tensor
     ) -> list[Share]:
         """Adds what the actors answer to `y_TD`. -> what lost actors left, as shares of others."""
+        return self._take(shares, self._ask(layer, shares, x_TD, weights_N), x_TD, ids_TK, y_TD)
+
+    def _ask(self, layer: int, shares: Sequence[Share], x_TD: Tensor, weights_N: Tensor) -> list[Pending | None]:
         fields = {**self.purpose.fields(layer), "epoch": self.epoch}
-        names = [self._names[share.actor] for share in shares]
         pending: list[Pending | None] = []
-        for name, share in zip(names, shares, strict=True):
+        for share in shares:
             rows = x_TD.index_select(0, share.tokens_T.to(x_TD.device))
             weight_P = weights_N.index_select(0, share.pair_P.to(x_TD.device))
             question = Message("forward", {**fields, "counts_E": share.counts_E}, (rows, share.token_P, weight_P))
-            pending.append(self._start(name, question))
+            pending.append(self._start(self._names[share.actor], question))
+        return pending
+
+    def _take(
+        self,
+        shares: Sequence[Share],
+        pending: Sequence[Pending | None],
+        x_TD: Tensor,
+        ids_TK: Tensor,
+        y_TD: Tensor,
+    ) -> list[Share]:
         answers = self._answers(pending)
         left: list[Share] = []
-        for name, share, answer in zip(names, shares, answers, strict=True):
+        for share, answer in zip(shares, answers, strict=True):
+            name = self._names[share.actor]
             if answer is None:
                 left.append(share)
                 continue
             self._check_version(answer, name)
-            self.used_version = min(self.used_version, int(answer.fields["used"]))  # type: ignore[arg-type]
+            now = self.current
+            now.used_version = min(now.used_version, int(answer.fields["used"]))  # type: ignore[arg-type]
             (part,) = _tensors(answer, 1, name)
             _expect(part, (len(share.tokens_T), x_TD.shape[1]), x_TD.dtype, name)
             y_TD.index_add_(0, share.tokens_T.to(x_TD.device), part.to(x_TD.device))
@@ -267,28 +338,34 @@ class Dispatcher:
         ids_N = torch.full((ids_TK.numel(),), -1, dtype=ids_TK.dtype)
         for share in left:
             ids_N[share.pair_P] = ids_TK.reshape(-1)[share.pair_P]
-        return plan(ids_N.view_as(ids_TK), self._table, self._backlog.of(self._names), self._turn)
+        return self._plan(ids_N.view_as(ids_TK))
 
-    def backward(
-        self, layer: int, shares: Sequence[Share], purpose: Mapping[str, Any], grad_y_TD: Tensor, like_TK: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """-> gradient of the tokens [T, D] and of the gate weights [T, K]."""
+    def backward(self, shares: Sequence[Share], purpose: Mapping[str, Any], grad_y_TD: Tensor) -> list[Pending | None]:
+        """The sending half; `purpose`: fields of the layer's forward."""
         device = grad_y_TD.device
-        names = [self._names[share.actor] for share in shares]
-        pending = [
-            self._start(name, Message("backward", purpose, (grad_y_TD.index_select(0, s.tokens_T.to(device)),)))
-            for name, s in zip(names, shares, strict=True)
+        return [
+            self._start(
+                self._names[share.actor],
+                Message("backward", purpose, (grad_y_TD.index_select(0, share.tokens_T.to(device)),)),
+            )
+            for share in shares
         ]
-        grad_x_TD = torch.zeros_like(grad_y_TD)
-        grad_weights_N = torch.zeros_like(like_TK).reshape(-1)
-        for name, share, answer in zip(names, shares, self._answers(pending), strict=True):
+
+    def gradients(
+        self, shares: Sequence[Share], pending: Sequence[Pending | None], grad_x_TD: Tensor, grad_weights_N: Tensor
+    ) -> None:
+        """The receiving half: adds to the gradients of the tokens [T, D], and writes those of the gate weights
+        [T * K]."""
+        self.while_away()
+        device = grad_x_TD.device
+        for share, answer in zip(shares, self._answers(pending), strict=True):
             assert answer is not None, "only serving loses an actor without an error"
+            name = self._names[share.actor]
             part, grad_weight_P = _tensors(answer, 2, name)
-            _expect(part, (len(share.tokens_T), grad_y_TD.shape[1]), grad_y_TD.dtype, name)
-            _expect(grad_weight_P, share.pair_P.shape, like_TK.dtype, name)
+            _expect(part, (len(share.tokens_T), grad_x_TD.shape[1]), grad_x_TD.dtype, name)
+            _expect(grad_weight_P, share.pair_P.shape, grad_weights_N.dtype, name)
             grad_x_TD.index_add_(0, share.tokens_T.to(device), part.to(device))
             grad_weights_N[share.pair_P.to(device)] = grad_weight_P.to(device)
-        return grad_x_TD, grad_weights_N.view_as(like_TK)
 
     # -- questions to all ---------------------------------------------------------------------------------------------
 
@@ -361,10 +438,13 @@ class Dispatcher:
 
 
 class _Backlog:
-    """What each actor has to do for others, guessed from how much it did for others during the pass before."""
+    """What each actor has to do for others, guessed from how much it did for others during the pass before, or during
+    those that were in flight together."""
 
     def __init__(self, num_layers: int) -> None:
         self._num_layers = num_layers
+        self._num_visits = 0
+        """Layers that were asked for since the last refresh."""
         self._mine: dict[str, int] = {}
         """Pairs sent since the last refresh."""
         self._total: dict[str, int] = {}
@@ -372,21 +452,30 @@ class _Backlog:
         self._before: dict[str, int] = {}
         self._pairs: dict[str, float] = {}
 
+    def visit(self) -> None:
+        self._num_visits += 1
+
     def note(self, name: str, sent: int, total: int) -> None:
         self._mine[name] = self._mine.get(name, 0) + sent
         self._total[name] = total
+
+    def refresh_after_a_pass(self, names: Sequence[str]) -> None:
+        """Between the beginnings of passes in flight there is too little to tell."""
+        if self._num_visits >= self._num_layers:
+            self.refresh(names)
 
     def refresh(self, names: Sequence[str]) -> None:
         for name in names:
             total = self._total.get(name, 0)
             others = total - self._before.get(name, total) - self._mine.get(name, 0)
-            self._pairs[name] = max(0, others) / self._num_layers
+            self._pairs[name] = max(0, others) / max(self._num_visits, self._num_layers)
         self._before = dict(self._total)
         self._mine.clear()
+        self._num_visits = 0
 
-    def of(self, names: Sequence[str]) -> list[float]:
-        """Pairs a layer. The same until the next refresh, so that a layer that is computed twice is shared alike."""
-        return [self._pairs.get(name, 0.0) for name in names]
+    def by_name(self) -> dict[str, float]:
+        """Pairs a layer."""
+        return dict(self._pairs)
 
 
 def _try_start(link: Link, question: Message) -> Pending | None:
@@ -396,26 +485,6 @@ def _try_start(link: Link, question: Message) -> Pending | None:
         logger.warning("%s was not sent: %s", question.op, error)
         link.close()
         return None
-
-
-class _RoutedExperts(torch.autograd.Function):
-    """gate -> dispatch plan -> links -> combine, as one node of the graph."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, layer: int, dispatcher: Dispatcher
-    ) -> Tensor:
-        ctx.dispatcher, ctx.layer = dispatcher, layer
-        ctx.purpose = dispatcher.purpose.fields(layer)
-        ctx.save_for_backward(weights_TK)
-        y_TD, ctx.shares = dispatcher.forward(layer, x_TD, ids_TK, weights_TK)
-        return y_TD
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (weights_TK,) = ctx.saved_tensors
-        grad_x_TD, grad_weights_TK = ctx.dispatcher.backward(ctx.layer, ctx.shares, ctx.purpose, grads[0], weights_TK)
-        return grad_x_TD, grad_weights_TK, None, None, None
 
 
 def _tensors(answer: Message, count: int, peer: str) -> tuple[Tensor, ...]:

@@ -24,6 +24,7 @@ from actors.router.dispatcher import Purpose
 from actors.router.routing import Opening, Routing
 from actors.trunk.load import blanks
 from actors.trunk.model import ModelSource, RemoteExperts, Skeleton, connect, is_experts, second_view, skeleton
+from actors.trunk.shared import Meanwhile, nothing
 from actors.values import Growth, Placement
 
 MODES = ("copy", "fresh")
@@ -350,7 +351,7 @@ class _Recorder:
         self.choices: dict[int, Choices] = {}
 
     def layer_function(self, layer: int) -> RemoteExperts:
-        def record(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        def record(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, meanwhile: Meanwhile = nothing, /) -> Tensor:
             self.choices[layer] = ids_TK, weights_TK
             return torch.zeros_like(x_TD)
 

@@ -33,7 +33,7 @@ class Learner:
     """`trunk` trains, `view` serves from the same weights. Called by the thread that trains, alone."""
 
     def __init__(self, source: ModelSource, gate: GateSettings, device: str, piece_bytes: int) -> None:
-        self.source = source
+        self.source, self.gate = source, gate
         self.skeleton = skeleton(source)
         self.trunk: PreTrainedModel = load_trunk(source, self.skeleton, device)
         self.view: PreTrainedModel = second_view(source, self.trunk)
@@ -82,7 +82,7 @@ class Learner:
     def drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         self.pieces.drop()
-        self.routing.take_loss()
+        self.routing.drop_losses()
 
     # -- state in and out ---------------------------------------------------------------------------------------------
 

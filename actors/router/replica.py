@@ -20,6 +20,7 @@ from actors.moe.settings import BalanceSettings
 from actors.optim import OptimizerSettings
 from actors.router.buckets import Buckets, Work
 from actors.router.dispatcher import LinkOpener, Peer, Roster
+from actors.router.likeness import check_alike, facts_of
 from actors.router.pinning import of_fields
 from actors.router.replicas import Tally, parts_in
 from actors.router.router import Router
@@ -83,6 +84,7 @@ class Replica:
             "adopt": self._adopt,
             "begin_run": self._begin_run,
             "continue_run": self._continue_run,
+            "compare": self._compare,
             "state": self._state,
             "fence": self._fence,
             "pin": self._pin,
@@ -283,6 +285,11 @@ class Replica:
         balance, compression = _rules(fields)
         self.router.routing.begin_run(balance)
         self.router.learner.compress(compression)
+        return Message("ok")
+
+    def _compare(self, question: Message) -> Message:
+        leaders: Any = question.fields["facts"]
+        check_alike(facts_of(self.router.learner.source, self.router.learner.gate), leaders)
         return Message("ok")
 
     def _state(self, question: Message) -> Message:

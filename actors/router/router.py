@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,17 @@ from torch import Tensor
 from actors.compress.settings import CompressionSettings
 from actors.errors import InvalidInput, LinkError, MoeClusterError, NonFinite, PeerLost, StepAborted
 from actors.expert.exchange import Attempt
-from actors.losses import token_losses
 from actors.moe.settings import BalanceSettings, GateSettings
 from actors.optim import OptimizerSettings, square_sum
 from actors.peer_snapshots import Keeper
+from actors.router.accumulation import Accumulation
 from actors.router.buckets import Buckets
 from actors.router.commits import LastCommit
-from actors.router.dispatcher import Dispatcher, Peer, Purpose, Roster
+from actors.router.dispatcher import Dispatcher, Peer, Roster
 from actors.router.division import Part
 from actors.router.growing import Blueprint, Grower, GrownTrunk, check_growth, seen_by_gates
 from actors.router.learner import Learner
+from actors.router.likeness import facts_of
 from actors.router.pieces import PIECE_BYTES
 from actors.router.pinning import Pinning
 from actors.router.replicas import Replicas, Tally
@@ -53,6 +54,9 @@ class Router:
 
     `find_roster` is asked when expert actors are gone, with their names: it gives the roster to go on with, or raises.
 
+    `in_flight`: micro-batches of a step that are computed at once, 1 to 8; see `actors.router.flight`. Each holds its
+    activations, so memory for these grows with it.
+
     It leads the routers that `join` it: they are `Replica`s, whose own `Router` is made without a roster and gets all
     that it is from the leader. Only the leader is asked to train, to change its placement or to save.
     """
@@ -71,6 +75,7 @@ class Router:
         captured: str = "auto",
         find_roster: Callable[[Sequence[str]], Roster] | None = None,
         piece_bytes: int = PIECE_BYTES,
+        in_flight: int = 1,
     ) -> None:
         self.learner = Learner(source, gate or GateSettings(), device, piece_bytes)
         num_layers, num_experts = len(self.learner.skeleton.layers), self.learner.skeleton.num_experts
@@ -83,6 +88,7 @@ class Router:
         self._find_roster = find_roster
         self._training = Dispatcher(num_layers, num_experts, timeout_s=timeout_s)
         self._serving = Dispatcher(num_layers, num_experts, timeout_s=timeout_s, reroutes=True)
+        self.accumulation = Accumulation(self.learner, self._training, in_flight)
         self._last_commit = LastCommit(self._training, self._reopen, timeout_s)
         self.version = self._run = 0
         self.serving = Serving(
@@ -192,12 +198,12 @@ class Router:
         self, microbatches: Sequence[Tensor], lr: float, clip_norm: float, bias_speed: float, retries: int
     ) -> StepReport:
         attempt = Attempt(self.version + 1, self._attempt)
-        fields = {"step": attempt.step, "attempt": attempt.number}
+        fields = {"step": attempt.step, "attempt": attempt.number, **self.learner.compression.for_copies()}
         num_tokens = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in microbatches)
         self._training.load_LE.zero_()
         pieces = self.learner.pieces
         mine = self.replicas.start(attempt, microbatches, num_tokens, len(pieces))
-        own = self._accumulate(attempt.step, mine, num_tokens, len(microbatches))
+        own = self.accumulation.run(attempt, mine, num_tokens, len(microbatches))
         total = self.replicas.collect(own, pieces, self._training.load_LE)
         if len(self.replicas):
             pieces.squeeze()
@@ -225,45 +231,6 @@ class Router:
         self.replicas.prepare(attempt, update, report, pieces, load_LE)
         self.commit(attempt, **update)
         return report
-
-    def _accumulate(
-        self,
-        step: int,
-        parts: Sequence[Part],
-        num_tokens: int,
-        num_microbatches: int,
-        should_stop: Callable[[], bool] = lambda: False,
-        last_backward: AbstractContextManager[None] | None = None,
-    ) -> Tally:
-        """Forward and backward of parts of a batch, whose losses are normalised by the `num_tokens` of all of it."""
-        started = time.monotonic()
-        total = total_balance = 0.0
-        own_tokens = 0
-        for part in parts:
-            if should_stop():
-                raise StepAborted("the step was given up")
-            ids_BS = part.ids_BS.to(self.learner.device)
-            self._training.begin(
-                Purpose(
-                    step,
-                    self._attempt,
-                    part.number,
-                    min_version=max(0, step - 1 - self.learner.settings.staleness),
-                    sequence_length=ids_BS.shape[1],
-                )
-            )
-            loss = token_losses(self.learner.trunk(input_ids=ids_BS, use_cache=False).logits, ids_BS) / num_tokens
-            total += loss.item()
-            if (balance := self.routing.take_loss()) is not None:
-                balance = balance * part.share / num_microbatches
-                total_balance += balance.item()
-                loss = loss + balance
-            if not math.isfinite(total + total_balance):
-                raise NonFinite(f"loss is {total + total_balance}", step=step)
-            with last_backward if last_backward and part is parts[-1] else nullcontext():
-                loss.backward()
-            own_tokens += ids_BS.shape[0] * (ids_BS.shape[1] - 1)
-        return Tally(total, total_balance, own_tokens, time.monotonic() - started)
 
     def commit(self, attempt: Attempt, *, lr: float, scale: float, bias_speed: float) -> None:
         """Tells every actor and applies the trunk's part. Nobody waits: the queue of each link keeps the order.
@@ -532,7 +499,10 @@ class Router:
 
     def join(self, name: str, link: Link) -> None:
         """Another router, which has just been started, computes its part of every step from now on. Between two steps,
-        which wait until it has taken the trunk over from here. `PeerLost` if it does not."""
+        which wait until it has taken the trunk over from here. `PeerLost` if it does not. `InvalidInput` if its config
+        is another, by the first value that differs."""
+        facts = facts_of(self.learner.source, self.learner.gate)
+        link.call(Message("compare", {"term": self.replicas.term, "facts": facts}), self._timeout_s)
         self._reach_all()
         self.replicas.add(name, link)
         self._give_state([name])
@@ -585,7 +555,9 @@ class Router:
         self._reopen()
         self._attempt = attempt.number
         self._training.load_LE.zero_()
-        tally = self._accumulate(attempt.step, parts, num_tokens, num_microbatches, should_stop, buckets.watching())
+        tally = self.accumulation.run(
+            attempt, parts, num_tokens, num_microbatches, should_stop=should_stop, watching=buckets.watching
+        )
         buckets.close()
         self._last_commit.confirm()
         return tally

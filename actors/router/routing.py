@@ -22,6 +22,7 @@ from actors.moe.gating import ComposedGate, GateContext, GatePast, build_gate
 from actors.moe.settings import MODEL_GATE, BalanceSettings, GateSettings
 from actors.router.dispatcher import Purpose
 from actors.trunk.model import RemoteExperts, Skeleton
+from actors.trunk.shared import Meanwhile, nothing
 
 GATES_FILE = "moe_cluster_gates.safetensors"
 """Beside a model's shards: parameters of gates of ours that the model's family has no name for."""
@@ -31,7 +32,8 @@ MAX_MICROBATCHES = 1 << 20
 class ComputesExperts(Protocol):
     """What the gates give their choices to: a dispatcher, as a rule."""
 
-    purpose: Purpose
+    @property
+    def purpose(self) -> Purpose: ...
 
     def layer_function(self, layer: int) -> RemoteExperts: ...
 
@@ -65,7 +67,8 @@ class Routing:
         self.balance = BalanceSettings()
         self.opening: Opening | None = None
         self._settings = settings
-        self._losses: list[Tensor] = []
+        self._losses: dict[int, dict[int, Tensor]] = {}
+        """By micro-batch and layer: one that is computed twice (activation checkpointing) counts once."""
         self._routers: list[Any] = [_router_of(trunk, layer.name) for layer in skeleton.layers]
         self._gates = nn.ModuleList()
         if settings.kind != MODEL_GATE:
@@ -86,12 +89,13 @@ class Routing:
             return remote
         gate = self._gates[layer]
 
-        def gated(x_TD: Tensor, _ids_TK: Tensor, _weights_TK: Tensor) -> Tensor:
+        def gated(x_TD: Tensor, _ids_TK: Tensor, _weights_TK: Tensor, meanwhile: Meanwhile = nothing, /) -> Tensor:
             context = _context(layer, dispatcher.purpose)
             output = gate(x_TD, context, self._routers[layer].weight, self.bias(layer))
             if context.training and self.balance.has_loss:
-                self._losses.append(balance_loss(self.balance, output, context))
-            return remote(x_TD, output.ids_TK, output.weights_TK)
+                losses = self._losses.setdefault(dispatcher.purpose.microbatch, {})
+                losses[layer] = balance_loss(self.balance, output, context)
+            return remote(x_TD, output.ids_TK, output.weights_TK, meanwhile)
 
         return gated
 
@@ -117,10 +121,13 @@ class Routing:
         self.balance = balance
         self._losses.clear()
 
-    def take_loss(self) -> Tensor | None:
-        """Sum over the layers of the forward that has just been run; None where no rule has a loss."""
-        losses, self._losses = self._losses, []
-        return torch.stack(losses).sum() if losses else None
+    def take_loss(self, microbatch: int) -> Tensor | None:
+        """Sum over the layers of its forward, which has just been run; None where no rule has a loss."""
+        losses = self._losses.pop(microbatch, {})
+        return torch.stack([*losses.values()]).sum() if losses else None
+
+    def drop_losses(self) -> None:
+        self._losses.clear()
 
     @torch.no_grad()
     def update_bias(self, load_LE: Tensor, speed: float) -> None:

@@ -42,6 +42,10 @@ class Pending:
     def result(self, timeout_s: float) -> Message:
         return self.link.wait(self.id, timeout_s)
 
+    def drop(self) -> None:
+        """Nobody waits for the answer."""
+        self.link.drop(self.id)
+
 
 class Link(abc.ABC):
     """Shared half of every implementation: ids, answers out of order, traffic counters."""
@@ -89,6 +93,11 @@ class Link(abc.ABC):
             self._waiting.discard(question_id)
             self._early.pop(question_id, None)
             self.traffic.wait_s += time.monotonic() - started
+
+    def drop(self, question_id: int) -> None:
+        """Nobody waits for the answer to this question: it is dropped, now or when it comes."""
+        self._waiting.discard(question_id)
+        self._early.pop(question_id, None)
 
     def forget(self) -> None:
         """Nobody waits for the open questions any more: their answers will be dropped."""

@@ -7,10 +7,10 @@ The trunk (embeddings, attention, norms, gates, shared experts, head) stays exac
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from actors.errors import CheckpointError, InvalidInput
+from actors.trunk.shared import Meanwhile, nothing, shared_of, watch
 
 REMOTE_EXPERTS = "moe_cluster"
 
@@ -28,14 +29,20 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float64": torch.float64,
 }
 
-RemoteExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_TD, topk_ids_TK, topk_weights_TK) -> y_TD of one MoE layer."""
+
+class RemoteExperts(Protocol):
+    """What computes one MoE layer: -> y_TD. It may do `meanwhile` while it waits, once."""
+
+    def __call__(
+        self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, meanwhile: Meanwhile = ..., /
+    ) -> Tensor: ...
 
 
 def remote_experts(module: nn.Module, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
     remote: RemoteExperts | None = module.__dict__.get("remote")
     assert remote is not None, "a trunk runs only after connect()"
-    return remote(x_TD, topk_ids_TK, topk_weights_TK)
+    shared = shared_of(module)
+    return remote(x_TD, topk_ids_TK, topk_weights_TK, nothing if shared is None else shared.sending(x_TD))
 
 
 ALL_EXPERTS_FUNCTIONS.register(REMOTE_EXPERTS, remote_experts)
@@ -225,10 +232,20 @@ def empty_trunk(source: ModelSource) -> PreTrainedModel:
     return trunk
 
 
+def _no_experts(
+    x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, meanwhile: Meanwhile = nothing, /
+) -> Tensor:
+    return torch.zeros_like(x_TD)
+
+
 def connect(trunk: PreTrainedModel, remotes: list[RemoteExperts]) -> None:
     """Gives every MoE layer, in order, the function that computes its experts."""
-    modules = [m for m in trunk.modules() if is_experts(m)]
-    for module, remote in zip(modules, remotes, strict=True):
+    weight = trunk.get_input_embeddings().weight
+    x_BSD = torch.zeros(1, 1, int(trunk.config.get_text_config().hidden_size), dtype=weight.dtype, device=weight.device)
+    modules = [(name, m) for name, m in trunk.named_modules() if is_experts(m)]
+    for (name, module), remote in zip(modules, remotes, strict=True):
+        module.__dict__["remote"] = _no_experts
+        watch(trunk, name, x_BSD)
         module.__dict__["remote"] = remote
 
 

@@ -1,4 +1,5 @@
-"""What compression of the trunk's gradients saves on the link between two routers, and what it costs in loss.
+"""What compression of gradients saves on the link between two routers, and on that between the copies of expert groups,
+and what it costs in loss.
 
 A leader and a replica train `bench balance`'s small model on its task `text`, in this process, each on half of every
 batch, once without compression and once with each setting: same seed, same data, same division of every batch. A round
@@ -10,6 +11,9 @@ compression, less one.
 With one seed INT8 and FP8 cost 0.2 % at most, PowerSGD at rank 8, with INT8 factors, 0.9 % for 16 times fewer bytes; at
 rank 1 it is 114 times fewer, and 7 %. Top-k costs more at the same bytes, likely since AdamW divides each value by what
 it has seen of it, which rare large values make large.
+
+Rows `copies_...` are the same for one router and two expert hosts that have every group between them, where experts'
+gradients travel from each host to the groups' owner and their sums back. The peer is that without compression.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from actors.router.router import Router
 from actors.transport.local import LocalLink
 from actors.transport.message import Message
 from cluster.bench.balance import TASKS
-from cluster.bench.local import GATE, JOB, Load, LocalRouter, Metrics, Recorder, local_cluster
+from cluster.bench.local import GATE, JOB, CopyMeter, Load, LocalRouter, Metrics, Recorder, local_cluster
 from cluster.bench.result import Report, Row
 from cluster.config import DataConfig
 from cluster.jobs.runner import run_job
@@ -76,16 +80,30 @@ class CompressionRow(Row):
 
 
 AfterStep = Callable[[Run], None]
+COPIES: Sequence[CompressionSettings] = (
+    CompressionSettings(copies=True),
+    *(
+        replace(each, copies=True)
+        for each in (
+            CompressionSettings("int8"),
+            CompressionSettings("fp8"),
+            CompressionSettings("powersgd", rank=8, quantised=True),
+            CompressionSettings("powersgd", rank=1, quantised=True),
+            CompressionSettings("topk", share=0.05, quantised=True),
+        )
+    ),
+)
+"""For the copies of expert groups; the first is what the others are compared to."""
 
 
 def bench_compression(
     *,
     rounds: int,
     steps: int = STEPS,
-    settings: Sequence[CompressionSettings] = SETTINGS,
+    settings: Sequence[CompressionSettings] = (*SETTINGS, *COPIES),
     after_step: AfterStep = lambda run: None,
 ) -> list[Run]:
-    """Every setting with `rounds` seeds. The first setting is what the others are compared to."""
+    """Every setting with `rounds` seeds. Others are compared to the first for routers, or to the first for copies."""
     torch.set_num_threads(THREADS)
     runs = [Run(each, seed) for seed in range(rounds) for each in settings]
     for run in runs:
@@ -94,14 +112,18 @@ def bench_compression(
 
 
 def report_of(runs: Sequence[Run]) -> Report:
-    found = list(dict.fromkeys(run.settings for run in runs))
-    return Report("compression", [_row([r for r in runs if r.settings == each], runs) for each in found])
+    rows = []
+    for each in dict.fromkeys(run.settings for run in runs):
+        alike = [run for run in runs if run.settings.copies == each.copies]
+        rows.append(_row([run for run in alike if run.settings == each], alike))
+    return Report("compression", rows)
 
 
 def label(settings: CompressionSettings) -> str:
     """Such as `powersgd_rank_4_int8`."""
     detail = {"powersgd": f"_rank_{settings.rank}", "topk": f"_{settings.share:g}"}.get(settings.method, "")
-    return f"{settings.method}{detail}{'_int8' if detail and settings.quantised else ''}"
+    name = f"{settings.method}{detail}{'_int8' if detail and settings.quantised else ''}"
+    return f"copies_{name}" if settings.copies else name
 
 
 def _row(ours: Sequence[Run], runs: Sequence[Run]) -> CompressionRow:
@@ -139,6 +161,14 @@ def _train(run: Run, steps: int, after_step: AfterStep) -> None:
         run.steps = step
         after_step(run)
 
+    if run.settings.copies:
+        meter = CopyMeter()
+        with local_cluster(run.seed, meter) as cluster:
+            run_job(
+                job, LocalRouter(cluster.router), TASKS["text"](data), Recorder(run, note), should_stop=lambda: False
+            )
+        run.link_bytes = run.gradient_bytes = meter.num_bytes
+        return
     with _two_routers(run.seed) as (leader, link):
         joined_bytes = link.traffic.bytes_sent + link.traffic.bytes_received
         run_job(job, LocalRouter(leader), TASKS["text"](data), Recorder(run, note), should_stop=lambda: False)

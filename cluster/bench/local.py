@@ -18,8 +18,9 @@ from actors.router.dispatcher import Peer, Roster
 from actors.router.router import Router
 from actors.transport.contract import Link
 from actors.transport.local import LocalLink
+from actors.transport.message import Message
 from actors.trunk.model import ModelSource
-from actors.values import Placement, StepReport
+from actors.values import Address, Placement, StepReport
 from cluster.config import BatchConfig, EvalConfig, JobConfig, OptimizerConfig, ScheduleConfig
 from cluster.jobs.batches import MicroBatch
 from cluster.jobs.tokenizer import ByteTokenizer
@@ -73,12 +74,35 @@ class LocalCluster:
     router: Router
 
 
+class CopyMeter:
+    """Counts what the hosts send each other: gradients of groups with copies."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self._hosts: dict[str, ExpertHost] = {}
+
+    def open(self, name: str, address: Address) -> Link:
+        return LocalLink(name, lambda peer, question: self._counted(self._hosts[name], peer, question))
+
+    def watch(self, hosts: Sequence[ExpertHost]) -> None:
+        self._hosts = {host.name: host for host in hosts}
+
+    def _counted(self, host: ExpertHost, peer: str, question: Message) -> Message:
+        self.num_bytes += question.num_bytes
+        return host.exchange.handle(peer, question)
+
+
 @contextmanager
-def local_cluster(seed: int) -> Iterator[LocalCluster]:
+def local_cluster(seed: int, copies: CopyMeter | None = None) -> Iterator[LocalCluster]:
+    """With `copies` every group is on all hosts, each of which owns one."""
     source = ModelSource(values=MODEL, seed=seed)
-    hosts = [ExpertHost(f"expert-{i}", source, [i], group_size=GROUP_SIZE) for i in range(NUM_HOSTS)]
-    peers = {host.name: Peer(_opener(host)) for host in hosts}
-    placement = Placement(1, tuple((host.name,) for host in hosts), GROUP_SIZE)
+    names = [f"expert-{i}" for i in range(NUM_HOSTS)]
+    held = [tuple(names[i:] + names[:i]) if copies else (names[i],) for i in range(NUM_HOSTS)]
+    placement = Placement(1, tuple(held), GROUP_SIZE)
+    meter = copies or CopyMeter()
+    hosts = [ExpertHost(n, source, placement.held_by(n), group_size=GROUP_SIZE, open_peer=meter.open) for n in names]
+    meter.watch(hosts)
+    peers = {host.name: Peer(_opener(host), Address("", host.name, "")) for host in hosts}
     router = Router(source, Roster(placement, peers), gate=GATE)
     try:
         yield LocalCluster(source, hosts, peers, router)

@@ -1,4 +1,5 @@
-"""`split_cost`: training tokens a second of a router and its expert actors, against one process."""
+"""`split_cost`: training tokens a second of a router and its expert actors, against one process. And `overlap_m2`: of
+two and three micro-batches in flight, against one after the other."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from actors.optim import OptimizerSettings
 from actors.reference import Reference
 from actors.trunk.model import ModelSource
+from cluster.bench.overlap import overlap_rows
 from cluster.bench.result import Report, interleaved, rate_row
 from cluster.config import ClusterConfig, OptimizerConfig
 from cluster.fabric.launch import launched
@@ -47,7 +49,7 @@ def bench_train(config: ClusterConfig, *, rounds: int) -> Report:
     peer = min(PEERS, key=lambda name: statistics.median(seconds[name]))
     tokens = STEPS_A_ROUND * SEQUENCES * (LENGTH - 1)
     row = rate_row("split_cost", "tokens/s", tokens, seconds["ours"], f"transformers {peer}", seconds[peer])
-    return Report("train", [row])
+    return Report("train", [row, *overlap_rows(config, rounds=rounds)])
 
 
 def _plain(directory: str, experts: str, batches: np.ndarray) -> Callable[[], None]:

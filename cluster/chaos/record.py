@@ -21,6 +21,10 @@ class Commit:
     loss: float
     tokens: int
     retries: int
+    staleness: int = 0
+    """Most updates that were not in an expert it was computed on."""
+    merged: int = 0
+    """Updates of expert actors that were made as part of others."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Gap:
     phase: Phase
     start_s: float
     end_s: float
+    stream: int = 0
+    """Which of those that go on at a time."""
 
     @property
     def seconds(self) -> float:
@@ -99,6 +105,8 @@ class Record:
     base: int
     """Expert actors at the start."""
     dtype: str = "float32"
+    staleness: int = 0
+    """The job's bound."""
     commits: list[Commit] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
@@ -112,6 +120,8 @@ class Record:
     calm: dict[Phase, tuple[Vitals, Vitals]] = field(default_factory=dict)
     """Before the first fault and after the last one was healed, under the same work."""
     ledger: tuple[Entry, ...] = ()
+    updates_made: int | None = None
+    """Of the job, that all experts' weights are made of, as a checkpoint after its end has it."""
     undisturbed_losses: tuple[float, ...] = ()
     """Of steps from 1 on; empty where that run was not made."""
     expected: dict[int, tuple[int, ...]] = field(default_factory=dict)

@@ -28,6 +28,8 @@ def summary(record: Record) -> dict[str, Any]:
         "faults": len(record.strikes),
         "interruption_s": _by_kind(record, _training_interruption(record)),
         "serving_interruption_s": _by_kind(record, _serving_interruption(record)),
+        "next_step_s": _spread_of(next_steps(record)),
+        "next_token_s": _spread_of(next_tokens(record)),
         "recovery_s": _by_kind(record, lambda strike: _recovery_s(strike)),
         "held_back_s": sum(strike.held_back_s for strike in record.strikes),
         "usual": usual(record),
@@ -36,8 +38,12 @@ def summary(record: Record) -> dict[str, Any]:
         "tokens_wrong": tokens_wrong(record),
         "steps": len(losses(record)),
         "steps_replayed": sum(commit.retries for commit in record.commits) + len(record.commits) - len(losses(record)),
-        "updates_lost": sum(entry.updates_lost for entry in record.ledger),
+        "updates_lost": lost_by_ledger(record),
+        "updates_missing": updates_missing(record),
+        "staleness": staleness(record),
         "loss_rel_diff_max": loss_rel_diff_max(record),
+        "loss_rel_diff_mean": loss_rel_diff_mean(record),
+        "losses_must_be_equal": losses_must_be_equal(record),
         "leaks": leaks(record),
         "ledger": _ledger(record),
         "problems": problems(record),
@@ -116,7 +122,46 @@ def _by_kind(record: Record, measured: Callable[[Strike], float | None]) -> dict
     for strike in record.strikes:
         if (value := measured(strike)) is not None:
             found.setdefault(strike.kind, []).append(value)
+    return _spread_of(found)
+
+
+def _spread_of(found: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float | int]]:
     return {kind: {"n": len(v), "median": median(v), "max": max(v)} for kind, v in found.items()}
+
+
+# --- What was due when a fault struck ----------------------------------------------------------------------------
+
+
+def next_steps(record: Record) -> dict[str, list[float]]:
+    """Kind -> seconds from each fault to the step that was due, in training; nothing is subtracted."""
+    waits = step_waits(record)
+    found: dict[str, list[float]] = {}
+    for strike in record.strikes:
+        if strike.phase == "training" and (wait_s := longest_due_s(waits, strike.started_s)) is not None:
+            found.setdefault(strike.kind, []).append(wait_s)
+    return found
+
+
+def next_tokens(record: Record) -> dict[str, list[float]]:
+    """The same of the token that each request which was open then was to have next: one number a request."""
+    streams: dict[tuple[Phase, int], list[Span]] = defaultdict(list)
+    for gap in record.gaps:
+        streams[gap.phase, gap.stream].append(Span(gap.start_s, gap.end_s))
+    found: dict[str, list[float]] = {}
+    for strike in record.strikes:
+        waits = [longest_due_s(of, strike.started_s) for (phase, _), of in streams.items() if phase == strike.phase]
+        found.setdefault(strike.kind, []).extend(wait_s for wait_s in waits if wait_s is not None)
+    return {kind: waits for kind, waits in found.items() if waits}
+
+
+def longest_due_s(waits: Sequence[Span], time_s: float) -> float | None:
+    """From this time to the end of the wait that it fell into, or the length of the one after it if that is longer, as
+    what was due may have been on its way already. `waits`: in order. None if nobody waited then."""
+    for number, wait in enumerate(waits):
+        if wait.start_s <= time_s <= wait.end_s:
+            after = waits[number + 1 : number + 2]
+            return max(wait.end_s - time_s, *(each.end_s - each.start_s for each in after), 0.0)
+    return None
 
 
 def _is_within(wait: Span, span: Span | None) -> bool:
@@ -163,6 +208,19 @@ def loss_rel_diff_max(record: Record) -> float | None:
     return max(abs(loss - theirs) / abs(theirs) for loss, theirs in pairs) if pairs else None
 
 
+def loss_rel_diff_mean(record: Record) -> float | None:
+    """Of the mean loss of the last tenth of the steps, over the undisturbed run's, less one."""
+    ours, theirs = losses(record), record.undisturbed_losses
+    last = [step for step in range(len(theirs) - len(theirs) // 10, len(theirs) + 1) if step in ours]
+    return fmean(ours[n] for n in last) / fmean(theirs[n - 1] for n in last) - 1 if last and theirs else None
+
+
+def losses_must_be_equal(record: Record) -> bool:
+    """Whether a larger difference than `LOSS_LIMIT` is a fault. Not of narrow numbers, and not with a staleness: there
+    a loss depends on how many updates were made when a forward came, which no two runs have alike."""
+    return record.staleness == 0 and record.dtype in LOSS_LIMIT
+
+
 def losses(record: Record) -> dict[int, float]:
     """Step -> loss; the last one of a step that was done again, after a return to a checkpoint."""
     return {commit.step: commit.loss for commit in record.commits}
@@ -182,6 +240,32 @@ def _differing(found: Sequence[int], expected: Sequence[int]) -> int:
 
 def _requests(requests: Sequence[Request]) -> dict[str, int]:
     return {"total": len(requests), "failed": sum(bool(request.error) for request in requests)}
+
+
+# --- Updates -----------------------------------------------------------------------------------------------------
+
+
+def staleness(record: Record) -> dict[str, float | int | None]:
+    """Of all steps that were told of, those that were done again included."""
+    seen = [commit.staleness for commit in record.commits]
+    return {
+        "bound": record.staleness,
+        "max": max(seen, default=None),
+        "mean_of_max": fmean(seen) if seen else None,
+        "steps_beyond": sum(most > record.staleness for most in seen),
+        "merged_updates": sum(commit.merged for commit in record.commits),
+    }
+
+
+def lost_by_ledger(record: Record) -> int:
+    return sum(entry.updates_lost for entry in record.ledger)
+
+
+def updates_missing(record: Record) -> int | None:
+    """Committed steps of the job that are in no weights."""
+    if record.updates_made is None:
+        return None
+    return max(losses(record), default=0) - record.updates_made
 
 
 # --- Leaks -------------------------------------------------------------------------------------------------------
@@ -279,10 +363,16 @@ def problems(record: Record) -> list[str]:
     if wrong := tokens_wrong(record):
         found.append(f"{wrong} tokens differ from the undisturbed cluster's")
     difference = loss_rel_diff_max(record)
-    if difference is not None and difference > LOSS_LIMIT.get(record.dtype, math.inf):
+    if losses_must_be_equal(record) and difference is not None and difference > LOSS_LIMIT[record.dtype]:
         found.append(f"losses differ from the undisturbed run's by {difference:.2e} relative")
     if sorted(losses(record)) != list(range(1, len(losses(record)) + 1)):
         found.append("steps were skipped")
+    if beyond := staleness(record)["steps_beyond"]:
+        most, bound = staleness(record)["max"], record.staleness
+        found.append(f"{beyond} steps were computed on experts that missed up to {most} updates, {bound} are allowed")
+    missing = updates_missing(record)
+    if missing is not None and missing != lost_by_ledger(record):
+        found.append(f"{missing} updates are in no weights, and the ledger has {lost_by_ledger(record)} as lost")
     found += [f"a process outlived its cluster: {name}" for name in record.left_over]
     counts: dict[str, int] = defaultdict(int)
     for text in found:

@@ -18,14 +18,16 @@ from actors.errors import MoeClusterError
 from cluster.backend import ActorStatus, JobState, OperationState
 from cluster.chaos import schedule
 from cluster.chaos.cuts import cut_links
-from cluster.chaos.record import Look, Phase, Record, Span, Strike, Vitals
+from cluster.chaos.record import PHASES, Look, Phase, Record, Span, Strike, Vitals
 from cluster.chaos.report import has_grown, least_of
 from cluster.chaos.schedule import Fault, Kind
 from cluster.chaos.service import ServiceProcess, service_process
 from cluster.chaos.strikes import Freezer, kill, raylet_of
+from cluster.chaos.updates import updates_made
 from cluster.chaos.work import Streams, Watched, expected_tokens
 from cluster.config import ClusterConfig, JobConfig, StorageConfig
 from cluster.errors import FailedPrecondition
+from cluster.fabric.workertools import SLOW_UPDATES
 from cluster.service.client import Client
 
 logger = logging.getLogger(__name__)
@@ -56,13 +58,24 @@ class Settings:
     """Its number of steps is of no account, and its schedule must not depend on it."""
     output: Path
     minutes: float
-    """With faults: half of it training, half of it serving only."""
+    """With faults, in equal parts for the phases."""
     reference_s: float
     mtbf_s: float
     min_gap_s: float
     kinds: Sequence[Kind]
     seed: int
     streams: int
+    phases: Sequence[Phase] = PHASES
+    """In which faults strike: training while streams go on, and serving only."""
+    max_faults: int = 0
+    """A phase ends when it has had so many; 0: only with its time."""
+    slow_updates_s: float = 0.0
+    """Every expert actor waits so long before each update, which makes it lag behind in a job with a staleness."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of both clusters."""
+        return {SLOW_UPDATES: str(self.slow_updates_s)} if self.slow_updates_s else {}
 
 
 Say = Callable[[str], None]
@@ -72,7 +85,7 @@ Tick = Callable[[str, float], None]
 
 def run_chaos(settings: Settings, say: Say, tick: Tick) -> Record:
     """Ctrl-C (KeyboardInterrupt) ends it early: what has been seen so far is returned."""
-    record = Record(settings.cluster.experts.actors, settings.cluster.router.dtype)
+    record = Record(settings.cluster.experts.actors, settings.cluster.router.dtype, settings.job.optimizer.staleness)
     plan = schedule.faults(settings.seed, settings.mtbf_s, settings.min_gap_s, settings.kinds)
     try:
         _disturbed(settings, plan, record, say, tick)
@@ -87,7 +100,7 @@ def run_chaos(settings: Settings, say: Say, tick: Tick) -> Record:
 
 def _disturbed(settings: Settings, plan: Iterator[Fault], record: Record, say: Say, tick: Tick) -> None:
     say("starting the cluster that will be disturbed ...")
-    cluster = service_process(_fresh(settings, DISTURBED), settings.output, DISTURBED, record)
+    cluster = service_process(_fresh(settings, DISTURBED), settings.output, DISTURBED, record, settings.environment)
     with cluster as service, Client(service.target) as client:
         client.wait_ready(READY_TIMEOUT_S)
         _Disturbed(settings, plan, record, service, client, say, tick).run()
@@ -99,7 +112,7 @@ def _undisturbed(settings: Settings, record: Record, say: Say, tick: Tick) -> No
         return
     steps = max(commit.step for commit in record.commits)
     say(f"the same {steps} steps on a cluster that is left alone ...")
-    cluster = service_process(_fresh(settings, UNDISTURBED), settings.output, UNDISTURBED, record)
+    cluster = service_process(_fresh(settings, UNDISTURBED), settings.output, UNDISTURBED, record, settings.environment)
     with cluster as service, Client(service.target) as client:
         client.wait_ready(READY_TIMEOUT_S)
         job = client.submit_job(replace(settings.job, steps=steps))
@@ -153,10 +166,12 @@ class _Disturbed:
             with Streams(self._client, self._record, "training", self._settings.streams):
                 self._train()
             if self._await_whole(HEAL_TIMEOUT_S):
-                raise FailedPrecondition("no serving phase: the cluster is not whole")
-            self._client.export_model(MODEL)
-            with Streams(self._client, self._record, "serving", self._settings.streams):
-                self._under_faults("serving")
+                raise FailedPrecondition("no end to the training phase: the cluster is not whole")
+            self._count_updates()
+            if "serving" in self._settings.phases:
+                self._client.export_model(MODEL)
+                with Streams(self._client, self._record, "serving", self._settings.streams):
+                    self._under_faults("serving")
         finally:
             self._freezer.close()
             self._keep_ledger()
@@ -167,7 +182,8 @@ class _Disturbed:
         )
         try:
             self._reference()
-            self._under_faults("training")
+            if "training" in self._settings.phases:
+                self._under_faults("training")
         finally:
             job.end()
 
@@ -182,15 +198,16 @@ class _Disturbed:
         self._record.reference = Span(start_s, time.time())
 
     def _under_faults(self, phase: Phase) -> None:
-        """Half of the minutes, and then as long as it takes until all is as it was."""
-        seconds = 30 * self._settings.minutes
+        """The phase's part of the minutes, and then as long as it takes until all is as it was."""
+        seconds = 60 * self._settings.minutes / len(self._settings.phases)
         before = self._calm()
         self._say(f"{phase} with faults for {seconds:.0f} s ...")
         start_s = time.time()
         span = self._record.spans[phase] = Span(start_s, start_s + seconds)
         try:
             self._strikes(phase, span)
-            self._wait_until(span.end_s, phase, span)
+            if not self._has_had_enough(phase):
+                self._wait_until(span.end_s, phase, span)
         finally:
             self._record.spans[phase] = Span(start_s, min(span.end_s, time.time()))
         if self._await_whole(HEAL_TIMEOUT_S):
@@ -205,7 +222,7 @@ class _Disturbed:
 
     def _strikes(self, phase: Phase, span: Span) -> None:
         due_s = span.start_s + self._settings.min_gap_s  # a short phase shall have a fault too
-        while due_s < span.end_s:
+        while due_s < span.end_s and not self._has_had_enough(phase):
             self._wait_until(due_s, phase, span)
             held_back_s = 0.0
             if self._look(phase, span):
@@ -216,6 +233,10 @@ class _Disturbed:
             struck_s = time.time()
             self._strike(fault, phase, struck_s, held_back_s)
             due_s = struck_s + self._next.gap_s
+
+    def _has_had_enough(self, phase: Phase) -> bool:
+        count = sum(strike.phase == phase for strike in self._record.strikes)
+        return 0 < self._settings.max_faults <= count
 
     def _strike(self, fault: Fault, phase: Phase, now_s: float, held_back_s: float) -> None:
         """Carries it out and waits until all is as it was."""
@@ -351,6 +372,12 @@ class _Disturbed:
             least = least_of(least, self._service.vitals(status))
             looks += 1
         return least
+
+    def _count_updates(self) -> None:
+        try:
+            self._record.updates_made = updates_made(self._client)
+        except MoeClusterError as error:
+            self._record.problems.append(f"updates could not be counted: {error}")
 
     def _keep_ledger(self) -> None:
         try:

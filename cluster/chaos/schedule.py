@@ -12,7 +12,8 @@ from cluster.backend import ActorStatus, ClusterStatus
 
 Kind = Literal["kill", "freeze", "stall", "node", "scale", "router", "cut", "coordinator"]
 """kill: kill -9 of an expert actor. freeze: SIGSTOP of one, for longer than heartbeats may be missing. stall: the same
-for less than that. node: kill -9 of a node with all of its expert actors; it comes back by `ray.revive_after_s`.
+for less than that. node: kill -9 of a node with all of its expert actors, two with experts.actors and
+experts.max_actors of 4 on 2 nodes, which leaves them no other room; it comes back by `ray.revive_after_s`.
 scale: one expert actor more or fewer. router: kill -9 of a router. cut: all links of an expert actor end while its
 process lives, and once more those that are opened then. coordinator: kill -9 of it."""
 NOBODY: tuple[Kind, ...] = ("scale", "coordinator")

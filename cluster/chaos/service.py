@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -29,6 +30,16 @@ LINGER_S = 10.0
 COORDINATOR_TITLE = "ray::ControlWorker"
 OWN_TITLES = ("ray::ControlWorker", "ray::RouterWorker", "ray::ExpertWorker")
 """Other workers of Ray come and go as it sees fit: it reads data in them, and keeps some in store."""
+
+
+OF_NODES = ("ray.scripts.scripts start", "log_monitor.py")
+"""Of a node that was started again, and not of one that is there from the start: no leak."""
+
+
+def counts(title: str) -> bool:
+    """Whether a process of this title is one of those whose number must not grow."""
+    is_at_work = title.startswith(OWN_TITLES) or not title.startswith("ray::")
+    return is_at_work and not any(name in title for name in OF_NODES)
 
 
 class ServiceProcess:
@@ -103,21 +114,29 @@ class ServiceProcess:
                 if process.status() == psutil.STATUS_ZOMBIE:
                     continue
                 self._seen[process.pid] = process, title
-                count += title.startswith(OWN_TITLES) or not title.startswith("ray::")
+                count += counts(title)
                 if title.startswith(COORDINATOR_TITLE):
                     self._coordinator = process
         return count
 
 
 @contextmanager
-def service_process(config: ClusterConfig, output: Path, name: str, record: Record) -> Iterator[ServiceProcess]:
-    """Ready when entered; ended afterwards. Its config and log are `output`/`name`.yaml and .log."""
+def service_process(
+    config: ClusterConfig, output: Path, name: str, record: Record, environment: Mapping[str, str]
+) -> Iterator[ServiceProcess]:
+    """Ready when entered; ended afterwards. Its config and log are `output`/`name`.yaml and .log. `environment`: of all
+    its processes, beside this one's own."""
     file, log, ready = (output / f"{name}{suffix}" for suffix in (".yaml", ".log", ".json"))
     file.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
     command = [sys.executable, "-m", "cluster.cli", "-v", "up", "--json", "--config", str(file)]
     with log.open("wb") as errors, ready.open("wb") as answers:
         process = subprocess.Popen(
-            command, stdout=answers, stderr=errors, stdin=subprocess.DEVNULL, start_new_session=True
+            command,
+            stdout=answers,
+            stderr=errors,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, **environment},
         )
     try:
         target = _target(process, ready, log)

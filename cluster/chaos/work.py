@@ -9,6 +9,7 @@ from contextlib import closing
 from types import TracebackType
 
 from actors.errors import MoeClusterError
+from actors.values import VersionChoice
 from cluster.backend import Job, JobEvent, SamplingParams
 from cluster.chaos.record import Commit, Gap, Phase, Record, Request
 from cluster.service.client import Client
@@ -63,7 +64,15 @@ class Watched:
         if event.kind == "step":
             m = event.metrics
             self._record.commits.append(
-                Commit(event.time_s, event.step, m["loss"], int(m["tokens"]), int(m.get("retries", 0)))
+                Commit(
+                    event.time_s,
+                    event.step,
+                    m["loss"],
+                    int(m["tokens"]),
+                    int(m.get("retries", 0)),
+                    int(m.get("staleness_max", 0)),
+                    int(m.get("merged_updates", 0)),
+                )
             )
 
 
@@ -72,6 +81,7 @@ class Streams:
 
     def __init__(self, client: Client, record: Record, phase: Phase, count: int) -> None:
         self._client, self._record, self._phase = client, record, phase
+        self._choice = VersionChoice(max_behind=record.staleness)  # as training: nobody waits within the bound
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(n, count), daemon=True) for n in range(count)]
 
@@ -92,22 +102,22 @@ class Streams:
     def _run(self, first: int, every: int) -> None:
         key = first
         while not self._stop.is_set():
-            request = self._stream(key % len(REQUESTS))
+            request = self._stream(first, key % len(REQUESTS))
             self._record.requests.append(request)
             if request.error:
                 self._stop.wait(AGAIN_S)
             key += every
 
-    def _stream(self, key: int) -> Request:
+    def _stream(self, number: int, key: int) -> Request:
         started_s = last_s = time.time()
         tokens: list[int] = []
         reason, error = "", ""
         prompt, sampling = REQUESTS[key]
         try:
-            with closing(self._client.generate(prompt, sampling, timeout_s=REQUEST_TIMEOUT_S)) as chunks:
+            with closing(self._client.generate(prompt, sampling, self._choice, timeout_s=REQUEST_TIMEOUT_S)) as chunks:
                 for chunk in chunks:
                     now_s = time.time()
-                    self._record.gaps.append(Gap(self._phase, last_s, now_s))
+                    self._record.gaps.append(Gap(self._phase, last_s, now_s, number))
                     last_s = now_s
                     tokens += chunk.token_ids
                     reason = chunk.finish_reason
@@ -115,7 +125,7 @@ class Streams:
             error = f"{type(failure).__name__}: {failure}"
         now_s = time.time()
         if error:
-            self._record.gaps.append(Gap(self._phase, last_s, now_s))
+            self._record.gaps.append(Gap(self._phase, last_s, now_s, number))
         elif not reason or (reason == "length" and len(tokens) != MAX_TOKENS):
             error = f"it ended after {len(tokens)} of {MAX_TOKENS} tokens, finish reason {reason!r}"
         return Request(self._phase, key, started_s, now_s, tuple(tokens), error)

@@ -59,6 +59,15 @@ class Kept(Found):
 
 
 @dataclass(frozen=True)
+class Told:
+    """Of the last complete snapshot, to every actor, for a coordinator that is new to them."""
+
+    kept: Kept
+    run: int
+    """It may be gone back to as long as this run goes on: other weights, and returns to anything else, begin others."""
+
+
+@dataclass(frozen=True)
 class Way:
     """How an actor reaches parts that it does not keep itself."""
 

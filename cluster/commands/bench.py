@@ -69,9 +69,9 @@ def _async(args: argparse.Namespace) -> Report:
 
 
 def _compression(args: argparse.Namespace) -> Report:
-    from cluster.bench.compression import SETTINGS, STEPS, bench_compression, label, report_of
+    from cluster.bench.compression import COPIES, SETTINGS, STEPS, bench_compression, label, report_of
 
-    with _progress("compression", len(SETTINGS) * args.rounds * STEPS) as advance:
+    with _progress("compression", (len(SETTINGS) + len(COPIES)) * args.rounds * STEPS) as advance:
         runs = bench_compression(
             rounds=args.rounds, after_step=lambda run: advance(f"training {label(run.settings)}, seed {run.seed}")
         )
@@ -110,6 +110,21 @@ def _rebalance(args: argparse.Namespace) -> Report:
         return bench_rebalance(_config(args), rounds=args.rounds, after_step=advance)
 
 
+def _print_metrics(report: Report) -> None:
+    from cluster.bench.metrics import CostRow
+
+    rows = []
+    for r in report.rows:
+        cost = spread = ""
+        if isinstance(r, CostRow):
+            cost = f"{100 * r.cost_ratio:.2f} %"
+            spread = f"{100 * r.low_ratio:.2f} to {100 * r.high_ratio:.2f} %"
+        without = f"{r.peer_value:,.3g}" if r.peer else ""
+        rows.append((r.case, f"{r.value:,.3g} {r.unit}", without, cost, spread, r.rounds))
+    columns = ("case", "with metrics", "without", "cost", "95 % interval", "rounds")
+    print_table(columns, rows, title="bench metrics")
+
+
 @dataclass(frozen=True)
 class Bench:
     help: str
@@ -135,7 +150,9 @@ BENCHES = {
         _on_a_cluster("decode"),
         rounds=5,
     ),
-    "metrics": Bench("training while metrics are scraped every second, against without them", _on_a_cluster("metrics")),
+    "metrics": Bench(
+        "training while metrics are scraped every second, against without them", _on_a_cluster("metrics"), rounds=20
+    ),
     "memory": Bench("loading a quarter of the experts, against loading the whole model", _alone("memory")),
     "planner": Bench("placement of experts by load, against the public EPLB algorithm", _alone("planner")),
     "experts": Bench("training one expert behind a link, against the same expert in one process", _experts),
@@ -150,7 +167,9 @@ BENCHES = {
         rounds=3,
     ),
     "compression": Bench(
-        "bytes between two routers and held-out loss with each compression; a round is a seed", _compression, rounds=1
+        "bytes between two routers, or copies of expert groups, and held-out loss by compression; a round is a seed",
+        _compression,
+        rounds=1,
     ),
     "rebalance": Bench(
         "training under a Zipf load after a rebalance with copies, against before; a round is a step", _rebalance
@@ -167,6 +186,10 @@ BENCHES = {
         "kill -9 while a checkpoint is saved, against torch.save; a round is a kill", _alone("checkpoint"), rounds=200
     ),
 }
+
+
+TABLES: dict[str, Callable[[Report], None]] = {"compression": _print_compression, "metrics": _print_metrics}
+"""Of those whose rows have more than others'."""
 
 
 def add_parsers(subparsers: Subparsers, guarded: Guard) -> None:
@@ -193,8 +216,8 @@ def run_bench(args: argparse.Namespace) -> int:
     if args.json:
         print_json(report.to_dict())
         return 0
-    if args.name == "compression":
-        _print_compression(report)
+    if (show := TABLES.get(args.name)) is not None:
+        show(report)
         return 0
     rows = [
         (r.case, f"{r.value:,.3g} {r.unit}", f"{r.peer_value:,.3g} {r.unit}", r.peer, f"{r.ratio:.2f}", r.rounds)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from cluster.chaos.record import PHASES, Phase
 from cluster.chaos.schedule import DEFAULT_KINDS, KINDS, Kind
 from cluster.commands.options import EXIT_FAILED, EXIT_INTERRUPTED, Subparsers, positive
 from cluster.commands.output import console, plain, print_json, print_line, print_table
@@ -25,6 +26,7 @@ from cluster.config import (
     OptimizerConfig,
     ScheduleConfig,
 )
+from cluster.configcheck import validate_job
 from cluster.configfile import find_config, load_cluster, load_job
 
 if TYPE_CHECKING:
@@ -44,8 +46,8 @@ def add_parsers(subparsers: Subparsers, guarded: Guard) -> None:
     parser = subparsers.add_parser(
         "chaos",
         help="train and serve under faults by a seeded schedule, and report what they cost",
-        description="Half of the time trains and serves, half of it serves only, while faults strike one at a time: "
-        f"{', '.join(KINDS)}. A cluster that is left alone then says what losses and tokens should have been.",
+        description="Half of the time trains and serves, half of it serves only (see --phases), while faults strike "
+        f"one at a time: {', '.join(KINDS)}. A cluster that is left alone then tells what losses and tokens should be.",
     )
     add_config_options(parser)
     add = parser.add_argument
@@ -53,6 +55,21 @@ def add_parsers(subparsers: Subparsers, guarded: Guard) -> None:
     add("--mtbf", dest="mtbf_s", metavar="TIME", type=duration, default=20.0, help="mean time between faults, e.g. 30s")
     add("--min-gap", dest="min_gap_s", metavar="TIME", type=duration, default=5.0, help="least time between faults")
     add("--kinds", metavar="LIST", type=kinds, default=DEFAULT_KINDS, help=f"default: {','.join(DEFAULT_KINDS)}")
+    add(
+        "--phases",
+        metavar="LIST",
+        type=phases,
+        default=PHASES,
+        help=f"share the minutes equally, of {','.join(PHASES)} (default: both)",
+    )
+    add(
+        "--faults",
+        dest="max_faults",
+        type=int,
+        default=0,
+        metavar="N",
+        help="end a phase after so many (default: time)",
+    )
     add("--seed", type=int, default=0, help="of the schedule (default: %(default)s)")
     add(
         "--reference",
@@ -66,6 +83,20 @@ def add_parsers(subparsers: Subparsers, guarded: Guard) -> None:
     add("--model", default="tiny", help="a shipped model, a model file or directory (default: %(default)s)")
     add("--dtype", default="float32", choices=("float32", "float64", "bfloat16"), help="float64 to compare exactly")
     add("--job", metavar="FILE", help="a job file to train by; its steps, schedule and evaluation are left out")
+    add(
+        "--staleness",
+        type=int,
+        metavar="STEPS",
+        help="that the job's experts may be behind, in place of what the job says; losses need not be equal then",
+    )
+    add(
+        "--slow-updates",
+        dest="slow_updates_s",
+        metavar="TIME",
+        type=duration,
+        default=0.0,
+        help="that expert actors wait before each update, so that a job with a staleness is behind (default: none)",
+    )
     add("--output", default="chaos-report", metavar="DIR", help="where to write (default: %(default)s)")
     add("--json", action="store_true", help="print the summary as one JSON document")
     parser.set_defaults(run=guarded(run_command))
@@ -80,7 +111,7 @@ def run_command(args: argparse.Namespace) -> int:
     output.mkdir(parents=True, exist_ok=True)
     settings = Settings(
         cluster=cluster_config(args),
-        job=job_config(args.job),
+        job=job_config(args.job, args.staleness),
         output=output,
         minutes=args.minutes,
         reference_s=args.reference_s,
@@ -89,6 +120,9 @@ def run_command(args: argparse.Namespace) -> int:
         kinds=args.kinds,
         seed=args.seed,
         streams=args.streams,
+        phases=args.phases,
+        max_faults=args.max_faults,
+        slow_updates_s=args.slow_updates_s,
     )
     with terminated_as_interrupted(), _shown(stderr=args.json) as (say, tick):
         record = run_chaos(settings, say, tick)
@@ -127,12 +161,13 @@ def cluster_config(args: argparse.Namespace) -> ClusterConfig:
     return load_cluster(find_config(args.config), {**values, **dict(args.overrides)})
 
 
-def job_config(path: str | None) -> JobConfig:
+def job_config(path: str | None, staleness: int | None = None) -> JobConfig:
     """One whose steps do not depend on how many there will be."""
-    if path is None:
-        return JOB
-    job = load_job(find_config(path, "jobs"))
-    return replace(job, schedule=ScheduleConfig("constant"), eval=EvalConfig(every_steps=0))
+    job = JOB if path is None else load_job(find_config(path, "jobs"))
+    job = replace(job, schedule=ScheduleConfig("constant"), eval=EvalConfig(every_steps=0))
+    if staleness is not None:
+        job = replace(job, optimizer=replace(job.optimizer, staleness=staleness))
+    return validate_job(job, "chaos")
 
 
 def duration(text: str) -> float:
@@ -148,6 +183,13 @@ def kinds(text: str) -> tuple[Kind, ...]:
     found = tuple(kind for name in text.split(",") for kind in KINDS if kind == name)
     if len(found) != len(text.split(",")):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of {', '.join(KINDS)}")
+    return found
+
+
+def phases(text: str) -> tuple[Phase, ...]:
+    found = tuple(phase for phase in PHASES if phase in text.split(","))
+    if len(found) != len(text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of {', '.join(PHASES)}")
     return found
 
 
@@ -171,27 +213,46 @@ def _shown(*, stderr: bool) -> Iterator[tuple[Say, Tick]]:
 
 def show(document: dict[str, Any]) -> None:
     """The figures for people."""
-    names = ("interruption_s", "serving_interruption_s", "recovery_s")
+    names = ("interruption_s", "next_step_s", "serving_interruption_s", "next_token_s", "recovery_s")
     seen = dict.fromkeys(kind for name in names for kind in document[name])
     rows = [
         (kind, document["recovery_s"].get(kind, {}).get("n", 0), *(_pair(document[name].get(kind)) for name in names))
         for kind in seen
     ]
-    columns = "fault", "healed", "training stopped, ms", "a stream waited, ms", "until whole, ms"
-    print_table(columns, rows, title="median / worst, less what is usual")
+    columns = "fault", "healed", "training stopped", "next step", "a stream waited", "next token", "until whole"
+    print_table(columns, rows, title="median / worst in ms; what stopped or waited, less what is usual")
     leaks, requests = document["leaks"], document["requests"]
     for line in (
         f"throughput retained: {_number(document['retained_throughput'], '.1%')}; "
         f"of the capacity that was there: {_number(document['retained_of_capacity'], '.1%')}",
         f"requests: {requests['total']}, failed {requests['failed']}; "
-        f"tokens wrong: {_number(document['tokens_wrong'])}",
-        f"steps: {document['steps']}, replayed {document['steps_replayed']}, updates lost {document['updates_lost']}; "
-        f"losses differ by at most {_number(document['loss_rel_diff_max'], '.2e')} relative",
+        f"tokens wrong or missing: {_number(document['tokens_wrong'])}",
+        f"steps: {document['steps']}, replayed {document['steps_replayed']}; "
+        f"updates lost, by the ledger: {document['updates_lost']}, "
+        f"by the experts' own count: {_number(document['updates_missing'])}",
+        _staleness_line(document["staleness"]),
+        _loss_line(document),
         f"leaks: {leaks['processes']} processes, {_number(leaks['file_handles'])} file handles, "
         f"{_number(leaks['rss_slope_mb_per_min'], '+.2f')} MB a minute (front, coordinator and router)",
         *(f"PROBLEM: {problem}" for problem in document["problems"]),
     ):
         print_line(line)
+
+
+def _staleness_line(found: dict[str, Any]) -> str:
+    return (
+        f"staleness: bound {found['bound']}, most {_number(found['max'])}, steps beyond it {found['steps_beyond']}; "
+        f"{found['merged_updates']} updates made as part of others"
+    )
+
+
+def _loss_line(document: dict[str, Any]) -> str:
+    rule = "must be equal" if document["losses_must_be_equal"] else "need not be equal here"
+    return (
+        f"losses against the undisturbed run's, which {rule}: at most "
+        f"{_number(document['loss_rel_diff_max'], '.2e')} apart, relative; mean of the last tenth "
+        f"{_number(document['loss_rel_diff_mean'], '+.2e')}"
+    )
 
 
 def _pair(values: dict[str, float] | None) -> str:

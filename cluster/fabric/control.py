@@ -173,6 +173,7 @@ class ControlWorker:
             self._begin()
             return
         coordinator, desk = known.coordinator, self._set_up(known)
+        desk.snapshots.recall(coordinator.status().version)
         may_lack_a_checkpoint = not coordinator.is_pristine and coordinator.waiting_job() is None
         self._sit_down(desk)
         if may_lack_a_checkpoint:  # of a change, or of a job's end, right before the death

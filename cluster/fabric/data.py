@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray
 import ray.data
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.errors import InvalidInput
@@ -33,6 +35,8 @@ TASK_FILES, TASK_BYTES, MAX_TASKS = 32, 1 << 20, 1000
 than about so many tasks a run."""
 CHUNK_CHARACTERS = 256 << 10
 """Characters of documents that a task turns into one table."""
+TURN_S = 0.05
+"""At most so much later is a block handed on, or the next task started."""
 RUN_FILES = 256
 """One execution of the pipeline covers epochs of so many files in sum: starting one costs a fraction of a second,
 which a source of a few small files would otherwise pay at each of its many epochs."""
@@ -135,6 +139,15 @@ def _documents_of(batch: pa.Table) -> pa.Table:
     return batch
 
 
+class Pause(ExecutionCallback):
+    """Between two turns of Ray Data's own loop in this process. It waits until one of its tasks has a block, and a task
+    that has worked ahead always has one that nobody wants yet: in Ray 2.60 the loop then goes round without end, and
+    takes half a core from the actors on its node for as long as a job trains."""
+
+    def on_execution_step(self, executor: object) -> None:
+        time.sleep(TURN_S)
+
+
 def _context() -> ray.data.DataContext:
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
@@ -146,6 +159,7 @@ def _context() -> ray.data.DataContext:
     context.execution_no_progress_timeout_s = -1
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, Pause]
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that the bars are off
     return context

@@ -13,7 +13,7 @@ from cluster.config import ClusterConfig
 from cluster.fabric.contacts import ExpertContact
 from cluster.fabric.measures import Measures
 from cluster.fabric.standing import ExpertStanding, Watch
-from cluster.fabric.workertools import import_torch, of_version, open_link, way_of
+from cluster.fabric.workertools import brake_of, import_torch, of_version, open_link, way_of
 
 if TYPE_CHECKING:
     from actors.transport.contract import Link
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from actors.transport.socket import SocketServer
     from actors.transport.turns import Lane
     from cluster.checkpoint.manifest import Shard
-    from cluster.checkpoint.memory import Holder, KeptDraft, Way
+    from cluster.checkpoint.memory import Holder, KeptDraft, Told, Way
     from cluster.checkpoint.store import Draft, Found
 
 
@@ -62,6 +62,7 @@ class ExpertWorker:
             timeout_s=self._config.router.request_timeout_s,
             cache=CacheSettings(experts.expert_cache_size, experts.cache_dir) if experts.expert_cache_size else None,
         )
+        self._host.updates.brake = brake_of(os.environ)
         self._server = self._serve(self._host.handle, self._host.idle, self._host.ready, self._host.lane)
         self._exchange = self._serve(self._host.exchange.handle)
         self._contact = ExpertContact(
@@ -141,6 +142,14 @@ class ExpertWorker:
     def drop_kept(self, but: Sequence[str]) -> None:
         """Of the snapshots in memory only these stay."""
         self._host.exchange.keeper.keep_only(but)
+
+    def remember_kept(self, told: Told) -> None:
+        """The last complete one, for the next coordinator."""
+        self._host.exchange.keeper.complete = told
+
+    def last_kept(self) -> Told | None:
+        told: Told | None = self._host.exchange.keeper.complete
+        return told
 
     def restore(self, groups: Sequence[int], found: Found, run: int) -> None:
         """These groups as they were saved, and nothing else, from now on."""

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from actors.transport.curve import LinkKeys
     from actors.transport.message import Message
     from cluster.checkpoint.manifest import Shard
-    from cluster.checkpoint.memory import Holder, KeptDraft, Way
+    from cluster.checkpoint.memory import Holder, KeptDraft, Told, Way
     from cluster.checkpoint.store import Draft, Found
 MAX_REPORTS = 64
 UNTOLD_S = 2.0
@@ -125,6 +125,7 @@ class RouterWorker:
             captured=self._config.router.captured,
             find_roster=self._find_roster,
             piece_bytes=min(PIECE_BYTES, self._config.links.max_message_bytes // 2),
+            in_flight=self._config.router.in_flight,
         )
 
     def _serve(self, router: Router, *, leads: bool) -> RouterContact:
@@ -328,6 +329,16 @@ class RouterWorker:
     @ray.method(concurrency_group=CONTROL)
     def drop_kept(self, but: Sequence[str]) -> None:
         self._router.keeper.keep_only(but)
+
+    @ray.method(concurrency_group=CONTROL)
+    def remember_kept(self, told: Told) -> None:
+        """The last complete one, for the next coordinator."""
+        self._router.keeper.complete = told
+
+    @ray.method(concurrency_group=CONTROL)
+    def last_kept(self) -> Told | None:
+        told: Told | None = self._router.keeper.complete
+        return told
 
     def _way(self) -> Way:
         return way_of(lambda name, at: open_link(name, at, self._name, self._config, self._keys), self._config)

@@ -29,12 +29,13 @@ from cluster.placement.placement import ActorSlot
 
 if TYPE_CHECKING:  # it imports torch
     from cluster.checkpoint.manifest import Shard
-    from cluster.checkpoint.memory import Holder, Kept
+    from cluster.checkpoint.memory import Holder, Kept, Told
     from cluster.checkpoint.store import Found
 
 logger = logging.getLogger(__name__)
 
 KEEP_TIMEOUT_S = 600.0
+ASK_TIMEOUT_S = 10.0
 
 
 class Snapshots:
@@ -83,7 +84,7 @@ class Snapshots:
 
     def _finish(self, leader: str, taken: SnapshotTaken, era: int, job_id: str) -> None:
         try:
-            self._complete(self._keep(leader, taken), era)
+            self._complete(self._keep(leader, taken), era, taken.run)
         except (MoeClusterError, ray.exceptions.RayError) as error:
             logger.warning("no snapshot of version %d: %s", taken.version, error)
             if job_id:
@@ -95,11 +96,12 @@ class Snapshots:
             self._drop_others()
             self._turn.release()
 
-    def _complete(self, kept: Kept, era: int) -> None:
+    def _complete(self, kept: Kept, era: int, run: int) -> None:
         with self._lock:
             if era != self._era:
                 return
             self._last = kept
+        self._tell(kept, run)
         with self._state.changing() as coordinator:
             coordinator.can_restore = True
         logger.info("a snapshot of version %d is kept in memory", kept.manifest.version)
@@ -151,10 +153,42 @@ class Snapshots:
         """Everywhere, also of a snapshot that came to nothing."""
         with self._lock:
             ids = [self._last.id] if self._last else []
-        handles = [handle for _, handle in (*self._crew.experts(), *self._crew.routers().values())]
-        for handle in handles:
+        for handle in self._everybody():
             with suppress(Unavailable, ray.exceptions.RayError):
                 handle.drop_kept.remote(ids)
+
+    def _everybody(self) -> list[Any]:
+        return [handle for _, handle in (*self._crew.experts(), *self._crew.routers().values())]
+
+    # -- for a coordinator that comes back ----------------------------------------------------------------------------
+
+    def _tell(self, kept: Kept, run: int) -> None:
+        """Everybody, so that whoever lives knows where the parts are."""
+        from cluster.checkpoint.memory import Told
+
+        for handle in self._everybody():
+            with suppress(Unavailable, ray.exceptions.RayError):
+                handle.remember_kept.remote(Told(kept, run))
+
+    def recall(self, version: int) -> None:
+        """After the death of the coordinator before: the last complete snapshot, as the actors were told of it, unless
+        it is of a run that has ended. `version`: of the weights now."""
+        if not self._every_steps:
+            return
+        run = self._crew.run()
+        told = [said for handle in self._everybody() if (said := _said(handle)) is not None and said.run == run]
+        kept = max(
+            (said.kept for said in told if said.kept.manifest.version <= version),
+            key=lambda kept: (kept.manifest.version, kept.manifest.created_s),
+            default=None,
+        )
+        if kept is None:
+            return
+        with self._lock:
+            self._last = kept
+        with self._state.changing() as coordinator:
+            coordinator.can_restore = True
+        logger.info("the snapshot of version %d in memory is known again", kept.manifest.version)
 
     # -- what there is ------------------------------------------------------------------------------------------------
 
@@ -180,9 +214,21 @@ class Snapshots:
             self._era += 1
             if self._last is not found:
                 self._last = None
+            kept = self._last
+        if kept is not None:
+            self._tell(kept, self._crew.run())  # the return has begun another run
 
     def forget(self) -> None:
         """None of them can be used any more, e.g. since the weights were replaced."""
         with self._lock:
             self._era += 1
             self._last = None
+
+
+def _said(handle: Any) -> Told | None:
+    try:
+        told: Told | None = call("an actor", handle.last_kept.remote(), ASK_TIMEOUT_S)
+        return told
+    except MoeClusterError as error:
+        logger.warning("it does not tell what snapshot it keeps: %s", error)
+        return None

@@ -7,7 +7,7 @@ them imports these modules without.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from actors.errors import StepAborted
@@ -15,10 +15,21 @@ from actors.values import Address
 from cluster.config import ClusterConfig
 
 if TYPE_CHECKING:
+    from actors.expert.updates import Brake
     from actors.snapshots import Key, Snapshot
     from actors.transport.contract import Link
     from actors.transport.curve import LinkKeys
     from cluster.checkpoint.memory import KeptDraft, Way
+
+
+SLOW_UPDATES = "MOE_CLUSTER_SLOW_UPDATES_S"
+"""In the environment of a whole cluster, for `moe-cluster chaos`: its expert actors wait so long before each update."""
+
+
+def brake_of(environment: Mapping[str, str]) -> Brake:
+    from actors.expert.updates import Brake
+
+    return Brake(sleep_s=float(environment.get(SLOW_UPDATES) or 0.0))
 
 
 def import_torch(threads: int) -> None:

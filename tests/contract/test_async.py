@@ -15,10 +15,10 @@ from torch import Tensor
 
 from actors.errors import InvalidInput, LinkError, StepAborted
 from actors.expert.updates import Brake
+from actors.losses import token_losses
 from actors.moe.cache import CacheSettings
 from actors.optim import OptimizerSettings, adamw, scale_gradients, set_lr, square_sum
 from actors.reference import Reference
-from actors.router.router import token_losses
 from actors.transport.contract import Link
 from actors.transport.faulty import Fault, FaultyLink
 from actors.transport.message import Message

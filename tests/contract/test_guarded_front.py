@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import grpc
@@ -18,7 +18,7 @@ from grpc_status import rpc_status
 from actors.errors import InvalidInput
 from cluster.config import AuthConfig, FrontConfig, JobConfig, TlsConfig
 from cluster.errors import PermissionDenied, PortInUse, Unauthenticated, Unavailable
-from cluster.service.access import Access
+from cluster.service.access import Access, open_channel
 from cluster.service.auth import ROLES
 from cluster.service.client import Client
 from cluster.service.server import Front
@@ -419,6 +419,49 @@ class TestMutualTls:
             access = mounted.access(mounted.authority, mounted.clients)
             with Client(target, timeout_s=WAIT_S, access=access) as one:
                 assert one.status().ready
+
+
+class TestEveryMethodStaysShut:
+    """Whoever speaks clear text to TLS, or has no certificate of ours, gets no call through, whatever token it has."""
+
+    @pytest.fixture(scope="class")
+    def channels(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, grpc.Channel]]:
+        folder, backend = tmp_path_factory.mktemp("tls"), MemoryBackend()
+        mounted, tokens = Mounted(folder), AuthConfig(str(folder / "tokens"))
+        Path(tokens.tokens_file).write_text(tokens_text(*Role))
+        strangers = mounted.access(mounted.authority, Authority("somebody else's"))
+        ways = {
+            "clear text to TLS": (mounted.tls, Access()),
+            "clear text to mutual TLS": (mounted.mutual, Access()),
+            "no certificate": (mounted.mutual, mounted.access(mounted.authority)),
+            "somebody else's certificate": (mounted.mutual, strangers),
+            "TLS": (mounted.tls, mounted.access(mounted.authority)),
+            "mutual TLS": (mounted.mutual, mounted.access(mounted.authority, mounted.clients)),
+        }
+        with ExitStack() as stack:
+            fronts = {
+                tls: stack.enter_context(running_front(backend, FrontConfig(port=0, tls=tls, auth=tokens)))
+                for tls in (mounted.tls, mounted.mutual)
+            }
+            channels = {
+                way: stack.enter_context(open_channel(fronts[tls].target, access, []))
+                for way, (tls, access) in ways.items()
+            }
+            yield channels
+            assert backend.timeouts_s.keys() <= {"status"}, "of the fronts themselves, for health"
+
+    @BY_NAME
+    @pytest.mark.parametrize(
+        "way", ["clear text to TLS", "clear text to mutual TLS", "no certificate", "somebody else's certificate"]
+    )
+    def test_without_what_is_asked_for(self, channels, path, method, way):
+        assert send(channels[way], path, method, TOKENS[Role.ADMIN], GARBAGE) is Code.UNAVAILABLE
+
+    @BY_NAME
+    @pytest.mark.parametrize("way", ["TLS", "mutual TLS"])
+    def test_with_it_and_a_token(self, channels, path, method, way):
+        assert send(channels[way], path, method, TOKENS[Role.ADMIN], GARBAGE) is Code.INVALID_ARGUMENT
+        assert send(channels[way], path, method, None, GARBAGE) is Code.UNAUTHENTICATED
 
 
 # --- Starting ------------------------------------------------------------------------------------------------------

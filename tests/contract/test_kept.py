@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from actors.compress.settings import CompressionSettings
 from actors.errors import CheckpointError, InvalidInput
 from actors.moe.settings import BalanceSettings
 from actors.optim import OptimizerSettings
@@ -40,6 +41,8 @@ MODEL = ModelFacts("tiny", 1000, num_experts=8, num_moe_layers=2, top_k=2, max_p
 STEPS = 12
 BATCHES = [torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(t)) for t in range(STEPS)]
 BALANCE = BalanceSettings(bias_speed=0.01)
+OPTIMIZER = OptimizerSettings(weight_decay=0.3)
+NO_COMPRESSION = CompressionSettings()
 WAIT_S = 30.0
 PIECE_BYTES = 1000
 
@@ -71,6 +74,8 @@ class Crew:
             take_snapshot=Remote(lambda for_peers: router.take_snapshot(for_peers=for_peers)),
             keep_snapshot=Remote(lambda draft, peer: self._keep(self.leader, draft, peer)),
             drop_kept=Remote(lambda ids: router.keeper.keep_only(ids), at_once=True),
+            remember_kept=Remote(lambda told: setattr(router.keeper, "complete", told), at_once=True),
+            last_kept=Remote(lambda: router.keeper.complete),
             restore=Remote(self._restore_router),
         )
 
@@ -91,7 +96,10 @@ class Crew:
         if name == self.leader:
             return self.router
         host = self._local.members[name].host
+        keeper = host.exchange.keeper
         return SimpleNamespace(
+            remember_kept=Remote(lambda told: setattr(keeper, "complete", told), at_once=True),
+            last_kept=Remote(lambda: keeper.complete),
             keep_snapshot=Remote(lambda draft, peer: self._keep(name, draft, peer)),
             drop_kept=Remote(host.exchange.keeper.keep_only, at_once=True),
             restore=Remote(lambda groups, found, run: self._restore(name, groups, found, run)),
@@ -167,8 +175,16 @@ class Storage:
 class Bench:
     """A cluster that trains a job, as the fabric sees it."""
 
-    def __init__(self, local: LocalCluster, root: Path, every_steps: int, nodes: Mapping[str, str]) -> None:
-        self.local = local
+    def __init__(
+        self,
+        local: LocalCluster,
+        root: Path,
+        every_steps: int,
+        nodes: Mapping[str, str],
+        optimizer: OptimizerSettings = OPTIMIZER,
+        compression: CompressionSettings = NO_COMPRESSION,
+    ) -> None:
+        self.local, self.compression = local, compression
         self.coordinator = Coordinator(MODEL, local.placement)
         for name in ("router-0", *local.members):
             role = "router" if name == "router-0" else "expert"
@@ -195,7 +211,7 @@ class Bench:
         )
         self.job = self.coordinator.submit(JobConfig(steps=100), "mine", 1.0).id
         self.coordinator.step(1.0)
-        local.router.begin_run(OptimizerSettings(weight_decay=0.3), BALANCE)
+        local.router.begin_run(optimizer, BALANCE, compression)
         self.losses: dict[int, float] = {}
 
     @property
@@ -213,6 +229,14 @@ class Bench:
             self.snapshots.after_step(self.job, step)
             self.settle()
 
+    def come_back(self) -> None:
+        """The coordinator has died, and another is in its place, which knows what the actors tell it."""
+        every_steps = self.snapshots._every_steps
+        self.coordinator.can_restore = False
+        self.snapshots = Snapshots(every_steps, self.snapshots._state, self.crew, self.snapshots._checkpoints)  # type: ignore[arg-type]
+        self.recovery._snapshots = self.snapshots
+        self.snapshots.recall(self.coordinator.status().version)
+
     def settle(self) -> None:
         deadline = time.monotonic() + WAIT_S
         while self.snapshots._turn.locked():
@@ -228,7 +252,7 @@ class Bench:
         step = self.recovery.go_back(self.job, lambda: False)
         self.local.placement = self.coordinator.placement
         if step is not None:
-            assert self.local.router.continue_run(BALANCE).version == step
+            assert self.local.router.continue_run(BALANCE, self.compression).version == step
         return step
 
     @property
@@ -258,7 +282,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
 @pytest.fixture(scope="module")
 def unbroken(source: ModelSource) -> dict[int, float]:
     with cluster(source, 2) as local:
-        local.router.begin_run(OptimizerSettings(weight_decay=0.3), BALANCE)
+        local.router.begin_run(OPTIMIZER, BALANCE)
         return {
             step: local.router.train_step([BATCHES[step - 1]], lr=1e-2, clip_norm=1.0, bias_speed=0.01).loss
             for step in range(1, STEPS + 1)
@@ -267,11 +291,18 @@ def unbroken(source: ModelSource) -> dict[int, float]:
 
 @contextmanager
 def bench(
-    source: ModelSource, root: Path, actors: int = 3, every_steps: int = 5, links: str = "local"
+    source: ModelSource,
+    root: Path,
+    actors: int = 3,
+    every_steps: int = 5,
+    links: str = "local",
+    redundancy: int = 1,
+    group_size: int = 1,
+    **of_the_job: Any,
 ) -> Iterator[Bench]:
     nodes = {f"expert-{i}": f"node-{i}" for i in range(actors)}
-    with cluster(source, actors, group_size=1, links=links) as local:
-        yield Bench(local, root, every_steps, nodes)
+    with cluster(source, actors, group_size=group_size, links=links, redundancy=redundancy) as local:
+        yield Bench(local, root, every_steps, nodes, **of_the_job)
 
 
 def same(found: Mapping[int, float], unbroken: Mapping[int, float]) -> None:
@@ -384,6 +415,53 @@ def test_one_that_is_complete_only_after_a_return_is_not_used(source: ModelSourc
         here.settle()
         assert kept is not None
         assert here.snapshots.newest() is kept
+
+
+def test_a_coordinator_that_comes_back_is_told_of_it(
+    source: ModelSource, tmp_path: Path, unbroken: dict[int, float]
+) -> None:
+    with bench(source, tmp_path) as here:
+        here.train(*range(1, 8))
+        here.come_back()
+        assert here.coordinator.can_restore
+        here.kill("expert-1")
+        assert here.go_back() == 5
+        assert "version 5 from the memory of the actors" in here.last_note()
+        here.train(6)
+        here.come_back()  # the return was to the very snapshot: it serves on
+        here.kill("expert-0")
+        assert here.snapshots.newest() is None, "of two actors that have ended nobody has both parts"
+        assert here.snapshots._last is not None
+    with bench(source, tmp_path) as here:
+        here.train(*range(1, 12))
+        here.come_back()
+        here.kill("expert-2")
+        assert here.go_back() == 10
+        here.train(11, 12)
+        same(here.losses, unbroken)
+
+
+def test_a_snapshot_of_a_past_that_is_no_more_is_not_recalled(source: ModelSource, tmp_path: Path) -> None:
+    with bench(source, tmp_path) as here:
+        here.train(*range(1, 7))
+        here.storage.save(here.local, here.job_dict)
+        here.kill("expert-1")
+        assert here.go_back() == 6, "the checkpoint is newer"
+        here.come_back()
+        assert here.snapshots.newest() is None
+    with bench(source, tmp_path / "other") as here:
+        here.train(*range(1, 7))
+        here.local.router.replace_weights(str(source.path))
+        here.come_back()
+        assert here.snapshots.newest() is None, "it would undo the import"
+    with bench(source, tmp_path / "third") as here:
+        here.train(*range(1, 7))
+        here.snapshots.recall(version=4)
+        assert here.snapshots._last is not None
+        here.come_back()
+        here.snapshots._last = None
+        here.snapshots.recall(version=4)
+        assert here.snapshots._last is None, "it is newer than the weights"
 
 
 def test_two_generations_at_most(source: ModelSource, tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ def test_the_cluster_as_it_is(front: Front, backend: MemoryBackend, client: Clie
         labels = {"actor": actor.id, "role": actor.role, "node": actor.node}
         assert value(samples, "actor_ready", **labels) == 1
         assert value(samples, "actor_memory_bytes", device=actor.device, **labels) == actor.memory_bytes
+        assert value(samples, "actor_pinned_bytes", **labels) == actor.pinned_bytes
         assert value(samples, "actor_staleness_steps", **labels) == status.version - actor.version
         if actor.role == "expert":
             assert value(samples, "actor_merged_updates_total", **labels) == actor.merged_updates
@@ -127,6 +128,17 @@ def test_what_crossed_links_and_who_waits(front: Front) -> None:
     labels = {"actor": "router-0", "role": "router", "node": "node-0"}
     assert value(samples, "requests_waiting", **labels) == 2
     assert value(samples, "request_queue_seconds", **labels) == 0.75
+
+
+def test_pinned_versions_show_what_they_take(front: Front, client: Client) -> None:
+    labels = {"actor": "router-0", "role": "router", "node": "node-0"}
+    assert value(scrape(front), "actor_pinned_bytes", **labels) == 0
+    client.pin_version("prod")
+    samples = scrape(front)
+    assert value(samples, "pins") == 1
+    assert value(samples, "actor_pinned_bytes", **labels) == 1000
+    client.unpin_version("prod")
+    assert value(scrape(front), "pins") == 0
 
 
 def test_a_gpu_shows_its_memory_and_how_busy_it_is_if_that_can_be_told(front: Front, backend: MemoryBackend) -> None:

@@ -188,6 +188,7 @@ class MemoryBackend:
             gpu=self.gpu,
             num_waiting=2,
             queue_s=0.75,
+            pinned_bytes=1000 * len(self.pins),
         )
         experts = (self._expert(actor, pid) for pid, actor in enumerate(self.placement.actors, start=101))
         return ClusterStatus(
@@ -345,7 +346,8 @@ class MemoryBackend:
     def _expert(self, actor: str, pid: int) -> ActorStatus:
         groups = self.placement.held_by(actor)
         where = "node-1", pid, "ready", "cpu"
-        return ActorStatus(actor, "expert", *where, self.version, groups, 3 << 20, 640, "socket/ipc", self.cache)
+        found = ActorStatus(actor, "expert", *where, self.version, groups, 3 << 20, 640, "socket/ipc", self.cache)
+        return replace(found, pinned_bytes=3000 * len(self.pins))
 
     def _load_of_groups(self) -> list[int]:
         load_E = [sum(column) for column in zip(*self._loads.load_LE, strict=True)]

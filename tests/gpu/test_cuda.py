@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from actors.compress.settings import CompressionSettings, Method
 from actors.expert.host import ExpertHost
 from actors.moe.settings import GateSettings
 from actors.optim import OptimizerSettings
@@ -70,7 +72,8 @@ def test_losses_equal_those_on_the_cpu(tmp_path: Path, family: str) -> None:
     torch.testing.assert_close(losses(source, "cuda"), losses(source, "cpu"), rtol=1e-3, atol=0)
 
 
-def test_losses_over_sockets_equal_those_on_the_cpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_losses_over_sockets_equal_those_on_the_cpu(tmp_path: Path, in_flight: int) -> None:
     source = ModelSource(path=str(save("deepseek_v3", tmp_path / "m", torch.float32)))
     with ExitStack() as stack:
         parts = {"a": (0, 1), "b": (2, 3)}
@@ -80,7 +83,7 @@ def test_losses_over_sockets_equal_those_on_the_cpu(tmp_path: Path) -> None:
             for name, address in zip("ab", addresses, strict=True)
         }
         placement = Placement(1, (("a",), ("a",), ("b",), ("b",)), 2)
-        router = Router(source, Roster(placement, peers), device="cuda", timeout_s=60)
+        router = Router(source, Roster(placement, peers), device="cuda", timeout_s=60, in_flight=in_flight)
         router.begin_run(OptimizerSettings())
         got = [router.train_step(b, lr=1e-3, clip_norm=1.0).loss for b in BATCHES]
         router.close()
@@ -133,6 +136,18 @@ def test_copies_on_the_device_stay_equal_and_take_over(tmp_path: Path) -> None:
     torch.testing.assert_close(got, losses(source, "cpu"), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("method", ["powersgd", "topk", "int8", "fp8"])
+def test_compressed_sums_of_copies_are_the_same_bits_everywhere(tmp_path: Path, method: Method) -> None:
+    source = ModelSource(path=str(save("deepseek_v3", tmp_path / "m", torch.float32)))
+    settings = CompressionSettings(method, rank=2, share=0.05, copies=True)
+    with cluster(source, 2, device="cuda", redundancy=2) as local:
+        local.router.begin_run(OptimizerSettings(eps=1e-4), compression=settings)
+        for batch in BATCHES:
+            assert math.isfinite(local.router.train_step(batch, lr=1e-3, clip_norm=1.0).loss)
+            copies_agree(local)
+        assert local.hosts[0]._copies.num_bytes() > 0
+
+
 def test_a_group_moves_from_device_to_device(tmp_path: Path) -> None:
     source = ModelSource(path=str(save("deepseek_v3", tmp_path / "m", torch.float32)))
     with cluster(source, 2, device="cuda") as local:
@@ -144,3 +159,19 @@ def test_a_group_moves_from_device_to_device(tmp_path: Path) -> None:
             got.append(local.router.train_step(batch, lr=1e-3, clip_norm=1.0).loss)
             copies_agree(local)
     torch.testing.assert_close(got, losses(source, "cpu"), rtol=1e-3, atol=0)
+
+
+def test_losses_with_several_in_flight_equal_those_of_one_after_the_other(tmp_path: Path) -> None:
+    """On the device one backward is under way at a time, beside forwards of others."""
+    source = ModelSource(path=str(save("deepseek_v3", tmp_path / "m", torch.float32)))
+    batches = [batch + BATCHES[0] for batch in BATCHES]
+    found: dict[int, list[float]] = {}
+    for in_flight in (1, 2, 3):
+        with cluster(source, 2, device="cuda", in_flight=in_flight) as local:
+            local.router.begin_run(OptimizerSettings())
+            reports = [local.router.train_step(b, lr=1e-3, clip_norm=1.0) for b in batches]
+            found[in_flight] = [report.loss for report in reports]
+            assert not any(report.retries for report in reports)
+    # Sums of the same numbers, in an order that atomic additions on the device do not fix.
+    torch.testing.assert_close(found[2], found[1], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[3], found[1], rtol=1e-5, atol=0)

@@ -10,6 +10,8 @@ from dataclasses import replace
 from cluster.service.client import Client
 from tests.integration.test_copies import JOB, WAIT_S, text
 
+DRAIN_S = 90
+"""The share of a pod's grace period in which its groups have to move away, in the overlay that has least of it."""
 LONG_JOB = replace(JOB, steps=100_000)
 """Lasts until it is cancelled."""
 

@@ -21,14 +21,15 @@ from actors.errors import MoeClusterError
 from actors.values import Growth
 from cluster.backend import JobState, OperationState, SamplingParams
 from cluster.service.client import Client
+from tests.integration.load import streams
 from tests.integration.test_resume import JOB, STEPS, WAIT_S, config_in, finish, losses, running, watch_to
 
 pytestmark = pytest.mark.timeout(600)  # starting processes that import torch takes minutes on a busy machine
 
 SAMPLING = SamplingParams(max_tokens=300, temperature=0.8, top_p=0.95, seed=7)
 
-
 AWAY_S = 5.0
+NUM_STREAMS = 4
 
 
 class Head:
@@ -226,24 +227,29 @@ def test_training_and_streams_go_on_while_the_head_is_away(service: tuple[Client
     client, head = service
     job = client.submit_job(JOB)
     watch_to(client, job.id, 5)
-    head.kill()
-    away_since = time.monotonic()
-    step = client.get_job(job.id).step
-    assert [chunk.finish_reason for chunk in client.generate("def ", SAMPLING)][-1] in ("length", "end_of_text")
-    while client.get_job(job.id).step <= step + 3:
-        assert time.monotonic() < away_since + WAIT_S
-        time.sleep(0.05)
-    assert client.status().ready
-    scaling = threading.Thread(target=lambda: scaled.append(scale(client)), daemon=True)
-    scaled: list[OperationState | MoeClusterError] = []
-    scaling.start()
-    time.sleep(max(0.0, away_since + AWAY_S - time.monotonic()))
-    head.start()
-    list(client.watch_job(job.id))
-    assert client.get_job(job.id).state is JobState.SUCCEEDED
-    scaling.join(WAIT_S)
-    assert scaled == [OperationState.SUCCEEDED]
-    assert sum(actor.role == "expert" for actor in client.status().actors) == 3
+    with streams(client, NUM_STREAMS) as texts:  # none of them fails
+        head.kill()
+        away_since = time.monotonic()
+        step = client.get_job(job.id).step
+        assert [chunk.finish_reason for chunk in client.generate("def ", SAMPLING)][-1] in ("length", "end_of_text")
+        while client.get_job(job.id).step <= step + 3:
+            assert time.monotonic() < away_since + WAIT_S
+            time.sleep(0.05)
+        assert client.status().ready
+        scaling = threading.Thread(target=lambda: scaled.append(scale(client)), daemon=True)
+        scaled: list[OperationState | MoeClusterError] = []
+        scaling.start()
+        time.sleep(max(0.0, away_since + AWAY_S - time.monotonic()))
+        before = len(texts)
+        head.start()
+        list(client.watch_job(job.id))
+        assert client.get_job(job.id).state is JobState.SUCCEEDED
+        scaling.join(WAIT_S)
+        assert scaled == [OperationState.SUCCEEDED]
+        assert sum(actor.role == "expert" for actor in client.status().actors) == 3
+    assert before >= 1, "streams ended while the head was away"
+    assert len(texts) > before
+    assert client.ledger().entries[-1].requests_failed == 0
 
 
 def scale(client: Client) -> OperationState | MoeClusterError:

@@ -17,7 +17,7 @@ import ray
 
 from actors.errors import InvalidInput
 from cluster.config import BatchConfig, DataConfig
-from cluster.fabric.data import open_documents, open_tokens
+from cluster.fabric.data import TURN_S, Pause, open_documents, open_tokens
 from cluster.jobs.batches import StepBatches
 from cluster.jobs.sources import TEXT_DOCUMENT_BYTES
 from cluster.jobs.tokenizer import ByteTokenizer
@@ -176,6 +176,25 @@ def test_documents_come_when_actors_hold_every_cpu(folder: Path) -> None:
         for holder in holders:
             ray.kill(holder)
     assert time.monotonic() - started < 60
+
+
+def test_ray_data_s_loop_pauses_while_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[float] = []
+    pause = Pause.on_execution_step
+
+    def noted(self: Pause, executor: object) -> None:
+        turns.append(time.monotonic())
+        pause(self, executor)
+
+    monkeypatch.setattr(Pause, "on_execution_step", noted)
+    documents = open_tokens(DataConfig(seed=3), "train", ByteTokenizer())
+    next(documents)
+    first, deadline = len(turns), time.monotonic() + 60
+    while len(turns) < first + 10:
+        assert time.monotonic() < deadline, "Ray Data asks us after each turn"
+        time.sleep(TURN_S)
+    documents.close()
+    assert turns[first + 9] - turns[first] >= 9 * TURN_S
 
 
 FAULTS = {

@@ -19,10 +19,13 @@ from ray.cluster_utils import Cluster
 
 from cluster.config import BatchConfig, DataConfig, EvalConfig, JobConfig
 from cluster.service.client import Client
+from tests.integration.requests import asking
 
 pytestmark = pytest.mark.timeout(600)
 WAIT_S = 150.0
 ORPHAN_TIMEOUT_S = 12.0
+GRACE_S = 30.0
+"""Requests that a front has begun when it is told to end may take so long."""
 OURS = ("ray::ControlWorker", "ray::RouterWorker", "ray::ExpertWorker")
 JOB = JobConfig(
     steps=100_000,
@@ -131,6 +134,29 @@ def step_beyond(client: Client, job_id: str, step: int) -> int:
     return job.step
 
 
+@contextmanager
+def replaced(
+    services: Services, target: str, front: subprocess.Popen[str]
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Under requests one front after the other ends as Kubernetes ends a pod, when another is there: none fails, and
+    those that are under way at a front that ends are finished there. Gives the one that is left."""
+    detached, limit_s = {"ray.detached": True, "front.shutdown_grace_s": GRACE_S}, GRACE_S + 30
+    with services.up(**detached) as (second_target, second), asking(target, second_target) as asked:
+        asked.wait_for(6)
+        front.terminate()
+        asked.wait_for(6)
+        assert front.wait(limit_s) == 0
+        with services.up(**detached, **{"front.port": int(target.rpartition(":")[2])}) as (third_target, third):
+            assert third_target == target, "a new front in the old one's place"
+            second.terminate()
+            asked.wait_for(6)
+            assert second.wait(limit_s) == 0
+            asked.wait_for(6)
+            asked.end()
+            assert asked.failed == []
+            yield third_target, third
+
+
 def test_a_detached_service_goes_on_without_its_front(address: str, orphans: Orphans, tmp_path: Path) -> None:
     services = Services(address, tmp_path)
     detached = {"ray.detached": True}
@@ -145,17 +171,21 @@ def test_a_detached_service_goes_on_without_its_front(address: str, orphans: Orp
     _, errors = refused.communicate(timeout=WAIT_S)
     assert refused.returncode == 2
     assert "experts.actors: the cluster that runs over this checkpoint folder has 2 (got 3)" in errors
-    with services.up(**detached) as (target, front):
+    with services.up(**detached, **{"front.shutdown_grace_s": GRACE_S}) as (target, front):
         with Client(target) as client:
             step_beyond(client, job_id, step)
             assert len(list(client.generate("def "))) > 0
         assert ours() == before, "the same processes, which nobody has disturbed"
-        front.terminate()
-        assert front.wait(30) == 0
-        assert ours() == before, "a front that ends leaves the cluster alone"
-        down = services.command("down", "--target", target)
-        down.communicate(timeout=WAIT_S)
-        assert down.returncode == 0
+        with replaced(services, target, front) as (target, last):
+            with Client(target) as client:
+                step_beyond(client, job_id, client.get_job(job_id).step)
+                assert client.ledger().entries == (), "nothing was disturbed"
+            last.terminate()
+            assert last.wait(GRACE_S + 30) == 0
+            assert ours() == before, "fronts that end leave the cluster alone"
+            down = services.command("down", "--target", target)
+            _, errors = down.communicate(timeout=WAIT_S)
+            assert down.returncode == 0, errors
     wait_until_gone(orphans.processes)
 
 

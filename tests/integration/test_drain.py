@@ -18,14 +18,13 @@ from cluster.errors import FailedPrecondition
 from cluster.fabric.nodes import node_names
 from cluster.serve import served
 from cluster.service.client import Client
-from tests.integration.load import LONG_JOB, streams
+from tests.integration.load import DRAIN_S, LONG_JOB, streams
 from tests.integration.test_copies import WAIT_S, config_in
 
 pytestmark = pytest.mark.timeout(600)  # starting processes that import torch takes minutes on a busy machine
 
-NUM_STREAMS = 2
+NUM_STREAMS = 16
 NODES = 3
-DEADLINE_S = 120.0
 FIRST_STEPS, MORE_STEPS = 5, 10
 """Before the node is told to leave, and after it is empty."""
 PREEMPTION = 2
@@ -42,7 +41,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
         "ray.revive_after_s": 0,  # a node that was taken away stays away
     }
     config = config_in(tmp_path_factory.mktemp("storage"), **changes)
-    with served(config) as service, Client(service.target) as client:
+    with served(config) as service, Client(service.target, timeout_s=WAIT_S) as client:
         yield client
 
 
@@ -81,11 +80,11 @@ def emptied_under_load(client: Client, node: str, empty: Callable[[], Operation]
                 last.append(step + MORE_STEPS)
             return step in last
 
-        started = time.monotonic()
         disturbed = run_until(client, is_enough)
         operation = running[0].result()
     assert (operation.state, operation.node) == (OperationState.SUCCEEDED, node), operation.error
-    assert time.monotonic() - started < DEADLINE_S
+    assert operation.ended_s is not None
+    assert operation.ended_s - operation.created_s < DRAIN_S, "inside the grace period of a pod"
     assert all(texts)
     status = client.status()
     assert status.ready
@@ -120,11 +119,11 @@ def test_a_node_is_emptied_on_request_and_its_actors_replaced(client: Client) ->
     before = num_experts(client)
 
     def drained() -> Operation:
-        asked = client.drain(node, DEADLINE_S, request_id="once")
+        asked = client.drain(node, DRAIN_S, request_id="once")
         with pytest.raises(FailedPrecondition, match=f"{asked.id} is under way"):
             client.scale(2)
         *_, operation = client.watch_operation(asked.id)
-        assert client.drain(node, DEADLINE_S, request_id="once") == operation
+        assert client.drain(node, DRAIN_S, request_id="once") == operation
         return operation
 
     emptied_under_load(client, node, drained)
@@ -140,7 +139,7 @@ def test_ray_s_notice_empties_a_node_and_the_others_take_over(client: Client) ->
     def preempted() -> Operation:
         before = {operation.id for operation in client.operations()}
         gcs = GcsClient(address=ray.get_runtime_context().gcs_address)
-        until_ms = int((time.time() + DEADLINE_S) * 1000)
+        until_ms = int((time.time() + DRAIN_S) * 1000)
         accepted, why = gcs.drain_node(node_id, PREEMPTION, "the machine is taken away", until_ms)
         assert accepted, why
         deadline = time.monotonic() + WAIT_S

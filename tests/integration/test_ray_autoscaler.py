@@ -6,19 +6,31 @@ import os
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.backend import JobState, OperationState
 from cluster.serve import served
 from cluster.service.client import Client
-from tests.integration.load import LONG_JOB, streams
+from tests.contract.test_metrics import expressions, names_in
+from tests.integration.load import DRAIN_S, LONG_JOB, streams
+from tests.integration.test_autoscaling import wait_for_actors
 from tests.integration.test_copies import WAIT_S, config_in, wait_for_step
 from tests.manifests.kustomize import K8S, find_kubectl, overlay, ray_cluster
-from tests.ray_autoscaler import NodeType, autoscaled_ray, expert_nodes, num_nodes, worker_groups
+from tests.ray_autoscaler import (
+    NodeType,
+    autoscaled_ray,
+    expert_nodes,
+    free_port,
+    nodes_by_type,
+    num_nodes,
+    worker_groups,
+)
 
 pytestmark = pytest.mark.timeout(600)  # starting processes that import torch takes minutes on a busy machine
 
@@ -75,7 +87,14 @@ def test_the_groups_on_kubernetes_offer_what_actors_ask_for(groups: dict[str, No
     assert least == {"router": 1, "experts": 2}
     with autoscaled_ray(groups, idle_s=IDLE_S) as address:
         wait_for_nodes(address, 3)
-        changes = {"ray.mode": "existing", "ray.address": address, "experts.actors": 2, "experts.max_actors": 3}
+        metrics_port = free_port()
+        changes = {
+            "ray.mode": "existing",
+            "ray.address": address,
+            "experts.actors": 2,
+            "experts.max_actors": 3,
+            "front.metrics_port": metrics_port,
+        }
         with served(config_in(tmp_path, **changes)) as service, Client(service.target) as client:
             job = client.submit_job(LONG_JOB)
             wait_for_step(client, job.id, 3)
@@ -89,18 +108,59 @@ def test_the_groups_on_kubernetes_offer_what_actors_ask_for(groups: dict[str, No
             assert len({actor.node for actor in actors}) == 3, "the router and the expert actors, on a node each"
             step = client.get_job(job.id).step
             wait_for_step(client, job.id, step + 3)
+            assert metrics_without_a_value(metrics_port) == set()
             client.cancel_job(job.id)
             assert [entry.kind for entry in client.ledger().entries] == ["scale_up", "scale_down", "drain"]
 
 
+def metrics_without_a_value(port: int) -> set[str]:
+    """Of those that alerts and panels name, but for GPUs."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=WAIT_S) as response:
+        families = text_string_to_metric_families(response.read().decode())
+    seen = {sample.name for family in families for sample in family.samples}
+    named = set().union(*(names_in(expression) for expression in expressions().values()))
+    return {name for name in named - seen if not name.startswith("moe_cluster_gpu_")}
+
+
+@pytest.mark.skipif(find_kubectl() is None, reason="kubectl is not installed, which renders the overlays")
+def test_load_brings_a_spot_machine_and_its_end_takes_it_away(tmp_path: Path) -> None:
+    """On the groups of the overlay that has most of them. Its nodes offer GPUs, which actors on CPUs do not ask for."""
+    groups = worker_groups(ray_cluster(overlay("spot")))
+    assert {name: group["resources"].get("GPU") for name, group in groups.items()} == dict.fromkeys(groups, 1.0)
+    least = {"router": 1, "experts": 2}
+    with autoscaled_ray(groups, idle_s=IDLE_S) as address:
+        wait_for_nodes(address, 3)
+        assert nodes_by_type(address) == least
+        policy = {"enabled": True, "rise_s": 1.0, "idle_s": 4.0, "cool_down_s": 2.0, "max_queue_s": 0.2}
+        changes = {
+            "ray.mode": "existing",
+            "ray.address": address,
+            "experts.actors": 2,
+            "experts.max_actors": 3,
+            "router.max_sessions": 1,
+            **{f"experts.autoscale.{name}": value for name, value in policy.items()},
+        }
+        with served(config_in(tmp_path, **changes)) as service, Client(service.target, timeout_s=WAIT_S) as client:
+            with streams(client, 4):
+                wait_for_nodes(address, 4)
+                assert nodes_by_type(address) == {**least, "experts-spot": 1}, "the cheaper ones first"
+                wait_for_actors(client, 3)
+            wait_for_actors(client, 2)
+            wait_for_nodes(address, 3)
+            assert nodes_by_type(address) == least
+            entries = client.ledger().entries
+            assert [entry.kind for entry in entries] == ["scale_up", "scale_down"], "its groups went first: nobody died"
+            assert sum(entry.requests_failed for entry in entries) == 0
+
+
 def pod_ends(client: Client) -> None:
-    """Kubernetes ends an expert pod: it runs the preStop hook there first, and waits for it."""
+    """Kubernetes ends an expert pod: it runs the preStop hook there first, and waits for it within the grace period."""
     node = next(actor.node for actor in client.status().actors if actor.role == "expert")
     here = os.path.dirname(sys.executable)
     environment = os.environ | {"NODE_NAME": node, "MOE_CLUSTER_TARGET": client.target, "DRAIN_LOG": os.devnull}
     environment["PATH"] = f"{here}:{environment['PATH']}"
     hook = [str(K8S / "hooks" / "drain.sh")]
-    subprocess.run(hook, env=environment | {"DRAIN_TIMEOUT_S": "120"}, check=True, timeout=150)
+    subprocess.run(hook, env=environment | {"DRAIN_TIMEOUT_S": str(DRAIN_S)}, check=True, timeout=DRAIN_S + 30)
     assert not any(actor.node == node for actor in client.status().actors)
 
 

@@ -1,13 +1,16 @@
-"""Manifests against schemas: the built-in kinds by `core.yaml`, Ray's by the CRD files that KubeRay ships."""
+"""Manifests against schemas: the built-in kinds by `core.yaml` and kubernetes-validate, Ray's by the CRD files that
+KubeRay ships."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
@@ -39,6 +42,24 @@ def core_schemas() -> dict[str, dict[str, Any]]:
         kind: {**schema, "unevaluatedProperties": False, "$defs": values["$defs"]}
         for kind, schema in values["kinds"].items()
     }
+
+
+def api_violations(manifest: Manifest, version: str) -> list[str]:
+    """As `kubernetes-validate --strict` of a manifest, by the API's own schemas; skips where it is not installed."""
+    pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed (extra `test`)")
+    return list(_api_violations(json.dumps(manifest), version))
+
+
+@cache
+def _api_violations(text: str, version: str) -> tuple[str, ...]:
+    """Most manifests are in all overlays alike, and the schemas are read anew each time."""
+    import kubernetes_validate
+
+    try:
+        kubernetes_validate.validate(json.loads(text), version, strict=True)
+    except kubernetes_validate.ValidationError as error:
+        return (f"{'.'.join(map(str, error.path))}: {error.message[:300]}",)
+    return ()
 
 
 # --- Ray's kinds ---------------------------------------------------------------------------------------------------

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.load import DRAIN_S
 from tests.manifests.agreement import AGREEMENT_RULES
 from tests.manifests.kustomize import (
     COMPONENTS,
     OVERLAYS,
     Manifest,
+    env,
     find_kubectl,
     overlay,
+    pods,
     ray_cluster,
     with_components,
 )
@@ -21,6 +24,7 @@ from tests.manifests.pod_rules import POD_RULES
 from tests.manifests.schema import (
     CRDS_VARIABLE,
     RAY_KIND,
+    api_violations,
     borrowed,
     core_schemas,
     find_crds,
@@ -35,6 +39,8 @@ needs_crds = pytest.mark.skipif(
     find_crds() is None,
     reason=f"KubeRay's CRD files are neither in ${CRDS_VARIABLE} nor in ../shared/kuberay",
 )
+KUBERNETES = "1.30", "1.37"
+"""The oldest that k8s/README.md asks for, and the newest that it has been checked with."""
 ADDITIONS = ("redis", "s3")
 VARIANTS = (
     *((name, ()) for name in OVERLAYS),
@@ -61,6 +67,13 @@ def test_built_in_kinds_have_no_unknown_or_wrong_fields(manifests: list[Manifest
         if kind_of(manifest) != RAY_KIND:
             assert kind_of(manifest) in schemas, f"{kind_of(manifest)} is not in core.yaml"
             assert violations(manifest, schemas[kind_of(manifest)]) == [], manifest["metadata"]["name"]
+
+
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_built_in_kinds_pass_kubernetes_validate(version: str, manifests: list[Manifest]) -> None:
+    for manifest in manifests:
+        if kind_of(manifest) != RAY_KIND:
+            assert api_violations(manifest, version) == [], manifest["metadata"]["name"]
 
 
 @needs_crds
@@ -93,6 +106,11 @@ def test_it_is_as_ours_must_be(rule, manifests: list[Manifest]) -> None:
 def test_names_are_given_once(manifests: list[Manifest]) -> None:
     names = [(m["kind"], m["metadata"]["name"]) for m in manifests]
     assert len(set(names)) == len(names)
+
+
+def test_integration_tests_drain_within_the_shortest_time_that_a_pod_has() -> None:
+    boxes = [c for name in OVERLAYS for pod in pods(overlay(name)) for c in pod.containers]
+    assert min(int(env(box)["DRAIN_TIMEOUT_S"]) for box in boxes if "DRAIN_TIMEOUT_S" in env(box)) == DRAIN_S
 
 
 def test_a_second_cluster_is_another_namespace(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tests.manifests import agreement as agree
 from tests.manifests import operator_rules as operator
 from tests.manifests import pod_rules as pod
 from tests.manifests.kustomize import Manifest, find_kubectl, front, of_kind, overlay, ray_cluster
-from tests.manifests.schema import borrowed, core_schemas, find_crds, kind_of, ray_schema, violations
+from tests.manifests.schema import api_violations, borrowed, core_schemas, find_crds, kind_of, ray_schema, violations
 from tests.manifests.test_overlays import needs_crds
 
 pytestmark = pytest.mark.skipif(find_kubectl() is None, reason="kubectl is not installed, which renders the overlays")
@@ -521,6 +521,16 @@ def test_fields_of_built_in_kinds(error: str, manifests: list[Manifest]) -> None
     manifest = of_kind(manifests, kind)[0]
     _put(manifest, value, path)
     assert words in "\n".join(violations(manifest, core_schemas()[kind_of(manifest)]))
+
+
+@pytest.mark.parametrize("error", ["unknown field", "wrong type", "missing", "beyond the object"])
+def test_fields_of_built_in_kinds_by_kubernetes_validate(error: str, manifests: list[Manifest]) -> None:
+    kind, path, value, words = SCHEMA[error]
+    manifest = of_kind(manifests, kind)[0]
+    assert api_violations(manifest, "1.30") == []
+    _put(manifest, value, path)
+    (fault,) = api_violations(manifest, "1.30")
+    assert words in fault
 
 
 @needs_crds

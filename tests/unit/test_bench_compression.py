@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from actors.compress.settings import CompressionSettings
-from cluster.bench.compression import SETTINGS, UNCOMPRESSED, CompressionRow, Run, bench_compression, label, report_of
+from cluster.bench.compression import (
+    COPIES,
+    SETTINGS,
+    UNCOMPRESSED,
+    CompressionRow,
+    Run,
+    bench_compression,
+    label,
+    report_of,
+)
 from cluster.report import draw_compression
 
 INT8 = CompressionSettings("int8")
@@ -28,6 +37,17 @@ def test_two_routers_train_and_the_link_counts() -> None:
     assert abs(compressed.loss_difference) < 0.01
 
 
+def test_copies_train_and_what_hosts_send_each_other_is_counted() -> None:
+    runs = bench_compression(rounds=1, steps=2, settings=(COPIES[0], COPIES[1]))
+    plain, compressed = report_of(runs).rows
+    assert isinstance(compressed, CompressionRow)
+    assert (plain.case, compressed.case, compressed.peer) == ("copies_none", "copies_int8", "copies_none")
+    num_parameters = 2 * 16 * 3 * 64 * 64  # layers, experts, matrices
+    assert 0.9 * num_parameters < plain.value / 2 / 4 <= num_parameters, "there and back; float32"
+    assert 3 < compressed.ratio < 4.5, "an expert without tokens is not sent"
+    assert all(math.isfinite(run.heldout_loss) and run.steps == 2 for run in runs)
+
+
 def test_rows_are_means_over_the_seeds_beside_the_first_setting() -> None:
     runs = [
         Run(each, seed, steps=10, gradient_bytes=size, link_bytes=size + 100, heldout_loss=loss + seed)
@@ -43,7 +63,7 @@ def test_rows_are_means_over_the_seeds_beside_the_first_setting() -> None:
 
 
 def test_every_setting_has_its_own_name() -> None:
-    assert len({label(settings) for settings in SETTINGS}) == len(SETTINGS)
+    assert len({label(settings) for settings in (*SETTINGS, *COPIES)}) == len(SETTINGS) + len(COPIES)
     assert label(CompressionSettings("powersgd", rank=2, quantised=True)) == "powersgd_rank_2_int8"
     assert label(CompressionSettings("topk", share=0.05)) == "topk_0.05"
 
@@ -51,7 +71,7 @@ def test_every_setting_has_its_own_name() -> None:
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
     runs = [
         Run(each, 0, steps=1, gradient_bytes=1000 // (number + 1), link_bytes=1000, heldout_loss=2 + 0.01 * number)
-        for number, each in enumerate(SETTINGS)
+        for number, each in enumerate((*SETTINGS, *COPIES))
     ]
     draw_compression(tmp_path / "compression.png", report_of(runs))
     assert (tmp_path / "compression.png").stat().st_size > 10_000

@@ -64,6 +64,19 @@ def test_whoever_waits_goes_on_in_the_middle_of_backward() -> None:
     buckets.wait(0)
 
 
+def test_of_several_backwards_in_flight_all_must_have_added() -> None:
+    first, last, _, buckets = model()
+    with buckets.watching(2):
+        last(first(torch.ones(2, 4))).sum().backward()
+        assert not is_complete(buckets, 0)
+        assert not is_complete(buckets, 1)
+        last(torch.ones(2, 4)).sum().backward()
+        assert is_complete(buckets, 1)
+        assert not is_complete(buckets, 0)
+        first(torch.ones(2, 4)).sum().backward()
+        assert is_complete(buckets, 0)
+
+
 def test_a_parameter_without_a_gradient_is_complete_at_the_end() -> None:
     first, _, _, buckets = model()
     with buckets.watching():

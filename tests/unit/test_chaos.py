@@ -11,14 +11,18 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import pytest
 
 from actors.errors import InvalidInput
+from actors.expert.updates import Brake
+from actors.staleness import MAX_STALENESS
 from cluster.backend import ActorStatus, ClusterStatus
 from cluster.chaos import report
 from cluster.chaos.picture import degraded, draw_timeline, longest_wait_s
 from cluster.chaos.record import Commit, Gap, Look, Record, Request, Span, Strike, Vitals
+from cluster.chaos.run import Settings, _Disturbed
 from cluster.chaos.schedule import (
     DEFAULT_KINDS,
     KINDS,
@@ -29,10 +33,12 @@ from cluster.chaos.schedule import (
     victims,
     what_is_missing,
 )
-from cluster.chaos.service import ServiceProcess
-from cluster.commands.chaos import duration, job_config, kinds, show
+from cluster.chaos.service import ServiceProcess, counts
+from cluster.commands.chaos import JOB, duration, job_config, kinds, phases, show
 from cluster.commands.output import plain
+from cluster.configfile import find_config, load_cluster
 from cluster.control.ledger import Entry
+from cluster.fabric.workertools import brake_of
 
 
 def actor(number: int, node: str = "", state: str = "ready", role: str = "expert") -> ActorStatus:
@@ -118,6 +124,37 @@ def test_a_cluster_that_has_not_noticed_is_not_whole() -> None:
     assert what_is_missing(here, 4) == "3 of 4 expert actors"
     assert what_is_missing(replace(here, message="degraded: group 1"), 3) == "degraded: group 1"
     assert what_is_missing(replace(here, ready=False), 3) == "not ready"
+
+
+@pytest.mark.parametrize(
+    ("title", "expected"),
+    [
+        ("ray::ExpertWorker", True),
+        ("/x/ray/core/src/ray/raylet/raylet --raylet_socket_name=/tmp", True),
+        ("/usr/bin/python -m cluster.cli up", True),
+        ("ray::IDLE", False),
+        ("/x/python -m ray.scripts.scripts start --block --address 1.2.3.4:5", False),
+        ("/x/python -u /x/ray/_private/log_monitor.py --session-dir=/tmp", False),
+    ],
+)
+def test_which_processes_must_not_become_more(title: str, expected: bool) -> None:
+    assert counts(title) == expected
+
+
+def test_updates_are_slowed_through_the_environment_of_the_whole_cluster(tmp_path: Path) -> None:
+    cluster = load_cluster(find_config("local_cpu"))
+    settings = Settings(cluster, JOB, tmp_path, 1, 1, 20, 5, ("kill",), 0, 1, slow_updates_s=0.25)
+    assert brake_of(settings.environment).sleep_s == 0.25
+    assert brake_of(replace(settings, slow_updates_s=0).environment) == Brake()
+
+
+@pytest.mark.parametrize(("most", "expected"), [(0, (False, False)), (1, (True, True)), (2, (True, False))])
+def test_a_phase_may_end_after_so_many_faults(tmp_path: Path, most: int, expected: tuple[bool, bool]) -> None:
+    cluster = load_cluster(find_config("local_cpu"))
+    settings = Settings(cluster, JOB, tmp_path, 1, 1, 20, 5, ("kill",), 0, 1, max_faults=most)
+    run: Any = object.__new__(_Disturbed)
+    run._settings, run._record = settings, a_run()
+    assert (run._has_had_enough("training"), run._has_had_enough("serving")) == expected
 
 
 def test_who_took_the_place_of_a_dead_process_is_not_compared_with_it() -> None:
@@ -209,6 +246,61 @@ def test_equality_lost_work_and_requests() -> None:
     assert report.summary(Record(2))["loss_rel_diff_max"] is None
 
 
+def test_what_was_due_when_a_fault_struck() -> None:
+    waits = [Span(0.0, 1.0), Span(1.0, 2.0), Span(2.0, 5.0)]
+    assert report.longest_due_s(waits, 0.4) == pytest.approx(1.0), "the one after it is longer"
+    assert report.longest_due_s(waits, 1.4) == pytest.approx(3.0), "what was due came, what was next did not"
+    assert report.longest_due_s(waits, 2.5) == pytest.approx(2.5)
+    assert report.longest_due_s(waits, 9.0) is None
+
+
+def test_the_next_step_and_the_next_token_of_each_request_that_a_fault_found_open() -> None:
+    record = Record(2, commits=commits(1.0, 2.0, 5.5, 6.0), spans={"training": Span(0.0, 6.0)})
+    record.strikes = [Strike(1, "training", "kill", "expert-0", 2.5, 0.0, 5.0)]
+    record.gaps = [Gap("training", 2.4, 2.6, 0), Gap("training", 2.6, 3.4, 0), Gap("training", 2.0, 4.5, 1)]
+    record.gaps += [Gap("training", 3.0, 9.0, 2), Gap("serving", 2.0, 9.0, 0)]
+    found = report.summary(record)
+    assert found["next_step_s"]["kill"] == pytest.approx({"n": 1, "median": 3.0, "max": 3.0})
+    assert found["next_token_s"]["kill"] == pytest.approx({"n": 2, "median": 1.4, "max": 2.0}), "stream 2 began later"
+    record.strikes = [replace(record.strikes[0], phase="serving")]
+    assert report.summary(record)["next_step_s"] == {}
+
+
+def test_a_bound_that_is_broken_and_updates_that_are_in_no_weights() -> None:
+    record = Record(2, staleness=4, commits=commits(1.0, 2.0, 3.0))
+    record.commits = [replace(commit, staleness=most) for commit, most in zip(record.commits, (0, 4, 1), strict=True)]
+    record.updates_made = 3
+    assert report.problems(record) == []
+    assert report.summary(record)["staleness"]["max"] == 4
+    record.commits[1] = replace(record.commits[1], staleness=5, merged=2)
+    assert report.summary(record)["staleness"] == {
+        "bound": 4,
+        "max": 5,
+        "mean_of_max": 2.0,
+        "steps_beyond": 1,
+        "merged_updates": 2,
+    }
+    assert report.problems(record) == ["1 steps were computed on experts that missed up to 5 updates, 4 are allowed"]
+    record.commits[1] = replace(record.commits[1], staleness=4)
+    record.updates_made = 1
+    assert report.problems(record) == ["2 updates are in no weights, and the ledger has 0 as lost"]
+    record.ledger = (Entry(1, "actor_death", "expert-0", 2.0, updates_lost=2),)
+    assert report.problems(record) == []
+    assert report.summary(record)["updates_missing"] == 2
+
+
+def test_losses_of_an_asynchronous_job_are_compared_and_need_not_be_equal() -> None:
+    record = Record(2, dtype="float64", commits=commits(1.0, 2.0), undisturbed_losses=(3.0, 3.1))
+    found = report.summary(record)
+    assert found["losses_must_be_equal"]
+    assert any("losses differ" in problem for problem in found["problems"])
+    found = report.summary(replace(record, staleness=4))
+    assert not found["losses_must_be_equal"]
+    assert found["problems"] == []
+    assert found["loss_rel_diff_max"] == pytest.approx(0.1 / 3.1)
+    assert found["loss_rel_diff_mean"] == pytest.approx(3.0 / 3.1 - 1)
+
+
 def test_leaks() -> None:
     record = a_run()
     found = report.leaks(record)
@@ -297,6 +389,20 @@ def test_kinds_of_the_command_line() -> None:
     assert kinds(",".join(KINDS)) == KINDS
     with pytest.raises(argparse.ArgumentTypeError):
         kinds("kill,flood")
+
+
+def test_phases_of_the_command_line() -> None:
+    assert phases("serving") == ("serving",)
+    assert phases("serving,training") == ("training", "serving")
+    with pytest.raises(argparse.ArgumentTypeError):
+        phases("resting")
+
+
+def test_a_staleness_of_the_command_line_is_the_jobs() -> None:
+    assert job_config(None, 4).optimizer.staleness == 4
+    assert job_config("demo", 0).optimizer.staleness == 0
+    with pytest.raises(InvalidInput, match=rf"optimizer\.staleness: is outside 0 to {MAX_STALENESS} \(got -1\)"):
+        job_config(None, -1)
 
 
 def test_a_job_of_ones_own_does_not_depend_on_its_length() -> None:

@@ -327,7 +327,7 @@ def test_a_manifest_that_cannot_be_is_refused_even_with_the_right_checksum(chang
 def test_a_checkpoint_of_another_model_is_refused_by_field(url: str) -> None:
     manifest = save(url, 1).manifest
     manifest.check_model(dict(MODEL))
-    with pytest.raises(InvalidInput, match=r"model\.num_experts: the checkpoint has 8, the model has 16"):
+    with pytest.raises(InvalidInput, match=r"model\.num_experts: the checkpoint has 8, the model has 16; load it into"):
         manifest.check_model({**MODEL, "num_experts": 16})
     with pytest.raises(InvalidInput, match=r"model\.gate: the checkpoint has none, the model has 'x'"):
         manifest.check_model({**MODEL, "gate": "x"})

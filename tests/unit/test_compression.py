@@ -249,6 +249,7 @@ def test_how_many_times_fewer_bytes(settings: CompressionSettings, least: float)
         ({"share": 1.5}, "share"),
         ({"share": math.nan}, "share"),
         ({"quantised": "yes"}, "quantised"),
+        ({"copies": 1}, "copies"),
     ],
 )
 def test_bad_settings_are_refused(values: dict[str, Any], field: str) -> None:

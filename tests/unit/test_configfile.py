@@ -272,6 +272,7 @@ CLUSTER_FAULTS = {
         "4",
         "use 5 or more",
     ),
+    "in_flight": (MODEL + "router: {in_flight: 9}", "router.in_flight", "9", "from 1 to 8"),
     "timeout": (MODEL + "router: {request_timeout_s: 0}", "router.request_timeout_s", "0.0", "above 0"),
     "text for a list": (MODEL + "storage: {import_roots: /a}", "storage.import_roots", "'/a'", "a list"),
     "in a list": (MODEL + "storage: {import_roots: [1]}", "storage.import_roots[0]", "1", "a text"),

@@ -125,7 +125,9 @@ def test_one_that_only_seems_dead_is_not_waited_for_long(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("count", [0, 4])
 def test_numbers_that_cannot_be(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    with pytest.raises(InvalidInput, match=r"1 to router\.max_actors 3"):
+    with pytest.raises(
+        InvalidInput, match=rf"routers: is outside 1 to router\.max_actors 3 \(got {count}\); use 1 to 3"
+    ):
         of(Cast(), monkeypatch).scale(count, "r")
 
 

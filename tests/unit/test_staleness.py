@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -37,7 +39,9 @@ def test_bounds_that_a_job_may_have(value: int) -> None:
 
 @pytest.mark.parametrize("value", [-1, MAX_STALENESS + 1, 10**12, 1.0, True, None, "4"])
 def test_other_bounds_are_refused_by_value(value: object) -> None:
-    with pytest.raises(InvalidInput, match=r"optimizer\.staleness"):
+    given = "" if value is None else rf" \(got {re.escape(repr(value))}\)"
+    text = rf"optimizer\.staleness: is no number of steps that experts may be behind{given}; use 0 to {MAX_STALENESS}"
+    with pytest.raises(InvalidInput, match=text):
         check_staleness(value)
 
 
@@ -53,7 +57,8 @@ def test_several_steps_become_one() -> None:
 
 @pytest.mark.parametrize("staleness", [-1, MAX_STALENESS + 1])
 def test_a_job_with_another_bound_is_refused(staleness: int) -> None:
-    with pytest.raises(ConfigError, match=r"job: optimizer\.staleness"):
+    text = rf"job: optimizer\.staleness: is outside 0 to {MAX_STALENESS} \(got {staleness}\); use a number from 0 to"
+    with pytest.raises(ConfigError, match=text):
         validate_job(JobConfig(optimizer=OptimizerConfig(staleness=staleness)), "job")
 
 

@@ -46,6 +46,7 @@ def _cluster(status: ClusterStatus) -> Iterator[Metric]:
     yield _gauge("expert_groups", "Expert groups of the model.", num_groups)
     yield _gauge("expert_groups_lost", "Expert groups that nobody holds.", num_groups - len(status.owners))
     yield _gauge("expert_groups_single", "Expert groups that one actor holds, and no other.", scarce)
+    yield _gauge("pins", "Versions that are kept for requests.", len(status.pins))
     jobs = GaugeMetricFamily("moe_cluster_jobs", "Jobs by state.", labels=["state"])
     for state, number in status.jobs.items():
         jobs.add_metric([state], number)
@@ -57,6 +58,9 @@ def _actors(status: ClusterStatus) -> Iterator[Metric]:
     ready = GaugeMetricFamily("moe_cluster_actor_ready", "Whether the actor answers.", labels=labels)
     memory = GaugeMetricFamily(
         "moe_cluster_actor_memory_bytes", "Parameters, gradients and optimizer state.", labels=[*labels, "device"]
+    )
+    pinned = GaugeMetricFamily(
+        "moe_cluster_actor_pinned_bytes", "Beside its memory, for pinned versions alone.", labels=labels
     )
     version = GaugeMetricFamily("moe_cluster_actor_version", "Committed steps in its weights.", labels=labels)
     staleness = GaugeMetricFamily(
@@ -73,6 +77,7 @@ def _actors(status: ClusterStatus) -> Iterator[Metric]:
         names = [actor.id, actor.role, actor.node]
         ready.add_metric(names, float(actor.state == "ready"))
         memory.add_metric([*names, actor.device], actor.memory_bytes)
+        pinned.add_metric(names, actor.pinned_bytes)
         version.add_metric(names, actor.version)
         staleness.add_metric(names, max(0, status.version - actor.version))
         if actor.role == "expert":
@@ -82,7 +87,7 @@ def _actors(status: ClusterStatus) -> Iterator[Metric]:
         else:
             waiting.add_metric(names, actor.num_waiting)
             queue.add_metric(names, actor.queue_s)
-    yield from (ready, memory, version, staleness, groups, tokens, merged, waiting, queue)
+    yield from (ready, memory, pinned, version, staleness, groups, tokens, merged, waiting, queue)
 
 
 def _links(status: ClusterStatus) -> Iterator[Metric]:

@@ -211,16 +211,18 @@ class BalanceSettings(_message.Message):
     def __init__(self, entropy: _Optional[float] = ..., frequency: _Optional[float] = ..., sequence: _Optional[float] = ..., bias_speed: _Optional[float] = ..., bias_share: _Optional[float] = ...) -> None: ...
 
 class CompressionSettings(_message.Message):
-    __slots__ = ("method", "rank", "share", "quantised")
+    __slots__ = ("method", "rank", "share", "quantised", "copies")
     METHOD_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     SHARE_FIELD_NUMBER: _ClassVar[int]
     QUANTISED_FIELD_NUMBER: _ClassVar[int]
+    COPIES_FIELD_NUMBER: _ClassVar[int]
     method: CompressionMethod
     rank: int
     share: float
     quantised: bool
-    def __init__(self, method: _Optional[_Union[CompressionMethod, str]] = ..., rank: _Optional[int] = ..., share: _Optional[float] = ..., quantised: _Optional[bool] = ...) -> None: ...
+    copies: bool
+    def __init__(self, method: _Optional[_Union[CompressionMethod, str]] = ..., rank: _Optional[int] = ..., share: _Optional[float] = ..., quantised: _Optional[bool] = ..., copies: _Optional[bool] = ...) -> None: ...
 
 class Job(_message.Message):
     __slots__ = ("id", "request_id", "config", "state", "step", "create_time", "start_time", "end_time", "error", "last_event")

@@ -1,0 +1,174 @@
+"""Passes of several micro-batches in flight: while the tokens of one are with the experts, the router computes another.
+
+transformers' forward and autograd's backward cannot be left in the middle, so every pass in flight has a thread. Only
+one computes at a time, who holds the baton, and it goes on only where a dispatcher would wait, once a layer and
+direction, always to the next slot in a fixed order. So everything happens in an order that does not depend on timing:
+gradients are added up micro-batch by micro-batch, as if there were no others in flight.
+
+Links are used by who holds the baton alone. An answer is awaited when the baton is back, after all others have had
+their turn.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+
+from actors.errors import StepAborted
+from actors.trunk.shared import nothing
+
+if TYPE_CHECKING:
+    from actors.router.dispatcher import Dispatcher
+
+LOOK_S = 1.0
+
+
+class Baton:
+    """Goes round among slots 0 to n - 1. Every wait ends since the holder's does: its questions have deadlines."""
+
+    def __init__(self, num_slots: int) -> None:
+        self._lock = threading.Lock()
+        self._turns = [threading.Condition(self._lock) for _ in range(num_slots)]
+        self._holder = 0
+        self._staying = set(range(num_slots))
+        self._alone: int | None = None
+        """Whose section it is that only one may be in."""
+        self._queueing: set[int] = set()
+        """For that section."""
+        self.error: BaseException | None = None
+        """What ended the first of those that failed."""
+
+    def take(self, slot: int) -> None:
+        """The first turn of a slot. Like all waits here: `StepAborted` once another slot has failed."""
+        with self._lock:
+            self._wait(slot)
+
+    def pass_on(self) -> None:
+        """By the holder, until it is its turn again."""
+        with self._lock:
+            slot = self._holder
+            self._give()
+            self._wait(slot)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """A section in which one slot may be, turns included; others that want to enter it let their turns pass."""
+        with self._lock:
+            slot = self._holder
+            self._queueing.add(slot)
+            if self._alone is not None:
+                self._give()
+                self._wait(slot)
+            self._queueing.discard(slot)
+            self._alone = slot
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._alone = None
+
+    def leave(self, slot: int, error: BaseException | None = None) -> None:
+        """It has no more turn. After an error nobody has."""
+        with self._lock:
+            self._staying.discard(slot)
+            self.error = self.error or error
+            if self.error is not None:
+                for turn in self._turns:
+                    turn.notify_all()
+            elif self._holder == slot:
+                self._give()
+
+    def _may_go(self, slot: int) -> bool:
+        return slot in self._staying and (slot not in self._queueing or self._alone is None)
+
+    def _give(self) -> None:
+        num_slots = len(self._turns)
+        following = [(self._holder + step) % num_slots for step in range(1, num_slots + 1)]
+        if (slot := next((s for s in following if self._may_go(s)), None)) is not None:
+            self._holder = slot
+            self._turns[slot].notify_all()
+
+    def _wait(self, slot: int) -> None:
+        while self._holder != slot and self.error is None:
+            self._turns[slot].wait(LOOK_S)
+        if self.error is not None:
+            raise StepAborted(f"another micro-batch in flight has failed: {self.error}")
+
+
+class Flight:
+    """One run of passes through a dispatcher, at most `num_slots` of them at once.
+
+    `backward_alone`: autograd has one thread for all backwards of a CUDA device, so there only one of them can be under
+    way, beside forwards of others. On the CPU each runs in the thread of its pass.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, num_slots: int, *, backward_alone: bool = False) -> None:
+        self._dispatcher, self._num_slots = dispatcher, num_slots
+        self._baton = Baton(num_slots)
+        self._backward_alone = backward_alone and num_slots > 1
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Around the backward of a pass."""
+        current = self._dispatcher.current
+        with self._baton.alone() if self._backward_alone else nullcontext():
+            self._dispatcher.current = current
+            yield
+
+    def run(self, passes: Iterable[Callable[[], None]]) -> None:
+        """All of them; a slot that is done with one takes the next. The first error ends all, and is raised when every
+        thread has ended: within the deadline of the question that is awaited, if one is."""
+        todo = iter(passes)
+        scene = _stream_of_this_thread()
+        others = [
+            threading.Thread(target=self._fly, args=(slot, todo, scene), name=f"in-flight-{slot}", daemon=True)
+            for slot in range(1, self._num_slots)
+        ]
+        self._dispatcher.while_away = self._while_away if others else nothing
+        started: list[threading.Thread] = []
+        try:
+            for thread in others:
+                thread.start()
+                started.append(thread)
+            self._fly(0, todo, nullcontext)
+        except BaseException as error:
+            self._baton.leave(0, error)
+            raise
+        finally:
+            for thread in started:
+                while thread.is_alive():
+                    thread.join(LOOK_S)
+            self._dispatcher.while_away = nothing
+        if self._baton.error is not None:
+            raise self._baton.error
+
+    def _fly(
+        self, slot: int, todo: Iterator[Callable[[], None]], scene: Callable[[], AbstractContextManager[object]]
+    ) -> None:
+        failure: BaseException | None = None
+        try:
+            with scene():
+                self._baton.take(slot)
+                for one in todo:  # whose turn it is takes the next
+                    one()
+        except BaseException as error:  # raised by `run`
+            failure = error
+        self._baton.leave(slot, failure)
+
+    def _while_away(self) -> None:
+        # Backward may run in a thread of autograd's: who holds the baton is known by what is computed, not by threads.
+        current = self._dispatcher.current
+        self._baton.pass_on()
+        self._dispatcher.current = current
+
+
+def _stream_of_this_thread() -> Callable[[], AbstractContextManager[object]]:
+    """Makes another thread use the same CUDA stream, where there is one."""
+    if not torch.cuda.is_initialized():
+        return nullcontext
+    stream = torch.cuda.current_stream()
+    return lambda: torch.cuda.stream(stream)

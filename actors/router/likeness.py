@@ -1,0 +1,53 @@
+"""Routers that are to make one model: what of their configs must be the same.
+
+Tensors tell of another width when they are taken over; a gate's temperature, a rope's base or a dtype would not, and
+such a router would compute another model with the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from actors.errors import InvalidInput
+from actors.moe.settings import GateSettings
+from actors.trunk.model import EXPERT_COUNTS, GATE_PARTS, ModelSource
+
+Facts = Mapping[str, Any]
+"""Path in a cluster's config -> value."""
+_ABOUT_FILES = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"})
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def facts_of(source: ModelSource, gate: GateSettings) -> dict[str, Any]:
+    """Without the number of experts and what goes with it: a model may have grown since."""
+    left_out = {*EXPERT_COUNTS, *GATE_PARTS, *_ABOUT_FILES}
+    facts: dict[str, Any] = {"router.dtype": source.dtype}
+    facts |= {f"model.gate.{name}": value for name, value in asdict(gate).items()}
+    for name, value in _leaves(source.config().to_dict()):
+        if name.rpartition(".")[2] not in left_out:
+            facts[f"model.values.{name}"] = value
+    return facts
+
+
+def check_alike(mine: Facts, leaders: Facts) -> None:
+    """`InvalidInput` that names the first value in which this router is not as the one that leads."""
+    for field in [*leaders, *(field for field in mine if field not in leaders)]:
+        if mine.get(field) != leaders.get(field):
+            raise InvalidInput(
+                f"the router that leads has {leaders.get(field)!r}",
+                field=field,
+                value=mine.get(field),
+                remedy="start both with one config",
+            )
+
+
+def _leaves(values: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found += _leaves(value, f"{path}{name}.")
+        elif isinstance(value, _PLAIN):
+            found.append((f"{path}{name}", value))
+    return found
