@@ -294,16 +294,28 @@ def can_capture(device: torch.device) -> bool:
 
 @contextmanager
 def _instead_of_experts(model: PreTrainedModel, function: Callable[..., Tensor]) -> Iterator[None]:
-    """Inside, MoE layers call `function(layer, module, x_TD, ids_TK, weights_TK)` for their experts."""
+    """Inside, MoE layers call `function(layer, module, x_TD, ids_TK, weights_TK)` for their experts. What they could do
+    meanwhile they do afterwards."""
     modules = [module for module in model.modules() if is_experts(module)]
     before = [module.__dict__["remote"] for module in modules]
     try:
         for layer, module in enumerate(modules):
-            module.__dict__["remote"] = partial(function, layer, module)
+            module.__dict__["remote"] = partial(_without_meanwhile, partial(function, layer, module))
         yield
     finally:
         for module, remote in zip(modules, before, strict=True):
             module.__dict__["remote"] = remote
+
+
+def _without_meanwhile(
+    function: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    meanwhile: object = None,
+    /,
+) -> Tensor:
+    return function(x_TD, ids_TK, weights_TK)
 
 
 def _places(model: PreTrainedModel) -> list[int]:
