@@ -114,7 +114,8 @@ class CapturedStep:
         self._parts = parts
         self._model = weakref.ref(model)
         self._slots, self._generation = slots, slots.generation
-        self._places = _places(model)
+        self._tensors = [*model.parameters(), *model.buffers()]
+        self._places = _places(self._tensors)
         self._standing = standing
         self._input_2B = torch.zeros(2, num_rows, dtype=torch.int64, device=device)
         self._graphs: list[torch.cuda.CUDAGraph] = []
@@ -133,7 +134,7 @@ class CapturedStep:
 
     def is_of(self, model: PreTrainedModel, slots: Slots) -> bool:
         """Whether trunk and caches are still where they were."""
-        return self._model() is model and slots.generation == self._generation and _places(model) == self._places
+        return self._model() is model and slots.generation == self._generation and _places(self._tensors) == self._places
 
     def has(self, standing: Standing | None) -> bool:
         """Whether the experts are, too."""
@@ -318,9 +319,9 @@ def _without_meanwhile(
     return function(x_TD, ids_TK, weights_TK)
 
 
-def _places(model: PreTrainedModel) -> list[int]:
+def _places(tensors: Sequence[Tensor]) -> list[int]:
     """Where the trunk's weights are."""
-    return [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
+    return [tensor.data_ptr() for tensor in tensors]
 
 
 def _power_of_2(number: int, least: int = 1) -> int:
