@@ -134,7 +134,9 @@ class CapturedStep:
 
     def is_of(self, model: PreTrainedModel, slots: Slots) -> bool:
         """Whether trunk and caches are still where they were."""
-        return self._model() is model and slots.generation == self._generation and _places(self._tensors) == self._places
+        return (
+            self._model() is model and slots.generation == self._generation and _places(self._tensors) == self._places
+        )
 
     def has(self, standing: Standing | None) -> bool:
         """Whether the experts are, too."""
