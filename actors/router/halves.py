@@ -34,7 +34,7 @@ def routed(
     try:
         ticket = _Send.apply(x_TD, topk_weights_TK, topk_ids_TK, away)
         meanwhile()
-    except BaseException:  # of `meanwhile`; or of activation checkpointing, which ends a second forward when it can
+    except BaseException:  # of `meanwhile`, whatever it is: activation checkpointing ends forwards by one, too
         away.drop()
         raise
     y_TD: Tensor = _Receive.apply(ticket, away)

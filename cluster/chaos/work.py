@@ -35,6 +35,8 @@ class Watched:
 
     def __init__(self, client: Client, job: Job, record: Record) -> None:
         self._client, self.job, self._record = client, job, record
+        self._committed_s: dict[int, float] = {}
+        """Step -> when it was committed last."""
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._thread.start()
 
@@ -61,7 +63,9 @@ class Watched:
             self._record.problems.append(f"the job's events broke off: {error}")
 
     def _see(self, event: JobEvent) -> None:
-        if event.kind == "step":
+        if event.kind == "step" and event.time_s > self._committed_s.get(event.step, 0.0):
+            # A coordinator that comes back tells the last steps again, with the times at which the router had them.
+            self._committed_s[event.step] = event.time_s
             m = event.metrics
             self._record.commits.append(
                 Commit(

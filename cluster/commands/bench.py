@@ -138,7 +138,10 @@ BENCHES = {
         "a small message to an expert actor and back, against a Ray actor call", _on_a_cluster("dispatch")
     ),
     "links": Bench("a message over an encrypted link between hosts, against the same in the clear", _alone("links")),
-    "train": Bench("training tokens a second, against plain transformers in one process", _on_a_cluster("train")),
+    "train": Bench(
+        "training tokens a second, against plain transformers in one process; and with several micro-batches in flight",
+        _on_a_cluster("train"),
+    ),
     "serve": Bench(
         "training beside 4 light streams, of the newest version and of a pinned one, against training alone",
         _on_a_cluster("serve"),

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
+import yaml
 
 from actors.errors import MoeClusterError
 from cluster.backend import JobEvent, JobState
 from cluster.bench.metrics import (
+    DEPLOYED_EVERY_S,
     PHASE_S,
     TOKENS_A_STEP,
     CostRow,
@@ -27,6 +29,7 @@ from cluster.bench.metrics import (
 from cluster.bench.result import Report
 from cluster.commands.bench import TABLES
 from cluster.errors import Unavailable
+from tests.contract.test_metrics import MONITORING
 from tests.fakes.backend import MemoryBackend
 from tests.fakes.front import WAIT_S
 
@@ -77,10 +80,13 @@ def test_the_rows_are_medians_with_their_intervals(capsys: pytest.CaptureFixture
     assert isinstance(cost, CostRow)
     assert (cost.cost_ratio, cost.low_ratio, cost.high_ratio) == pytest.approx((0.005, 0.005, 0.01))
     assert cost.ratio == pytest.approx(0.995)
+    deployed = rows["metrics_cpu_15_s"]
+    assert isinstance(deployed, CostRow)
+    assert deployed.cost_ratio == pytest.approx(0.005 / 15)
     assert rows["scrape_cpu"].value == pytest.approx(10.0)
     assert rows["scrape_time"].value == pytest.approx(20.0)
     TABLES["metrics"](Report("metrics", list(rows.values())))
-    assert "0.50 to 1.00 %" in capsys.readouterr().out
+    assert "0.50 to 1.00" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -90,6 +96,12 @@ def test_the_rows_are_medians_with_their_intervals(capsys: pytest.CaptureFixture
 def test_the_interval_of_a_median(count: int, first: int) -> None:
     values = [float(value) for value in reversed(range(count))]
     assert median_interval(values) == (first, count - 1 - first)
+
+
+def test_prometheus_is_told_to_scrape_as_often_as_is_reckoned_with() -> None:
+    monitor = yaml.safe_load((MONITORING / "podmonitor.yaml").read_text())
+    (endpoint_of_front,) = monitor["spec"]["podMetricsEndpoints"]
+    assert endpoint_of_front["interval"] == f"{DEPLOYED_EVERY_S:.0f}s"
 
 
 def test_the_coordinator_must_be_seen() -> None:

@@ -136,3 +136,23 @@ def test_serving_goes_around_an_actor_that_is_lost_between_the_halves(source: Mo
         assert len(struck) == 1
         assert len(armed) == 1, "what others compute anew is no reason to compute shared experts again"
         assert dispatcher.lost == {"expert-1"}
+
+
+def test_answers_are_dropped_after_an_error_between_the_halves(source: ModelSource) -> None:
+    ids, broken = BATCHES[0][0], list[bool]()
+
+    def may_break(*args: object) -> None:
+        if broken:
+            raise RuntimeError("out of memory, say")
+
+    with cluster(source, 2, links="socket") as local:
+        expected = local.router.serving.logits(ids)
+        block = local.router.learner.view.model.layers[-1].mlp
+        block.shared_experts.down_proj.register_forward_pre_hook(may_break)
+        broken.append(True)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            local.router.serving.logits(ids)
+        broken.clear()
+        links = local.router._serving.links.values()
+        assert not any(link._waiting or link._early for link in links)
+        assert torch.equal(local.router.serving.logits(ids), expected)

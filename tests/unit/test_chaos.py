@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ import pytest
 from actors.errors import InvalidInput
 from actors.expert.updates import Brake
 from actors.staleness import MAX_STALENESS
-from cluster.backend import ActorStatus, ClusterStatus
+from cluster.backend import ActorStatus, ClusterStatus, Job, JobEvent, JobState
 from cluster.chaos import report
 from cluster.chaos.picture import degraded, draw_timeline, longest_wait_s
 from cluster.chaos.record import Commit, Gap, Look, Record, Request, Span, Strike, Vitals
@@ -34,6 +35,7 @@ from cluster.chaos.schedule import (
     what_is_missing,
 )
 from cluster.chaos.service import ServiceProcess, counts
+from cluster.chaos.work import Watched
 from cluster.commands.chaos import JOB, duration, job_config, kinds, phases, show
 from cluster.commands.output import plain
 from cluster.configfile import find_config, load_cluster
@@ -155,6 +157,19 @@ def test_a_phase_may_end_after_so_many_faults(tmp_path: Path, most: int, expecte
     run: Any = object.__new__(_Disturbed)
     run._settings, run._record = settings, a_run()
     assert (run._has_had_enough("training"), run._has_had_enough("serving")) == expected
+
+
+def test_a_step_that_is_told_again_is_not_one_that_was_run_again() -> None:
+    def event(step: int, time_s: float) -> JobEvent:
+        return JobEvent(1, time_s, "step", JobState.RUNNING, step, {"loss": 3.0, "tokens": 8.0, "staleness_max": 2.0})
+
+    told = [event(1, 10.0), event(2, 11.0), event(1, 9.9), event(2, 10.9), event(3, 15.0), event(2, 20.0)]
+    client: Any = SimpleNamespace(watch_job=lambda job: (each for each in told))
+    record = Record(2)
+    Watched(client, Job("job-1", "", JOB, JobState.RUNNING, 0, 1.0), record)._thread.join(10)
+    assert [(commit.step, commit.time_s) for commit in record.commits] == [(1, 10), (2, 11), (3, 15), (2, 20)]
+    assert report.summary(record)["steps_replayed"] == 1
+    assert report.summary(record)["staleness"]["max"] == 2
 
 
 def test_who_took_the_place_of_a_dead_process_is_not_compared_with_it() -> None:
