@@ -111,6 +111,12 @@ class RouterConfig:
     """How often one batch is run again after an aborted step before the job fails."""
     max_sessions: int = 16
     """Generate streams that decode at the same time; more wait their turn."""
+    decode_batch: int = 0
+    """Generate streams of one version that share each forward; 1: they decode in turns, and a stream's tokens are the
+    same to the last bit whatever else runs. 0: 32 on a GPU, 1 on a CPU. No more than max_sessions."""
+    captured: Literal["auto", "on", "off"] = "auto"
+    """On a GPU, whether the step of streams that share a forward is captured in CUDA graphs. auto: where the model
+    allows it; on: or it is an error."""
     max_pins: int = 2
     """Versions that may be kept beside the newest: each takes up to another copy of all weights. 0: none."""
 

@@ -24,6 +24,7 @@ from cluster.errors import ConfigError
 
 _PATH, _STDLIB = "path:", "builtin:python-stdlib"
 MAX_STEPS = 10**9
+MAX_DECODE_BATCH = 1024
 
 
 def validate_cluster(config: ClusterConfig, source: str) -> ClusterConfig:
@@ -51,6 +52,14 @@ def validate_cluster(config: ClusterConfig, source: str) -> ClusterConfig:
     check.above("router.request_timeout_s", config.router.request_timeout_s, 0)
     check.at_least("router.max_step_retries", config.router.max_step_retries, 0)
     check.at_least("router.max_sessions", config.router.max_sessions, 1)
+    check.within("router.decode_batch", config.router.decode_batch, 0, MAX_DECODE_BATCH)
+    check.that(
+        config.router.captured != "on" or config.router.device == "cuda",
+        "router.captured",
+        f"CUDA graphs need a GPU, and router.device is {config.router.device}",
+        config.router.captured,
+        "leave it at auto, or set router.device to cuda",
+    )
     check.at_least("router.max_pins", config.router.max_pins, 0)
 
     check.at_least("links.max_message_bytes", config.links.max_message_bytes, 1 << 16)

@@ -208,6 +208,9 @@ def cluster(
     cache: CacheSettings | None = None,
     piece_bytes: int = PIECE_BYTES,
     payload: Payload = "trunk",
+    decode_batch: int = 0,
+    max_sessions: int = 16,
+    captured: str = "auto",
     in_flight: int = 1,
 ) -> Iterator[LocalCluster]:
     """`wrap` may put a faulty link around each link as it is opened. With `heals` copies take over from the dead."""
@@ -227,6 +230,9 @@ def cluster(
         find_roster=local.without if heals else None,
         piece_bytes=piece_bytes,
         payload=payload,
+        decode_batch=decode_batch,
+        max_sessions=max_sessions,
+        captured=captured,
         in_flight=in_flight,
     )
     try:

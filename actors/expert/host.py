@@ -18,7 +18,8 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from actors.expert.residency import beside_a_cache
 from actors.expert.transaction import Transaction
 from actors.expert.updates import PendingUpdate, Updates
 from actors.moe.cache import CacheSettings
-from actors.moe.experts import Work
+from actors.moe.experts import Weights, Work
 from actors.moe.fp8 import unpacked
 from actors.optim import OptimizerSettings
 from actors.snapshots import ExpertKey, SavedState, Snapshot
@@ -204,6 +205,21 @@ class ExpertHost:
     def lane(question: Message) -> Lane:
         """Whose turn it takes, where several questions wait."""
         return "serving" if question.op == "forward" and not question.fields.get("keep") else "training"
+
+    @contextmanager
+    def in_place(self, version: int, device: torch.device) -> Iterator[Sequence[Weights] | None]:
+        """For a router of this process: the weights of every layer, which inside neither move nor change, if they are
+        whole, of this version and on that device."""
+        with self._lock:
+            settings, layers = self.holdings.settings, [stack.weights for stack in self.holdings.stacks]
+            is_here = self._cache is None and all(w.device == device for w in layers[0].values())
+            is_current = self.version == version and not settings.staleness and settings.sparse != "exact"
+            yield layers if is_here and is_current else None
+
+    def rows(self) -> dict[int, int]:
+        """Expert -> its row in the stacks. Inside `in_place`."""
+        ordinals = self.holdings.by_place(range(1, len(self.experts) + 1))
+        return {self.experts[n - 1]: row for row, n in enumerate(ordinals) if n}
 
     def idle(self) -> bool:
         """Does one piece of deferred work, between questions. False when none is left."""

@@ -156,7 +156,7 @@ def moved_share(
     """
     origin_F = torch.tensor([num_experts if source < 0 else source for source in source_F])
     ids_TK, weights_TK = after
-    known_TK = torch.where(ids_TK < 0, -1, origin_F[ids_TK.clamp_min(0).cpu()])
+    known_TK = torch.where(ids_TK < 0, -1, origin_F[ids_TK.clamp_min(0).cpu()].to(ids_TK.device))
     old_TE = _dense(*before, num_experts + 1)
     new_TE = _dense(known_TK, weights_TK, num_experts + 1)
     return float(0.5 * (new_TE - old_TE).abs().sum() / old_TE.abs().sum().clamp_min(1e-30))

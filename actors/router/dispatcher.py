@@ -205,6 +205,11 @@ class Dispatcher:
         return [] if self._reroutes else gone
 
     @property
+    def num_experts(self) -> int:
+        """Of every layer."""
+        return self._num_experts
+
+    @property
     def lost(self) -> frozenset[str]:
         """Actors that are rerouted around."""
         return frozenset(self._lost)

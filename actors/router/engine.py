@@ -1,74 +1,61 @@
-"""Decoding: sampling and the sessions that stream tokens from a trunk, one step of one session at a time."""
+"""Decoding: the sessions that stream tokens from a trunk, in turns or together."""
 
 from __future__ import annotations
 
-import hashlib
 import inspect
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from actors.errors import InvalidInput
-from actors.moe.gating import GatePast
+from actors.router.batch import Batch, DecodeLoop, Forward, Stream, plain_forward
+from actors.router.sampling import choose, generator_at
+from actors.router.served import Served
+from actors.router.slots import Layout, Slots, layout_of
 from actors.values import Sampling, TokenEvent
 
+logger = logging.getLogger(__name__)
 
-def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One token id. Ties of the greedy choice go to the lowest id."""
-    if sampling.temperature == 0:
-        return int(logits_V.argmax())
-    probs_V = torch.softmax(logits_V.float().cpu() / sampling.temperature, dim=-1)
-    if sampling.top_p < 1:
-        sorted_V, order_V = probs_V.sort(descending=True, stable=True)
-        outside_V = sorted_V.cumsum(0) - sorted_V >= sampling.top_p
-        probs_V = torch.zeros_like(probs_V).scatter(0, order_V, sorted_V.masked_fill(outside_V, 0.0))
-    return int(torch.multinomial(probs_V, 1, generator=generator))
-
-
-def generator_at(seed: int, position: int) -> torch.Generator:
-    """Randomness of the token at this position of prompt and text together, and of nothing before it: a stream that
-    goes on elsewhere, from its prompt and its tokens so far, draws the same."""
-    digest = hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-
-
-Guard = Callable[[int, Sequence[GatePast] | None], AbstractContextManager[Callable[[], int]]]
-"""Entered for every forward, with its number of tokens and what the gates keep of the session; gives what tells, after
-the forward, the version that was computed with."""
-
-
-@dataclass(frozen=True)
-class Served:
-    """What forwards of requests run on: the newest version or a pinned one."""
-
-    model: Callable[[], PreTrainedModel]
-    """The view, asked for inside `guard`: a growth puts another in its place. Sessions go on then: their caches are
-    those of layers that are the same."""
-    guard: Guard
-    new_pasts: Callable[[], Sequence[GatePast] | None] = lambda: None
-    """For one session."""
+LINGER_S, LINGER_ON_GPU_S = 1.0, 60.0
+"""How long the memory of a batch without streams is kept: on a GPU with what was captured."""
 
 
 class DecodeEngine:
-    """At most `max_sessions` streams decode in turns; more wait. A stream's tokens do not depend on the other streams.
+    """At most `max_sessions` streams decode; more wait. A stream's tokens do not depend on the other streams: with a
+    `batch` of 1, where they decode in turns, to the last bit; where up to `batch` of them share each forward, but for
+    how its products round.
 
     `model`: any view of the model's family.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, max_sessions: int, max_positions: int, end_ids: Sequence[int]
+        self,
+        model: PreTrainedModel,
+        *,
+        max_sessions: int,
+        max_positions: int,
+        end_ids: Sequence[int],
+        batch: int = 1,
+        new_forward: Callable[[Served], Forward] = lambda served: plain_forward,
     ) -> None:
+        """`new_forward`: for every batch, how its steps are computed."""
         self._slots = threading.BoundedSemaphore(max_sessions)
         self._waiting_since: dict[int, float] = {}
         self._max_positions = max_positions
         self._end_ids = frozenset(end_ids)
-        self._keep_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        has_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._last_only: dict[str, Any] = {"logits_to_keep": 1} if has_keep else {}
+        self._batch, self._new_forward = min(batch, max_sessions), new_forward
+        self._layout: Layout | None = layout_of(model) if self._batch > 1 else None
+        if self._batch > 1 and self._layout is None:
+            logger.info("streams of %s decode in turns: its layers keep no plain keys", type(model).__name__)
+        on_gpu = model.get_input_embeddings().weight.device.type == "cuda"
+        self._loop = DecodeLoop(self._new_batch, linger_s=LINGER_ON_GPU_S if on_gpu else LINGER_S)
 
     def stream(
         self, served: Served, prompt: Sequence[int], sampling: Sampling, timeout_s: float
@@ -84,7 +71,10 @@ class DecodeEngine:
         if not self._take_turn(timeout_s):
             raise TimeoutError("no decode slot became free before the deadline")
         try:
-            yield from self._decode(served, prompt, sampling, budget)
+            if self._layout is None:
+                yield from self._decode(served, prompt, sampling, budget)
+            else:
+                yield from self._loop.run(Stream(served, list(prompt), sampling, budget, self._end_ids))
         finally:
             self._slots.release()
 
@@ -92,6 +82,14 @@ class DecodeEngine:
         """Streams that wait for their turn, and how long the first of them has, in seconds."""
         since = list(self._waiting_since.values())
         return len(since), time.monotonic() - min(since) if since else 0.0
+
+    def stop(self) -> None:
+        """Streams that share forwards end with an error, after the forward at hand."""
+        self._loop.stop()
+
+    def close(self) -> None:
+        """Waits until they have."""
+        self._loop.close()
 
     def _take_turn(self, timeout_s: float) -> bool:
         me = threading.get_ident()
@@ -101,14 +99,20 @@ class DecodeEngine:
         finally:
             del self._waiting_since[me]
 
+    def _new_batch(self, served: Served) -> Batch:
+        assert self._layout is not None
+        device = served.model().get_input_embeddings().weight.device
+        slots = Slots(self._layout, device, max_slots=self._batch, max_positions=self._max_positions)
+        return Batch(served, slots, self._new_forward(served), self._last_only)
+
     def _decode(self, served: Served, prompt: Sequence[int], sampling: Sampling, budget: int) -> Iterator[TokenEvent]:
+        """In turns with the other streams, a forward of its own for every token."""
         device = served.model().get_input_embeddings().weight.device
         tokens, cache, pasts = list(prompt), None, served.new_pasts()
         for number in range(budget):
             ids = torch.tensor([tokens], device=device)
-            extra = {"logits_to_keep": 1} if self._keep_last else {}
             with served.guard(len(tokens), pasts) as used_version, torch.no_grad():
-                out = served.model()(input_ids=ids, past_key_values=cache, use_cache=True, **extra)
+                out = served.model()(input_ids=ids, past_key_values=cache, use_cache=True, **self._last_only)
                 version = used_version()
             cache = out.past_key_values
             token = choose(out.logits[0, -1], sampling, generator_at(sampling.seed, len(prompt) + number))

@@ -17,8 +17,8 @@ from actors.errors import LinkError, StepAborted, VersionGone
 from actors.moe.fp8 import Payload
 from actors.moe.gating import GatePast
 from actors.router.dispatcher import Dispatcher, Peer, Purpose
-from actors.router.engine import Served
 from actors.router.learner import Learner
+from actors.router.served import Served
 from actors.trunk.model import connect
 from actors.values import Pinned, VersionChoice
 

@@ -72,6 +72,8 @@ class Router:
         timeout_s: float = 30.0,
         max_step_retries: int = 3,
         max_sessions: int = 16,
+        decode_batch: int = 0,
+        captured: str = "auto",
         find_roster: Callable[[Sequence[str]], Roster] | None = None,
         piece_bytes: int = PIECE_BYTES,
         payload: Payload = "trunk",
@@ -92,7 +94,13 @@ class Router:
         self._last_commit = LastCommit(self._training, self._reopen, timeout_s)
         self.version = self._run = 0
         self.serving = Serving(
-            self.learner, self._serving, self._last_commit, lambda: self.version, max_sessions=max_sessions
+            self.learner,
+            self._serving,
+            self._last_commit,
+            lambda: self.version,
+            max_sessions=max_sessions,
+            decode_batch=decode_batch,
+            capture=captured,
         )
         self.learner.on_new_model = self._connect
         self._connect()
@@ -694,8 +702,7 @@ class Router:
 
     def close(self) -> None:
         self._training.close()
-        self._serving.close()
-        self.serving.pins.close()
+        self.serving.close()
         self.replicas.close()
 
     def _take_over(self) -> tuple[int, int]:

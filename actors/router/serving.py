@@ -13,14 +13,23 @@ from torch import Tensor, nn
 from actors.errors import InvalidInput
 from actors.losses import token_losses
 from actors.moe.gating import GatePast
+from actors.moe.settings import MODEL_GATE
+from actors.router import captured
+from actors.router.batch import Forward, plain_forward
 from actors.router.commits import LastCommit
 from actors.router.dispatcher import Dispatcher, Purpose
-from actors.router.engine import DecodeEngine, Served
+from actors.router.engine import DecodeEngine
+from actors.router.inplace import ExpertsInPlace
 from actors.router.learner import Learner
 from actors.router.pins import PinnedModels
+from actors.router.served import Served
 from actors.router.turns import FairLock
 from actors.router.versions import VersionGate
 from actors.values import NEWEST, Sampling, TokenEvent, VersionChoice
+
+DECODE_BATCH = {"cuda": 32, "cpu": 1}
+"""Streams that share a forward, unless told."""
+_NEWEST = object()
 
 
 class Serving:
@@ -34,8 +43,11 @@ class Serving:
         version: Callable[[], int],
         *,
         max_sessions: int,
+        decode_batch: int = 0,
+        capture: str = "auto",
     ) -> None:
-        """`version`: of the trunk, now."""
+        """`version`: of the trunk, now. `decode_batch`, `capture`: see `router.decode_batch`
+        and `router.captured` of a cluster config."""
         self._learner, self._dispatcher, self._last_commit, self._version = learner, dispatcher, last_commit, version
         self._lock = FairLock()
         self._gate = VersionGate()
@@ -43,11 +55,14 @@ class Serving:
         self.vocab_size = int(text.vocab_size)
         self.max_positions = int(getattr(text, "max_position_embeddings", 1 << 20))
         self.pins = PinnedModels()
+        self._capture = capture
         self._engine = DecodeEngine(
             learner.view,
             max_sessions=max_sessions,
             max_positions=self.max_positions,
             end_ids=_end_ids(learner.skeleton.config),
+            batch=decode_batch or DECODE_BATCH[learner.device.type],
+            new_forward=self._new_forward,
         )
 
     # -- requests -----------------------------------------------------------------------------------------------------
@@ -98,11 +113,33 @@ class Serving:
         """Streams that wait for their turn, and how long the first of them has, in seconds."""
         return self._engine.queue()
 
+    def close(self) -> None:
+        self._engine.stop()
+        for link in list(self._dispatcher.links.values()):
+            link.cut()  # the step at hand may wait for an actor that is frozen
+        self._engine.close()
+        self._dispatcher.close()
+        self.pins.close()
+
     def _served(self, choice: VersionChoice) -> Served:
         if not choice.is_newest:
             return self.pins.choose(choice, self._version()).served
         guard = partial(self.reading, max_behind=choice.max_behind)
-        return Served(lambda: self._learner.view, guard, lambda: self._learner.routing.new_pasts())
+        key = (_NEWEST, choice.max_behind)
+        return Served(
+            lambda: self._learner.view, guard, lambda: self._learner.routing.new_pasts(), key, is_lasting=True
+        )
+
+    def _new_forward(self, served: Served) -> Forward:
+        """Of a batch of streams."""
+        device = self._learner.device
+        if self._capture == "off" or not captured.can_capture(device):
+            return plain_forward
+        is_newest = isinstance(served.key, tuple) and served.key[0] is _NEWEST
+        # A gate of ours looks at its scores on the host, so that no graph can hold it.
+        inside = is_newest and self._learner.routing.settings.kind == MODEL_GATE
+        experts = ExpertsInPlace(self._dispatcher, device) if inside else captured.Nowhere()
+        return captured.CapturedForward(experts, must=self._capture == "on")
 
     def _logits(self, ids_BS: Tensor, choice: VersionChoice = NEWEST) -> tuple[Tensor, int]:
         served = self._served(choice)

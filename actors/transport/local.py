@@ -20,14 +20,14 @@ class LocalLink(Link):
         """`idle` is called before each question: the peer's time for what nobody waited for after the one before. On a
         GPU of its own it does that while the router computes."""
         super().__init__(peer)
-        self._handler, self._idle = handler, idle
+        self.handler, self._idle = handler, idle
         self._name = name
         self._answers: deque[Message] = deque()
 
     def _send(self, question: Message) -> None:
         if self._idle is not None:
             self._idle()
-        self._answers.append(replace(self._handler(self._name, question), id=question.id))
+        self._answers.append(replace(self.handler(self._name, question), id=question.id))
 
     def _receive(self, deadline: float) -> Message:
         if self.closed:

@@ -121,6 +121,8 @@ class RouterWorker:
             timeout_s=self._config.router.request_timeout_s,
             max_step_retries=self._config.router.max_step_retries,
             max_sessions=self._config.router.max_sessions,
+            decode_batch=self._config.router.decode_batch,
+            captured=self._config.router.captured,
             find_roster=self._find_roster,
             piece_bytes=min(PIECE_BYTES, self._config.links.max_message_bytes // 2),
             payload=self._config.links.dispatch,

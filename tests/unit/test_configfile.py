@@ -201,6 +201,13 @@ JOB_FAULTS = {
 }
 
 CLUSTER_FAULTS = {
+    "a batch of streams without any": (
+        MODEL + "router: {decode_batch: -1}",
+        "router.decode_batch",
+        "-1",
+        "use a number from 0 to 1024",
+    ),
+    "graphs without a GPU": (MODEL + "router: {captured: on}", "router.captured", "on", "leave it at auto"),
     "no model": ("ray: {}", "model", "missing", "name a model file"),
     "unknown model": ("model: tinny", "model", "'tinny'", "shipped names: small, tiny"),
     "model of a wrong type": ("model: [1]", "model", "[1]", "a name or a mapping"),

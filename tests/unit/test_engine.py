@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from actors.router.engine import choose, generator_at
+from actors.router.sampling import choose, choose_each, generator_at
 from actors.values import Sampling, TokenEvent
 from cluster.jobs.tokenizer import ByteTokenizer
 from cluster.serving import TextStream
@@ -77,3 +77,13 @@ def test_a_token_depends_on_seed_and_position_and_not_on_the_tokens_before() -> 
     assert whole[12:] == [draw(3, position) for position in range(12, 20)]
     assert len(set(whole)) > 15, "each position has randomness of its own"
     assert whole != [draw(4, position) for position in range(20)]
+
+
+def test_each_row_of_a_batch_gets_what_it_would_get_alone() -> None:
+    logits_BV = torch.randn(5, 300, generator=torch.Generator().manual_seed(1))
+    samplings = [Sampling(temperature=[0, 0.7, 1.3][i % 3], top_p=[1.0, 0.8][i % 2], seed=i) for i in range(5)]
+    alone = [
+        choose(logits_V, sampling, generator_at(sampling.seed, 10 + row))
+        for row, (logits_V, sampling) in enumerate(zip(logits_BV, samplings, strict=True))
+    ]
+    assert choose_each(logits_BV, samplings, range(10, 15)) == alone

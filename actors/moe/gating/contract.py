@@ -20,6 +20,17 @@ class GatePast:
         self._keys_BASH: Tensor | None = None
         self._values_BASH: Tensor | None = None
 
+    @property
+    def mask(self) -> Tensor | None:
+        """bool [B, 1, 1, S]: what the one new token of each sequence looks at, where they differ in length."""
+        return None
+
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens so far, of which there are some."""
+        assert self._keys_BASH is not None
+        assert self._values_BASH is not None
+        return self._keys_BASH[:, :, : self.length], self._values_BASH[:, :, : self.length]
+
     def extend(self, keys_BASH: Tensor, values_BASH: Tensor) -> tuple[Tensor, Tensor]:
         """Appends [B, heads, S, width of a head]; returns keys and values of all tokens so far, the new ones last."""
         end = self.length + keys_BASH.shape[2]

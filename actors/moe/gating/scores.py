@@ -58,10 +58,11 @@ class ContextAttention(nn.Module):
         if context.past is not None:
             key, value = context.past.extend(key, value)
         earlier = key.shape[2] - length
-        mask_SS: Tensor | None = None
-        if earlier and length > 1:
-            mask_SS = torch.ones(length, earlier + length, dtype=torch.bool, device=x_TD.device).tril(earlier)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_SS, is_causal=not earlier)
+        mask = None if context.past is None else context.past.mask
+        if mask is None and earlier and length > 1:
+            mask = torch.ones(length, earlier + length, dtype=torch.bool, device=x_TD.device).tril(earlier)
+        is_causal = mask is None and not earlier
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal)
         mixed_TH = mixed.transpose(1, 2).reshape(x_TD.shape[0], self.query.shape[0])
         return F.linear(mixed_TH, self.output.to(x_TD.dtype))
 

@@ -1,0 +1,296 @@
+"""Streams that decode together: one thread computes, a forward for the next token of all of them at a time.
+
+A new stream's prompt is a forward of its own, or with those that wait beside it and are as long, between two steps. Its
+keys and values are copied into a slot; from then on it goes with the batch until it ends or is closed. Streams of
+another version are another batch, which takes turns with the first.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from actors.errors import StepAborted
+from actors.router.sampling import choose_each
+from actors.router.served import Served
+from actors.router.slots import Slots
+from actors.values import Sampling, TokenEvent
+
+logger = logging.getLogger(__name__)
+
+AHEAD = 32
+"""Tokens of a stream that may wait for their reader; with more its row stands still."""
+MAX_JOINT_TOKENS = 4096
+"""Of prompts that are computed in one forward."""
+_POLL_S = 1.0
+_CLOSE_S = 30.0
+
+
+class Forward(Protocol):
+    """How a batch's forward is computed."""
+
+    def __call__(self, model: PreTrainedModel, slots: Slots, tokens: Sequence[int]) -> Tensor:
+        """The streams' next tokens -> logits [B, V] after them. Keys and values go to the slots, whose lengths stay."""
+        ...
+
+
+def plain_forward(model: PreTrainedModel, slots: Slots, tokens: Sequence[int]) -> Tensor:
+    window = slots.begin()
+    ids_B1 = torch.tensor(tokens, device=window.position_B.device).unsqueeze(1)
+    out = model(
+        input_ids=ids_B1,
+        position_ids=window.position_B.unsqueeze(1),
+        attention_mask=window.masks(slots.layout, model.dtype),
+        past_key_values=slots.cache,
+        use_cache=True,
+    )
+    logits_BV: Tensor = out.logits[:, -1]
+    return logits_BV
+
+
+class Stream:
+    """One session: written by the loop, read by one other thread."""
+
+    def __init__(
+        self, served: Served, prompt: Sequence[int], sampling: Sampling, budget: int, end_ids: frozenset[int]
+    ) -> None:
+        self.served, self.prompt, self.sampling = served, prompt, sampling
+        self.closed = self.ended = False
+        self.last_token = -1
+        self._budget, self._end_ids = budget, end_ids
+        self._num_tokens = 0
+        self._events: queue.SimpleQueue[TokenEvent | Exception] = queue.SimpleQueue()
+        self._on_read: Callable[[], None] = lambda: None
+
+    @property
+    def position(self) -> int:
+        """Of the token that comes next."""
+        return len(self.prompt) + self._num_tokens
+
+    @property
+    def is_read(self) -> bool:
+        """Whether its reader keeps up."""
+        return self._events.qsize() < AHEAD
+
+    def give(self, token: int, version: int) -> None:
+        self._num_tokens += 1
+        self.last_token = token
+        is_end = token in self._end_ids
+        reason = "end_of_text" if is_end else "length" if self._num_tokens == self._budget else ""
+        self.ended = bool(reason)
+        self._events.put(TokenEvent(token, version, reason))
+
+    def fail(self, error: Exception) -> None:
+        self.ended = True
+        self._events.put(error)
+
+    def read(self, is_alive: Callable[[], bool], on_read: Callable[[], None]) -> Iterator[TokenEvent]:
+        """Tokens until the last one, or the error that ended it. `is_alive`: of the loop; `on_read` tells it."""
+        while True:
+            try:
+                event = self._events.get(timeout=_POLL_S)
+            except queue.Empty:
+                if is_alive() or not self._events.empty():
+                    continue
+                raise StepAborted("the decode loop has ended") from None
+            on_read()
+            if isinstance(event, Exception):
+                raise event
+            yield event
+            if event.finish_reason:
+                return
+
+
+class Batch:
+    """Streams of one model; row b of its forwards is slot b. Called by the loop alone."""
+
+    def __init__(self, served: Served, slots: Slots, forward: Forward, last_only: Mapping[str, Any]) -> None:
+        """`last_only`: arguments by which the model computes logits of the last token alone."""
+        self.served = served
+        self.streams: list[Stream] = []
+        self._slots, self._forward, self._last_only = slots, forward, last_only
+
+    @property
+    def num_free(self) -> int:
+        return self._slots.num_free
+
+    def join(self, streams: Sequence[Stream]) -> None:
+        """Computes their prompts, which are equally long, and gives their first tokens. An error ends them."""
+        served, length, pasts = self.served, len(streams[0].prompt), self.served.new_pasts()
+        try:
+            with served.guard(length, pasts) as used_version, torch.no_grad():
+                model = served.model()
+                ids_BS = torch.tensor([stream.prompt for stream in streams])
+                ids_BS = ids_BS.to(model.get_input_embeddings().weight.device)
+                out = model(input_ids=ids_BS, use_cache=True, **self._last_only)
+                version = used_version()
+            tokens = self._chosen(out.logits[:, -1], streams)
+        except Exception as error:
+            for stream in streams:
+                stream.fail(error)
+            return
+        for row, (stream, token) in enumerate(zip(streams, tokens, strict=True)):
+            stream.give(token, version)
+            if not stream.ended:
+                self._slots.add(out.past_key_values, pasts, length, row)
+                self.streams.append(stream)
+
+    def step(self) -> None:
+        """Another token of every stream that is read. An error ends them all."""
+        try:
+            with self.served.guard(1, self._slots.pasts) as used_version, torch.no_grad():
+                tokens = [stream.last_token for stream in self.streams]
+                logits_BV = self._forward(self.served.model(), self._slots, tokens)
+                version = used_version()
+            tokens = self._chosen(logits_BV, self.streams)
+        except Exception as error:
+            self.fail(error)
+            return
+        for slot, (stream, token) in enumerate(zip(self.streams, tokens, strict=True)):
+            if stream.is_read:  # of one that is not, the same is computed again
+                self._slots.lengths[slot] += 1
+                stream.give(token, version)
+
+    @staticmethod
+    def _chosen(logits_BV: Tensor, streams: Sequence[Stream]) -> list[int]:
+        return choose_each(logits_BV, [stream.sampling for stream in streams], [stream.position for stream in streams])
+
+    def fail(self, error: Exception) -> None:
+        for stream in self.streams:
+            stream.fail(error)
+        self.drop_ended()
+
+    def drop_ended(self) -> None:
+        for slot in reversed(range(len(self.streams))):
+            if self.streams[slot].ended or self.streams[slot].closed:
+                self._slots.remove(slot)
+                last = self.streams.pop()
+                if slot < len(self.streams):
+                    self.streams[slot] = last
+
+    @property
+    def is_read(self) -> bool:
+        return any(stream.is_read for stream in self.streams)
+
+
+class DecodeLoop:
+    """The thread that computes all batches. It runs while there are streams, and `linger_s` more."""
+
+    def __init__(self, new_batch: Callable[[Served], Batch], *, linger_s: float = 1.0) -> None:
+        self._new_batch, self._linger_s = new_batch, linger_s
+        self._changed = threading.Condition()
+        self._waiting: deque[Stream] = deque()
+        self._batches: list[Batch] = []
+        self._thread: threading.Thread | None = None
+        self._is_closed = self._is_resting = False
+
+    def run(self, stream: Stream) -> Iterator[TokenEvent]:
+        """Its tokens. Closing the iterator frees its slot."""
+        with self._changed:
+            if self._is_closed:
+                raise StepAborted("the router is closed")
+            self._waiting.append(stream)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+        try:
+            yield from stream.read(lambda: self._thread is not None, self._wake)
+        finally:
+            stream.closed = True
+            self._wake()
+
+    def stop(self) -> None:
+        """All streams end with an error, after the forward at hand."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Waits until they have."""
+        self.stop()
+        if (thread := self._thread) is not None:
+            thread.join(_CLOSE_S)
+
+    def _wake(self) -> None:
+        if self._is_resting:
+            with self._changed:
+                self._changed.notify()
+
+    def _run(self) -> None:
+        while self._rest_until_needed():
+            try:
+                self._turn()
+            except Exception as error:  # the thread must live on, whatever became of these streams
+                logger.exception("decoding failed")
+                self._fail_all(error)
+
+    def _rest_until_needed(self) -> bool:
+        """False when there is nothing more to do: whoever comes then starts another thread."""
+        with self._changed:
+            self._is_resting = True
+            while not self._is_closed:
+                if self._has_work():
+                    self._is_resting = False
+                    return True
+                is_idle = not any(batch.streams for batch in self._batches)
+                if not self._changed.wait(self._linger_s) and is_idle and not self._has_work():
+                    break
+            self._fail_all(StepAborted("the router is closed"))
+            self._thread, self._is_resting = None, False
+            return False
+
+    def _has_work(self) -> bool:
+        """Whether somebody waits for something. Streams that are not read do not."""
+        return bool(self._waiting) or any(
+            batch.is_read or any(stream.closed for stream in batch.streams) for batch in self._batches
+        )
+
+    def _turn(self) -> None:
+        """One stream joins, and every batch makes a step."""
+        for batch in self._batches:
+            batch.drop_ended()
+        if self._waiting:
+            first = self._waiting[0]
+            batch = self._batch_for(first)
+            most = min(batch.num_free, max(1, MAX_JOINT_TOKENS // len(first.prompt)))
+            if joining := [stream for stream in self._take_like(first, most) if not stream.closed]:
+                batch.join(joining)
+        for batch in self._batches:
+            if batch.is_read:
+                batch.step()
+                batch.drop_ended()
+        lasting = [batch for batch in self._batches if batch.served.is_lasting]
+        self._batches = [batch for batch in self._batches if batch.streams] or lasting[:1]
+
+    def _take_like(self, first: Stream, most: int) -> list[Stream]:
+        """Those that wait whose prompts can be computed with that of the first, which is among them."""
+        key, length = first.served.key, len(first.prompt)
+        with self._changed:
+            alike = [stream for stream in self._waiting if (stream.served.key, len(stream.prompt)) == (key, length)]
+            for stream in alike[:most]:
+                self._waiting.remove(stream)
+        return alike[:most]
+
+    def _batch_for(self, stream: Stream) -> Batch:
+        for batch in self._batches:
+            if batch.served.key == stream.served.key and batch.num_free:
+                return batch
+        batch = self._new_batch(stream.served)
+        self._batches.append(batch)
+        return batch
+
+    def _fail_all(self, error: Exception) -> None:
+        for batch in self._batches:
+            batch.fail(error)
+        self._batches = []
+        while self._waiting:
+            self._waiting.popleft().fail(error)

@@ -1,0 +1,332 @@
+"""The step of a batch as CUDA graphs, replayed instead of being launched operation by operation.
+
+    graph 0: embedding ... gate of layer 0 | experts of layer 0, over their links | graph 1: ... gate of layer 1 | ...
+
+A graph ends where a MoE layer calls its experts and the next begins with a buffer for what they answer; between the
+two tokens go out as always. Where all experts are in this process and on this device they are computed inside, and one
+graph holds the whole step.
+
+Shapes are static: a step has 1, 2, 4, ... rows, of which the last may be unused, and looks at 128, 256, 512, ...
+positions. A graph reads weights and caches where they were when it was captured. In-place updates are seen; what moves
+them (another view, more room in the slots, copies of weights) is noticed before the replay, which is then not made.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from actors.errors import NonFinite
+from actors.moe.experts import Weights
+from actors.moe.static import StaticPart, static_experts
+from actors.router.batch import plain_forward
+from actors.router.slots import BLOCK, Slots, Window
+from actors.trunk.model import is_experts
+
+logger = logging.getLogger(__name__)
+
+SEEN_BEFORE = 3
+"""Steps of the same shapes that are made without a graph first: a passing state of the batch is not worth one."""
+MAX_STEPS = 8
+"""Captured at a time; the one that was used longest ago goes."""
+SETTLED_AFTER = 100
+"""Steps without a move of the experts' weights after which they are captured again."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where experts are."""
+
+    placement: Hashable
+    """Which of them are in which rows of the stacks."""
+    weights: Sequence[Weights]
+    """Of each layer's stacks, one after the other."""
+
+    def is_as(self, other: Standing) -> bool:
+        if self.placement != other.placement:
+            return False
+        return all(mine is theirs for mine, theirs in zip(self.weights, other.weights, strict=True))
+
+
+class ExpertsHere(Protocol):
+    """The experts of every MoE layer, where this process and device have them all."""
+
+    def holding(self) -> AbstractContextManager[Standing | None]:
+        """Inside, nothing moves or changes. None where they are not all here, or not of the version that is served."""
+        ...
+
+    def parts(self) -> list[list[StaticPart]]:
+        """Of each layer, inside `holding`."""
+        ...
+
+
+class Nowhere:
+    """No experts here."""
+
+    def holding(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def parts(self) -> list[list[StaticPart]]:
+        return []
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Of a MoE layer's experts, between two graphs."""
+
+    module: nn.Module
+    inputs: tuple[Tensor, Tensor, Tensor]
+    output_TD: Tensor
+
+    def make(self, rows: int) -> None:
+        x_TD, ids_TK, weights_TK = self.inputs
+        y_TD = self.module.__dict__["remote"](x_TD[:rows], ids_TK[:rows], weights_TK[:rows])
+        self.output_TD[:rows].copy_(y_TD)
+
+
+class CapturedStep:
+    """One forward of up to `num_rows` streams over `length` positions, on a CUDA device."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        slots: Slots,
+        num_rows: int,
+        length: int,
+        parts: Sequence[list[StaticPart]],
+        tokens: Sequence[int],
+        standing: Standing | None = None,
+    ) -> None:
+        """`parts`: of the experts, by layer, where they are computed inside, which are as `standing` says; otherwise
+        empty. `tokens`: of the step that comes next, at whose positions keys and values are written while it is
+        captured."""
+        device = next(model.parameters()).device
+        self.num_rows, self.length = num_rows, length
+        self._parts = parts
+        self._model = weakref.ref(model)
+        self._slots, self._generation = slots, slots.generation
+        self._tensors = [*model.parameters(), *model.buffers()]
+        self._places = _places(self._tensors)
+        self._standing = standing
+        self._input_2B = torch.zeros(2, num_rows, dtype=torch.int64, device=device)
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._calls: list[_Call] = []
+        self._finite: list[Tensor] = []
+        self._finite_B: Tensor | None = None
+        """Whether all layers' gates gave the row finite weights; only where experts are computed inside."""
+        self._pool = torch.cuda.graph_pool_handle()
+        self._put(tokens, slots.lengths)
+        self._capture(model)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether experts are computed inside."""
+        return bool(self._parts)
+
+    def is_of(self, model: PreTrainedModel, slots: Slots) -> bool:
+        """Whether trunk and caches are still where they were."""
+        return (
+            self._model() is model and slots.generation == self._generation and _places(self._tensors) == self._places
+        )
+
+    def has(self, standing: Standing | None) -> bool:
+        """Whether the experts are, too."""
+        return standing is not None and self._standing is not None and self._standing.is_as(standing)
+
+    def run(self, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """-> logits [B, V] of these rows, until the next run."""
+        rows = len(tokens)
+        self._put(tokens, lengths)
+        self._slots.window = Window(self._input_2B[1, :rows], self.length)
+        for graph, call in zip(self._graphs, [*self._calls, None], strict=True):
+            graph.replay()
+            if call is not None:
+                call.make(rows)
+        if self._finite_B is not None and not bool(self._finite_B[:rows].all()):
+            raise NonFinite("gate scores are not finite", step=0)
+        return self._logits_BV[:rows]
+
+    def _put(self, tokens: Sequence[int], lengths: Sequence[int]) -> None:
+        """Rows that are not used write to the beginning of slots that are free."""
+        unused = [0] * (self.num_rows - len(tokens))
+        self._input_2B.copy_(torch.tensor([[*tokens, *unused], [*lengths, *unused]]))
+
+    def _capture(self, model: PreTrainedModel) -> None:
+        stream = torch.cuda.Stream()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream), torch.no_grad():
+            with _instead_of_experts(model, self._warm):
+                self._forward(model)  # whatever libraries do when they are first used must not be captured
+            torch.cuda.synchronize()
+            self._finite.clear()
+            with _instead_of_experts(model, self._cut):
+                self._begin()
+                try:
+                    self._logits_BV = self._forward(model)
+                    self._finite_B = torch.stack(self._finite).all(dim=0) if self._finite else None
+                finally:
+                    self._graphs[-1].capture_end()
+        torch.cuda.synchronize()
+
+    def _forward(self, model: PreTrainedModel) -> Tensor:
+        self._slots.window = window = Window(self._input_2B[1], self.length)
+        logits_BV: Tensor = model(
+            input_ids=self._input_2B[0].unsqueeze(1),
+            position_ids=window.position_B.unsqueeze(1),
+            attention_mask=window.masks(self._slots.layout, model.dtype),
+            past_key_values=self._slots.cache,
+            use_cache=True,
+        ).logits[:, -1]
+        return logits_BV
+
+    def _begin(self) -> None:
+        self._graphs.append(torch.cuda.CUDAGraph())
+        # Other threads train meanwhile: what they do is no concern of this capture.
+        self._graphs[-1].capture_begin(pool=self._pool, capture_error_mode="thread_local")
+
+    def _warm(self, layer: int, module: nn.Module, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        return self._inside(layer, x_TD, ids_TK, weights_TK) if self._parts else torch.zeros_like(x_TD)
+
+    def _cut(self, layer: int, module: nn.Module, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        if self._parts:
+            return self._inside(layer, x_TD, ids_TK, weights_TK)
+        self._graphs[-1].capture_end()
+        output_TD = torch.zeros_like(x_TD)
+        self._calls.append(_Call(module, (x_TD, ids_TK, weights_TK), output_TD))
+        self._begin()
+        return output_TD
+
+    def _inside(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        self._finite.append(torch.isfinite(weights_TK).all(dim=1))
+        return static_experts(self._parts[layer], x_TD, ids_TK, weights_TK)
+
+
+class CapturedForward:
+    """A batch's forward: captured at shapes that come again and again, as long as nothing moves; else launched.
+
+    `must`: a capture that fails is an error instead of a reason to go on without.
+    """
+
+    def __init__(self, experts: ExpertsHere, *, must: bool = False) -> None:
+        self._experts, self._must = experts, must
+        self._steps: dict[tuple[int, int, bool], CapturedStep] = {}
+        """By rows, positions and whether experts are inside; the last used last."""
+        self._seen: dict[tuple[int, int, bool], int] = {}
+        self._given_up = False
+        self._calm = SETTLED_AFTER
+        """Steps since the experts' weights moved."""
+        self.num_replays = self.num_captures = 0
+
+    def __call__(self, model: PreTrainedModel, slots: Slots, tokens: Sequence[int]) -> Tensor:
+        if self._given_up:
+            return plain_forward(model, slots, tokens)
+        with self._experts.holding() as standing:
+            self._calm += 1
+            step = self._step(model, slots, tokens, standing)
+            if step is not None and step.is_whole:
+                return self._replay(step, slots, tokens)
+        # Not inside: here the actors are asked.
+        return plain_forward(model, slots, tokens) if step is None else self._replay(step, slots, tokens)
+
+    def _replay(self, step: CapturedStep, slots: Slots, tokens: Sequence[int]) -> Tensor:
+        self.num_replays += 1
+        return step.run(tokens, slots.lengths)
+
+    def _step(
+        self, model: PreTrainedModel, slots: Slots, tokens: Sequence[int], standing: Standing | None
+    ) -> CapturedStep | None:
+        """What was captured for these shapes, or is now; None to go without."""
+        rows, length = _power_of_2(len(slots.lengths)), _power_of_2(max(slots.lengths) + 1, BLOCK)
+        slots.reserve(rows, length)
+        rows, length = min(rows, slots.room[0]), min(length, slots.room[1])
+        whole = standing is not None and self._calm > SETTLED_AFTER
+        key = rows, length, whole
+        step = self._steps.pop(key, None)
+        if step is not None and step.is_whole and not step.has(standing):
+            self._calm = 0
+            self._steps = {key: step for key, step in self._steps.items() if not step.is_whole}
+            return self._step(model, slots, tokens, standing)
+        if step is not None and not step.is_of(model, slots):
+            step = None
+        if step is None:
+            step = self._captured(key, model, slots, tokens, standing)
+        if step is not None:
+            self._steps[key] = step
+        return step
+
+    def _captured(
+        self,
+        key: tuple[int, int, bool],
+        model: PreTrainedModel,
+        slots: Slots,
+        tokens: Sequence[int],
+        standing: Standing | None,
+    ) -> CapturedStep | None:
+        self._seen[key] = self._seen.get(key, 0) + 1
+        if self._seen[key] <= SEEN_BEFORE:
+            return None
+        del self._seen[key]
+        rows, length, whole = key
+        while len(self._steps) >= MAX_STEPS:
+            del self._steps[next(iter(self._steps))]
+        try:
+            step = CapturedStep(model, slots, rows, length, self._experts.parts() if whole else [], tokens, standing)
+        except Exception as error:  # whatever a family does that a graph cannot hold
+            if self._must:
+                raise
+            logger.warning("decoding goes on uncaptured: %s", error)
+            self._given_up = True
+            self._steps.clear()
+            return None
+        self.num_captures += 1
+        return step
+
+
+def can_capture(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+@contextmanager
+def _instead_of_experts(model: PreTrainedModel, function: Callable[..., Tensor]) -> Iterator[None]:
+    """Inside, MoE layers call `function(layer, module, x_TD, ids_TK, weights_TK)` for their experts. What they could do
+    meanwhile they do afterwards."""
+    modules = [module for module in model.modules() if is_experts(module)]
+    before = [module.__dict__["remote"] for module in modules]
+    try:
+        for layer, module in enumerate(modules):
+            module.__dict__["remote"] = partial(_without_meanwhile, partial(function, layer, module))
+        yield
+    finally:
+        for module, remote in zip(modules, before, strict=True):
+            module.__dict__["remote"] = remote
+
+
+def _without_meanwhile(
+    function: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    meanwhile: object = None,
+    /,
+) -> Tensor:
+    return function(x_TD, ids_TK, weights_TK)
+
+
+def _places(tensors: Sequence[Tensor]) -> list[int]:
+    """Where the trunk's weights are."""
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def _power_of_2(number: int, least: int = 1) -> int:
+    while least < number:
+        least *= 2
+    return least

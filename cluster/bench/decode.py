@@ -1,0 +1,235 @@
+"""Tokens a second of many streams.
+
+`generate_b32`, on a GPU: 32 streams of a router whose experts are in its own process, against transformers' `generate`
+with the same 32 prompts as one batch. `decode_16_streams`, without one: 16 streams that share forwards against the same
+in turns, the experts in two other processes behind socket links.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from actors.errors import MoeClusterError
+from actors.expert.host import ExpertHost
+from actors.router.dispatcher import Peer, Roster
+from actors.router.router import Router
+from actors.transport.local import LocalLink
+from actors.transport.socket import SocketLink, SocketServer
+from actors.trunk.model import ModelSource, skeleton
+from actors.values import Address, Placement, Sampling
+from cluster.bench.result import Report, Row, interleaved, rate_row
+from cluster.config import ClusterConfig
+
+MODEL: dict[str, Any] = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 6,
+    "first_k_dense_replace": 0,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "moe_intermediate_size": 1408,
+    "n_group": 1,
+    "topk_group": 1,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+"""3.6 B parameters."""
+TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Extent:
+    num_streams: int
+    prompt_length: int
+    num_tokens: int
+
+    def prompts(self, vocab_size: int) -> Tensor:
+        """Random ids, one row a stream."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(3, vocab_size, (self.num_streams, self.prompt_length), generator=generator)
+
+
+ON_GPU, ON_CPU = Extent(32, 128, 256), Extent(16, 16, 24)
+
+
+def bench_decode(config: ClusterConfig, *, rounds: int) -> Report:
+    """With a GPU, two of them would show the links too: that row is not measured."""
+    row = bench_generate(ON_GPU, rounds) if torch.cuda.is_available() else bench_streams(config, ON_CPU, rounds)
+    return Report("decode", [row])
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+def bench_generate(extent: Extent, rounds: int, values: dict[str, Any] = MODEL, device: str = "cuda") -> Row:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    source = ModelSource(values=values, dtype=str(dtype).removeprefix("torch."))
+    prompts_BS = extent.prompts(values["vocab_size"])
+    with in_process(source, extent.num_streams, device) as router:
+        candidates: dict[str, Callable[[], None]] = {
+            "ours": partial(stream_all, router, prompts_BS, extent.num_tokens),
+            "theirs": _plain(source, dtype, prompts_BS, extent.num_tokens, device),
+        }
+        seconds = interleaved(candidates, rounds, warmups=2)
+    tokens = extent.num_streams * extent.num_tokens
+    return rate_row(
+        f"generate_b{extent.num_streams}", "tokens/s", tokens, seconds["ours"], "generate", seconds["theirs"]
+    )
+
+
+@contextmanager
+def in_process(source: ModelSource, max_sessions: int, device: str, **more: Any) -> Iterator[Router]:
+    """A router and one expert host on one device."""
+    host = ExpertHost("expert-0", source, [0], group_size=skeleton(source).num_experts, device=device)
+    peers = {host.name: Peer(lambda: LocalLink(host.name, host.handle))}
+    placement = Placement(1, ((host.name,),), skeleton(source).num_experts)
+    roster = Roster(placement, peers)
+    router = Router(
+        source, roster, device=device, max_sessions=max_sessions, decode_batch=max_sessions, timeout_s=TIMEOUT_S, **more
+    )
+    try:
+        yield router
+    finally:
+        router.close()
+        host.close()
+
+
+def _plain(
+    source: ModelSource, dtype: torch.dtype, prompts_BS: Tensor, num_tokens: int, device: str
+) -> Callable[[], None]:
+    """transformers on weights that are drawn as ours are, though not the same."""
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(source.config(), dtype=dtype).eval()
+    prompts_BS = prompts_BS.to(device)
+
+    def run() -> None:
+        out = model.generate(
+            prompts_BS,
+            attention_mask=torch.ones_like(prompts_BS),
+            min_new_tokens=num_tokens,
+            max_new_tokens=num_tokens,
+            do_sample=False,
+        )
+        _check(out.shape[1] == prompts_BS.shape[1] + num_tokens)
+
+    return run
+
+
+# -- streams ----------------------------------------------------------------------------------------------------------
+
+
+def stream_all(router: Router, prompts_BS: Tensor, num_tokens: int) -> None:
+    """Every prompt at once, each read by a thread of its own."""
+
+    def one(prompt: Sequence[int]) -> int:
+        events = router.serving.generate(prompt, Sampling(max_tokens=num_tokens), timeout_s=TIMEOUT_S)
+        return sum(1 for _ in events)
+
+    with ThreadPoolExecutor(len(prompts_BS)) as pool:
+        _check(set(pool.map(one, prompts_BS.tolist())) == {num_tokens})
+
+
+def _check(is_complete: bool) -> None:
+    if not is_complete:
+        raise MoeClusterError("a stream ended before its last token")
+
+
+# -- without a GPU ----------------------------------------------------------------------------------------------------
+
+
+def bench_streams(config: ClusterConfig, extent: Extent, rounds: int) -> Row:
+    values = {**dict(config.model.values or {}), "eos_token_id": None}
+    source = ModelSource(config.model.path, None if config.model.path else values)
+    num_experts = skeleton(source).num_experts
+    prompts_BS = extent.prompts(int(source.config().get_text_config().vocab_size))
+    names = ("expert-0", "expert-1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - len(names)))  # a host takes a core
+    placement = Placement(1, tuple((name,) for name in names), num_experts // len(names))
+    with ExitStack() as stack:
+        peers = {
+            name: Peer(_opener(name, stack.enter_context(_host_process(source, name, [i], placement.group_size))))
+            for i, name in enumerate(names)
+        }
+        routers = {}
+        for batch in (extent.num_streams, 1):
+            routers[batch] = Router(
+                source,
+                Roster(placement, peers),
+                max_sessions=extent.num_streams,
+                decode_batch=batch,
+                timeout_s=TIMEOUT_S,
+            )
+            stack.callback(routers[batch].close)
+        candidates: dict[str, Callable[[], None]] = {
+            name: partial(stream_all, routers[batch], prompts_BS, extent.num_tokens)
+            for name, batch in (("together", extent.num_streams), ("in turns", 1))
+        }
+        stack.callback(torch.set_num_threads, threads)
+        seconds = interleaved(candidates, rounds)
+    tokens = extent.num_streams * extent.num_tokens
+    case = f"decode_{extent.num_streams}_streams"
+    return rate_row(case, "tokens/s", tokens, seconds["together"], "the same in turns", seconds["in turns"])
+
+
+def _opener(name: str, address: Address) -> Callable[[], SocketLink]:
+    return lambda: SocketLink(name, address, name="bench", max_bytes=1 << 28, timeout_s=TIMEOUT_S)
+
+
+@contextmanager
+def _host_process(source: ModelSource, name: str, groups: Sequence[int], group_size: int) -> Iterator[Address]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(source, name, groups, group_size, theirs), daemon=True)
+    process.start()
+    try:
+        if not ours.poll(TIMEOUT_S):
+            raise MoeClusterError(f"{name} did not start within {TIMEOUT_S:.0f} s")
+        yield ours.recv()
+    finally:
+        ours.close()
+        process.join(5.0)
+        if process.is_alive():
+            process.kill()
+
+
+def _serve(source: ModelSource, name: str, groups: Sequence[int], group_size: int, parent: Any) -> None:
+    """An expert host's process, until its parent closes the pipe or ends."""
+    torch.set_num_threads(1)
+    host = ExpertHost(name, source, groups, group_size=group_size)
+    server = SocketServer(name, host.handle, max_bytes=1 << 28, idle=host.idle, ready=host.ready)
+    server.start()
+    parent.send(server.address)
+    ended = threading.Event()
+    while not ended.is_set():
+        try:
+            if parent.poll(1.0):
+                parent.recv()
+        except (EOFError, OSError):
+            ended.set()
+    server.stop()
+    host.close()

@@ -1,0 +1,150 @@
+"""When a batch's step is captured, when a graph is used again, and when it is not. What graphs compute needs a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from actors.moe.experts import Weights
+from actors.router import captured
+from actors.router.captured import MAX_STEPS, SEEN_BEFORE, CapturedForward, Nowhere, Standing
+from actors.router.slots import BLOCK, Layout, Slots
+
+PLAIN = torch.zeros(1, 4)
+
+
+class Step:
+    """Computes nothing, and tells the same of itself as a captured step."""
+
+    failure: Exception | None = None
+
+    def __init__(
+        self, model: Any, slots: Slots, rows: int, length: int, parts: Any, tokens: Any, standing: Standing | None
+    ) -> None:
+        if self.failure is not None:
+            raise self.failure
+        self.shape, self.is_whole = (rows, length), bool(parts)
+        self._of, self._standing = (model, slots.generation), standing
+
+    def is_of(self, model: Any, slots: Slots) -> bool:
+        return self._of == (model, slots.generation)
+
+    def has(self, standing: Standing | None) -> bool:
+        return standing is not None and self._standing is not None and self._standing.is_as(standing)
+
+    def run(self, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        return torch.ones(len(tokens), 4)
+
+
+class Here:
+    """One layer with one stack, whose weights a test may change."""
+
+    def __init__(self) -> None:
+        self.weights: Weights | None = {}
+        self.epoch = 0
+
+    @contextmanager
+    def holding(self) -> Iterator[Standing | None]:
+        yield None if self.weights is None else Standing(self.epoch, [self.weights])
+
+    def parts(self) -> list[list[Any]]:
+        return [[self.weights]]
+
+
+@pytest.fixture(autouse=True)
+def _without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured, "CapturedStep", Step)
+    monkeypatch.setattr(captured, "plain_forward", lambda model, slots, tokens: PLAIN)
+    monkeypatch.setattr(Step, "failure", None)
+
+
+def slots_of(*lengths: int) -> Slots:
+    slots = Slots(Layout((None,), False, False), torch.device("cpu"), max_slots=8, max_positions=1024)
+    slots.lengths = list(lengths)
+    return slots
+
+
+def is_replayed(forward: CapturedForward, model: Any, slots: Slots) -> bool:
+    return forward(model, slots, [0] * len(slots.lengths)) is not PLAIN
+
+
+def settle(forward: CapturedForward, model: Any, slots: Slots) -> None:
+    assert [is_replayed(forward, model, slots) for _ in range(SEEN_BEFORE + 1)] == [False] * SEEN_BEFORE + [True]
+
+
+def test_shapes_that_come_again_are_captured_once() -> None:
+    forward, model, slots = CapturedForward(Nowhere()), nn.Module(), slots_of(5, 9, 3)
+    settle(forward, model, slots)
+    slots.lengths = [6, BLOCK - 1, 4, 7]  # as many rows when rounded up, as many positions
+    assert is_replayed(forward, model, slots)
+    (step,) = forward._steps.values()
+    assert isinstance(step, Step)
+    assert step.shape == (4, BLOCK)
+    assert (forward.num_captures, forward.num_replays) == (1, 2)
+
+
+def test_other_shapes_are_other_graphs_and_the_oldest_goes() -> None:
+    forward, model, slots = CapturedForward(Nowhere()), nn.Module(), slots_of(1)
+    slots.reserve(8, 1024)
+    shapes = [[length] * rows for length in (5, 200, 300, 600) for rows in (1, 2, 3)]
+    for lengths in shapes:
+        slots.lengths = lengths
+        settle(forward, model, slots)
+    assert len(forward._steps) == MAX_STEPS
+    slots.lengths = shapes[-MAX_STEPS]
+    assert is_replayed(forward, model, slots)
+    slots.lengths = shapes[0]
+    assert not is_replayed(forward, model, slots)
+
+
+def test_another_view_and_more_room_are_noticed() -> None:
+    forward, model, slots = CapturedForward(Nowhere()), nn.Module(), slots_of(5)
+    settle(forward, model, slots)
+    grown = nn.Module()
+    settle(forward, grown, slots)
+    slots.reserve(8, BLOCK)
+    settle(forward, grown, slots)
+    assert forward.num_captures == 3
+
+
+def test_experts_that_move_are_left_out_until_they_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured, "SETTLED_AFTER", 10)
+    here = Here()
+    forward, model, slots = CapturedForward(here), nn.Module(), slots_of(5)
+
+    def kinds(steps: int) -> list[bool | None]:
+        """Of each step: whether experts were inside; None for one that was not captured."""
+        found: list[bool | None] = []
+        for _ in range(steps):
+            was_replayed = is_replayed(forward, model, slots)
+            found.append(list(forward._steps.values())[-1].is_whole if was_replayed else None)
+        return found
+
+    settle(forward, model, slots)
+    assert kinds(2) == [True, True]
+    here.weights = dict[str, Tensor]()  # an update made a copy
+    assert kinds(5) == [None] * (SEEN_BEFORE) + [False, False]
+    assert not any(step.is_whole for step in forward._steps.values()), "what was moved is kept by nobody"
+    assert kinds(12)[-1] is True
+    here.epoch += 1  # another group came into a place that was free
+    assert kinds(5)[-1] is False
+    assert kinds(12)[-1] is True
+    here.weights = None  # not all of them are here any more
+    assert kinds(1) == [False]
+
+
+def test_a_family_that_cannot_be_captured_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Step, "failure", RuntimeError("waits for the device"))
+    forward, model, slots = CapturedForward(Nowhere()), nn.Module(), slots_of(5)
+    assert not any(is_replayed(forward, model, slots) for _ in range(2 * SEEN_BEFORE))
+    monkeypatch.setattr(Step, "failure", None)
+    assert not is_replayed(forward, model, slots), "it is not tried again"
+    must = CapturedForward(Nowhere(), must=True)
+    monkeypatch.setattr(Step, "failure", RuntimeError("waits for the device"))
+    with pytest.raises(RuntimeError, match="waits for the device"):
+        settle(must, model, slots)
