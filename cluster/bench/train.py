@@ -37,10 +37,10 @@ def bench_train(config: ClusterConfig, *, rounds: int) -> Report:
         torch.manual_seed(0)
         model_config = ModelSource(config.model.path, config.model.values).config()
         AutoModelForCausalLM.from_config(model_config).save_pretrained(directory)
-        config = replace(config, model=replace(config.model, path=directory, values={}, tokenizer="bytes"))
+        on_disk = replace(config, model=replace(config.model, path=directory, values={}, tokenizer="bytes"))
         vocab_size = int(model_config.get_text_config().vocab_size)
         batches = np.random.default_rng(0).integers(0, vocab_size, (STEPS_A_ROUND, SEQUENCES, LENGTH))
-        with launched(config) as running:
+        with launched(on_disk) as running:
             running.router.begin_run(OptimizerConfig(lr=LR))
 
             def ours() -> None:
