@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.errors import InvalidInput, MoeClusterError
-from actors.transport.message import Message, error_answer
+from actors.errors import InvalidInput
+from actors.transport.contract import answered
+from actors.transport.message import Message
 
 logger = logging.getLogger(__name__)
 
@@ -49,23 +50,20 @@ class Keeper:
 
     def handle(self, peer: str, question: Message) -> Message:
         """`keep` and `keep_piece` bring a part here, `kept_piece` reads it. Never raises."""
+        return answered("the keeper of snapshots", peer, question, lambda: self._handle(question))
+
+    def _handle(self, question: Message) -> Message:
         fields: Any = question.fields
-        try:
-            snapshot, part = str(fields["snapshot"]), str(fields["part"])
-            match question.op:
-                case "keep":
-                    self.begin(snapshot, part, int(fields["num_bytes"]), last=str(fields["last"]))
-                case "keep_piece":
-                    self.write(snapshot, part, int(fields["start"]), *question.tensors)
-                case "kept_piece":
-                    return Message("ok", {}, (self.read(snapshot, part, int(fields["start"]), int(fields["end"])),))
-                case _:
-                    raise InvalidInput("unknown operation", field="op", value=question.op)
-        except MoeClusterError as error:
-            return error_answer(error)
-        except Exception as error:  # whatever one message does, the server must live on
-            logger.exception("failed in %s of %s", question.op, peer)
-            return error_answer(error)
+        snapshot, part = str(fields["snapshot"]), str(fields["part"])
+        match question.op:
+            case "keep":
+                self.begin(snapshot, part, int(fields["num_bytes"]), last=str(fields["last"]))
+            case "keep_piece":
+                self.write(snapshot, part, int(fields["start"]), *question.tensors)
+            case "kept_piece":
+                return Message("ok", {}, (self.read(snapshot, part, int(fields["start"]), int(fields["end"])),))
+            case _:
+                raise InvalidInput("unknown operation", field="op", value=question.op)
         return Message("ok")
 
     def begin(self, snapshot: str, part: str, num_bytes: int, *, last: str) -> None:

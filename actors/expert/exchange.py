@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from actors.errors import InvalidInput, LinkError, MoeClusterError, PeerLost, StepAborted
+from actors.errors import InvalidInput, LinkError, PeerLost, StepAborted
 from actors.peer_snapshots import OPS as KEEPING
 from actors.peer_snapshots import Keeper
-from actors.transport.contract import Handler, Link, Pending
+from actors.transport.contract import Handler, Link, Pending, answered
 from actors.transport.message import Message, error_answer
 from actors.values import Address
 
@@ -72,19 +72,19 @@ class Exchange:
     def handle(self, peer: str, question: Message) -> Message:
         if question.op in KEEPING:
             return self.keeper.handle(peer, question)
-        try:
-            match question.op:
-                case "partial" | "sum":
-                    self._put(question)
-                case "follow":
-                    return self.on_follow(peer, question)
-                case "update":
-                    self._put_update(question)
-                    self.on_update()
-                case _:
-                    raise InvalidInput("unknown operation", field="op", value=question.op)
-        except MoeClusterError as error:
-            return error_answer(error)
+        return answered(self.name, peer, question, lambda: self._handle(peer, question))
+
+    def _handle(self, peer: str, question: Message) -> Message:
+        match question.op:
+            case "partial" | "sum":
+                self._put(question)
+            case "follow":
+                return self.on_follow(peer, question)
+            case "update":
+                self._put_update(question)
+                self.on_update()
+            case _:
+                raise InvalidInput("unknown operation", field="op", value=question.op)
         return Message("ok")
 
     # -- gradients of copies ------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ from actors.moe.fp8 import unpacked
 from actors.optim import OptimizerSettings
 from actors.snapshots import ExpertKey, SavedState, Snapshot
 from actors.staleness import check_staleness
+from actors.transport.contract import answered
 from actors.transport.message import Message, error_answer
 from actors.transport.turns import Lane
 from actors.trunk.checkpoint import CheckpointReader
@@ -155,17 +156,14 @@ class ExpertHost:
         handler = self._handlers.get(question.op)
         if handler is None:
             return error_answer(InvalidInput("unknown operation", field="op", value=question.op))
-        try:
+
+        def handle() -> Message:
             if (need := self._need(question)) is not None:
                 self.updates.wait(*need)
             with self._lock:
                 return handler(question)
-        except MoeClusterError as error:
-            logger.info("%s refused %s of %s: %s", self.name, question.op, peer, error)
-            return error_answer(error)
-        except Exception as error:  # the host must live on, whatever one message does
-            logger.exception("%s failed in %s of %s", self.name, question.op, peer)
-            return error_answer(error)
+
+        return answered(self.name, peer, question, handle)
 
     def ready(self, question: Message) -> bool:
         """Whether `handle` would answer at once, and not wait for updates. From any thread."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from actors.differences import first_difference, leaves
 from actors.errors import InvalidInput
 from actors.moe.settings import GateSettings
 from actors.trunk.model import EXPERT_COUNTS, GATE_PARTS, ModelSource
@@ -25,29 +26,18 @@ def facts_of(source: ModelSource, gate: GateSettings) -> dict[str, Any]:
     left_out = {*EXPERT_COUNTS, *GATE_PARTS, *_ABOUT_FILES}
     facts: dict[str, Any] = {"router.dtype": source.dtype}
     facts |= {f"model.gate.{name}": value for name, value in asdict(gate).items()}
-    for name, value in _leaves(source.config().to_dict()):
-        if name.rpartition(".")[2] not in left_out:
+    for name, value in leaves(source.config().to_dict()):
+        if isinstance(value, _PLAIN) and name.rpartition(".")[2] not in left_out:
             facts[f"model.values.{name}"] = value
     return facts
 
 
 def check_alike(mine: Facts, leaders: Facts) -> None:
     """`InvalidInput` that names the first value in which this router is not as the one that leads."""
-    for field in [*leaders, *(field for field in mine if field not in leaders)]:
-        if mine.get(field) != leaders.get(field):
-            raise InvalidInput(
-                f"the router that leads has {leaders.get(field)!r}",
-                field=field,
-                value=mine.get(field),
-                remedy="start both with one config",
-            )
-
-
-def _leaves(values: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found += _leaves(value, f"{path}{name}.")
-        elif isinstance(value, _PLAIN):
-            found.append((f"{path}{name}", value))
-    return found
+    if (field := first_difference(leaders, mine)) is not None:
+        raise InvalidInput(
+            f"the router that leads has {leaders.get(field)!r}",
+            field=field,
+            value=mine.get(field),
+            remedy="start both with one config",
+        )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from actors.compress.settings import CompressionSettings
-from actors.errors import InvalidInput, LinkError, MoeClusterError, NonFinite, PeerLost, StepAborted
+from actors.errors import InvalidInput, LinkError, NonFinite, PeerLost, StepAborted
 from actors.expert.exchange import Attempt
 from actors.moe.settings import BalanceSettings
 from actors.optim import OptimizerSettings
@@ -24,7 +24,8 @@ from actors.router.likeness import check_alike, facts_of
 from actors.router.pinning import of_fields
 from actors.router.replicas import Tally, parts_in
 from actors.router.router import Router
-from actors.transport.message import Message, error_answer
+from actors.transport.contract import answered
+from actors.transport.message import Message
 from actors.values import Placement, Promotion, StepReport
 
 logger = logging.getLogger(__name__)
@@ -107,19 +108,16 @@ class Replica:
 
     def handle(self, peer: str, question: Message) -> Message:
         """Never raises: errors are answers too."""
+
+        def handle() -> Message:
+            handler = self._handlers.get(question.op)
+            if handler is None:
+                raise InvalidInput("unknown operation", field="op", value=question.op)
+            self._check_term(question)
+            return handler(question)
+
         with self._lock:
-            try:
-                handler = self._handlers.get(question.op)
-                if handler is None:
-                    raise InvalidInput("unknown operation", field="op", value=question.op)
-                self._check_term(question)
-                return handler(question)
-            except MoeClusterError as error:
-                logger.info("%s refused %s of %s: %s", self.name, question.op, peer, error)
-                return error_answer(error)
-            except Exception as error:  # it must go on serving, whatever one message does
-                logger.exception("%s failed in %s of %s", self.name, question.op, peer)
-                return error_answer(error)
+            return answered(self.name, peer, question, handle)
 
     def promote(self, others: Mapping[str, LinkOpener], term: int) -> Promotion:
         """The router that led is dead: this one leads these others from now on. `term` is higher than any before.

@@ -7,18 +7,34 @@ deadline. When the peer dies the pending and all later waits raise `PeerLost` na
 from __future__ import annotations
 
 import abc
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from actors.errors import PeerLost
-from actors.transport.message import Message, raise_if_error
+from actors.errors import MoeClusterError, PeerLost
+from actors.transport.message import Message, error_answer, raise_if_error
+
+logger = logging.getLogger(__name__)
 
 Handler = Callable[[str, Message], Message]
 """(name of the asking peer, question) -> answer. Raises nothing: errors are answers too."""
 
 
 CUT_NOTICED_S = 0.05
+
+
+def answered(name: str, peer: str, question: Message, handle: Callable[[], Message]) -> Message:
+    """What `handle` gives, or raises, as the answer to the peer's question: whoever serves as `name` must live on,
+    whatever one message does."""
+    try:
+        return handle()
+    except MoeClusterError as error:
+        logger.info("%s refused %s of %s: %s", name, question.op, peer, error)
+        return error_answer(error)
+    except Exception as error:
+        logger.exception("%s failed in %s of %s", name, question.op, peer)
+        return error_answer(error)
 
 
 @dataclass

@@ -29,35 +29,20 @@ from actors.transport.local import LocalLink
 from actors.transport.socket import SocketLink, SocketServer
 from actors.trunk.model import ModelSource, skeleton
 from actors.values import Address, Placement, Sampling
+from cluster.bench.one_gpu import MODEL as TRAINED
 from cluster.bench.result import Report, Row, interleaved, rate_row
 from cluster.config import ClusterConfig
 
 MODEL: dict[str, Any] = {
-    "model_type": "deepseek_v3",
-    "vocab_size": 32000,
-    "hidden_size": 2048,
+    **TRAINED,
     "intermediate_size": 8192,
-    "num_hidden_layers": 6,
     "first_k_dense_replace": 0,
     "max_position_embeddings": 4096,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "q_lora_rank": None,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "n_routed_experts": 64,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 6,
-    "moe_intermediate_size": 1408,
-    "n_group": 1,
-    "topk_group": 1,
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
 }
-"""3.6 B parameters."""
+"""That of `one_gpu`, but for its first layer, which has experts too: 3.6 B parameters."""
 TIMEOUT_S = 120.0
 
 

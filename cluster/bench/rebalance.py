@@ -28,6 +28,7 @@ from pathlib import Path
 import psutil
 
 from cluster.backend import Backend, JobEvent, Rebalance
+from cluster.bench.local import MODEL as SMALL
 from cluster.bench.result import Report, Row, rate_row
 from cluster.bench.zipf import distance, save_zipf_model, zipf_share
 from cluster.config import (
@@ -42,33 +43,16 @@ from cluster.config import (
 )
 from cluster.errors import Unavailable
 from cluster.fabric.launch import launched
-from cluster.jobs.tokenizer import ByteTokenizer
 
 MODEL = {
-    "model_type": "deepseek_v3",
-    "vocab_size": 260,
-    "bos_token_id": ByteTokenizer.bos_id,
-    "eos_token_id": ByteTokenizer.eos_id,
-    "pad_token_id": ByteTokenizer.pad_id,
+    **SMALL,
     "hidden_size": 256,
     "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "first_k_dense_replace": 0,
     "max_position_embeddings": 256,
-    "initializer_range": 0.04,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "q_lora_rank": None,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 32,
     "n_routed_experts": 64,
     "n_shared_experts": 0,
     "num_experts_per_tok": 4,
     "moe_intermediate_size": 512,
-    "n_group": 1,
-    "topk_group": 1,
 }
 NUM_ACTORS, NUM_NODES, GROUP_SIZE = 4, 2, 4
 JOB = JobConfig(

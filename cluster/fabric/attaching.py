@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import ray
 
+from actors.differences import first_difference, leaves
 from actors.errors import InvalidInput
 from cluster.config import ClusterConfig, FrontConfig
 from cluster.configfile import to_dict
@@ -53,25 +53,16 @@ def router_of(control: Any, config: ClusterConfig) -> Any:
 
 def check_same(running: ClusterConfig, wanted: ClusterConfig) -> None:
     """`InvalidInput` names the first value in which they differ. The front is each one's own, as is the way to Ray."""
-    mine, theirs = dict(_leaves(_common(running))), dict(_leaves(_common(wanted)))
-    for path in [*mine, *(path for path in theirs if path not in mine)]:
-        if mine.get(path) != theirs.get(path):
-            raise InvalidInput(
-                f"the cluster that runs over this checkpoint folder has {mine.get(path)!r}",
-                field=path,
-                value=theirs.get(path),
-                remedy="use its config, end it with `moe-cluster down`, or give this one another checkpoint.url",
-            )
+    mine, theirs = dict(leaves(_common(running))), dict(leaves(_common(wanted)))
+    if (path := first_difference(mine, theirs)) is not None:
+        raise InvalidInput(
+            f"the cluster that runs over this checkpoint folder has {mine.get(path)!r}",
+            field=path,
+            value=theirs.get(path),
+            remedy="use its config, end it with `moe-cluster down`, or give this one another checkpoint.url",
+        )
 
 
 def _common(config: ClusterConfig) -> dict[str, Any]:
     ray_config = replace(config.ray, address=None, start_timeout_s=1.0)
     return to_dict(replace(config, front=FrontConfig(), ray=ray_config))
-
-
-def _leaves(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, object]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{path}{name}.")
-        else:
-            yield f"{path}{name}", value

@@ -11,12 +11,15 @@ Both ends make one carrier of the same kind, show each other what `offer` and `d
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from actors.errors import ProtocolError
 
 Wish = Literal["auto", "socket", "shm", "cuda_ipc", "nccl", "gloo"]
 Place = tuple[int, ...]
@@ -88,3 +91,17 @@ class Carrier(abc.ABC):
 
     def close(self) -> None:
         """The link has ended. Tensors that were taken stay valid. More than once does nothing more."""
+
+
+def span(
+    dtype: torch.dtype, shape: Sequence[int], place: Sequence[int], region_bytes: int, peer: str
+) -> tuple[int, slice]:
+    """-> (ticket, bytes) of a tensor that the peer says to have put at (ticket, start) of its region. `ProtocolError`
+    where none can be, before anything is read."""
+    if len(place) != 2:
+        raise ProtocolError(f"a tensor at {place!r}, where nothing can be", peer=peer)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    ticket, start = place
+    if not 0 <= start < start + num_bytes <= region_bytes or start % dtype.itemsize:
+        raise ProtocolError(f"a tensor of {num_bytes} bytes at {start}, outside of its memory", peer=peer)
+    return ticket, slice(start, start + num_bytes)

@@ -8,7 +8,6 @@ both processes know orders them before the copies out, and a place is told back 
 from __future__ import annotations
 
 import logging
-import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from actors.errors import ProtocolError
-from actors.transport.payload.contract import MAX_TOLD, Carrier, PayloadSettings, Place
+from actors.transport.payload.contract import MAX_TOLD, Carrier, PayloadSettings, Place, span
 from actors.transport.payload.cuda_memory import GpuMemory
 from actors.transport.payload.slots import Slots
 
@@ -76,16 +75,13 @@ class CudaIpcCarrier(Carrier):
         self.hear([place[0] for place in places])
 
     def take(self, dtype: torch.dtype, shape: Sequence[int], place: Sequence[int]) -> Tensor:
-        num_bytes = math.prod(shape) * dtype.itemsize
-        if self._theirs is None or len(place) != 2:
+        if self._theirs is None:
             raise ProtocolError(f"a tensor at {place!r}, where nothing can be", peer=self._peer)
-        ticket, start = place
         bytes_N = self._theirs.bytes_N
-        if not 0 <= start < start + num_bytes <= len(bytes_N) or start % dtype.itemsize:
-            raise ProtocolError(f"a tensor of {num_bytes} bytes at {start}, outside of its memory", peer=self._peer)
+        ticket, part = span(dtype, shape, place, len(bytes_N), self._peer)
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(self._theirs_written)
-        taken = bytes_N[start : start + num_bytes].view(dtype).view(shape).clone()
+        taken = bytes_N[part].view(dtype).view(shape).clone()
         read = torch.cuda.Event()
         read.record(stream)
         self._reading.append((ticket, read))

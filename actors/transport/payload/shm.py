@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import math
 import mmap
 import os
 import weakref
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from actors.errors import ProtocolError
-from actors.transport.payload.contract import MAX_TOLD, Carrier, PayloadSettings, Place
+from actors.transport.payload.contract import MAX_TOLD, Carrier, PayloadSettings, Place, span
 from actors.transport.payload.slots import Slots
 
 KEEP_BYTES = 64 << 20
@@ -81,13 +80,9 @@ class ShmCarrier(Carrier):
         self.hear([place[0] for place in places])
 
     def take(self, dtype: torch.dtype, shape: Sequence[int], place: Sequence[int]) -> Tensor:
-        num_bytes = math.prod(shape) * dtype.itemsize
-        if self._theirs is None or len(place) != 2:
-            raise ProtocolError(f"a tensor at {place!r}, where nothing can be", peer=self._peer)
-        ticket, start = place
-        if not 0 <= start < start + num_bytes <= len(self._theirs) or start % dtype.itemsize:
-            raise ProtocolError(f"a tensor of {num_bytes} bytes at {start}, outside of its memory", peer=self._peer)
-        view = memoryview(self._theirs)[start : start + num_bytes]
+        theirs = self._theirs
+        ticket, part = span(dtype, shape, place, 0 if theirs is None else len(theirs), self._peer)
+        view = memoryview(theirs)[part]  # type: ignore[arg-type]
         self._leases.watch(ticket, view)
         return torch.frombuffer(view, dtype=dtype).view(shape)
 
