@@ -107,11 +107,11 @@ class ExpertHost:
         self._merged_before = 0
         self._arrivals = Arrivals(self.exchange, self._drained)
         self.snapshot: Snapshot[ExpertKey] | None = None
-        """The last one that was asked for, until `drop_snapshot`."""
+        """The last one that was asked for, until somebody takes it from here to write it."""
         self._kept = KeptVersions()
         self._pinned_bytes = 0
         self.for_peers: Snapshot[ExpertKey] | None = None
-        """The same, of one that is to be kept in memory: until it is on its way."""
+        """The same, of one that is to be kept in memory."""
         self._timeout_s = timeout_s
         self._handlers: dict[str, Callable[[Message], Message]] = {
             "forward": self._forward,
@@ -570,10 +570,6 @@ class ExpertHost:
             self.snapshot = None
             self.snapshot = self._drained().snapshot(owned, version, int(fields["run"]))
         return Message("ok", {"groups": owned, "version": version})
-
-    def drop_snapshot(self) -> None:
-        """It was written, or never will be."""
-        self.snapshot = None
 
     def restore(self, groups: Sequence[int], saved: SavedState[ExpertKey], run: int) -> None:
         """From now on exactly these groups are here, as they were saved; all that was here is gone.

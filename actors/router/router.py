@@ -110,7 +110,7 @@ class Router:
         self._blueprint: Blueprint | None = None
         """Of the growth that was asked for last."""
         self.snapshot: Snapshot[str] | None = None
-        """The last one that was taken, until `drop_snapshot`."""
+        """The last one that was taken, until somebody takes it from here to write it."""
         self.for_peers: Snapshot[str] | None = None
         """The same, of one that is to be kept in memory: until it is on its way."""
         self.keeper = Keeper()
@@ -441,7 +441,7 @@ class Router:
     def take_snapshot(self, *, for_peers: bool = False) -> SnapshotTaken:
         """Copies of all state here and on every owner of a group, at one version; steps wait for the copying alone.
 
-        Each is kept where it was made, until it is dropped or the next is taken. `for_peers`: as one that is kept in
+        Each is kept where it was made, until it is written or the next is taken. `for_peers`: as one that is kept in
         memory, beside the one for a checkpoint.
         """
         self._reach_all()
@@ -464,10 +464,6 @@ class Router:
         else:
             self.snapshot = snapshot
         return SnapshotTaken(self.version, self._run, tuple(owned), self._roster.placement.num_experts)
-
-    def drop_snapshot(self) -> None:
-        """It was written, or never will be."""
-        self.snapshot = None
 
     def restore(self, roster: Roster, saved: SavedState[str], run: int) -> None:
         """Back to what was saved, under a placement whose actors have been restored to the same version.

@@ -55,6 +55,8 @@ MAX_TAKEN_IN = 64
 """Questions that a server looks at to choose the next; more wait in zmq."""
 LOOK_AGAIN_MS = 1
 """How long a server with questions that are not ready sleeps before it looks again."""
+AFTER_ERROR_S = 0.1
+"""Until a server goes on, so that an error that comes again and again does not fill the log."""
 SPIN_S = 1e-4
 """How long a server looks for the next question before its thread goes to sleep; waking it costs as much. Questions
 that follow each other come back in 0.23 instead of 0.35 ms, others as before."""
@@ -289,17 +291,24 @@ class SocketServer:
     def _run(self) -> None:
         busy = False
         while not self._stop.is_set():
-            busy = self._answer_kept() or busy
-            self._take_in(0 if busy or self._turns else LOOK_AGAIN_MS if self._kept else 100)
-            if self._turns:
-                started = time.monotonic()
-                self._serve_one()
-                self.busy_s += time.monotonic() - started
-                busy = True
-                if not self._turns:
-                    self._spin()
-            else:
-                busy = busy and self._idle()
+            try:
+                busy = self._run_once(busy)
+            except Exception:  # whatever one message does, those after it are served
+                logger.exception("%s goes on after an error", self.name)
+                self._stop.wait(AFTER_ERROR_S)
+
+    def _run_once(self, busy: bool) -> bool:
+        """One round: takes in what has come, handles one question. `busy`, and the answer: whether there was work."""
+        busy = self._answer_kept() or busy
+        self._take_in(0 if busy or self._turns else LOOK_AGAIN_MS if self._kept else 100)
+        if not self._turns:
+            return busy and self._idle()
+        started = time.monotonic()
+        self._serve_one()
+        self.busy_s += time.monotonic() - started
+        if not self._turns:
+            self._spin()
+        return True
 
     def _take_in(self, timeout_ms: int) -> None:
         """What has arrived, once there is something or the time is over."""

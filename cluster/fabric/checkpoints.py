@@ -1,5 +1,7 @@
 """Checkpoints of a running cluster: every actor copies its state between two steps, which is all that steps wait for;
-then each writes its own shard beside them, and the coordinator commits."""
+then each writes its own shard beside them, and the coordinator commits. A copy's memory is free when it is written;
+where nobody comes to write it, it stays until the next is made. Nobody else drops it: what is told to an actor beside
+the router's questions may come late, and would meet the next copy."""
 
 from __future__ import annotations
 
@@ -8,12 +10,9 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import ray
 
 from actors.errors import InvalidInput, MoeClusterError
 from actors.values import Course, SnapshotTaken
@@ -276,17 +275,14 @@ class Checkpoints:
 
     def _write(self, taken: SnapshotTaken, deadline: float) -> Found:
         names = (*taken.actors, ROUTER)
+        store = self.vault.store()
+        draft = store.begin(taken.version)
         try:
-            store = self.vault.store()
-            draft = store.begin(taken.version)
-            try:
-                shards = self._shards(names, draft, deadline)
-                found = store.commit(draft, self.vault.manifest_of(taken, self.job_at(taken), shards))
-            except MoeClusterError:
-                store.discard(draft)
-                raise
-        finally:
-            self._drop_snapshots(names)
+            shards = self._shards(names, draft, deadline)
+            found = store.commit(draft, self.vault.manifest_of(taken, self.job_at(taken), shards))
+        except MoeClusterError:
+            store.discard(draft)
+            raise
         self._owed_from_s = math.inf
         with self._state.changing() as coordinator:
             coordinator.can_restore = True
@@ -310,11 +306,6 @@ class Checkpoints:
     def _handle(self, name: str) -> Any:
         """The trunk's snapshot is where it was taken, on the router that leads."""
         return self._crew.router if name == ROUTER else self._crew.handle(name)
-
-    def _drop_snapshots(self, names: tuple[str, ...]) -> None:
-        for name in names:
-            with suppress(Unavailable, ray.exceptions.RayError):
-                self._handle(name).drop_snapshot.remote()
 
     def job_at(self, taken: SnapshotTaken) -> Mapping[str, Any] | None:
         """The job whose steps led to this state, as a manifest has it."""

@@ -270,12 +270,10 @@ class Crew:
         return self._next_number, self._next_router
 
     def leave_off(self, groups: dict[str, Sequence[int]]) -> None:
-        """These are not awaited any more by these expert actors, and copies of state for checkpoints are dropped."""
+        """These are not awaited any more by these expert actors."""
         with self._lock:
             for name, on_their_way in groups.items():
                 self._handles[name].leave_off.remote(on_their_way)
-            for handle in self._handles.values():
-                handle.drop_snapshot.remote()
 
     def _learn_nodes(self) -> None:
         names = node_names()

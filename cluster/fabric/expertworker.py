@@ -126,13 +126,11 @@ class ExpertWorker:
             self._host.leave_off(group)
 
     def write_snapshot(self, draft: Draft) -> Shard:
-        """Beside steps. What was written is still in memory until `drop_snapshot`."""
+        """Beside steps. Its memory is free afterwards, written or not."""
         from cluster.checkpoint.state import write_experts
 
-        return write_experts(draft, self._name, self._host.snapshot)
-
-    def drop_snapshot(self) -> None:
-        self._host.drop_snapshot()
+        snapshot, self._host.snapshot = self._host.snapshot, None
+        return write_experts(draft, self._name, snapshot)
 
     def keep_snapshot(self, draft: KeptDraft, peer: Holder | None) -> Shard:
         """In memory here and at the peer, beside steps."""

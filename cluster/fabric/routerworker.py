@@ -352,11 +352,8 @@ class RouterWorker:
         """As of an expert actor."""
         from cluster.checkpoint.state import write_router
 
-        return write_router(draft, ROUTER, self._router.snapshot)
-
-    @ray.method(concurrency_group=CONTROL)
-    def drop_snapshot(self) -> None:
-        self._router.drop_snapshot()
+        snapshot, self._router.snapshot = self._router.snapshot, None
+        return write_router(draft, ROUTER, snapshot)
 
     @ray.method(concurrency_group=TRAIN)
     def restore(self, placement: Placement, experts: Sequence[ExpertContact], found: Found, run: int) -> None:

@@ -68,14 +68,12 @@ class Crew:
         self.storage = storage
         self.version, self.run = 0, 1
         self.fault: MoeClusterError | None = None
-        self.dropped: list[str] = []
         take_snapshot = SimpleNamespace(remote=lambda: self._take)
         self.router = SimpleNamespace(take_snapshot=take_snapshot, **vars(self.handle("router-0")))
 
     def handle(self, name: str) -> Any:
         return SimpleNamespace(
             write_snapshot=SimpleNamespace(remote=lambda draft: lambda: self._write(name)),
-            drop_snapshot=SimpleNamespace(remote=lambda: self.dropped.append(name)),
         )
 
     def _take(self) -> SnapshotTaken:
@@ -150,7 +148,6 @@ def test_every_so_many_steps_with_the_step_of_the_job() -> None:
         (bench.job, "mine", step, JobState.RUNNING) for step in (0, 2, 4)
     ]
     assert jobs[0].config == JobConfig(steps=20)
-    assert bench.crew.dropped == ["e0", "e1", "router-0"] * 3
 
 
 def test_steps_do_not_wait_for_writing_and_what_was_skipped_is_made_up_for() -> None:

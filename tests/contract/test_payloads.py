@@ -21,7 +21,7 @@ import msgpack
 import pytest
 import torch
 
-from actors.errors import InvalidInput, PeerLost, ProtocolError
+from actors.errors import InvalidInput, LinkTimeout, PeerLost, ProtocolError
 from actors.transport.curve import LinkKeys
 from actors.transport.message import Message, decode, encode
 from actors.transport.payload.contract import AUTO, SOCKET_ONLY, PayloadSettings
@@ -122,6 +122,46 @@ def test_questions_that_wait_hold_their_room_and_others_cross_the_socket() -> No
         release.set()
         assert [each.result(WAIT_S).fields["sum"] for each in pending] == [QUARTER * n for n in range(12)]
         assert seen == list(range(12)), "in the order sent, whichever way they went"
+        link.close()
+
+
+@pytest.mark.parametrize("met", [True, False])
+def test_a_line_ends_while_a_child_has_it_too(server: SocketServer, met: bool) -> None:
+    """A process that was just forked has all that its parent had open."""
+    attachments = server._attachments
+    if met:
+        link = opened(server.address)
+        (line,) = attachments._lines.values()
+        inherited = os.dup(line.fileno())
+        link.close()
+        until(lambda: not attachments._lines)
+    else:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
+            stranger.connect(attachments._path)
+            until(lambda: bool(attachments._strangers))
+            (accepted,) = attachments._strangers.values()
+            inherited = os.dup(accepted.fileno())
+        until(lambda: not attachments._strangers)
+    try:
+        another = opened(server.address)
+        assert another.call(Message("x", {}, (torch.ones(3),)), WAIT_S).op == "ok"
+        another.close()
+    finally:
+        os.close(inherited)
+
+
+def test_a_server_outlives_a_handler_that_raises() -> None:
+    def raise_at_times(peer: str, question: Message) -> Message:
+        if question.op == "raise":
+            raise ZeroDivisionError
+        return Message("ok")
+
+    with serving(raise_at_times) as server:
+        link = opened(server.address)
+        lost, answered = link.start(Message("raise")), link.start(Message("x"))
+        assert answered.result(WAIT_S).op == "ok"
+        with pytest.raises(LinkTimeout):
+            lost.result(0.05)
         link.close()
 
 

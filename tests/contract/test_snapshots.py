@@ -158,9 +158,6 @@ def test_taking_a_snapshot_changes_nothing(model: Model, unbroken: tuple[list[fl
             local.router.take_snapshot()
             losses += train(local, balance, range(step, step + 1))
         same(local, losses, unbroken)
-        assert local.router.snapshot is not None
-        local.router.drop_snapshot()
-        assert local.router.snapshot is None
 
 
 @pytest.fixture(scope="module")
@@ -187,9 +184,8 @@ def test_a_snapshot_of_another_version_is_not_written(source: ModelSource, tmp_p
         draft = store.begin(1)
         with pytest.raises(CheckpointError, match="expert-0 has no snapshot of version 1, but version 0"):
             write_experts(draft, "expert-0", local.hosts[0].snapshot)
-        local.hosts[0].drop_snapshot()
         with pytest.raises(CheckpointError, match="but none"):
-            write_experts(draft, "expert-0", local.hosts[0].snapshot)
+            write_experts(draft, "expert-0", None)
 
 
 def test_other_gates_are_named_and_nothing_is_half_restored(source: ModelSource, tmp_path: Path) -> None:

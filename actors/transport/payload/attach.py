@@ -150,6 +150,7 @@ class Attachments:
                 try:
                     messages += [(sender, frames) for frames in self._lines[sender].receive()]
                 except (EOFError, ProtocolError):
+                    self._unwatch(descriptor)
                     del self._senders[descriptor]
                     self._lines.pop(sender).close()
         return messages
@@ -188,6 +189,7 @@ class Attachments:
         if begun is None:
             for descriptor in shown:
                 os.close(descriptor)
+            self._unwatch(connection.fileno())
             connection.close()
             return
         try:
@@ -196,10 +198,16 @@ class Attachments:
         except Exception:  # as in `begin`
             logger.warning("%s gets no carrier", _name(begun.sender), exc_info=True)
             begun.carrier.close()
+            self._unwatch(connection.fileno())
             connection.close()
             return
         line = Line(connection, begun.carrier, _name(begun.sender), takes_messages=self._takes_messages)
         self._senders[connection.fileno()], self._lines[begun.sender] = begun.sender, line
+
+    def _unwatch(self, descriptor: int) -> None:
+        """Before it is closed: epoll forgets by itself only what no process has a duplicate of, as a child has that was
+        just forked."""
+        self._events.unregister(descriptor)
 
 
 def _receive(connection: socket.socket, size: int) -> tuple[bytes, list[int], int, Any]:
