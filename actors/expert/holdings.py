@@ -22,7 +22,7 @@ from actors.errors import InvalidInput
 from actors.expert.residency import residency
 from actors.moe.cache import CacheSettings
 from actors.moe.experts import ExpertStack, Weights
-from actors.moe.optimizer import GroupOptimizer
+from actors.moe.optimizer import GroupOptimizer, catch_up_together
 from actors.optim import OptimizerSettings, square_sum_of
 from actors.snapshots import KINDS, ExpertKey, SavedState, Snapshot, to_host
 from actors.trunk.model import Skeleton
@@ -74,8 +74,11 @@ class Holdings:
         load: LoadLayer,
         cache: CacheSettings | None = None,
         max_pairs: int = 0,
+        is_own: Callable[[int], bool] = lambda group: True,
     ) -> None:
+        """`is_own`: whether nobody else has to update the group alike."""
         self._group_size = group_size
+        self._is_own = is_own
         self.settings = OptimizerSettings()
         self._places: list[int | None] = list(groups)
         """Group at each place of the stacks."""
@@ -135,9 +138,8 @@ class Holdings:
     def share(self) -> list[Weights]:
         """By layer, the weights of all places as they are now, the caller's to keep: what is written from now on is
         written elsewhere, layer by layer, when it comes to that. Not with an expert cache."""
-        for group in self._groups:
-            for layer in range(len(self.stacks)):
-                self._catch_up(group, layer)
+        for layer in range(len(self.stacks)):
+            self._catch_up(layer, dict.fromkeys(self._groups))
         self._shared = set(range(len(self.stacks)))
         return [stack.weights for stack in self.stacks]
 
@@ -187,8 +189,8 @@ class Holdings:
     def _parts(self, group: int, layer: int) -> list[Tensor]:
         """Gradients, or those parts of them that may be other than zero."""
         candidates, gradients = self._candidates(group, layer), self._gradients(group, layer)
-        if candidates is None or (candidates and self.settings.sparse == "exact"):
-            return gradients  # whole, so that the sum is to the bit that of `none`
+        if candidates is None:
+            return gradients
         return [gradient[expert] for gradient in gradients for expert in candidates]
 
     def update(self, lr: float, scale: float) -> None:
@@ -239,16 +241,21 @@ class Holdings:
         if self.settings.sparse != "exact":
             return
         size = self._group_size
-        for i, group in enumerate(self.groups):
-            self._catch_up(group, layer, [e for e, n in enumerate(counts_E[i * size : (i + 1) * size]) if n])
+        wanted = {
+            group: [e for e, n in enumerate(counts_E[i * size : (i + 1) * size]) if n]
+            for i, group in enumerate(self.groups)
+        }
+        self._catch_up(layer, wanted)
 
-    def _catch_up(self, group: int, layer: int, experts: Sequence[int] | None = None) -> None:
-        optimizer = self._groups[group].optimizer
-        if optimizer.is_behind(layer, experts):
+    def _catch_up(self, layer: int, wanted: Mapping[int, Sequence[int] | None]) -> None:
+        """These experts of each group; None: all."""
+        optimizers = {group: self._groups[group].optimizer for group in wanted}
+        behind = [group for group, experts in wanted.items() if optimizers[group].is_behind(layer, experts)]
+        if behind:
             self._residency.settle()
             self._own(layer)
-            optimizer.catch_up(layer, experts)
-            self._residency.changed([self._places.index(group)])
+            catch_up_together([(optimizers[group], wanted[group]) for group in behind], layer)
+            self._residency.changed([self._places.index(group) for group in behind])
 
     def take_gradients(self) -> list[TakenGradients]:
         """By layer, of each held group: the caller's until `give_back`. What comes from now on is accumulated
@@ -310,9 +317,8 @@ class Holdings:
             raise InvalidInput("a group is on its way here", field="group", value=self.arriving)
         self._residency.train()
         self.free_leaving()
-        for number in self._groups:
-            for layer in range(len(self.stacks)):
-                self._catch_up(number, layer)
+        for layer in range(len(self.stacks)):
+            self._catch_up(layer, dict.fromkeys(self._groups))
         self.settings = settings
         self.drop_gradients()
         for stack in self.stacks:
@@ -356,7 +362,7 @@ class Holdings:
 
     def _tensors(self, group: int, layer: int) -> tuple[list[Tensor], int]:
         tensors: list[Tensor] = []
-        self._catch_up(group, layer)
+        self._catch_up(layer, {group: None})
         held = self._groups[group]
         for name, parameter in held.parameters[layer].items():
             zeros = torch.zeros_like(parameter)
@@ -445,7 +451,7 @@ class Holdings:
         def new_moments(layer: int, name: str) -> tuple[Tensor, Tensor]:
             return self._residency.moments(self._places.index(group), layer, name)
 
-        return GroupOptimizer(self.settings, parameters, new_moments)
+        return GroupOptimizer(self.settings, parameters, new_moments, lambda: self._is_own(group))
 
     def _rebind(self) -> None:
         """The stacks lie elsewhere now; parameters stay the same objects, as the optimizers know them."""

@@ -338,7 +338,7 @@ class ExpertHost:
 
     def _put_update(self, step: int, lr: float, scale: float) -> None:
         """The gradients of this step go; those of the next begin at zero."""
-        own = frozenset(self._copies.alone(self.groups)) - self._followers.groups
+        own = frozenset(group for group in self.groups if self._is_own(group))
         then = dict(self._step.weights) if self.holdings.settings.delay_correction else {}
         self._merged_before = self.updates.num_merged
         self.updates.put(PendingUpdate(step, lr, scale, self.holdings.take_gradients(), own, then))
@@ -610,7 +610,14 @@ class ExpertHost:
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _holdings_of(self, groups: Sequence[int], load: LoadLayer) -> Holdings:
-        return Holdings(self._skeleton, self.group_size, self._device, groups, load, self._cache, self._max_pairs)
+        return Holdings(
+            self._skeleton, self.group_size, self._device, groups, load, self._cache, self._max_pairs, self._is_own
+        )
+
+    def _is_own(self, group: int) -> bool:
+        """Whether nobody else has to update it alike. Of the update thread's host or with its lock held."""
+        is_here = group in self.groups  # what arrives or leaves is somebody else's too
+        return is_here and bool(self._copies.alone([group])) and group not in self._followers.groups
 
     def _load(self, source: ModelSource, groups: Sequence[int]) -> Holdings:
         reader = CheckpointReader(source.path, self._skeleton) if source.path and groups else None
