@@ -1,6 +1,6 @@
 """AdamW's steps without a gradient, that were put off: made as few.
 
-Where the gradient is zero the moments only decay, m_j = b1^j m and v_j = b2^j v, so that k such steps change a weight by
+Where the gradient is zero moments only decay, m_j = b1^j m and v_j = b2^j v, so that k such steps change a weight by
 
     w_k = W w - m * sum over j of a_j / (s + e_j),   s = sqrt(v)
 
@@ -199,7 +199,7 @@ def _can_be_few(settings: OptimizerSettings, lrs: Sequence[float], weight_decay:
 
 
 def _moment_ratio(settings: OptimizerSettings) -> float:
-    """Most that a first moment can be of the root of the second (Cauchy and Schwarz); infinite where there is no most."""
+    """Most that a first moment can be of the root of the second (Cauchy and Schwarz); infinite if there is no most."""
     if settings.beta1**2 >= settings.beta2 or settings.beta2 >= 1:
         return math.inf
     return (1 - settings.beta1) / math.sqrt((1 - settings.beta2) * (1 - settings.beta1**2 / settings.beta2))
