@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from actors.errors import InvalidInput
 from actors.expert.residency import residency
 from actors.moe.cache import CacheSettings
-from actors.moe.experts import ExpertStack, Weights
+from actors.moe.experts import Between, ExpertStack, Weights, pieces_of
 from actors.moe.optimizer import GroupOptimizer, catch_up_together
 from actors.optim import OptimizerSettings, square_sum_of
 from actors.snapshots import KINDS, ExpertKey, SavedState, Snapshot, to_host
@@ -274,21 +274,23 @@ class Holdings:
             for stack, stacked in zip(self.stacks, taken, strict=True)
         ]
 
-    def give_back(self, layer: int, taken: TakenGradients) -> None:
+    def give_back(self, layer: int, taken: TakenGradients, between: Between | None = None) -> None:
         """They have been used. From any thread."""
         for gradient in taken.stacked.values():
-            gradient.zero_()
+            for (part,) in pieces_of((gradient,), between):
+                part.zero_()
         self.stacks[layer].give_back(taken.stacked)
 
-    def updated(self, layer: int, steps: Mapping[int, Sequence[LayerStep]]) -> Weights:
+    def updated(self, layer: int, steps: Mapping[int, Sequence[LayerStep]], between: Between | None = None) -> Weights:
         """Copy-on-write: the layer's weights after these steps of each group, one after the other, in new tensors.
 
         Forwards and backwards may go on beside it, in other threads, with the weights of before: until the caller lets
         the stack `switch`, which has to be next. Nothing else may touch the layer's weights and moments meanwhile.
+        `between` is called between pieces of the work.
         """
         stack = self.stacks[layer]
         self._shared.discard(layer)
-        fresh = stack.fresh()
+        fresh = stack.fresh(between)
         for group, held in self._groups.items():  # also those that arrive or leave
             for name, parameter in held.parameters[layer].items():
                 parameter.data = fresh[name][self._span(group)]
@@ -298,7 +300,7 @@ class Holdings:
                 then = None if step.then is None else {name: step.then[name][span] for name in stack.names}
                 gradients = dict(zip(stack.names, step.gradients, strict=True))
                 self._groups[group].optimizer.step(
-                    layer, gradients, step.lr, step.scale, num_updates=step.merged, then=then
+                    layer, gradients, step.lr, step.scale, num_updates=step.merged, then=then, between=between
                 )
         return fresh
 

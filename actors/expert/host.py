@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -160,10 +160,13 @@ class ExpertHost:
         def handle() -> Message:
             if (need := self._need(question)) is not None:
                 self.updates.wait(*need)
-            with self._lock:
+            with self._lock, self._before_updates(question):
                 return handler(question)
 
         return answered(self.name, peer, question, handle)
+
+    def _before_updates(self, question: Message) -> AbstractContextManager[None]:
+        return self.updates.first() if question.op in ("forward", "backward", "prepare") else nullcontext()
 
     def ready(self, question: Message) -> bool:
         """Whether `handle` would answer at once, and not wait for updates. From any thread."""

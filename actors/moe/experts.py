@@ -29,6 +29,20 @@ whoever holds the mapping has one version of the layer for as long as needed, wh
 holds the mapping its tensors are used again, so they must not be kept without it."""
 
 
+Between = Callable[[], None]
+"""Called between pieces of long work beside other work: an expert's part of a parameter is one."""
+
+
+def pieces_of(tensors: Sequence[Tensor], between: Between | None) -> Iterator[Sequence[Tensor]]:
+    """Of tensors [E, ...], an expert's part of each at a time. Without `between` all at once."""
+    if between is None:
+        yield tensors
+        return
+    for parts in zip(*tensors, strict=True):
+        yield parts
+        between()
+
+
 class _Version(dict[str, Tensor]):
     """Weights that `weakref` can tell the end of."""
 
@@ -173,13 +187,17 @@ class ExpertStack(nn.Module):
         for name, tensor in weights.items():
             self._parameter(name).data = tensor
 
-    def fresh(self) -> dict[str, Tensor]:
+    def fresh(self, between: Between | None = None) -> dict[str, Tensor]:
         """A copy of the weights, to be written and given to `switch`. From one thread at a time."""
         with torch.no_grad():
+            weights = self._weights
             if not self._spare_weights:
-                return {name: tensor.clone() for name, tensor in self._weights.items()}
+                return {name: tensor.clone() for name, tensor in weights.items()}
             spare = self._spare_weights.pop()
-            return {name: spare[name].copy_(tensor) for name, tensor in self._weights.items()}
+            for name, tensor in weights.items():
+                for own, other in pieces_of((spare[name], tensor), between):
+                    own.copy_(other)
+            return spare
 
     def gradient(self, name: str) -> Tensor:
         return _grad(self._parameter(name))

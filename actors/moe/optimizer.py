@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.moe.delay import compensate_
+from actors.moe.experts import Between
 from actors.moe.missed import Owed, Row, Step
 from actors.moe.muon import muon_
 from actors.optim import OptimizerSettings, decays
@@ -31,6 +32,8 @@ NewMoments = Callable[[int, str], tuple[Tensor, Tensor]]
 
 PROBE = 1024
 """Elements of a gradient that are looked at first: where they are not zero nobody need read on."""
+CACHE_LINE_BYTES = 64
+"""AdamW computes the elements of a whole one together; what is left over it rounds otherwise."""
 MAX_BEHIND = 256
 """Steps that are put off at most."""
 
@@ -64,6 +67,14 @@ class _Part:
         then = None if self.then is None else self.then[row]
         tensors = self.weight[row], self.gradient[row], self.first[row], self.second[row], then
         return _Part(*tensors, self.decays, self.is_muon)
+
+    def pieces(self) -> Iterator[_Part]:
+        """Of one expert each, where that changes no bit."""
+        if self.is_muon or not len(self.weight) or self.weight[0].nbytes % CACHE_LINE_BYTES:
+            yield self
+            return
+        for expert in range(len(self.weight)):
+            yield self.of(expert)
 
 
 class GroupOptimizer:
@@ -122,13 +133,14 @@ class GroupOptimizer:
         num_updates: int = 1,
         candidates: Collection[int] | None = None,
         then: Mapping[str, Tensor] | None = None,
+        between: Between | None = None,
     ) -> bool:
         """One step of a layer with its gradients times `scale`, which are changed. -> whether weights were.
 
         `num_updates`: that the step stands for, all with this gradient: averages decay by beta ** num_updates and
         their count goes on by as many, as in the rule for Adam's larger batches of Malladi et al. 2022, there to the
         first order. `candidates`: experts that may have a gradient other than zero, None for all. `then`: the weights
-        that the gradients were computed with, where they are older.
+        that the gradients were computed with, where they are older. `between` is called between pieces of the work.
         """
         state = self._layers[layer]
         if not state.moments:
@@ -138,8 +150,11 @@ class GroupOptimizer:
             touched = self._touched(gradients, candidates)
             self._leave_out(layer, touched, lr, num_updates)
             parts = [part.of(expert) for expert in touched for part in parts]
-        self._prepare(parts, state.updates, scale)
-        self._apply(parts, state.updates, lr, num_updates)
+        for pieces in [parts] if between is None else [[piece] for part in parts for piece in part.pieces()]:
+            self._prepare(pieces, state.updates, scale)
+            self._apply(pieces, state.updates, lr, num_updates)
+            if between is not None:
+                between()
         state.updates += num_updates
         return bool(parts)
 
