@@ -31,7 +31,7 @@ from actors.router.router import Router
 from actors.transport.socket import SocketLink, SocketServer
 from actors.trunk.model import ModelSource
 from actors.values import Placement
-from cluster.bench.result import Row
+from cluster.bench.result import Advance, Row
 from cluster.errors import StartupError
 
 NAME = "expert-0"
@@ -89,7 +89,14 @@ class SpreadRow(Row):
     high: float
 
 
-def hidden_rows(*, rounds: int, shape: BesideShape | None = None) -> list[Row]:
+def num_rounds(rounds: int) -> int:
+    """With those that are not counted."""
+    return rounds + 1
+
+
+def hidden_rows(
+    *, rounds: int, shape: BesideShape | None = None, advance: Advance = lambda doing: None
+) -> list[SpreadRow]:
     shape = shape or BesideShape()
     with _cores() as (own, other), _expert(shape, other) as (address, control), _pinned(own), _one_thread():
         peer = Peer(lambda: SocketLink(NAME, address, name="router", max_bytes=MAX_BYTES, timeout_s=ANSWER_S))
@@ -97,12 +104,16 @@ def hidden_rows(*, rounds: int, shape: BesideShape | None = None) -> list[Row]:
         router = Router(_source(shape), roster, timeout_s=ANSWER_S)
         try:
             timing = _Timing(shape, router, control)
-            return rows_of([timing.round() for _ in range(rounds + 1)][1:])
+            timed = []
+            for number in range(num_rounds(rounds)):
+                advance(f"updates beside forwards, round {number}")
+                timed.append(timing.round())
+            return rows_of(timed[1:])
         finally:
             router.close()
 
 
-def rows_of(timed: Sequence[Timed]) -> list[Row]:
+def rows_of(timed: Sequence[Timed]) -> list[SpreadRow]:
     """Medians over the rounds; ratios are of rounds too."""
     hidden = [100 * t.hidden for t in timed]
     share = median(100 * t.update_s / t.step_s for t in timed)

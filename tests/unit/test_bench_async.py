@@ -7,7 +7,20 @@ from pathlib import Path
 import pytest
 
 from cluster.bench import asynchronous
-from cluster.bench.asynchronous import STALENESS, Run, cases, loss_rows, sparse_rows, time_rows, train_all
+from cluster.bench.asynchronous import (
+    STALENESS,
+    Extent,
+    Run,
+    all_runs,
+    bench_async,
+    cases,
+    loss_rows,
+    sparse_rows,
+    time_rows,
+    train_all,
+)
+from cluster.bench.beside import BesideShape, Timed, rows_of
+from cluster.bench.stragglers import Shape
 from cluster.report import draw_async
 
 
@@ -28,6 +41,22 @@ def test_rows_compare_with_the_same_optimizer_without_delay() -> None:
     assert (rows["loss_s1_muon"].value, rows["loss_s1_muon"].peer_value, rows["loss_s1_muon"].rounds) == (2.5, 2.0, 2)
     assert rows["loss_s4_adamw_corrected"].ratio == 0.5
     assert rows["loss_s0_adamw"].ratio == 1.0
+
+
+def test_losses_are_compared_seed_by_seed() -> None:
+    runs = [run for run in _runs(3) if run.staleness <= 1 or run.seed == 1]
+    for run in runs:
+        run.heldout_loss += run.seed
+    rows = {row.case: row for row in loss_rows(runs)}
+    assert (rows["loss_s1_muon"].value, rows["loss_s1_muon"].peer_value, rows["loss_s1_muon"].rounds) == (3.5, 3.0, 3)
+    assert (rows["loss_s4_muon"].value, rows["loss_s4_muon"].peer_value, rows["loss_s4_muon"].rounds) == (5.0, 3.0, 1)
+
+
+def test_what_a_bar_is_about_has_every_seed() -> None:
+    found = all_runs(3)
+    assert [run.seed for run in found if (run.optimizer, run.staleness) == ("muon", 1)] == [0, 1, 2]
+    assert [run.seed for run in found if (run.optimizer, run.staleness) == ("muon", 4)] == [0]
+    assert {(run.optimizer, run.staleness) for run in found} == set(cases())
 
 
 def test_at_equal_time_the_faster_has_made_more_steps() -> None:
@@ -62,3 +91,36 @@ def test_sparse_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = list(sparse_rows(rounds=2))
     assert [row.case for row in rows] == list(asynchronous.SPARSE_CASES)
     assert all(row.value > 0 and row.rounds == 2 for row in rows)
+
+
+def test_hidden_is_what_a_step_does_not_wait_for_of_an_update() -> None:
+    timed = [Timed(step_s=0.1, beside_s=0.1 - 0.02 * hidden, update_s=0.02) for hidden in (0.5, 0.9, 1.0, 0.8, 0.7)]
+    rows = {row.case: row for row in rows_of(timed)}
+    row = rows["hidden_optimizer_share"]
+    assert (row.value, row.low, row.high) == (pytest.approx(80), pytest.approx(70), pytest.approx(90))
+    assert row.peer_value == pytest.approx(20), "the update's share of a step"
+    assert rows["step_s1"].peer_value == pytest.approx(100)
+    assert rows["update_s0"].value == pytest.approx(20)
+
+
+def test_all_of_it_says_as_often_as_promised_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small enough for seconds: every row is there, those at equal time too."""
+    monkeypatch.setattr(asynchronous, "SPARSE_MODEL", asynchronous.SPARSE_MODEL | {"moe_intermediate_size": 8})
+    tiny = {"hidden_size": 16, "width": 16, "num_layers": 1, "num_experts": 4, "sequence_length": 8, "steps": 1}
+    extent = Extent(
+        steps=2,
+        seeds=1,
+        shape=Shape(**tiny, warmups=1, pause_s=0.01, window_s=0.02),  # type: ignore[arg-type]
+        beside=BesideShape(**tiny, warmups=1),  # type: ignore[arg-type]
+        sparse_rounds=1,
+        beside_rounds=1,
+        straggler_rounds=1,
+    )
+    said: list[str] = []
+    report, runs, speed = bench_async(extent, said.append)
+    found = {row.case for row in report.rows}
+    assert len(said) == extent.num_steps()
+    assert len(runs) == len(cases())
+    assert set(speed) == set(STALENESS)
+    assert {f"{kind}_s{s}_{name}" for kind in ("loss", "time_loss") for name, s in cases()} <= found
+    assert {"straggler_4x_s4", "hidden_optimizer_share", "sparse_update", "retained_pause_s4_copy"} <= found
