@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ from cluster.bench.asynchronous import (
     time_rows,
     train_all,
 )
-from cluster.bench.beside import BesideShape, Timed, rows_of
-from cluster.bench.stragglers import Shape
+from cluster.bench.beside import BesideShape, SpreadRow, Timed, num_rounds, rows_of
+from cluster.bench.result import Advance, Row
+from cluster.bench.stragglers import Shape, num_runs
+from cluster.bench.stragglers import rows_of as straggler_rows_of
 from cluster.report import draw_async
 
 
@@ -104,23 +107,44 @@ def test_hidden_is_what_a_step_does_not_wait_for_of_an_update() -> None:
 
 
 def test_all_of_it_says_as_often_as_promised_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small enough for seconds: every row is there, those at equal time too."""
+    """What takes long is not made."""
+
+    def hidden(*, rounds: int, shape: BesideShape, advance: Advance) -> list[SpreadRow]:
+        for _ in range(num_rounds(rounds)):
+            advance("hidden")
+        return rows_of([Timed(0.1, 0.09, 0.02)] * rounds)
+
+    def stragglers(*, rounds: int, shape: Shape, advance: Advance) -> list[Row]:
+        for _ in range(num_runs(rounds)):
+            advance("stragglers")
+        return [Row(f"straggler_4x_s{s}", 2.0, "tokens/s", "s0", 1.0, 1.0 + s / 10, rounds) for s in STALENESS if s]
+
+    def train(*, seeds: int, steps: int, after_step: Callable[[Run], None]) -> list[Run]:
+        runs = all_runs(seeds)
+        for run in runs:
+            run.heldout_loss = 2.0
+            for _ in range(steps):
+                run.losses.append(3.0)
+                after_step(run)
+        return runs
+
     monkeypatch.setattr(asynchronous, "SPARSE_MODEL", asynchronous.SPARSE_MODEL | {"moe_intermediate_size": 8})
-    tiny = {"hidden_size": 16, "width": 16, "num_layers": 1, "num_experts": 4, "sequence_length": 8, "steps": 1}
-    extent = Extent(
-        steps=2,
-        seeds=1,
-        shape=Shape(**tiny, warmups=1, pause_s=0.01, window_s=0.02),  # type: ignore[arg-type]
-        beside=BesideShape(**tiny, warmups=1),  # type: ignore[arg-type]
-        sparse_rounds=1,
-        beside_rounds=1,
-        straggler_rounds=1,
-    )
+    for name, made in (("hidden_rows", hidden), ("straggler_rows", stragglers), ("train_all", train)):
+        monkeypatch.setattr(asynchronous, name, made)
+    extent = Extent(steps=2, seeds=3, sparse_rounds=1, beside_rounds=2, straggler_rounds=2)
     said: list[str] = []
-    report, runs, speed = bench_async(extent, said.append)
+    report, _, speed = bench_async(extent, said.append)
     found = {row.case for row in report.rows}
     assert len(said) == extent.num_steps()
-    assert len(runs) == len(cases())
-    assert set(speed) == set(STALENESS)
+    assert speed == {0: 1.0, 1: 1.1, 2: 1.2, 4: 1.4}
     assert {f"{kind}_s{s}_{name}" for kind in ("loss", "time_loss") for name, s in cases()} <= found
-    assert {"straggler_4x_s4", "hidden_optimizer_share", "sparse_update", "retained_pause_s4_copy"} <= found
+    assert {"straggler_4x_s4", "hidden_optimizer_share", "sparse_update"} <= found
+
+
+def test_stragglers_are_compared_with_the_same_one_without_delay() -> None:
+    rates = {"1x_s0": [10.0, 20.0], "1x_s1": [10.0, 20.0], "4x_s0": [4.0, 5.0], "4x_s4": [8.0, 10.0], "pause_s4": [5.0]}
+    rows = {row.case: row for row in straggler_rows_of(rates | {"4x_s4_copy": [9.0, 9.0]})}
+    assert [case for case in rows if case.startswith("straggler")] == ["straggler_4x_s4"]
+    assert (rows["straggler_4x_s4"].ratio, rows["retained_pause_s4"].ratio) == (2.0, 0.5)
+    assert (rows["retained_pause_s4"].rounds, rows["retained_4x_s4_copy"].rounds) == (1, 2)
+    assert "retained_1x_s0" not in rows

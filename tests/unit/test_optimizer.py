@@ -24,9 +24,7 @@ TOUCHED = [[0, 1, 2, 3], [1], [], [0, 3], [2], [1], [], [0, 1, 2, 3]]
 class Group:
     """One layer, with gradients from a seed."""
 
-    def __init__(
-        self, settings: OptimizerSettings, dtype: torch.dtype = torch.float64, *, is_own: bool = True
-    ) -> None:
+    def __init__(self, settings: OptimizerSettings, dtype: torch.dtype = torch.float64, *, is_own: bool = True) -> None:
         draw = torch.Generator().manual_seed(0)
         self.weights = {n: nn.Parameter(torch.randn(s, generator=draw).to(dtype)) for n, s in SHAPES.items()}
         self.optimizer = GroupOptimizer(settings, [self.weights], self._new_moments, lambda: is_own)
@@ -269,3 +267,25 @@ def test_the_correction_takes_the_place_of_the_curvature() -> None:
     )
     exact = (now - x).mean()
     assert abs(corrected.mean() - exact) < 0.1 * abs(each.mean() - exact)
+
+
+# -- in pieces --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"sparse": "skip"}, {"experts": "muon"}])
+@pytest.mark.parametrize("width", [8, 7])
+def test_a_step_in_pieces_is_the_same_to_the_bit(
+    settings: Mapping[str, str], width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 8 an expert's part fills whole cache lines, of 7 it does not."""
+    shapes = {"down_proj": (E, width, 16), "gate_up_proj": (E, 32, width), "gate_up_proj_bias": (E, 32)}
+    monkeypatch.setitem(globals(), "SHAPES", shapes)
+    whole, pieces = (Group(OptimizerSettings(**settings), torch.float32) for _ in range(2))  # type: ignore[arg-type]
+    between = []
+    whole.train()
+    for step, touched in enumerate(TOUCHED):
+        pieces.optimizer.step(
+            0, pieces.gradients(step, touched), 1e-2 / (step + 1), 0.5, between=lambda: between.append(None)
+        )
+    assert_equal(pieces.state(), whole.state())
+    assert len(between) > len(TOUCHED)
