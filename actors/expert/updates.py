@@ -99,12 +99,12 @@ class Brake:
     """So many updates stay pending as long as nobody drains, and none are merged: every run has the same staleness."""
 
     @contextmanager
-    def slowing(self) -> Iterator[None]:
-        """Around what computes an update, or a part of it."""
-        started = time.monotonic()
+    def slowing(self, clock: Callable[[], float] = time.monotonic) -> Iterator[None]:
+        """Around what computes an update, or a part of it; `clock` tells the seconds that it takes."""
+        started = clock()
         yield
         if self.factor > 1:
-            time.sleep((self.factor - 1) * (time.monotonic() - started))
+            time.sleep((self.factor - 1) * (clock() - started))
 
     def wait(self) -> None:
         """Before an update."""
@@ -144,6 +144,8 @@ class Updates:
         """Training questions that are being computed."""
         self._gives_way = False
         """The thread is waiting for them."""
+        self._given_s = 0.0
+        """How long it has, since the start."""
         self._failure: Exception | None = None
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -302,7 +304,7 @@ class Updates:
                 if not self.brake.hold:
                     self._pending.clear()
             failure: Exception | None = None
-            started = time.monotonic()
+            started = self._clock()
             try:
                 self._make(self._batch)
                 self.on_made()
@@ -310,7 +312,7 @@ class Updates:
                 logger.exception("%s failed in an update", self._name)
                 failure = error
             with self._changed:
-                self.busy_s += time.monotonic() - started
+                self.busy_s += self._clock() - started
                 self._batch = []
                 self._is_wanted = False
                 self._failure = self._failure or failure
@@ -324,7 +326,7 @@ class Updates:
             if self._closed:
                 return
             between = self._give_way if self._beside.shares_cores else None
-            with self.brake.slowing(), self._beside.after([update.summed for update in batch]):
+            with self.brake.slowing(self._clock), self._beside.after([update.summed for update in batch]):
                 fresh = holdings.updated(layer, _steps_of(batch, layer, merging), between)
             self._beside.hand_over(fresh.values())
             for update in batch:
@@ -340,9 +342,14 @@ class Updates:
         if not self._foreground:  # read without the lock: the next piece is soon
             return
         with self._changed:
-            self._gives_way = True
+            self._gives_way, began = True, time.monotonic()
             self._changed.wait_for(lambda: not self._foreground or self._must_go_on(), GIVE_WAY_S)
             self._gives_way = False
+            self._given_s += time.monotonic() - began
+
+    def _clock(self) -> float:
+        """Seconds, but for those in which the thread gave way."""
+        return time.monotonic() - self._given_s
 
     def _must_go_on(self) -> bool:
         return bool(self._closed or self._draining or self._waiting or self._is_wanted)
