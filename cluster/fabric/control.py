@@ -108,6 +108,7 @@ class ControlWorker:
 
     def _begin(self) -> None:
         experts = self._config.experts
+        processes = self._crew.create_experts(experts.actors)  # beside the router's, which takes as long
         model = origin = self._crew.start_router()
         vault = Vault(self._config, origin)
         found = vault.newest() if self._config.checkpoint.resume else None
@@ -116,7 +117,7 @@ class ControlWorker:
         if found is not None and (num_experts := num_experts_in(found)) != origin.num_experts:
             self._crew.num_experts = num_experts
             model = self._crew.facts(num_experts)
-        slots = self._crew.start_experts(experts.actors)
+        slots = self._crew.await_experts(processes)
         placement = spread(model.num_experts, experts.group_size, slots, experts.redundancy)
         coordinator = Coordinator(model, placement, redundancy=experts.redundancy, max_groups=experts.max_groups)
         wanted = Wanted(experts.actors, self._config.router.actors)
