@@ -188,7 +188,7 @@ class LocalCluster:
 
     def arrive(self, group: int, source: str, target: str) -> int:
         giver, taker = self.members[source], self.members[target]
-        return taker.host.arrive(group, source, giver.exchange_address, taker.exchange_address, self.timeout_s)
+        return taker.host.placing.arrive(group, source, giver.exchange_address, taker.exchange_address, self.timeout_s)
 
 
 @contextmanager

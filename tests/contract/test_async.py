@@ -204,7 +204,7 @@ def test_who_reads_or_moves_groups_gets_every_update(source: ModelSource, tmp_pa
         assert behind(local) == [2, 2]
         local.router.take_snapshot()
         assert behind(local) == [0, 0]
-        assert all(host.snapshot is not None and host.snapshot.updates == 2 for host in local.hosts)
+        assert all(host.saving.snapshot is not None and host.saving.snapshot.updates == 2 for host in local.hosts)
         step(local, 2)
         assert behind(local) == [1, 1]
         local.router.export(tmp_path / "exported")

@@ -97,12 +97,12 @@ def test_a_return_forgets_what_compression_has_left_out(source: ModelSource, tmp
     ) as here:
         behind(here, staleness)
         here.train(*range(1, 8))
-        assert all(host._copies.num_bytes() > 0 for host in here.local.hosts)
+        assert all(host.state.copies.num_bytes() > 0 for host in here.local.hosts)
         found = []
         for _ in range(2):
             assert here.recovery._go_back(here.job) == 5
             here.local.placement = here.coordinator.placement
-            assert all(host._copies.num_bytes() == 0 for host in here.local.hosts)
+            assert all(host.state.copies.num_bytes() == 0 for host in here.local.hosts)
             here.local.router.continue_run(here.coordinator.job(here.job).config.balance, COMPRESSED)
             reports = []
             for batch in (6, 7, 8):

@@ -382,7 +382,7 @@ def test_a_router_can_start_at_the_grown_size_to_be_restored(source: ModelSource
         slots = [ActorSlot(f"expert-{i}", f"n{i}") for i in range(2)]
         placement = spread(16, 2, slots, epoch=5)
         for name in placement.actors:
-            other.members[name].host.restore(placement.held_by(name), read_experts(found), 7)
+            other.members[name].host.saving.restore(placement.held_by(name), read_experts(found), 7)
         router = Router(replace(source, num_experts=16), other.roster(placement))
         router.restore(other.roster(placement), read_router(found), 7)
         torch.testing.assert_close(router.serving.logits(IDS), expected, rtol=1e-5, atol=1e-7)

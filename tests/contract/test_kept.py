@@ -133,13 +133,13 @@ class Crew:
             assert router.for_peers is not None
             return keep_part(draft, name, router_shard(router.for_peers), router.keeper, peer, self._way)
         host = self._local.members[name].host
-        assert host.for_peers is not None
-        return keep_part(draft, name, experts_shard(host.for_peers), host.exchange.keeper, peer, self._way)
+        assert host.saving.for_peers is not None
+        return keep_part(draft, name, experts_shard(host.saving.for_peers), host.exchange.keeper, peer, self._way)
 
     def _restore(self, name: str, groups: Any, found: Found, run: int) -> None:
         host = self._local.members[name].host
         with saved_experts(found, host.exchange.keeper, self._way) as saved:
-            host.restore(groups, saved, run)
+            host.saving.restore(groups, saved, run)
 
     def _restore_router(self, placement: Placement, contacts: Any, found: Found, run: int) -> None:
         router = self._local.router
@@ -167,7 +167,7 @@ class Storage:
     def save(self, local: LocalCluster, job: Mapping[str, Any]) -> None:
         taken = local.router.take_snapshot()
         draft = self._store.begin(taken.version)
-        shards = [write_experts(draft, name, local.members[name].host.snapshot) for name in taken.actors]
+        shards = [write_experts(draft, name, local.members[name].host.saving.snapshot) for name in taken.actors]
         shards.append(write_router(draft, "router-0", local.router.snapshot))
         self._store.commit(draft, self.manifest_of(taken, job, tuple(shards)))
 
@@ -482,7 +482,7 @@ def test_two_generations_at_most(source: ModelSource, tmp_path: Path) -> None:
             "router-0": ["router-0", "expert-0"],
         }
         (host, *_) = here.local.hosts
-        assert host.status()["memory_bytes"] == host._memory_bytes + host.exchange.keeper.num_bytes()
+        assert host.status()["memory_bytes"] == host.state.memory_bytes + host.exchange.keeper.num_bytes()
 
 
 def test_the_last_router_comes_back_from_its_peer(source: ModelSource, tmp_path: Path) -> None:

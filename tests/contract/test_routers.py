@@ -429,13 +429,14 @@ def test_all_routers_go_back_to_what_was_saved(source: ModelSource, alone: Numbe
         group.router.begin_run(OPTIMIZER)
         reports = [step(group, number) for number in range(3)]
         group.router.take_snapshot()
-        trunk, experts = group.router.snapshot, {name: member.host.snapshot for name, member in local.members.items()}
+        trunk = group.router.snapshot
+        experts = {name: member.host.saving.snapshot for name, member in local.members.items()}
         assert trunk is not None
         step(group, 3)  # lost
         for name, member in local.members.items():
             snapshot = experts[name]
             assert snapshot is not None
-            member.host.restore(local.placement.held_by(name), saved(snapshot), run=7)
+            member.host.saving.restore(local.placement.held_by(name), saved(snapshot), run=7)
         placement = replace(local.placement, epoch=local.placement.epoch + 1)
         group.router.restore(local.roster(placement), saved(trunk), run=7)
         group.router.continue_run(BalanceSettings())
