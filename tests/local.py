@@ -168,7 +168,7 @@ class LocalCluster:
                 if group not in self.members[name].host.groups:
                     self.arrive(group, self.placement.owner(group), name)
         placement = Placement(self.placement.epoch + 1, held, self.group_size)
-        waited = self.router.adopt(self.roster(placement))
+        waited = self.router.placing.adopt(self.roster(placement))
         self.placement = placement
         return waited
 

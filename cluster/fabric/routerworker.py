@@ -215,7 +215,7 @@ class RouterWorker:
     @ray.method(concurrency_group=TRAIN)
     def adopt(self, placement: Placement, experts: Sequence[ExpertContact]) -> float:
         """Another placement, between two steps: it takes its turn with them. -> seconds that they waited for it."""
-        return self._router.adopt(self._roster(placement, experts))
+        return self._router.placing.adopt(self._roster(placement, experts))
 
     @ray.method(concurrency_group=CONTROL)
     def prepare_growth(self, growth: Growth) -> None:
@@ -326,7 +326,7 @@ class RouterWorker:
         from cluster.checkpoint.memory import keep_part
         from cluster.checkpoint.state import router_shard
 
-        snapshot, self._router.for_peers = self._router.for_peers, None
+        snapshot, self._router.saving.for_peers = self._router.saving.for_peers, None
         content = router_shard(of_version(snapshot, draft))
         return keep_part(draft, ROUTER, content, self._router.keeper, peer, self._way())
 
@@ -352,7 +352,7 @@ class RouterWorker:
         """As of an expert actor."""
         from cluster.checkpoint.state import write_router
 
-        snapshot, self._router.snapshot = self._router.snapshot, None
+        snapshot, self._router.saving.snapshot = self._router.saving.snapshot, None
         return write_router(draft, ROUTER, snapshot)
 
     @ray.method(concurrency_group=TRAIN)

@@ -235,7 +235,7 @@ def test_a_group_that_arrives_while_updates_are_pending_equals_its_owners(source
         step(local, 3)
         holders = ((owner, other), *local.placement.holders[1:])
         local.placement = Placement(local.placement.epoch + 1, holders, local.placement.group_size)
-        local.router.adopt(local.roster(local.placement))  # not with a second arrival, as `local.adopt` would
+        local.router.placing.adopt(local.roster(local.placement))  # not with a second arrival, as `local.adopt` would
         step(local, 4)
         drain(local)
         mine, theirs = (local.members[name].host.holdings for name in (owner, other))

@@ -130,8 +130,8 @@ class Crew:
         self.before_keeping(name)
         router = self._local.router
         if name == self.leader:
-            assert router.for_peers is not None
-            return keep_part(draft, name, router_shard(router.for_peers), router.keeper, peer, self._way)
+            assert router.saving.for_peers is not None
+            return keep_part(draft, name, router_shard(router.saving.for_peers), router.keeper, peer, self._way)
         host = self._local.members[name].host
         assert host.saving.for_peers is not None
         return keep_part(draft, name, experts_shard(host.saving.for_peers), host.exchange.keeper, peer, self._way)
@@ -168,7 +168,7 @@ class Storage:
         taken = local.router.take_snapshot()
         draft = self._store.begin(taken.version)
         shards = [write_experts(draft, name, local.members[name].host.saving.snapshot) for name in taken.actors]
-        shards.append(write_router(draft, "router-0", local.router.snapshot))
+        shards.append(write_router(draft, "router-0", local.router.saving.snapshot))
         self._store.commit(draft, self.manifest_of(taken, job, tuple(shards)))
 
 

@@ -225,7 +225,7 @@ def saved(snapshot: Snapshot[Key]) -> SavedState[Key]:
 def restored(local: LocalCluster) -> None:
     taken = local.router.take_snapshot()
     states = {host.name: host.saving.snapshot for host in local.hosts}
-    router = local.router.snapshot
+    router = local.router.saving.snapshot
     train(local, 2)
     for host in local.hosts:
         state = states[host.name]

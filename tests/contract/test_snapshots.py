@@ -62,7 +62,7 @@ def save_all(local: LocalCluster, store: CheckpointStore) -> Found:
     taken = local.router.take_snapshot()
     draft = store.begin(taken.version)
     shards = [write_experts(draft, name, local.members[name].host.saving.snapshot) for name in taken.actors]
-    shards.append(write_router(draft, "router-0", local.router.snapshot))
+    shards.append(write_router(draft, "router-0", local.router.saving.snapshot))
     return store.commit(draft, Manifest(taken.version, 0.0, {}, None, tuple(shards)))
 
 
