@@ -30,7 +30,7 @@ from actors.values import (
 )
 from cluster.backend import Job
 from cluster.config import ClusterConfig, OptimizerConfig
-from cluster.control.coordinator import ModelFacts
+from cluster.control.model import ModelFacts
 from cluster.control.jobtable import job_of_dict
 from cluster.fabric.calls import call
 from cluster.fabric.contacts import ExpertContact, RouterContact

@@ -103,7 +103,7 @@ def test_a_return_forgets_what_compression_has_left_out(source: ModelSource, tmp
             assert here.recovery._go_back(here.job) == 5
             here.local.placement = here.coordinator.placement
             assert all(host.state.copies.num_bytes() == 0 for host in here.local.hosts)
-            here.local.router.continue_run(here.coordinator.job(here.job).config.balance, COMPRESSED)
+            here.local.router.continue_run(here.coordinator.jobs.get(here.job).config.balance, COMPRESSED)
             reports = []
             for batch in (6, 7, 8):
                 here.train(batch)
@@ -168,7 +168,7 @@ def test_a_pin_outlives_the_coordinator_and_a_return_to_memory(pinned_bench: tup
     assert successor.all() == (pin,), "as the router has it"
     assert torch.equal(logits(here), expected)
     assert here.recovery._go_back(here.job) == 5
-    here.local.router.continue_run(here.coordinator.job(here.job).config.balance, COMPRESSED)
+    here.local.router.continue_run(here.coordinator.jobs.get(here.job).config.balance, COMPRESSED)
     successor.look()
     assert successor.all() == (pin,)
     assert torch.equal(logits(here), expected), "the return is to version 5, and its pin stays at 3"
