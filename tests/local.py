@@ -12,8 +12,8 @@ from actors.expert.host import ExpertHost
 from actors.moe.cache import CacheSettings
 from actors.moe.fp8 import Payload
 from actors.moe.settings import GateSettings
-from actors.router.dispatcher import Peer, Roster
 from actors.router.pieces import PIECE_BYTES
+from actors.router.roster import Peer, Roster
 from actors.router.router import Router
 from actors.transport.contract import Handler, Link
 from actors.transport.local import LocalLink

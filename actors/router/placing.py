@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from actors.errors import MoeClusterError, PeerLost
-from actors.router.dispatcher import Roster
+from actors.router.roster import Roster
 from actors.router.state import State
 from actors.transport.message import Message
 from actors.values import Placement
@@ -41,7 +41,7 @@ class Placing:
 
     def begin(self, roster: Roster) -> None:
         """The first one. Version and run are those of the expert actors."""
-        self._state.training.connect(roster.peers)
+        self._state.training.links.connect(roster.peers)
         self._take_over()
         self._switch(roster)
 
@@ -57,14 +57,14 @@ class Placing:
         self._state.last_commit.confirm_without(roster)
         # What arrives needs the last update of who leaves, so nobody leaves before the switch.
         leaving = {n: p for n, p in self.roster.peers.items() if n in training.links and n not in roster.peers}
-        training.connect({**roster.peers, **leaving})
+        training.links.connect({**roster.peers, **leaving})
         started = time.monotonic()
         with self.or_back():
             self._state.reopen()
             self._switch_all(roster)
         waited = time.monotonic() - started
-        training.connect(roster.peers)
-        training.tell_living("retire", {})
+        training.links.connect(roster.peers)
+        training.links.tell_living("retire", {})
         return waited
 
     @contextmanager
@@ -83,19 +83,19 @@ class Placing:
         self._settled = False
         fields = {**roster.fields(), "version": state.version, "run": state.run, **(births or {})}
         timeout_s = BIRTH_FACTOR * state.timeout_s if births else state.timeout_s
-        answers = state.training.ask_all("place", fields, timeout_s, among=list(roster.peers))
+        answers = state.training.links.ask_all("place", fields, timeout_s, among=list(roster.peers))
         self._use(roster, {name: numbers(answer, "experts") for name, answer in answers.items()})
 
     def follow(self, roster: Roster, held: Mapping[str, list[int]]) -> None:
         """A replica's `adopt`: the expert actors have been told by the leader, and `held` is what they said. Serving
         waits already."""
         self._state.last_commit.seen_done()  # by the leader
-        self._state.training.connect(roster.peers)
+        self._state.training.links.connect(roster.peers)
         self._use(roster, held)
 
     def _use(self, roster: Roster, held: Mapping[str, list[int]]) -> None:
         state = self._state
-        state.serving_links.connect(roster.peers)
+        state.requests.links.connect(roster.peers)
         for dispatcher in state.dispatchers:
             dispatcher.use(roster.placement.epoch, held, roster.placement.num_experts)
         state.last_commit.served(state.version)
@@ -151,15 +151,15 @@ class Placing:
     def _take_over(self) -> None:
         """A step that a router before left half done is dropped by the expert actors."""
         state = self._state
-        answers: list[Any] = [answer.fields for answer in state.training.ask_all("status", {}).values()]
+        answers: list[Any] = [answer.fields for answer in state.training.links.ask_all("status", {}).values()]
         found = {(int(fields["version"]), int(fields["run"])) for fields in answers}
         if len(found) != 1:
             raise MoeClusterError(f"expert actors are at different (version, run): {sorted(found)}")
         state.version, state.run = found.pop()
         state.attempt = max(int(fields["attempt"]) for fields in answers)
         state.replicas.term = max(int(fields["term"]) for fields in answers)
-        state.training.ask_all("abort", state.attempt_at_next())
-        state.training.ask_all("keep_pins", {"names": []})  # their trunks are gone
+        state.training.links.ask_all("abort", state.attempt_at_next())
+        state.training.links.ask_all("keep_pins", {"names": []})  # their trunks are gone
         state.attempt += 1
 
 

@@ -17,10 +17,10 @@ from actors.errors import InvalidInput, LinkError, NonFinite, PeerLost, StepAbor
 from actors.expert.exchange import Attempt
 from actors.optim import OptimizerSettings
 from actors.router.buckets import Buckets, Work
-from actors.router.dispatcher import LinkOpener, Peer, Roster
 from actors.router.likeness import check_alike, facts_of
 from actors.router.pinning import of_fields
 from actors.router.replicas import Tally, parts_in
+from actors.router.roster import LinkOpener, Peer, Roster
 from actors.router.router import Router
 from actors.router.saving import rules_of
 from actors.router.steps import Update

@@ -21,13 +21,14 @@ from actors.moe.fp8 import Payload
 from actors.moe.settings import BalanceSettings, GateSettings
 from actors.optim import OptimizerSettings
 from actors.peer_snapshots import Keeper
-from actors.router.dispatcher import Dispatcher, Peer, Roster
 from actors.router.expansion import Expansion
 from actors.router.learner import Learner
 from actors.router.likeness import facts_of
+from actors.router.links import Links
 from actors.router.pieces import PIECE_BYTES
 from actors.router.pinning import Pinning
 from actors.router.placing import Placing, RosterFinder
+from actors.router.roster import Peer, Roster
 from actors.router.routing import Routing
 from actors.router.saving import Saving
 from actors.router.state import ServingSettings, State
@@ -117,7 +118,7 @@ class Router:
         return self.learner.source.num_experts
 
     def close(self) -> None:
-        self.state.training.close()
+        self.state.training.links.close()
         self.serving.close()
         self.replicas.close()
 
@@ -136,7 +137,7 @@ class Router:
         self.placing.reach_all()
         state.run += 1
         fields = {"optimizer": settings.to_dict(), "run": state.run}
-        state.training.ask_all("begin_run", fields)
+        state.training.links.ask_all("begin_run", fields)
         self.replicas.ask("begin_run", {**fields, **self.learner.rules()})
         self.learner.begin_run(settings)
         return self.course
@@ -167,9 +168,7 @@ class Router:
         self.replicas.cut(names)
         self.serving.pins.cut(names)
         for dispatcher in self.state.dispatchers:
-            for name in names:
-                if (link := dispatcher.links.get(name)) is not None:
-                    link.cut()
+            dispatcher.links.cut(names)
 
     # -- growth: between two steps ------------------------------------------------------------------------------------
 
@@ -193,7 +192,7 @@ class Router:
                 self.learner.grow(made)
             self.saving.give(self.replicas.names)
         waited = time.monotonic() - started
-        self.state.training.tell_living("retire", {})
+        self.state.training.links.tell_living("retire", {})
         return Grown(roster.placement, self.learner.skeleton.num_parameters, made.way, made.moved_share, waited)
 
     # -- pins: between two steps --------------------------------------------------------------------------------------
@@ -240,8 +239,8 @@ class Router:
 
     def export(self, directory: Path) -> list[str]:
         """Writes the whole model as a Hugging Face directory. Steps wait meanwhile. Returns the file names."""
-        with self.quiet() as dispatcher:
-            return self.saving.export(directory, dispatcher)
+        with self.quiet() as links:
+            return self.saving.export(directory, links)
 
     # -- as the leader of others, and led by one ----------------------------------------------------------------------
 
@@ -273,16 +272,15 @@ class Router:
     # -- looked at ----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def quiet(self) -> Iterator[Dispatcher]:
+    def quiet(self) -> Iterator[Links]:
         """No update and no other serving forward inside: for exports, imports and status over the serving links."""
         with self.serving.reading():
-            yield self.state.serving_links
+            yield self.state.requests.links
 
     def status(self) -> list[dict[str, Any]]:
         """What each expert actor says of itself, in actor order, with the kind of its link."""
-        with self.quiet() as dispatcher:
-            answers = dispatcher.ask_all("status", {})
-            return [{**answer.fields, "link": dispatcher.links[name].kind} for name, answer in answers.items()]
+        with self.quiet() as links:
+            return [{**answer.fields, "link": links[name].kind} for name, answer in links.ask_all("status", {}).items()]
 
     def vitals(self) -> dict[str, Any]:
         """Cheap, without asking anybody: version, memory in bytes, link kind of each expert actor."""

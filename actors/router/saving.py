@@ -12,8 +12,9 @@ from actors.compress.settings import CompressionSettings
 from actors.errors import StepAborted
 from actors.moe.settings import BalanceSettings
 from actors.optim import OptimizerSettings
-from actors.router.dispatcher import Dispatcher, Roster
+from actors.router.links import Links
 from actors.router.placing import Placing, numbers
+from actors.router.roster import Roster
 from actors.router.state import State
 from actors.snapshots import SavedState, Snapshot, to_host
 from actors.trunk.checkpoint import CheckpointReader
@@ -56,7 +57,7 @@ class Saving:
     def _snapshots_of_experts(self, for_peers: bool) -> tuple[str, ...]:
         """-> the actors that made one, each of the groups that it owns."""
         fields = {"version": self._state.version, "run": self._state.run, "for_peers": for_peers}
-        answers = self._state.training.ask_all("snapshot", fields)
+        answers = self._state.training.links.ask_all("snapshot", fields)
         owned = {name: groups for name, answer in answers.items() if (groups := numbers(answer, "groups"))}
         num_groups = self._placing.roster.placement.num_groups
         if sorted(group for groups in owned.values() for group in groups) != list(range(num_groups)):
@@ -74,7 +75,7 @@ class Saving:
             state.learner.take(found, saved.optimizer, roster.placement.num_experts)
             state.attempt += 1
             state.version, state.run = saved.version, run
-            state.training.connect(roster.peers)
+            state.training.links.connect(roster.peers)
             self._placing.place(roster)
 
     # -- replicas -----------------------------------------------------------------------------------------------------
@@ -114,17 +115,17 @@ class Saving:
             state.serving.reach()
             state.run += 1
             fields = {"path": path, "run": state.run}
-            state.serving_links.ask_all("load", fields, timeout_s=FILES_FACTOR * state.timeout_s)
+            state.requests.links.ask_all("load", fields, timeout_s=FILES_FACTOR * state.timeout_s)
             state.learner.load(path, reader)
 
-    def export(self, directory: Path, dispatcher: Dispatcher) -> list[str]:
-        """See `Router.export`. `dispatcher`: nobody else asks over its links meanwhile."""
+    def export(self, directory: Path, links: Links) -> list[str]:
+        """See `Router.export`. Nobody else asks over these links meanwhile."""
         learner = self._state.learner
         return export_model(
             directory,
             learner.trunk,
             learner.skeleton,
-            dispatcher,
+            links,
             learner.routing.save,
             tokenizer_from=learner.source.path,
             timeout_s=FILES_FACTOR * self._state.timeout_s,

@@ -41,11 +41,11 @@ class State:
         """At the next step: how many have failed."""
         num_layers, num_experts = len(learner.skeleton.layers), learner.skeleton.num_experts
         self.training = Dispatcher(num_layers, num_experts, timeout_s=timeout_s, payload=payload)
-        self.serving_links = Dispatcher(num_layers, num_experts, timeout_s=timeout_s, reroutes=True, payload=payload)
-        self.last_commit = LastCommit(self.training, self.reopen, timeout_s)
+        self.requests = Dispatcher(num_layers, num_experts, timeout_s=timeout_s, reroutes=True, payload=payload)
+        self.last_commit = LastCommit(self.training.links, self.reopen, timeout_s)
         self.serving = Serving(
             learner,
-            self.serving_links,
+            self.requests,
             self.last_commit,
             lambda: self.version,
             max_sessions=serving.max_sessions,
@@ -53,7 +53,7 @@ class State:
             capture=serving.capture,
         )
         self.replicas = Replicas(timeout_s, piece_bytes)
-        self.replicas.on_experts_lost = self.training.close_links
+        self.replicas.on_experts_lost = self.training.links.close_some
         learner.on_new_model = self.connect
         self.connect()
 
@@ -63,7 +63,7 @@ class State:
 
     @property
     def dispatchers(self) -> tuple[Dispatcher, Dispatcher]:
-        return self.training, self.serving_links
+        return self.training, self.requests
 
     def attempt_at_next(self) -> dict[str, Any]:
         """As messages name it."""
@@ -74,7 +74,7 @@ class State:
         learner = self.learner
         layers = range(len(learner.skeleton.layers))
         connect(learner.trunk, [learner.routing.layer_function(i, self.training) for i in layers])
-        connect(learner.view, [learner.routing.layer_function(i, self.serving_links) for i in layers])
+        connect(learner.view, [learner.routing.layer_function(i, self.requests) for i in layers])
 
     def reopen(self) -> None:
         """Every expert actor has an open training link. `PeerLost` if one is gone."""
@@ -84,5 +84,5 @@ class State:
     def disconnect(self) -> None:
         """Questions of before must not be answered now."""
         for dispatcher in self.dispatchers:
-            dispatcher.connect({})
+            dispatcher.links.connect({})
         self.last_commit.forget()

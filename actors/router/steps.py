@@ -126,7 +126,7 @@ class Steps:
         compression = self._state.learner.compression.for_copies()
         fields = {"step": attempt.step, "attempt": attempt.number, **compression}
         phases = ("prepare", "reduce") if self._placing.roster.placement.has_copies else ("prepare",)
-        answers = [self._state.training.ask_all(phase, fields) for phase in phases]
+        answers = [self._state.training.links.ask_all(phase, fields) for phase in phases]
         return [answer.fields for phase in answers for answer in phase.values()]
 
     def commit(self, attempt: Attempt, update: Update) -> None:
@@ -139,7 +139,7 @@ class Steps:
         state = self._state
         state.learner.drop_gradients()
         state.last_commit.ask_again()  # its answers are forgotten with all others that are open
-        state.training.tell_living("abort", state.attempt_at_next())
+        state.training.links.tell_living("abort", state.attempt_at_next())
         state.replicas.abort(Attempt(state.version + 1, state.attempt))
         state.attempt += 1
 
@@ -147,7 +147,7 @@ class Steps:
         """Before another attempt: every actor there, the last commit done, leftovers of the failed attempt dropped."""
         state = self._state
         self._placing.reach_all()
-        state.training.ask_all("abort", {"step": state.version + 1, "attempt": state.attempt - 1})
+        state.training.links.ask_all("abort", {"step": state.version + 1, "attempt": state.attempt - 1})
 
     # -- as any router ------------------------------------------------------------------------------------------------
 
@@ -195,13 +195,13 @@ class Steps:
         state = self._state
         state.replicas.term = term
         state.last_commit.of_term(term)
-        state.training.forget()
+        state.training.links.forget()
         state.last_commit.ask_again()
         state.training.reopen()
         found = {}
         for name in list(state.training.links):
             try:
-                answers = state.training.ask_all("fence", {"term": term}, among=[name])
+                answers = state.training.links.ask_all("fence", {"term": term}, among=[name])
                 found[name] = dict(answers[name].fields)
             except LinkError as error:  # dead at the same time: the next step finds out
                 logger.warning("%s cannot be asked for its version: %s", name, error)

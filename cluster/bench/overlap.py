@@ -20,7 +20,7 @@ import torch
 
 from actors.expert.host import ExpertHost
 from actors.optim import OptimizerSettings
-from actors.router.dispatcher import Peer, Roster
+from actors.router.roster import Peer, Roster
 from actors.router.router import Router
 from actors.transport.message import Message
 from actors.transport.socket import SocketLink, SocketServer

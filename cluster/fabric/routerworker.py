@@ -30,8 +30,8 @@ from actors.values import (
 )
 from cluster.backend import Job
 from cluster.config import ClusterConfig, OptimizerConfig
-from cluster.control.model import ModelFacts
 from cluster.control.jobtable import job_of_dict
+from cluster.control.model import ModelFacts
 from cluster.fabric.calls import call
 from cluster.fabric.contacts import ExpertContact, RouterContact
 from cluster.fabric.measures import Measures
@@ -43,8 +43,8 @@ from cluster.jobs.batches import MicroBatch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from actors.router.dispatcher import Peer, Roster
     from actors.router.replica import Replica
+    from actors.router.roster import Peer, Roster
     from actors.router.router import Router
     from actors.transport.contract import Link
     from actors.transport.curve import LinkKeys
@@ -184,7 +184,7 @@ class RouterWorker:
         return self._peer(ExpertContact(name, str(contact["node_id"]), int(contact["pid"]), **addresses))
 
     def _peer(self, expert: ExpertContact) -> Peer:
-        from actors.router.dispatcher import Peer
+        from actors.router.roster import Peer
 
         return Peer(
             lambda: self._open_expert(expert),
@@ -199,7 +199,7 @@ class RouterWorker:
         return self._measures.opened(link)
 
     def _roster(self, placement: Placement, experts: Sequence[ExpertContact]) -> Roster:
-        from actors.router.dispatcher import Roster
+        from actors.router.roster import Roster
 
         return Roster(placement, {expert.name: self._peer(expert) for expert in experts})
 

@@ -119,7 +119,7 @@ def test_serving_goes_around_an_actor_that_is_lost_between_the_halves(source: Mo
     ids = BATCHES[0][0]
     with cluster(source, 3, redundancy=2) as local:
         expected = local.router.serving.logits(ids)
-        dispatcher = local.router.state.serving_links
+        dispatcher = local.router.state.requests
         link = dispatcher.links["expert-1"]
         wait, armed, struck = link.wait, list[bool](), list[int]()
 
@@ -135,7 +135,7 @@ def test_serving_goes_around_an_actor_that_is_lost_between_the_halves(source: Mo
         torch.testing.assert_close(local.router.serving.logits(ids), expected, rtol=1e-9, atol=1e-12)
         assert len(struck) == 1
         assert len(armed) == 1, "what others compute anew is no reason to compute shared experts again"
-        assert dispatcher.lost == {"expert-1"}
+        assert dispatcher.links.lost == {"expert-1"}
 
 
 def test_answers_are_dropped_after_an_error_between_the_halves(source: ModelSource) -> None:
@@ -153,6 +153,6 @@ def test_answers_are_dropped_after_an_error_between_the_halves(source: ModelSour
         with pytest.raises(RuntimeError, match="out of memory"):
             local.router.serving.logits(ids)
         broken.clear()
-        links = local.router.state.serving_links.links.values()
+        links = local.router.state.requests.links.values()
         assert not any(link._waiting or link._early for link in links)
         assert torch.equal(local.router.serving.logits(ids), expected)

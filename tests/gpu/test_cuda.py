@@ -19,7 +19,7 @@ from actors.compress.settings import CompressionSettings, Method
 from actors.expert.host import ExpertHost
 from actors.moe.settings import GateSettings
 from actors.optim import OptimizerSettings
-from actors.router.dispatcher import Peer, Roster
+from actors.router.roster import Peer, Roster
 from actors.router.router import Router
 from actors.transport.socket import SocketLink, SocketServer
 from actors.trunk.model import ModelSource
