@@ -71,13 +71,13 @@ class Computing:
     def _work(self, question: Message, num_experts: int) -> tuple[Tensor, Work]:
         """Tokens and what is to be done with them, checked, on the device."""
         fields: Any = question.fields
-        loader = self._state.loader
+        quarters = self._state.quarters
         *rows, token_P, weight_P = question.tensors
-        x_TD = unpacked([part.to(loader.device) for part in rows], loader.skeleton.dtype)
+        x_TD = unpacked([part.to(quarters.device) for part in rows], quarters.skeleton.dtype)
         self._check_tokens(x_TD)
         work = Work(token_P, list(fields["counts_E"]), weight_P)
         work.check(x_TD.shape[0], num_experts)
-        return x_TD, work.to(loader.device)
+        return x_TD, work.to(quarters.device)
 
     def backward(self, question: Message) -> Message:
         """Gradient of the sums -> gradients of the tokens and of their weights; those of the experts stay here."""
@@ -88,7 +88,7 @@ class Computing:
         (grad_y_TD,) = question.tensors
         self._check_tokens(grad_y_TD)
         stack = state.holdings.stacks[layer]
-        grad_x_TD, grad_weight_P, part = stack.backward(saved, grad_y_TD.to(state.loader.device))
+        grad_x_TD, grad_weight_P, part = stack.backward(saved, grad_y_TD.to(state.quarters.device))
         if part is not None:
             state.step.defer(layer, part)
         return Message("ok", {}, (grad_x_TD, grad_weight_P))
@@ -107,6 +107,6 @@ class Computing:
             raise StepAborted(f"message of placement epoch {epoch}, here it is {now}")
 
     def _check_tokens(self, x_TD: Tensor) -> None:
-        width, dtype = self._state.holdings.stacks[0].width, self._state.loader.skeleton.dtype
+        width, dtype = self._state.holdings.stacks[0].width, self._state.quarters.skeleton.dtype
         if x_TD.ndim != 2 or x_TD.shape[1] != width or x_TD.dtype != dtype:
             raise InvalidInput(f"need [T, {width}] of {dtype}", field="x_TD", value=(tuple(x_TD.shape), x_TD.dtype))

@@ -29,6 +29,7 @@ from actors.expert.exchange import Exchange, PeerOpener
 from actors.expert.holdings import Holdings
 from actors.expert.loader import HoldingsLoader
 from actors.expert.placing import Placing
+from actors.expert.residency import Quarters
 from actors.expert.saving import Saving
 from actors.expert.state import State
 from actors.expert.steps import Steps
@@ -37,7 +38,7 @@ from actors.moe.cache import CacheSettings
 from actors.moe.experts import Weights
 from actors.transport.contract import answered
 from actors.transport.message import Message, error_answer
-from actors.trunk.model import ModelSource
+from actors.trunk.model import ModelSource, skeleton
 from actors.values import Address
 
 
@@ -71,9 +72,9 @@ class ExpertHost:
         """`max_pairs` of a token and an expert are computed at a time; 0: what suits the device."""
         self.name = name
         self.group_size = group_size
-        loader = HoldingsLoader(source, group_size, torch.device(device), cache, max_pairs)
+        quarters = Quarters(skeleton(source), group_size, torch.device(device), cache, max_pairs)
         self.exchange = Exchange(name, open_peer, timeout_s=timeout_s)
-        self.state = State(name, loader, groups, self.exchange, version=version)
+        self.state = State(name, HoldingsLoader(source, quarters), groups, self.exchange, version=version)
         self._admission = Admission(self.state)
         self.computing = Computing(self.state, self._admission)
         self.steps = Steps(self.state)
@@ -192,7 +193,7 @@ class ExpertHost:
         state = self.state
         with state.lock:
             settings, layers = state.holdings.settings, [stack.weights for stack in state.holdings.stacks]
-            is_here = not state.loader.has_cache and all(w.device == device for w in layers[0].values())
+            is_here = state.quarters.cache is None and all(w.device == device for w in layers[0].values())
             is_current = state.version == version and not settings.staleness and settings.sparse != "exact"
             yield layers if is_here and is_current else None
 

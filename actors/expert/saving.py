@@ -109,7 +109,7 @@ class Saving:
         """Keeps the version that is asked for, which is the newest, under a name."""
         fields: Any = question.fields
         state, version = self._state, int(fields["version"])
-        if state.loader.has_cache:
+        if state.quarters.cache is not None:
             raise InvalidInput(
                 "a version is kept by references to its weights, and experts.expert_cache_size is set, where all are "
                 "written in place",

@@ -26,22 +26,23 @@ class State:
     ) -> None:
         self.name = name
         self.loader = loader
+        self.quarters = loader.quarters
         self.lock = threading.Lock()
         """Held around every question and every control call."""
         self.version = version
         self.run = 0
         """Number of the job whose moments these are."""
-        self.num_experts = loader.skeleton.num_experts
+        self.num_experts = self.quarters.skeleton.num_experts
         """Of every layer now: the model may have grown."""
         self.check_groups(groups)
         self.holdings = loader.load(groups)
         self.step = Transaction(version)
         self.exchange = exchange
-        self.copies = Copies(exchange, loader.group_size)
+        self.copies = Copies(exchange, self.group_size)
         self.followers = Followers(exchange)
         self.arrivals = Arrivals(exchange, self.drained)
         self.kept = KeptVersions()
-        self.updates = Updates(name, lambda: self.holdings, loader.device, timeout_s=exchange.timeout_s)
+        self.updates = Updates(name, lambda: self.holdings, self.quarters.device, timeout_s=exchange.timeout_s)
         self.updates.on_made = self.measure
         self.memory_bytes = self.holdings.num_bytes()
         self.pinned_bytes = 0
@@ -52,7 +53,7 @@ class State:
 
     @property
     def group_size(self) -> int:
-        return self.loader.group_size
+        return self.quarters.group_size
 
     @property
     def owned(self) -> list[int]:
