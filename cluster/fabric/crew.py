@@ -20,8 +20,8 @@ from actors.errors import InvalidInput, MoeClusterError
 from actors.values import Pinned, Placement
 from cluster.backend import ActorStatus, ExpertCache
 from cluster.config import ClusterConfig
-from cluster.control.coordinator import ModelFacts
 from cluster.control.journal import Process
+from cluster.control.model import ModelFacts
 from cluster.errors import StartupError, Unavailable
 from cluster.fabric.calls import call
 from cluster.fabric.contacts import ExpertContact, RouterContact
