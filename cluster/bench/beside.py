@@ -26,7 +26,7 @@ import torch
 
 from actors.expert.host import ExpertHost
 from actors.optim import OptimizerSettings
-from actors.router.dispatcher import Peer, Roster
+from actors.router.roster import Peer, Roster
 from actors.router.router import Router
 from actors.transport.socket import SocketLink, SocketServer
 from actors.trunk.model import ModelSource
