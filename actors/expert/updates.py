@@ -8,7 +8,7 @@ training forward of step t is computed on a layer whose version is at least t - 
 comes too early waits. Nothing else waits for updates, but what reads or changes whole groups, which `drain`s first.
 
 Where both compute on the same cores the thread gives way: while a training question is computed it stops after the
-piece at hand, an expert's part of a parameter, until the question is answered. So updates take the time in which the
+piece at hand, some experts' part of a parameter, until the question is answered. So updates take the time in which the
 router computes, and a question takes no longer for them. Once somebody waits for updates they are made beside
 everything.
 

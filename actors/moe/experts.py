@@ -30,17 +30,25 @@ holds the mapping its tensors are used again, so they must not be kept without i
 
 
 Between = Callable[[], None]
-"""Called between pieces of long work beside other work: an expert's part of a parameter is one."""
+"""Called between pieces of long work beside other work: some experts' part of a parameter is one."""
+PIECE = 1 << 18
+"""Elements of a piece, where an expert's part is smaller: a fraction of a millisecond, and many times the call."""
 
 
 def pieces_of(tensors: Sequence[Tensor], between: Between | None) -> Iterator[Sequence[Tensor]]:
-    """Of tensors [E, ...], an expert's part of each at a time. Without `between` all at once."""
+    """Of tensors [E, ...], some experts' part of each at a time. Without `between` all at once."""
     if between is None:
         yield tensors
         return
-    for parts in zip(*tensors, strict=True):
+    size = experts_in_a_piece(tensors[0])
+    for parts in zip(*(tensor.split(size) for tensor in tensors), strict=True):
         yield parts
         between()
+
+
+def experts_in_a_piece(tensor: Tensor) -> int:
+    """Of [E, ...]."""
+    return max(1, PIECE // max(1, tensor[:1].numel()))
 
 
 class _Version(dict[str, Tensor]):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.moe.delay import compensate_
-from actors.moe.experts import Between
+from actors.moe.experts import Between, experts_in_a_piece
 from actors.moe.missed import Owed, Row, Step
 from actors.moe.muon import muon_
 from actors.optim import OptimizerSettings, decays
@@ -63,18 +63,21 @@ class _Part:
     is_muon: bool
 
     def of(self, expert: int) -> _Part:
-        row = slice(expert, expert + 1)
+        return self._of(slice(expert, expert + 1))
+
+    def _of(self, row: slice) -> _Part:
         then = None if self.then is None else self.then[row]
         tensors = self.weight[row], self.gradient[row], self.first[row], self.second[row], then
         return _Part(*tensors, self.decays, self.is_muon)
 
     def pieces(self) -> Iterator[_Part]:
-        """Of one expert each, where that changes no bit."""
-        if self.is_muon or not len(self.weight) or self.weight[0].nbytes % CACHE_LINE_BYTES:
+        """Of some experts each, where that changes no bit."""
+        size = len(self.weight) if self.is_muon else experts_in_a_piece(self.weight)
+        if self.weight[:1].nbytes % CACHE_LINE_BYTES or size >= len(self.weight):
             yield self
             return
-        for expert in range(len(self.weight)):
-            yield self.of(expert)
+        for first in range(0, len(self.weight), size):
+            yield self._of(slice(first, first + size))
 
 
 class GroupOptimizer:

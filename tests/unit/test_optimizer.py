@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.errors import InvalidInput
-from actors.moe import missed, optimizer
+from actors.moe import experts, missed, optimizer
 from actors.moe.delay import compensate_
 from actors.moe.muon import muon_, orthogonal
 from actors.moe.optimizer import GroupOptimizer
@@ -280,6 +280,7 @@ def test_a_step_in_pieces_is_the_same_to_the_bit(
     """Of 8 an expert's part fills whole cache lines, of 7 it does not."""
     shapes = {"down_proj": (E, width, 16), "gate_up_proj": (E, 32, width), "gate_up_proj_bias": (E, 32)}
     monkeypatch.setitem(globals(), "SHAPES", shapes)
+    monkeypatch.setattr(experts, "PIECE", 300)
     whole, pieces = (Group(OptimizerSettings(**settings), torch.float32) for _ in range(2))  # type: ignore[arg-type]
     between = []
     whole.train()
