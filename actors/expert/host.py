@@ -155,7 +155,7 @@ class ExpertHost:
     def idle(self) -> bool:
         """Does one piece of deferred work, between questions. False when none is left."""
         state = self.state
-        with state.lock:
+        with state.lock, state.updates.first():
             if not state.step.do_deferred(state.holdings.stacks):
                 state.arrivals.catch_up()
             return state.step.has_deferred
