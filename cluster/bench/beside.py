@@ -41,15 +41,15 @@ MAX_BYTES = 1 << 28
 
 @dataclass(frozen=True)
 class BesideShape:
-    """A trunk that computes for about as long as the experts, and experts with many weights for few tokens."""
+    """Experts with many weights for few tokens: their updates are a large part of a step."""
 
     hidden_size: int = 256
     width: int = 512
     """Of an expert, inside."""
     num_layers: int = 4
     num_experts: int = 16
-    sequences: int = 4
-    sequence_length: int = 128
+    sequences: int = 2
+    sequence_length: int = 64
     warmups: int = 4
     steps: int = 10
     """Timed in a round."""
