@@ -106,8 +106,9 @@ class Crew:
             return self._leader
 
     def lead(self, name: str) -> None:
-        """It has been promoted."""
+        """It has been promoted. `Unavailable` if it has died since: nobody would look for another heir."""
         with self._lock:
+            _found(self._routers, name)
             self._leader = name
 
     def routers(self) -> dict[str, tuple[RouterContact, Any]]:
@@ -377,7 +378,9 @@ class Crew:
             end_process(contact.node_id, contact.pid)
 
     def end_all(self) -> None:
-        for handle in self._handles.values():
+        with self._lock:  # others may still be starting actors
+            handles = list(self._handles.values())
+        for handle in handles:
             ray.kill(handle)
 
     def ping(self) -> None:
