@@ -26,6 +26,8 @@ COORDINATOR, ROUTER = "coordinator", "router-0"
 
 TRAIN, SERVE, CONTROL = "train", "serve", "control"
 """Concurrency groups of a router actor."""
+WATCH = "watch"
+"""One of the coordinator: calls that wait for news. Any number of watchers may keep its threads, and no others."""
 
 
 def coordinator_options(node_id: str, *, may_move: bool) -> dict[str, Any]:
@@ -37,7 +39,8 @@ def coordinator_options(node_id: str, *, may_move: bool) -> dict[str, Any]:
     """
     beside: dict[str, Any] = {"label_selector": {NODE_ID_LABEL: node_id}}
     elsewhere: dict[str, Any] = {"fallback_strategy": [{"label_selector": {}}]} if may_move else {}
-    return {"num_cpus": 0, "max_concurrency": 64, "max_restarts": -1, **beside, **elsewhere}
+    threads = {"max_concurrency": 64, "concurrency_groups": {WATCH: 64}}
+    return {"num_cpus": 0, **threads, "max_restarts": -1, **beside, **elsewhere}
 
 
 def lasting(cluster: str, name: str) -> dict[str, Any]:
