@@ -36,6 +36,7 @@ from cluster.fabric.calls import call
 from cluster.fabric.contacts import ExpertContact, RouterContact
 from cluster.fabric.measures import Measures
 from cluster.fabric.options import CONTROL, COORDINATOR, ROUTER, SERVE, TRAIN
+from cluster.fabric.sessions import Sessions
 from cluster.fabric.standing import Following, RouterStanding, Watch
 from cluster.fabric.workertools import import_torch, of_version, open_link, payload_settings, way_of
 from cluster.jobs.batches import MicroBatch
@@ -64,7 +65,7 @@ class RouterWorker:
         import_torch(config.router.threads)
         self._name, self._config = name, config
         self._measures = Measures(config.router.device)
-        self._sessions: set[str] = set()
+        self._sessions = Sessions()
         self._watch = Watch(config)
         self._replica: Replica | None = None
         self._following = Following(None, Course(0, 0))
@@ -392,19 +393,20 @@ class RouterWorker:
     def generate(
         self, session: str, prompt: Sequence[int], sampling: Sampling, choice: VersionChoice, timeout_s: float
     ) -> Iterator[TokenEvent]:
-        self._sessions.add(session)
+        if not self._sessions.begin(session):
+            return
         try:
             for event in self._router.serving.generate(prompt, sampling, timeout_s=timeout_s, choice=choice):
-                if session not in self._sessions:
+                if not self._sessions.is_wanted(session):
                     return
                 yield event
         finally:
-            self._sessions.discard(session)
+            self._sessions.leave(session)
 
     @ray.method(concurrency_group=CONTROL)
     def end_session(self, session: str) -> None:
-        """Its stream ends before the next token. A session that has ended is no error."""
-        self._sessions.discard(session)
+        """Its stream ends before the next token, or never begins. A session that has ended is no error."""
+        self._sessions.end(session)
 
     @ray.method(concurrency_group=SERVE)
     def score(self, ids: Sequence[int], choice: VersionChoice) -> tuple[list[float], int]:
