@@ -141,13 +141,16 @@ class ExpertWorker:
         content = experts_shard(of_version(snapshot, draft))
         return keep_part(draft, self._name, content, self._host.exchange.keeper, peer, self._way())
 
-    def drop_kept(self, but: Sequence[str]) -> None:
-        """Of the snapshots in memory only these stay."""
-        self._host.exchange.keeper.keep_only(but)
+    def drop_kept(self, snapshots: Sequence[str]) -> None:
+        """Of those in memory these go."""
+        self._host.exchange.keeper.drop(snapshots)
 
     def remember_kept(self, told: Told) -> None:
         """The last complete one, for the next coordinator."""
-        self._host.exchange.keeper.complete = told
+        from cluster.checkpoint.memory import later
+
+        keeper = self._host.exchange.keeper
+        keeper.complete = later(keeper.complete, told)
 
     def last_kept(self) -> Told | None:
         told: Told | None = self._host.exchange.keeper.complete

@@ -332,13 +332,15 @@ class RouterWorker:
         return keep_part(draft, ROUTER, content, self._router.keeper, peer, self._way())
 
     @ray.method(concurrency_group=CONTROL)
-    def drop_kept(self, but: Sequence[str]) -> None:
-        self._router.keeper.keep_only(but)
+    def drop_kept(self, snapshots: Sequence[str]) -> None:
+        self._router.keeper.drop(snapshots)
 
     @ray.method(concurrency_group=CONTROL)
     def remember_kept(self, told: Told) -> None:
         """The last complete one, for the next coordinator."""
-        self._router.keeper.complete = told
+        from cluster.checkpoint.memory import later
+
+        self._router.keeper.complete = later(self._router.keeper.complete, told)
 
     @ray.method(concurrency_group=CONTROL)
     def last_kept(self) -> Told | None:
