@@ -12,6 +12,7 @@ from actors.values import Address
 from cluster.config import ClusterConfig
 from cluster.fabric.contacts import ExpertContact
 from cluster.fabric.measures import Measures
+from cluster.fabric.options import CONTROL
 from cluster.fabric.standing import ExpertStanding, Watch
 from cluster.fabric.workertools import brake_of, import_torch, of_version, open_link, payload_settings, way_of
 
@@ -72,10 +73,12 @@ class ExpertWorker:
         )
         return self._contact
 
+    @ray.method(concurrency_group=CONTROL)
     def ping(self) -> None:
         """There is a coordinator."""
         self._watch.pinged()
 
+    @ray.method(concurrency_group=CONTROL)
     def standing(self) -> ExpertStanding | None:
         """None as long as it has not been loaded."""
         if self._contact is None:
@@ -83,6 +86,7 @@ class ExpertWorker:
         heard_s = self._watch.heard_s
         return ExpertStanding(self._contact, self.vitals(), heard_s)
 
+    @ray.method(concurrency_group=CONTROL)
     def link_keys(self) -> LinkKeys | None:
         """As it was given them: for a coordinator that is new to it."""
         return self._keys
@@ -120,6 +124,7 @@ class ExpertWorker:
         """Brings a group here from its owner, which goes on meanwhile. -> bytes that came."""
         return self._host.arrive(group, owner.name, owner.exchange, self._exchange.address, timeout_s)
 
+    @ray.method(concurrency_group=CONTROL)
     def leave_off(self, groups: Sequence[int]) -> None:
         """Gives up groups that are on their way here."""
         for group in groups:
@@ -141,10 +146,12 @@ class ExpertWorker:
         content = experts_shard(of_version(snapshot, draft))
         return keep_part(draft, self._name, content, self._host.exchange.keeper, peer, self._way())
 
+    @ray.method(concurrency_group=CONTROL)
     def drop_kept(self, snapshots: Sequence[str]) -> None:
         """Of those in memory these go."""
         self._host.exchange.keeper.drop(snapshots)
 
+    @ray.method(concurrency_group=CONTROL)
     def remember_kept(self, told: Told) -> None:
         """The last complete one, for the next coordinator."""
         from cluster.checkpoint.memory import later
@@ -152,6 +159,7 @@ class ExpertWorker:
         keeper = self._host.exchange.keeper
         keeper.complete = later(keeper.complete, told)
 
+    @ray.method(concurrency_group=CONTROL)
     def last_kept(self) -> Told | None:
         told: Told | None = self._host.exchange.keeper.complete
         return told
@@ -166,6 +174,7 @@ class ExpertWorker:
     def _way(self) -> Way:
         return way_of(self._open_peer, self._config)
 
+    @ray.method(concurrency_group=CONTROL)
     def cut(self, names: Sequence[str]) -> None:
         """Nothing is waited for from these actors any longer."""
         self._host.exchange.cut(names)
@@ -174,10 +183,12 @@ class ExpertWorker:
         """The data plane's question as a Ray call: what the links are measured against."""
         return self._host.handle("ray", question)
 
+    @ray.method(concurrency_group=CONTROL)
     def vitals(self) -> dict[str, Any]:
         self._watch.vitals_asked()
         return {**self._host.status(), **self._measures.told(), "busy_s": self._server.busy_s}
 
+    @ray.method(concurrency_group=CONTROL)
     def wait_until_death(self) -> None:
         """Does not return: the caller's reference fails the moment this process is gone. Only when another coordinator
         waits here it ends."""

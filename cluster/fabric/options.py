@@ -24,8 +24,9 @@ NAMESPACE = "moe-cluster"
 COORDINATOR, ROUTER = "coordinator", "router-0"
 """Names of the coordinator and of the first router; checkpoints have the trunk under the latter, whoever leads."""
 
-TRAIN, SERVE, CONTROL = "train", "serve", "control"
-"""Concurrency groups of a router actor."""
+TRAIN, SERVE, FILES, CONTROL = "train", "serve", "files", "control"
+"""Concurrency groups of a router actor, the last one of an expert actor too: there nothing takes long, since an actor
+that does not say how it is for some seconds counts as frozen, and is killed."""
 WATCH = "watch"
 """One of the coordinator: calls that wait for news. Any number of watchers may keep its threads, and no others."""
 
@@ -59,7 +60,8 @@ def expert_options(config: ClusterConfig, leaving: Collection[str] = ()) -> dict
         "resources": {EXPERT_RESOURCE: 1},
         "scheduling_strategy": "SPREAD",
         "max_restarts": 0,
-        "max_concurrency": 16,  # one waits for the end; groups arrive while a snapshot is written and vitals are asked
+        "max_concurrency": 16,  # groups arrive, however many, while a snapshot is written
+        "concurrency_groups": {CONTROL: 8},
         "runtime_env": {"env_vars": thread_env(config.experts.threads)},
     }
 
@@ -71,7 +73,7 @@ def router_options(config: ClusterConfig) -> dict[str, Any]:
         "num_gpus": 1 if on_gpu else 0,
         "resources": {ROUTER_RESOURCE: 1},
         "max_restarts": 0,
-        "concurrency_groups": {TRAIN: 1, SERVE: config.router.max_sessions + 8, CONTROL: 8},
+        "concurrency_groups": {TRAIN: 1, SERVE: config.router.max_sessions + 8, FILES: 8, CONTROL: 8},
         "runtime_env": {"env_vars": thread_env(config.router.threads)},
     }
 

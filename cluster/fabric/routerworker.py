@@ -35,7 +35,7 @@ from cluster.control.jobtable import job_of_dict
 from cluster.fabric.calls import call
 from cluster.fabric.contacts import ExpertContact, RouterContact
 from cluster.fabric.measures import Measures
-from cluster.fabric.options import CONTROL, COORDINATOR, ROUTER, SERVE, TRAIN
+from cluster.fabric.options import CONTROL, COORDINATOR, FILES, ROUTER, SERVE, TRAIN
 from cluster.fabric.sessions import Sessions
 from cluster.fabric.standing import Following, RouterStanding, Watch
 from cluster.fabric.workertools import import_torch, of_version, open_link, payload_settings, way_of
@@ -321,7 +321,7 @@ class RouterWorker:
     def take_snapshot(self, for_peers: bool = False) -> SnapshotTaken:
         return self._router.take_snapshot(for_peers=for_peers)
 
-    @ray.method(concurrency_group=CONTROL)
+    @ray.method(concurrency_group=FILES)
     def keep_snapshot(self, draft: KeptDraft, peer: Holder | None) -> Shard:
         """As of an expert actor."""
         from cluster.checkpoint.memory import keep_part
@@ -350,7 +350,7 @@ class RouterWorker:
     def _way(self) -> Way:
         return way_of(lambda name, at: open_link(name, at, self._name, self._config, self._keys), self._config)
 
-    @ray.method(concurrency_group=CONTROL)
+    @ray.method(concurrency_group=FILES)
     def write_snapshot(self, draft: Draft) -> Shard:
         """As of an expert actor."""
         from cluster.checkpoint.state import write_router
@@ -427,11 +427,11 @@ class RouterWorker:
     def logits(self, ids: MicroBatch) -> Any:
         return self._router.serving.logits(_tensors([ids])[0]).cpu()
 
-    @ray.method(concurrency_group=CONTROL)
+    @ray.method(concurrency_group=FILES)
     def export(self, directory: str) -> list[str]:
         return self._router.export(Path(directory))
 
-    @ray.method(concurrency_group=CONTROL)
+    @ray.method(concurrency_group=FILES)
     def check_same_architecture(self, directory: str) -> None:
         from cluster.fabric.model import check_same_architecture
 
