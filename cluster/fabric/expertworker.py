@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
 
+from actors.errors import StepAborted
 from actors.values import Address
 from cluster.config import ClusterConfig
 from cluster.fabric.contacts import ExpertContact
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from cluster.checkpoint.memory import Holder, KeptDraft, Told, Way
     from cluster.checkpoint.store import Draft, Found
 
+RESTORE_TURN_S = 600.0
+"""For an earlier return to end."""
+
 
 class ExpertWorker:
     """Holds an `ExpertHost` and serves its links from threads of their own; Ray calls only look after it."""
@@ -36,6 +41,7 @@ class ExpertWorker:
         self._measures = Measures(config.experts.device)
         self._watch = Watch(config)
         self._contact: ExpertContact | None = None
+        self._restoring = threading.Lock()
         self._bind_host = "127.0.0.1" if config.ray.mode == "embedded" else ray.util.get_node_ip_address()
 
     def node_id(self) -> str:
@@ -165,11 +171,22 @@ class ExpertWorker:
         return told
 
     def restore(self, groups: Sequence[int], found: Found, run: int) -> None:
-        """These groups as they were saved, and nothing else, from now on."""
+        """These groups as they were saved, and nothing else, from now on.
+
+        One at a time, and none of an earlier run: a try that has failed at another actor may still be loading here when
+        the next one begins, and must not be the last to end. `StepAborted` for one that comes too late.
+        """
         from cluster.checkpoint.memory import saved_experts
 
-        with saved_experts(found, self._host.exchange.keeper, self._way()) as saved:
-            self._host.restore(groups, saved, run)
+        if not self._restoring.acquire(timeout=RESTORE_TURN_S):
+            raise StepAborted(f"{self._name} is still at an earlier return after {RESTORE_TURN_S:.0f} s")
+        try:
+            if run < (now := int(self._host.status()["run"])):
+                raise StepAborted(f"a return to run {run} of {self._name}, which is at run {now}")
+            with saved_experts(found, self._host.exchange.keeper, self._way()) as saved:
+                self._host.restore(groups, saved, run)
+        finally:
+            self._restoring.release()
 
     def _way(self) -> Way:
         return way_of(self._open_peer, self._config)
