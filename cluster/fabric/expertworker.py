@@ -128,19 +128,19 @@ class ExpertWorker:
 
     def arrive(self, group: int, owner: ExpertContact, timeout_s: float) -> int:
         """Brings a group here from its owner, which goes on meanwhile. -> bytes that came."""
-        return self._host.arrive(group, owner.name, owner.exchange, self._exchange.address, timeout_s)
+        return self._host.placing.arrive(group, owner.name, owner.exchange, self._exchange.address, timeout_s)
 
     @ray.method(concurrency_group=CONTROL)
     def leave_off(self, groups: Sequence[int]) -> None:
         """Gives up groups that are on their way here."""
         for group in groups:
-            self._host.leave_off(group)
+            self._host.placing.leave_off(group)
 
     def write_snapshot(self, draft: Draft) -> Shard:
         """Beside steps. Its memory is free afterwards, written or not."""
         from cluster.checkpoint.state import write_experts
 
-        snapshot, self._host.snapshot = self._host.snapshot, None
+        snapshot, self._host.saving.snapshot = self._host.saving.snapshot, None
         return write_experts(draft, self._name, snapshot)
 
     def keep_snapshot(self, draft: KeptDraft, peer: Holder | None) -> Shard:
@@ -148,7 +148,7 @@ class ExpertWorker:
         from cluster.checkpoint.memory import keep_part
         from cluster.checkpoint.state import experts_shard
 
-        snapshot, self._host.for_peers = self._host.for_peers, None
+        snapshot, self._host.saving.for_peers = self._host.saving.for_peers, None
         content = experts_shard(of_version(snapshot, draft))
         return keep_part(draft, self._name, content, self._host.exchange.keeper, peer, self._way())
 
@@ -184,7 +184,7 @@ class ExpertWorker:
             if run < (now := int(self._host.status()["run"])):
                 raise StepAborted(f"a return to run {run} of {self._name}, which is at run {now}")
             with saved_experts(found, self._host.exchange.keeper, self._way()) as saved:
-                self._host.restore(groups, saved, run)
+                self._host.saving.restore(groups, saved, run)
         finally:
             self._restoring.release()
 

@@ -91,13 +91,13 @@ class JobThreads:
             self._run_steps(job_id, config, step, stop)
         except JobStopped:
             if not self._closing:
-                self._end(lambda coordinator, now: coordinator.job_stopped(job_id, now))
+                self._end(lambda coordinator, now: coordinator.jobs.stopped(job_id, now))
         except MoeClusterError as error:
             return self._failed(job_id, error, stop)
         except Exception as error:
             self._stumbled(job_id, error)
         else:
-            self._end(lambda coordinator, now: coordinator.job_finished(job_id, now))
+            self._end(lambda coordinator, now: coordinator.jobs.finished(job_id, now))
         return None
 
     def _stumbled(self, job_id: str, error: Exception) -> None:
@@ -105,7 +105,7 @@ class JobThreads:
         logger.error("%s failed", job_id, exc_info=error)
         text = f"{type(error).__name__}: {error}"
         if not self._closing:
-            self._end(lambda coordinator, now: coordinator.job_failed(job_id, text, now))
+            self._end(lambda coordinator, now: coordinator.jobs.failed(job_id, text, now))
 
     def _run_steps(self, job_id: str, config: JobConfig, step: int, stop: threading.Event) -> None:
         run_job(
@@ -134,10 +134,10 @@ class JobThreads:
         except MoeClusterError as hopeless:
             text += f"; {hopeless}"
         if stop.is_set():
-            self._end(lambda coordinator, now: coordinator.job_stopped(job_id, now))
+            self._end(lambda coordinator, now: coordinator.jobs.stopped(job_id, now))
         elif not self._closing:
             logger.warning("%s failed: %s", job_id, text)
-            self._end(lambda coordinator, now: coordinator.job_failed(job_id, text, now))
+            self._end(lambda coordinator, now: coordinator.jobs.failed(job_id, text, now))
         return None
 
     def _end(self, report: Callable[[Coordinator, float], None]) -> None:
@@ -146,7 +146,7 @@ class JobThreads:
 
     def _job(self, job_id: str, step: int) -> Job:
         with self._state.reading() as coordinator:
-            return replace(coordinator.job(job_id), step=step)
+            return replace(coordinator.jobs.get(job_id), step=step)
 
     def _documents(self, config: JobConfig) -> Documents:
         from cluster.fabric.data import open_tokens  # Ray Data: a second of importing that only jobs need
@@ -169,7 +169,7 @@ class _Reporter:
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         with self._state.changing() as coordinator:
-            coordinator.evaluated(self._job_id, metrics, time.time())
+            coordinator.jobs.evaluated(self._job_id, metrics, time.time())
 
 
 class RayRouter:

@@ -11,7 +11,8 @@ import pytest
 
 from actors.errors import PeerLost
 from cluster.backend import GroupMove
-from cluster.control.coordinator import Coordinator, ModelFacts
+from cluster.control.coordinator import Coordinator
+from cluster.control.model import ModelFacts
 from cluster.control.rebalancing import Proposal, Stage
 from cluster.fabric import changes as edge
 from cluster.fabric.changes import Changes

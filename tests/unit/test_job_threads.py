@@ -11,8 +11,9 @@ import pytest
 from actors.errors import PeerLost
 from cluster.backend import ActorStatus, Job, JobState
 from cluster.config import JobConfig, ModelConfig
-from cluster.control.coordinator import Coordinator, ModelFacts
+from cluster.control.coordinator import Coordinator
 from cluster.control.decisions import StartJob
+from cluster.control.model import ModelFacts
 from cluster.fabric import jobs as edge
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.jobs import JobThreads
@@ -54,7 +55,7 @@ class Bench:
     def run(self) -> Job:
         """One job, until its thread has ended."""
         with self.state.changing() as coordinator:
-            job = coordinator.submit(SHORT, "mine", 1.0)
+            job = coordinator.jobs.submit(SHORT, "mine", 1.0)
             assert StartJob(job.id, SHORT) in coordinator.step(1.0)
         self.threads.start(job.id, SHORT, 0)
         for thread in threading.enumerate():
@@ -62,7 +63,7 @@ class Bench:
                 thread.join(WAIT_S)
                 assert not thread.is_alive()
         with self.state.reading() as coordinator:
-            return coordinator.job(job.id)
+            return coordinator.jobs.get(job.id)
 
 
 def fail(error: Exception) -> Any:
@@ -74,7 +75,7 @@ def test_a_return_that_stumbles_fails_the_job(monkeypatch: pytest.MonkeyPatch) -
     job = bench.run()
     assert (job.state, job.error) == (JobState.FAILED, "OSError: no such device")
     with bench.state.changing() as coordinator:
-        other = coordinator.submit(SHORT, "another", 2.0)
+        other = coordinator.jobs.submit(SHORT, "another", 2.0)
         assert StartJob(other.id, SHORT) in coordinator.step(2.0)
 
 

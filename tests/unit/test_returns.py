@@ -23,6 +23,7 @@ class Host:
 
     def __init__(self) -> None:
         self.exchange = SimpleNamespace(keeper=None)
+        self.saving = self
         self.run = 1
         self.entered, self.go_on = threading.Event(), threading.Event()
         self.order: list[str] = []
