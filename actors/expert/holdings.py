@@ -25,7 +25,7 @@ from actors.moe.experts import ExpertStack, Weights
 from actors.moe.optimizer import GroupOptimizer
 from actors.optim import OptimizerSettings, square_sum_of
 from actors.snapshots import KINDS, ExpertKey, SavedState, Snapshot, to_host
-from actors.trunk.model import Skeleton
+from actors.trunk.layout import Layout
 
 LoadLayer = Callable[[int, Sequence[int]], Mapping[str, Tensor]]
 """(layer, groups) -> stacked parameters of these groups' experts, in that order."""
@@ -67,7 +67,7 @@ class _Group:
 class Holdings:
     def __init__(
         self,
-        skeleton: Skeleton,
+        layout: Layout,
         group_size: int,
         device: torch.device,
         groups: Sequence[int],
@@ -80,7 +80,7 @@ class Holdings:
         self._places: list[int | None] = list(groups)
         """Group at each place of the stacks."""
         self._residency = residency(
-            skeleton, group_size, device, len(groups), lambda i: load(i, groups), cache, max_pairs
+            layout, group_size, device, len(groups), lambda i: load(i, groups), cache, max_pairs
         )
         self._groups = {group: self._new_group(group) for group in groups}
         self._shared: set[int] = set()

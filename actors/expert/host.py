@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -45,10 +45,13 @@ from actors.staleness import check_staleness
 from actors.transport.contract import answered
 from actors.transport.message import Message, error_answer
 from actors.transport.turns import Lane
-from actors.trunk.checkpoint import CheckpointReader
 from actors.trunk.init import initial_experts
-from actors.trunk.model import ModelSource, Skeleton, skeleton
+from actors.trunk.layout import Layout, ModelLayout, layout_of
+from actors.trunk.source import ModelSource
 from actors.values import Address, Placement
+
+if TYPE_CHECKING:
+    from actors.trunk.model import Skeleton
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +80,10 @@ class ExpertHost:
         timeout_s: float = 30.0,
         cache: CacheSettings | None = None,
         max_pairs: int = 0,
+        layout: ModelLayout | None = None,
     ) -> None:
-        """`max_pairs` of a token and an expert are computed at a time; 0: what suits the device."""
+        """`max_pairs` of a token and an expert are computed at a time; 0: what suits the device. `layout`: of the
+        source, from somebody who has it; without one transformers is imported to find out."""
         self.name = name
         self.group_size = group_size
         self.version = version
@@ -86,8 +91,9 @@ class ExpertHost:
         self.pairs = 0
         self._source = source
         self._device, self._cache, self._max_pairs = torch.device(device), cache, max_pairs
-        self._skeleton: Skeleton = skeleton(source)
-        self._num_experts = self._skeleton.num_experts
+        self._skeleton: Skeleton | None = None
+        self._layout: Layout = layout or layout_of(self._family()) or self._family()
+        self._num_experts = self._layout.num_experts
         """Of every layer now: the model may have grown."""
         self._check_groups(groups)
         self.holdings = self._load(source, groups)
@@ -271,7 +277,7 @@ class ExpertHost:
         """Tokens and what is to be done with them, checked, on the device."""
         fields: Any = question.fields
         *rows, token_P, weight_P = question.tensors
-        x_TD = unpacked([part.to(self._device) for part in rows], self._skeleton.dtype)
+        x_TD = unpacked([part.to(self._device) for part in rows], self._layout.dtype)
         self._check_tokens(x_TD)
         work = Work(token_P, list(fields["counts_E"]), weight_P)
         work.check(x_TD.shape[0], num_experts)
@@ -447,7 +453,7 @@ class ExpertHost:
         born: list[int] = []
         if births := Births.of(fields):
             born = [group for group in wanted if group in births.source_of]
-            give_birth(self.holdings, self._skeleton, self.group_size, births, born)
+            give_birth(self.holdings, self._family, self.group_size, births, born)
         self._await_arrivals([g for g in wanted if g in self.holdings.arriving and g not in born], version, run)
         self.holdings.hold(wanted)
         self._num_experts = placement.num_experts
@@ -604,24 +610,39 @@ class ExpertHost:
 
     def _blank(self, layer: int, num_groups: int) -> dict[str, Tensor]:
         count = num_groups * self.group_size
-        shapes = self._skeleton.layers[layer].shapes()
-        return {name: torch.zeros(count, *shape, dtype=self._skeleton.dtype) for name, shape in shapes.items()}
+        shapes = self._layout.layers[layer].shapes()
+        return {name: torch.zeros(count, *shape, dtype=self._layout.dtype) for name, shape in shapes.items()}
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _holdings_of(self, groups: Sequence[int], load: LoadLayer) -> Holdings:
-        return Holdings(self._skeleton, self.group_size, self._device, groups, load, self._cache, self._max_pairs)
+        return Holdings(self._layout, self.group_size, self._device, groups, load, self._cache, self._max_pairs)
 
     def _load(self, source: ModelSource, groups: Sequence[int]) -> Holdings:
-        reader = CheckpointReader(source.path, self._skeleton) if source.path and groups else None
+        return self._holdings_of(groups, self._loader(source) if groups else lambda layer, groups: {})
+
+    def _loader(self, source: ModelSource) -> LoadLayer:
+        """From its directory, or drawn from its seed."""
+        from actors.trunk.checkpoint import CheckpointReader
+
+        family = self._family()
+        reader = CheckpointReader(source.path, family) if source.path else None
 
         def load(layer: int, groups: Sequence[int]) -> Mapping[str, Tensor]:
             if reader is None:
-                return initial_experts(self._skeleton, layer, groups, self.group_size, source.seed)
+                return initial_experts(family, layer, groups, self.group_size, source.seed)
             experts = [g * self.group_size + i for g in groups for i in range(self.group_size)]
-            return reader.expert_tensors(self._skeleton.layers[layer].name, experts)
+            return reader.expert_tensors(family.layers[layer].name, experts)
 
-        return self._holdings_of(groups, load)
+        return load
+
+    def _family(self) -> Skeleton:
+        """The model as transformers has it, imported here and not before: what weights are drawn and read by."""
+        from actors.trunk.model import skeleton
+
+        if self._skeleton is None:
+            self._skeleton = skeleton(self._source)
+        return self._skeleton
 
     def _new_run(self, fields: Mapping[str, Any]) -> None:
         self._run = int(fields.get("run", self._run + 1))
@@ -663,9 +684,9 @@ class ExpertHost:
 
     def _check_tokens(self, x_TD: Tensor) -> None:
         width = self.holdings.stacks[0].width
-        if x_TD.ndim != 2 or x_TD.shape[1] != width or x_TD.dtype != self._skeleton.dtype:
+        if x_TD.ndim != 2 or x_TD.shape[1] != width or x_TD.dtype != self._layout.dtype:
             raise InvalidInput(
-                f"need [T, {width}] of {self._skeleton.dtype}", field="x_TD", value=(tuple(x_TD.shape), x_TD.dtype)
+                f"need [T, {width}] of {self._layout.dtype}", field="x_TD", value=(tuple(x_TD.shape), x_TD.dtype)
             )
 
     def _touch(self, layer: int, counts_E: Sequence[int]) -> None:

@@ -19,7 +19,7 @@ from actors.moe.cached import CachedExperts
 from actors.moe.device import experts_on
 from actors.moe.experts import MAX_PAIRS, ExpertStack
 from actors.moe.shelf import Loader
-from actors.trunk.model import ExpertLayer, Skeleton
+from actors.trunk.layout import Layer, Layout
 
 Stacked = Callable[[int], Mapping[str, Tensor]]
 """Layer -> parameters of the experts of all places, [places * group_size, ...]."""
@@ -74,7 +74,7 @@ class Residency(Protocol):
 
 
 def residency(
-    skeleton: Skeleton,
+    layout: Layout,
     group_size: int,
     device: torch.device,
     num_places: int,
@@ -84,8 +84,8 @@ def residency(
 ) -> Residency:
     """`max_pairs` of a token and an expert are computed at a time; 0: what suits the device."""
     if cache is None:
-        return OnDevice(skeleton, group_size, device, num_places, load, max_pairs)
-    return Cached(skeleton, group_size, device, num_places, load, cache, max_pairs)
+        return OnDevice(layout, group_size, device, num_places, load, max_pairs)
+    return Cached(layout, group_size, device, num_places, load, cache, max_pairs)
 
 
 class OnDevice:
@@ -93,7 +93,7 @@ class OnDevice:
 
     def __init__(
         self,
-        skeleton: Skeleton,
+        layout: Layout,
         group_size: int,
         device: torch.device,
         num_places: int,
@@ -102,15 +102,16 @@ class OnDevice:
     ) -> None:
         self._size = group_size
 
-        def stack(number: int, layer: ExpertLayer) -> ExpertStack:
+        def stack(number: int, layer: Layer) -> ExpertStack:
             tensors = (
                 {name: tensor.to(device) for name, tensor in load(number).items()}
                 if num_places
-                else _no_experts(layer.shapes(), skeleton.dtype, device)
+                else _no_experts(layer.shapes(), layout.dtype, device)
             )
-            return experts_on(device, layer.template, tensors, num_layers=len(skeleton.layers), max_pairs=max_pairs)
+            return experts_on(device, layer.template, tensors, num_layers=len(layout.layers), max_pairs=max_pairs)
 
-        self.stacks = [stack(number, layer) for number, layer in enumerate(skeleton.layers)]
+        layers: Sequence[Layer] = layout.layers
+        self.stacks = [stack(number, layer) for number, layer in enumerate(layers)]
 
     def weight(self, place: int, layer: int, name: str) -> Tensor:
         return self.stacks[layer].weight(name)[self._span(place)]
@@ -171,7 +172,7 @@ class Cached:
 
     def __init__(
         self,
-        skeleton: Skeleton,
+        layout: Layout,
         group_size: int,
         device: torch.device,
         num_places: int,
@@ -179,15 +180,16 @@ class Cached:
         cache: CacheSettings,
         max_pairs: int = 0,
     ) -> None:
-        self._skeleton, self._size = skeleton, group_size
+        self._layout, self._size = layout, group_size
         self._store: Store = FileStore(cache.directory) if cache.directory else MemoryStore(device)
         self._homes: list[Home] = []
         self.resize(num_places)
-        for layer in range(len(skeleton.layers)) if num_places else ():
+        for layer in range(len(layout.layers)) if num_places else ():
             for name, stacked in load(layer).items():
                 for home, tensor in zip(self._homes, stacked.split(group_size), strict=True):
                     home.weights[layer][name].copy_(tensor)
         self._loader = Loader(device)
+        layers: Sequence[Layer] = layout.layers
         self.stacks = [
             CachedExperts(
                 layer.template,
@@ -199,7 +201,7 @@ class Cached:
                 loader=self._loader,
                 max_pairs=max_pairs or MAX_PAIRS,
             )
-            for i, layer in enumerate(skeleton.layers)
+            for i, layer in enumerate(layers)
         ]
         # After the last layer comes the first one of the next pass.
         for stack, following in zip(self.stacks, [*self.stacks[1:], *self.stacks[:1]], strict=True):
@@ -225,11 +227,11 @@ class Cached:
     def resize(self, num_places: int) -> None:
         shapes = [
             {name: (self._size, *shape) for name, shape in sorted(layer.shapes().items())}
-            for layer in self._skeleton.layers
+            for layer in self._layout.layers
         ]
         here = len(self._homes)
         self._homes += [
-            Home(self._store, shapes, self._skeleton.dtype, f"expert group {place + 1} of {num_places} here")
+            Home(self._store, shapes, self._layout.dtype, f"expert group {place + 1} of {num_places} here")
             for place in range(here, num_places)
         ]
 

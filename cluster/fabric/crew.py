@@ -37,6 +37,7 @@ from cluster.placement.placement import ActorSlot
 
 if TYPE_CHECKING:
     from actors.transport.curve import LinkKeys
+    from actors.trunk.layout import ModelLayout
     from cluster.checkpoint.store import Found
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,8 @@ class Crew:
         self._next_router = 1
         self.num_experts = 0
         """Of every MoE layer, for a model that has grown; 0: as the config says."""
+        self._layouts: dict[int, ModelLayout | None] = {}
+        """By `num_experts`."""
 
     @cached_property
     def link_keys(self) -> LinkKeys | None:
@@ -223,8 +226,9 @@ class Crew:
 
     def load_experts(self, placement: Placement, names: Sequence[str]) -> None:
         """Each takes the groups it holds from the model directory; without any it is there for those that arrive."""
+        layout = self._layout()
         loading = {
-            name: self._handles[name].load.remote(placement.held_by(name), self.num_experts, self.link_keys)
+            name: self._handles[name].load.remote(placement.held_by(name), self.num_experts, self.link_keys, layout)
             for name in names
         }
         for name, ref in loading.items():
@@ -233,6 +237,22 @@ class Crew:
             with self._lock:
                 self._experts[name] = contact
                 self._lookout.watch(name, self._handles[name])
+
+    def _layout(self) -> ModelLayout | None:
+        """Of the model, asked of the router once. Without an answer expert actors find out for themselves, which takes
+        them longer."""
+        with self._lock:
+            num_experts = self.num_experts
+            known = self._layouts.get(num_experts)
+        if known is None:
+            try:
+                known = call(ROUTER, self.router.layout.remote(num_experts), ASK_TIMEOUT_S)
+            except MoeClusterError as error:
+                logger.info("no router tells the layout of the model: %s", error)
+                return None
+            with self._lock:
+                self._layouts[num_experts] = known
+        return known
 
     def load_router(self, placement: Placement, control: Any, found: Found | None, run: int) -> None:
         """After the expert actors of this placement: the trunk from the model directory, or from a checkpoint as this
