@@ -173,11 +173,17 @@ def _is_within(wait: Span, span: Span | None) -> bool:
 
 
 def throughput(record: Record) -> dict[str, float | None]:
-    """Tokens/s trained; retained: disturbed over undisturbed, and the same over the share of actors that were there."""
+    """Tokens/s trained; retained: disturbed over undisturbed, and the same over the share of actors that were there.
+
+    `retained_of_calm` is the latter against the rate of the times between the faults instead of the one before them: on
+    a machine that others use as well, the two may differ by more than the faults cost.
+    """
     before, during = record.reference, record.spans.get("training")
     if before is None or during is None:
-        return dict.fromkeys(("reference_tokens_per_s", "retained_throughput", "retained_of_capacity", "capacity"))
+        names = ("reference_tokens_per_s", "retained_throughput", "retained_of_capacity", "capacity")
+        return dict.fromkeys((*names, "calm_tokens_per_s", "retained_of_calm"))
     reference, disturbed = tokens_per_s(record.commits, before), tokens_per_s(record.commits, during)
+    calm = _calm_tokens_per_s(record, during)
     retained = disturbed / reference if reference else None
     share = capacity(record, during)
     return {
@@ -185,7 +191,28 @@ def throughput(record: Record) -> dict[str, float | None]:
         "retained_throughput": retained,
         "retained_of_capacity": retained / share if retained is not None and share else None,
         "capacity": share,
+        "calm_tokens_per_s": calm,
+        "retained_of_calm": disturbed / calm / share if calm and share else None,
     }
+
+
+def _calm_tokens_per_s(record: Record, span: Span) -> float | None:
+    """While nothing was being healed; None if there was no such time."""
+    spans = calm_spans(record.strikes, span)
+    tokens = sum(tokens_per_s(record.commits, calm) * (calm.end_s - calm.start_s) for calm in spans)
+    seconds = sum(calm.end_s - calm.start_s for calm in spans)
+    return tokens / seconds if seconds else None
+
+
+def calm_spans(strikes: Iterable[Strike], span: Span) -> list[Span]:
+    """The parts of the span in which no fault was under way, nor what it broke being made whole."""
+    found, start_s = [], span.start_s
+    for strike in sorted(strikes, key=lambda strike: strike.started_s):
+        if strike.started_s < span.end_s:
+            if strike.started_s > start_s:
+                found.append(Span(start_s, strike.started_s))
+            start_s = max(start_s, math.inf if strike.recovered_s is None else strike.recovered_s)
+    return [*found, Span(start_s, span.end_s)] if start_s < span.end_s else found
 
 
 def tokens_per_s(commits: Iterable[Commit], span: Span) -> float:

@@ -231,7 +231,8 @@ def show(document: dict[str, Any]) -> None:
     leaks, requests = document["leaks"], document["requests"]
     for line in (
         f"throughput retained: {_number(document['retained_throughput'], '.1%')}; "
-        f"of the capacity that was there: {_number(document['retained_of_capacity'], '.1%')}",
+        f"of the capacity that was there: {_number(document['retained_of_capacity'], '.1%')}, "
+        f"and of the rate between the faults: {_number(document['retained_of_calm'], '.1%')}",
         f"requests: {requests['total']}, failed {requests['failed']}; "
         f"tokens wrong or missing: {_number(document['tokens_wrong'])}",
         f"steps: {document['steps']}, replayed {document['steps_replayed']}; "

@@ -253,6 +253,30 @@ def test_throughput_is_over_the_undisturbed_stretch_and_over_what_was_there() ->
     assert report.throughput(Record(2))["retained_throughput"] is None
 
 
+def test_throughput_is_also_over_the_times_between_the_faults() -> None:
+    """Others took half of the machine once the reference had been measured."""
+    record = a_run()
+    spans = report.calm_spans(record.strikes, record.spans["training"])
+    assert spans == [Span(10.0, 12.0), Span(14.0, 16.0), Span(17.0, 20.0)]
+    found = report.throughput(record)
+    assert found["calm_tokens_per_s"] == pytest.approx(1000, rel=0.02)
+    assert found["retained_of_calm"] == pytest.approx(found["retained_of_capacity"], rel=0.02)
+    record.commits = [commit for commit in record.commits if commit.time_s <= 10 or commit.step % 2]
+    halved = report.throughput(record)
+    assert halved["retained_of_capacity"] == pytest.approx(found["retained_of_capacity"] / 2, rel=0.05)
+    assert halved["retained_of_calm"] == pytest.approx(found["retained_of_calm"], rel=0.05)
+
+
+def test_no_time_is_calm_while_the_cluster_is_not_whole() -> None:
+    strikes = [
+        Strike(2, "training", "freeze", "expert-1", 3.0, 0.0),
+        Strike(1, "training", "kill", "expert-0", 1.0, 0.0, 2.5),
+    ]
+    assert report.calm_spans(strikes, Span(0.0, 9.0)) == [Span(0.0, 1.0), Span(2.5, 3.0)]
+    assert report.calm_spans([], Span(0.0, 9.0)) == [Span(0.0, 9.0)]
+    assert report.calm_spans([replace(strikes[1], started_s=9.5)], Span(0.0, 9.0)) == [Span(0.0, 9.0)]
+
+
 def test_equality_lost_work_and_requests() -> None:
     found = report.summary(a_run())
     assert found["tokens_wrong"] == 2, "one that differs and one that is missing; what failed is counted as failed"
