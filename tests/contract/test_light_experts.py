@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from tests.local import MAX_BYTES, LocalCluster, cluster
 
 SOURCE = ModelSource(values={"model_type": "deepseek_v3", **FAMILIES["deepseek_v3"]}, dtype="float64")
 BATCHES = [torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(t)) for t in range(4)]
+ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 60.0
 HEAVY = {"transformers", "tokenizers", "ray", "grpc", "pandas", "pyarrow", "matplotlib", "rich", "tensorboard"}
 
@@ -64,9 +64,8 @@ class Worker:
     def __init__(self, local: LocalCluster, layout: ModelLayout) -> None:
         owner = local.members["expert-0"]
         told = layout, (owner.name, owner.exchange_address), range(local.placement.num_groups), MAX_BYTES, TIMEOUT_S
-        root = Path(__file__).resolve().parents[2]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen([sys.executable, "-c", WORKER, repr(told)], cwd=root, **pipes)
+        self.process = subprocess.Popen([sys.executable, "-c", WORKER, repr(told)], cwd=ROOT, **pipes)
         self._line = self.process.stdout.readline
         addresses = json.loads(self._line())
         self.address, self.exchange = (Address(**address) for address in addresses)
@@ -109,4 +108,12 @@ def test_an_expert_actor_that_takes_over_has_not_imported_transformers() -> None
             losses += train(local, BATCHES[2:])
             assert light.end() & HEAVY == set()
     assert losses == expected
-    assert astuple(layout)[1] == 8
+
+
+def test_whoever_starts_actors_imports_their_edges_without_what_only_they_need() -> None:
+    code = "import sys, cluster.fabric.expertworker, cluster.fabric.routerworker; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 0, done.stderr
+    modules = set(done.stdout.split())
+    assert "cluster.fabric.expertworker" in modules
+    assert ({*HEAVY, "torch", "ray.data"} - {"ray"}) & modules == set()
