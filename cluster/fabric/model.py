@@ -10,7 +10,7 @@ from actors.errors import InvalidInput
 from actors.moe.gating import shared_share
 from actors.trunk.model import skeleton
 from cluster.config import ClusterConfig
-from cluster.control.coordinator import ModelFacts
+from cluster.control.model import ModelFacts
 from cluster.fabric.source import model_source
 
 

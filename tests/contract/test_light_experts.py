@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from actors.optim import OptimizerSettings
-from actors.router.dispatcher import Peer, Roster
+from actors.router.roster import Peer, Roster
 from actors.transport.socket import SocketLink
 from actors.trunk.layout import ModelLayout, layout_of
 from actors.trunk.model import ModelSource, skeleton
@@ -48,7 +48,7 @@ servers = [SocketServer("light", handler, max_bytes=limit) for handler in (host.
 for server in servers:
     server.start()
 for group in groups:
-    host.arrive(group, *owner, servers[1].address, timeout_s)
+    host.placing.arrive(group, *owner, servers[1].address, timeout_s)
 print(json.dumps([vars(server.address) for server in servers]), flush=True)
 sys.stdin.readline()
 for server in servers:

@@ -1,0 +1,78 @@
+"""How an expert actor's holdings come to be: with the weights of a model, or as memory for what was saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from actors.expert.holdings import Holdings, LoadLayer
+from actors.expert.residency import Quarters, beside_a_cache
+from actors.optim import OptimizerSettings
+from actors.staleness import check_staleness
+from actors.trunk.init import initial_experts
+from actors.trunk.source import ModelSource
+
+if TYPE_CHECKING:
+    from actors.trunk.model import Skeleton
+
+
+class Family:
+    """The model as transformers has it: what weights are drawn and read by. Imported when it is asked for, and not
+    before: an actor whose groups come from others never does."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self._source = source
+        self._found: Skeleton | None = None
+
+    def __call__(self) -> Skeleton:
+        from actors.trunk.model import skeleton
+
+        if self._found is None:
+            self._found = skeleton(self._source)
+        return self._found
+
+
+class HoldingsLoader:
+    """Of one actor, whichever groups it holds."""
+
+    def __init__(self, source: ModelSource, quarters: Quarters, family: Family) -> None:
+        self._source = source
+        self.quarters = quarters
+        self.family = family
+
+    def check_settings(self, settings: OptimizerSettings) -> None:
+        """`InvalidInput` for those that these holdings cannot be trained with."""
+        if check_staleness(settings.staleness) and self.quarters.cache is not None:
+            raise beside_a_cache()
+
+    def load(self, groups: Sequence[int], path: str | None = None) -> Holdings:
+        """As the model's directory has them, or as a seed gives them where there is none. `path`: another directory of
+        the same architecture."""
+        source = self._source if path is None else ModelSource(path=path, dtype=self._source.dtype)
+        return Holdings(self.quarters, groups, self._of_family(source) if groups else self._zeros)
+
+    def _of_family(self, source: ModelSource) -> LoadLayer:
+        from actors.trunk.checkpoint import CheckpointReader
+
+        model, size = self.family(), self.quarters.group_size
+        reader = CheckpointReader(source.path, model) if source.path else None
+
+        def load_layer(layer: int, groups: Sequence[int]) -> Mapping[str, Tensor]:
+            if reader is None:
+                return initial_experts(model, layer, groups, size, source.seed)
+            experts = [g * size + i for g in groups for i in range(size)]
+            return reader.expert_tensors(model.layers[layer].name, experts)
+
+        return load_layer
+
+    def blank(self, groups: Sequence[int]) -> Holdings:
+        """To be written to."""
+        return Holdings(self.quarters, groups, self._zeros)
+
+    def _zeros(self, layer: int, groups: Sequence[int]) -> Mapping[str, Tensor]:
+        layout, count = self.quarters.layout, len(groups) * self.quarters.group_size
+        shapes = layout.layers[layer].shapes()
+        return {name: torch.zeros(count, *shape, dtype=layout.dtype) for name, shape in shapes.items()}
