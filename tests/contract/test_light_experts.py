@@ -104,7 +104,7 @@ def test_an_expert_actor_that_takes_over_has_not_imported_transformers() -> None
         losses = train(local, BATCHES[:2])
         with worker(local, layout) as light:
             placement = Placement(local.placement.epoch + 1, (("light",),) * local.placement.num_groups, 2)
-            local.router.adopt(Roster(placement, {"light": Peer(light.open, light.exchange)}))
+            local.router.placing.adopt(Roster(placement, {"light": Peer(light.open, light.exchange)}))
             losses += train(local, BATCHES[2:])
             assert light.end() & HEAVY == set()
     assert losses == expected
