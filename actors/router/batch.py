@@ -123,9 +123,11 @@ class Batch:
         return self._slots.num_free
 
     def join(self, streams: Sequence[Stream]) -> None:
-        """Computes their prompts, which are equally long, and gives their first tokens. An error ends them."""
-        served, length, pasts = self.served, len(streams[0].prompt), self.served.new_pasts()
+        """Computes their prompts, which are equally long, and gives their first tokens. An error ends them; one that is
+        raised ends all streams here, since it came while their slots were written."""
+        served, length = self.served, len(streams[0].prompt)
         try:
+            pasts = served.new_pasts()
             with served.guard(length, pasts) as used_version, torch.no_grad():
                 model = served.model()
                 ids_BS = torch.tensor([stream.prompt for stream in streams])
@@ -140,7 +142,12 @@ class Batch:
         for row, (stream, token) in enumerate(zip(streams, tokens, strict=True)):
             stream.give(token, version)
             if not stream.ended:
-                self._slots.add(out.past_key_values, pasts, length, row)
+                try:
+                    self._slots.add(out.past_key_values, pasts, length, row)
+                except Exception as error:
+                    for lost in streams[row:]:  # nobody else knows of these
+                        lost.fail(error)
+                    raise
                 self.streams.append(stream)
 
     def step(self) -> None:
@@ -289,8 +296,10 @@ class DecodeLoop:
         return batch
 
     def _fail_all(self, error: Exception) -> None:
-        for batch in self._batches:
-            batch.fail(error)
+        """Raises nothing, or whoever reads a stream would wait for a thread that is gone. Slots are not touched: a GPU
+        on which something has failed may fail at all that follows."""
+        for stream in [stream for batch in self._batches for stream in batch.streams]:
+            stream.fail(error)
         self._batches = []
         while self._waiting:
             self._waiting.popleft().fail(error)

@@ -35,7 +35,8 @@ from cluster.control.model import ModelFacts
 from cluster.fabric.calls import call
 from cluster.fabric.contacts import ExpertContact, RouterContact
 from cluster.fabric.measures import Measures
-from cluster.fabric.options import CONTROL, COORDINATOR, ROUTER, SERVE, TRAIN
+from cluster.fabric.options import CONTROL, COORDINATOR, FILES, ROUTER, SERVE, TRAIN
+from cluster.fabric.sessions import Sessions
 from cluster.fabric.standing import Following, RouterStanding, Watch
 from cluster.fabric.workertools import (
     import_torch,
@@ -73,7 +74,7 @@ class RouterWorker:
         import_transformers()
         self._name, self._config = name, config
         self._measures = Measures(config.router.device)
-        self._sessions: set[str] = set()
+        self._sessions = Sessions()
         self._watch = Watch(config)
         self._replica: Replica | None = None
         self._following = Following(None, Course(0, 0))
@@ -338,7 +339,7 @@ class RouterWorker:
     def take_snapshot(self, for_peers: bool = False) -> SnapshotTaken:
         return self._router.take_snapshot(for_peers=for_peers)
 
-    @ray.method(concurrency_group=CONTROL)
+    @ray.method(concurrency_group=FILES)
     def keep_snapshot(self, draft: KeptDraft, peer: Holder | None) -> Shard:
         """As of an expert actor."""
         from cluster.checkpoint.memory import keep_part
@@ -349,13 +350,15 @@ class RouterWorker:
         return keep_part(draft, ROUTER, content, self._router.keeper, peer, self._way())
 
     @ray.method(concurrency_group=CONTROL)
-    def drop_kept(self, but: Sequence[str]) -> None:
-        self._router.keeper.keep_only(but)
+    def drop_kept(self, snapshots: Sequence[str]) -> None:
+        self._router.keeper.drop(snapshots)
 
     @ray.method(concurrency_group=CONTROL)
     def remember_kept(self, told: Told) -> None:
         """The last complete one, for the next coordinator."""
-        self._router.keeper.complete = told
+        from cluster.checkpoint.memory import later
+
+        self._router.keeper.complete = later(self._router.keeper.complete, told)
 
     @ray.method(concurrency_group=CONTROL)
     def last_kept(self) -> Told | None:
@@ -365,7 +368,7 @@ class RouterWorker:
     def _way(self) -> Way:
         return way_of(lambda name, at: open_link(name, at, self._name, self._config, self._keys), self._config)
 
-    @ray.method(concurrency_group=CONTROL)
+    @ray.method(concurrency_group=FILES)
     def write_snapshot(self, draft: Draft) -> Shard:
         """As of an expert actor."""
         from cluster.checkpoint.state import write_router
@@ -410,19 +413,20 @@ class RouterWorker:
     def generate(
         self, session: str, prompt: Sequence[int], sampling: Sampling, choice: VersionChoice, timeout_s: float
     ) -> Iterator[TokenEvent]:
-        self._sessions.add(session)
+        if not self._sessions.begin(session):
+            return
         try:
             for event in self._router.serving.generate(prompt, sampling, timeout_s=timeout_s, choice=choice):
-                if session not in self._sessions:
+                if not self._sessions.is_wanted(session):
                     return
                 yield event
         finally:
-            self._sessions.discard(session)
+            self._sessions.leave(session)
 
     @ray.method(concurrency_group=CONTROL)
     def end_session(self, session: str) -> None:
-        """Its stream ends before the next token. A session that has ended is no error."""
-        self._sessions.discard(session)
+        """Its stream ends before the next token, or never begins. A session that has ended is no error."""
+        self._sessions.end(session)
 
     @ray.method(concurrency_group=SERVE)
     def score(self, ids: Sequence[int], choice: VersionChoice) -> tuple[list[float], int]:
@@ -441,11 +445,11 @@ class RouterWorker:
     def logits(self, ids: MicroBatch) -> Any:
         return self._router.serving.logits(_tensors([ids])[0]).cpu()
 
-    @ray.method(concurrency_group=CONTROL)
+    @ray.method(concurrency_group=FILES)
     def export(self, directory: str) -> list[str]:
         return self._router.export(Path(directory))
 
-    @ray.method(concurrency_group=CONTROL)
+    @ray.method(concurrency_group=FILES)
     def check_same_architecture(self, directory: str) -> None:
         from cluster.fabric.model import check_same_architecture
 
