@@ -7,9 +7,9 @@ give equal bits, so that copies of a new group are copies from the start and not
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,10 @@ from torch import Tensor
 from actors.expert.holdings import Holdings
 from actors.moe.growth import perturbed
 from actors.trunk.init import drawn_from, initial_experts
-from actors.trunk.model import Skeleton
 from actors.values import Growth, Placement
+
+if TYPE_CHECKING:
+    from actors.trunk.model import Skeleton
 
 
 @dataclass(frozen=True)
@@ -66,18 +68,23 @@ def evenly_spread(placement: Placement, num_new: int) -> dict[int, int]:
     return source_of
 
 
-def give_birth(holdings: Holdings, skeleton: Skeleton, group_size: int, births: Births, groups: Sequence[int]) -> None:
-    """Makes these new groups, to be held next. One that is here already, from a growth that failed, is made anew."""
+def give_birth(
+    holdings: Holdings, family: Callable[[], Skeleton], group_size: int, births: Births, groups: Sequence[int]
+) -> None:
+    """Makes these new groups, to be held next. One that is here already, from a growth that failed, is made anew.
+
+    `family`: the model, which is asked for only to draw fresh ones.
+    """
     for group in groups:
         if group in holdings:
             holdings.free(group)
     holdings.make_room(len(groups))
     for group in groups:
         holdings.reserve(group, holdings.settings)
-        for layer in range(len(skeleton.layers)):
+        for layer in range(len(holdings.stacks)):
             tensors, updates = holdings.read(births.source_of[group], layer)
             if births.growth.mode == "fresh":
-                drawn = initial_experts(skeleton, layer, [group], group_size, births.growth.seed)
+                drawn = initial_experts(family(), layer, [group], group_size, births.growth.seed)
                 made = _fresh(tensors, [drawn[name] for name in holdings.stacks[layer].names])
             else:
                 with drawn_from(births.growth.seed, layer, group):

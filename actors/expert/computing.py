@@ -73,7 +73,7 @@ class Computing:
         fields: Any = question.fields
         quarters = self._state.quarters
         *rows, token_P, weight_P = question.tensors
-        x_TD = unpacked([part.to(quarters.device) for part in rows], quarters.skeleton.dtype)
+        x_TD = unpacked([part.to(quarters.device) for part in rows], quarters.layout.dtype)
         self._check_tokens(x_TD)
         work = Work(token_P, list(fields["counts_E"]), weight_P)
         work.check(x_TD.shape[0], num_experts)
@@ -107,6 +107,6 @@ class Computing:
             raise StepAborted(f"message of placement epoch {epoch}, here it is {now}")
 
     def _check_tokens(self, x_TD: Tensor) -> None:
-        width, dtype = self._state.holdings.stacks[0].width, self._state.quarters.skeleton.dtype
+        width, dtype = self._state.holdings.stacks[0].width, self._state.quarters.layout.dtype
         if x_TD.ndim != 2 or x_TD.shape[1] != width or x_TD.dtype != dtype:
             raise InvalidInput(f"need [T, {width}] of {dtype}", field="x_TD", value=(tuple(x_TD.shape), x_TD.dtype))

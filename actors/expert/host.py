@@ -27,7 +27,7 @@ from actors.expert.admission import Admission, lane
 from actors.expert.computing import Computing
 from actors.expert.exchange import Exchange, PeerOpener
 from actors.expert.holdings import Holdings
-from actors.expert.loader import HoldingsLoader
+from actors.expert.loader import Family, HoldingsLoader
 from actors.expert.placing import Placing
 from actors.expert.residency import Quarters
 from actors.expert.saving import Saving
@@ -38,7 +38,8 @@ from actors.moe.cache import CacheSettings
 from actors.moe.experts import Weights
 from actors.transport.contract import answered
 from actors.transport.message import Message, error_answer
-from actors.trunk.model import ModelSource, skeleton
+from actors.trunk.layout import Layout, ModelLayout, layout_of
+from actors.trunk.source import ModelSource
 from actors.values import Address
 
 
@@ -68,13 +69,17 @@ class ExpertHost:
         timeout_s: float = 30.0,
         cache: CacheSettings | None = None,
         max_pairs: int = 0,
+        layout: ModelLayout | None = None,
     ) -> None:
-        """`max_pairs` of a token and an expert are computed at a time; 0: what suits the device."""
+        """`max_pairs` of a token and an expert are computed at a time; 0: what suits the device. `layout`: of the
+        source, from somebody who has it; without one transformers is imported to find out."""
         self.name = name
         self.group_size = group_size
-        quarters = Quarters(skeleton(source), group_size, torch.device(device), cache, max_pairs)
+        family = Family(source)
+        known: Layout = layout or layout_of(family()) or family()
+        quarters = Quarters(known, group_size, torch.device(device), cache, max_pairs)
         self.exchange = Exchange(name, open_peer, timeout_s=timeout_s)
-        self.state = State(name, HoldingsLoader(source, quarters), groups, self.exchange, version=version)
+        self.state = State(name, HoldingsLoader(source, quarters, family), groups, self.exchange, version=version)
         self._admission = Admission(self.state)
         self.computing = Computing(self.state, self._admission)
         self.steps = Steps(self.state)

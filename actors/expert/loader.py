@@ -3,25 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from actors.expert.holdings import Holdings
+from actors.expert.holdings import Holdings, LoadLayer
 from actors.expert.residency import Quarters, beside_a_cache
 from actors.optim import OptimizerSettings
 from actors.staleness import check_staleness
-from actors.trunk.checkpoint import CheckpointReader
 from actors.trunk.init import initial_experts
-from actors.trunk.model import ModelSource
+from actors.trunk.source import ModelSource
+
+if TYPE_CHECKING:
+    from actors.trunk.model import Skeleton
+
+
+class Family:
+    """The model as transformers has it: what weights are drawn and read by. Imported when it is asked for, and not
+    before: an actor whose groups come from others never does."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self._source = source
+        self._found: Skeleton | None = None
+
+    def __call__(self) -> Skeleton:
+        from actors.trunk.model import skeleton
+
+        if self._found is None:
+            self._found = skeleton(self._source)
+        return self._found
 
 
 class HoldingsLoader:
     """Of one actor, whichever groups it holds."""
 
-    def __init__(self, source: ModelSource, quarters: Quarters) -> None:
+    def __init__(self, source: ModelSource, quarters: Quarters, family: Family) -> None:
         self._source = source
         self.quarters = quarters
+        self.family = family
         self.is_own: Callable[[int], bool] = lambda group: True
         """Whether nobody else has to update a group alike, at the time of the call."""
 
@@ -34,8 +54,13 @@ class HoldingsLoader:
         """As the model's directory has them, or as a seed gives them where there is none. `path`: another directory of
         the same architecture."""
         source = self._source if path is None else ModelSource(path=path, dtype=self._source.dtype)
-        model, size = self.quarters.skeleton, self.quarters.group_size
-        reader = CheckpointReader(source.path, model) if source.path and groups else None
+        return Holdings(self.quarters, groups, self._of_family(source) if groups else self._zeros, self.is_own)
+
+    def _of_family(self, source: ModelSource) -> LoadLayer:
+        from actors.trunk.checkpoint import CheckpointReader
+
+        model, size = self.family(), self.quarters.group_size
+        reader = CheckpointReader(source.path, model) if source.path else None
 
         def load_layer(layer: int, groups: Sequence[int]) -> Mapping[str, Tensor]:
             if reader is None:
@@ -43,14 +68,13 @@ class HoldingsLoader:
             experts = [g * size + i for g in groups for i in range(size)]
             return reader.expert_tensors(model.layers[layer].name, experts)
 
-        return Holdings(self.quarters, groups, load_layer, self.is_own)
+        return load_layer
 
     def blank(self, groups: Sequence[int]) -> Holdings:
         """To be written to."""
+        return Holdings(self.quarters, groups, self._zeros, self.is_own)
 
-        def zeros(layer: int, groups: Sequence[int]) -> Mapping[str, Tensor]:
-            model, count = self.quarters.skeleton, len(groups) * self.quarters.group_size
-            shapes = model.layers[layer].shapes()
-            return {name: torch.zeros(count, *shape, dtype=model.dtype) for name, shape in shapes.items()}
-
-        return Holdings(self.quarters, groups, zeros, self.is_own)
+    def _zeros(self, layer: int, groups: Sequence[int]) -> Mapping[str, Tensor]:
+        layout, count = self.quarters.layout, len(groups) * self.quarters.group_size
+        shapes = layout.layers[layer].shapes()
+        return {name: torch.zeros(count, *shape, dtype=layout.dtype) for name, shape in shapes.items()}

@@ -20,7 +20,7 @@ from actors.moe.cached import CachedExperts
 from actors.moe.device import experts_on
 from actors.moe.experts import MAX_PAIRS, ExpertStack
 from actors.moe.shelf import Loader
-from actors.trunk.model import ExpertLayer, Skeleton
+from actors.trunk.layout import Layer, Layout
 
 Stacked = Callable[[int], Mapping[str, Tensor]]
 """Layer -> parameters of the experts of all places, [places * group_size, ...]."""
@@ -30,7 +30,7 @@ Stacked = Callable[[int], Mapping[str, Tensor]]
 class Quarters:
     """What an actor's experts are, and the room that there is for them, however many it has."""
 
-    skeleton: Skeleton
+    layout: Layout
     group_size: int
     device: torch.device
     cache: CacheSettings | None = None
@@ -98,18 +98,19 @@ class OnDevice:
 
     def __init__(self, quarters: Quarters, num_places: int, load: Stacked) -> None:
         self._size = quarters.group_size
-        skeleton, device = quarters.skeleton, quarters.device
+        layout, device = quarters.layout, quarters.device
 
-        def stack(number: int, layer: ExpertLayer) -> ExpertStack:
+        def stack(number: int, layer: Layer) -> ExpertStack:
             tensors = (
                 {name: tensor.to(device) for name, tensor in load(number).items()}
                 if num_places
-                else _no_experts(layer.shapes(), skeleton.dtype, device)
+                else _no_experts(layer.shapes(), layout.dtype, device)
             )
-            num_layers, max_pairs = len(skeleton.layers), quarters.max_pairs
+            num_layers, max_pairs = len(layout.layers), quarters.max_pairs
             return experts_on(device, layer.template, tensors, num_layers=num_layers, max_pairs=max_pairs)
 
-        self.stacks = [stack(number, layer) for number, layer in enumerate(skeleton.layers)]
+        layers: Sequence[Layer] = layout.layers
+        self.stacks = [stack(number, layer) for number, layer in enumerate(layers)]
 
     def weight(self, place: int, layer: int, name: str) -> Tensor:
         return self.stacks[layer].weight(name)[self._span(place)]
@@ -169,16 +170,17 @@ class Cached:
     beside the moments (as ZeRO-Offload, Ren et al. 2021), and what the device has is brought up to date after them."""
 
     def __init__(self, quarters: Quarters, cache: CacheSettings, num_places: int, load: Stacked) -> None:
-        skeleton, device = quarters.skeleton, quarters.device
-        self._skeleton, self._size = skeleton, quarters.group_size
+        layout, device = quarters.layout, quarters.device
+        self._layout, self._size = layout, quarters.group_size
         self._store: Store = FileStore(cache.directory) if cache.directory else MemoryStore(device)
         self._homes: list[Home] = []
         self.resize(num_places)
-        for layer in range(len(skeleton.layers)) if num_places else ():
+        for layer in range(len(layout.layers)) if num_places else ():
             for name, stacked in load(layer).items():
                 for home, tensor in zip(self._homes, stacked.split(self._size), strict=True):
                     home.weights[layer][name].copy_(tensor)
         self._loader = Loader(device)
+        layers: Sequence[Layer] = layout.layers
         self.stacks = [
             CachedExperts(
                 layer.template,
@@ -190,7 +192,7 @@ class Cached:
                 loader=self._loader,
                 max_pairs=quarters.max_pairs or MAX_PAIRS,
             )
-            for i, layer in enumerate(skeleton.layers)
+            for i, layer in enumerate(layers)
         ]
         # After the last layer comes the first one of the next pass.
         for stack, following in zip(self.stacks, [*self.stacks[1:], *self.stacks[:1]], strict=True):
@@ -216,11 +218,11 @@ class Cached:
     def resize(self, num_places: int) -> None:
         shapes = [
             {name: (self._size, *shape) for name, shape in sorted(layer.shapes().items())}
-            for layer in self._skeleton.layers
+            for layer in self._layout.layers
         ]
         here = len(self._homes)
         self._homes += [
-            Home(self._store, shapes, self._skeleton.dtype, f"expert group {place + 1} of {num_places} here")
+            Home(self._store, shapes, self._layout.dtype, f"expert group {place + 1} of {num_places} here")
             for place in range(here, num_places)
         ]
 

@@ -33,7 +33,7 @@ class State:
         self.version = version
         self.run = 0
         """Number of the job whose moments these are."""
-        self.num_experts = self.quarters.skeleton.num_experts
+        self.num_experts = self.quarters.layout.num_experts
         """Of every layer now: the model may have grown."""
         self.check_groups(groups)
         self.holdings = loader.load(groups)

@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from actors.expert.homes import Home
 from actors.moe.cache import Forecast
-from actors.moe.experts import MAX_PAIRS, ExpertStack, Saved, Weights, Work
+from actors.moe.experts import MAX_PAIRS, ExpertStack, Saved, Template, Weights, Work
 from actors.moe.grouped import add_grouped_outer, add_grouped_sum, grouped_mm_into
 from actors.moe.shelf import Loader, Shelf
 
@@ -29,7 +29,7 @@ class CachedExperts(ExpertStack):
 
     def __init__(
         self,
-        template: nn.Module,
+        template: Template,
         layer: int,
         shapes: dict[str, tuple[int, ...]],
         homes: Sequence[Home],

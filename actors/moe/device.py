@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from actors.moe.experts import MAX_PAIRS, Activations, ExpertStack, WeightGradients, Weights, Work
+from actors.moe.experts import MAX_PAIRS, Activations, ExpertStack, Template, WeightGradients, Weights, Work
 from actors.moe.grouped import grouped_outer
 from actors.moe.passes import add_sums, gated, gated_backward_, gather_rows
 
@@ -23,7 +23,7 @@ ACTIVATIONS_SHARE = 0.25
 
 
 def experts_on(
-    device: torch.device, template: nn.Module, tensors: Mapping[str, Tensor], *, num_layers: int, max_pairs: int = 0
+    device: torch.device, template: Template, tensors: Mapping[str, Tensor], *, num_layers: int, max_pairs: int = 0
 ) -> ExpertStack:
     """The stack that is right there. `max_pairs` 0: `default_max_pairs`."""
     if device.type != "cuda":
@@ -64,7 +64,7 @@ def is_swiglu(template: Any, names: Sequence[str]) -> bool:
 class DeviceExperts(ExpertStack):
     """Runs on a CPU as well, for tests."""
 
-    def __init__(self, template: nn.Module, tensors: Mapping[str, Tensor], *, max_pairs: int = MAX_PAIRS) -> None:
+    def __init__(self, template: Template, tensors: Mapping[str, Tensor], *, max_pairs: int = MAX_PAIRS) -> None:
         super().__init__(template, tensors, max_pairs=max_pairs)
         self.is_fused = is_swiglu(template, self.names)
 

@@ -20,8 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from actors.errors import InvalidInput
+from actors.moe.form import ExpertForm
 from actors.moe.grouped import Counts, add_bias, add_grouped_outer, add_grouped_sum, grouped_mm
 from actors.moe.passes import order_by_token
+
+Template = nn.Module | ExpertForm
+"""The family's experts module, or what stands for it."""
 
 Weights = Mapping[str, Tensor]
 """A stack's parameters by name, [E, ...] each. Where updates are copy-on-write nobody writes to these tensors again:
@@ -151,7 +155,7 @@ class ExpertStack(nn.Module):
     Parameters here have the template's names and a leading dimension of `num_experts` local experts.
     """
 
-    def __init__(self, template: nn.Module, tensors: Mapping[str, Tensor], *, max_pairs: int = MAX_PAIRS) -> None:
+    def __init__(self, template: Template, tensors: Mapping[str, Tensor], *, max_pairs: int = MAX_PAIRS) -> None:
         super().__init__()
         self._max_pairs = max_pairs
         object.__setattr__(self, "_template", template)  # not a submodule: only its functions are used

@@ -10,13 +10,15 @@ import copy
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from actors.trunk.model import Skeleton
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from actors.trunk.model import Skeleton
 
 _drawing = threading.RLock()
 

@@ -19,15 +19,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from actors.errors import CheckpointError, InvalidInput
 from actors.trunk.shared import Meanwhile, nothing, shared_of, watch
+from actors.trunk.source import DTYPES as DTYPES
+from actors.trunk.source import ModelSource as ModelSource
 
 REMOTE_EXPERTS = "moe_cluster"
-
-DTYPES: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
 
 
 class RemoteExperts(Protocol):
@@ -53,28 +48,18 @@ def is_experts(module: nn.Module) -> bool:
     return hasattr(module, "is_concatenated") and hasattr(module, "is_transposed")
 
 
-@dataclass(frozen=True)
-class ModelSource:
-    """Which model: a directory with config.json and safetensors, or transformers config values to start with."""
-
-    path: str | None = None
-    values: Mapping[str, Any] | None = None
-    seed: int = 0
-    dtype: str = "float32"
-    num_experts: int | None = None
-    """Of every MoE layer, for a model that has grown; None: as its config says."""
-
-    def config(self) -> PretrainedConfig:
-        config = _config_of_directory(Path(self.path)) if self.path else _config_of_values(dict(self.values or {}))
-        if getattr(config, "quantization_config", None):
-            raise CheckpointError(
-                "the checkpoint is quantised",
-                field="quantization_config",
-                remedy="convert it to bfloat16 first; quantised experts cannot be trained or moved",
-            )
-        if self.num_experts is not None:
-            set_num_experts(config, self.num_experts)
-        return config
+def config_of(source: ModelSource) -> PretrainedConfig:
+    """Raises `CheckpointError` or `InvalidInput` that names what is wrong with it."""
+    config = _config_of_directory(Path(source.path)) if source.path else _config_of_values(dict(source.values or {}))
+    if getattr(config, "quantization_config", None):
+        raise CheckpointError(
+            "the checkpoint is quantised",
+            field="quantization_config",
+            remedy="convert it to bfloat16 first; quantised experts cannot be trained or moved",
+        )
+    if source.num_experts is not None:
+        set_num_experts(config, source.num_experts)
+    return config
 
 
 def _config_of_directory(path: Path) -> PretrainedConfig:

@@ -20,7 +20,7 @@ from cluster.bench.payload import payload_rows
 from cluster.bench.result import Report, interleaved, time_row
 from cluster.config import ClusterConfig
 from cluster.fabric.launch import launched
-from cluster.fabric.model import model_source
+from cluster.fabric.source import model_source
 
 CALLS_A_ROUND = 20
 TIMEOUT_S = 10.0

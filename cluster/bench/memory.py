@@ -29,7 +29,7 @@ TIMEOUT_S = 120.0
 
 _MEASURE = """
 import sys
-import actors.expert.host, transformers
+import actors.expert.host, actors.trunk.checkpoint, transformers
 from transformers import AutoModelForCausalLM
 from actors.trunk.model import ModelSource
 def peak():

@@ -78,7 +78,7 @@ class Look:
 
     time_s: float
     num_experts: int
-    """Expert actors that answer."""
+    """Expert actors that answer; a frozen one does not."""
     missing: str
     """Empty while the cluster is whole."""
 
@@ -90,6 +90,7 @@ class Vitals:
     time_s: float
     rss_bytes: dict[str, int]
     handles: dict[str, int]
+    """Those that a calm cluster is judged by are without the connections that Ray keeps (`cluster.chaos.channels`)."""
     num_processes: int
     """Of the whole cluster, without the workers that Ray uses for data and keeps in store."""
 
@@ -107,6 +108,8 @@ class Record:
     dtype: str = "float32"
     staleness: int = 0
     """The job's bound."""
+    is_exact: bool = False
+    """All of the model computes in float64."""
     commits: list[Commit] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)

@@ -26,6 +26,7 @@ from cluster.chaos.strikes import Freezer, kill, raylet_of
 from cluster.chaos.updates import updates_made
 from cluster.chaos.work import Streams, Watched, expected_tokens
 from cluster.config import ClusterConfig, JobConfig, StorageConfig
+from cluster.configfile import find_config, load_model
 from cluster.errors import FailedPrecondition
 from cluster.fabric.workertools import SLOW_UPDATES
 from cluster.service.client import Client
@@ -49,6 +50,10 @@ MANY_STEPS = 10**8
 """The job ends by being cancelled."""
 MODEL = "trained"
 DISTURBED, UNDISTURBED = "disturbed", "undisturbed"
+
+
+EXACT_MODEL = "exact"
+"""The shipped model without a part that computes in float32 whatever the dtype is."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +88,19 @@ Tick = Callable[[str, float], None]
 """(what is being done, share of it that is done)"""
 
 
+def is_exact(cluster: ClusterConfig) -> bool:
+    """Whether losses do not depend, but for the last bits of float64, on who computes which expert."""
+    return cluster.router.dtype == "float64" and cluster.model == load_model(find_config(EXACT_MODEL, "models"))
+
+
 def run_chaos(settings: Settings, say: Say, tick: Tick) -> Record:
     """Ctrl-C (KeyboardInterrupt) ends it early: what has been seen so far is returned."""
-    record = Record(settings.cluster.experts.actors, settings.cluster.router.dtype, settings.job.optimizer.staleness)
+    record = Record(
+        settings.cluster.experts.actors,
+        settings.cluster.router.dtype,
+        settings.job.optimizer.staleness,
+        is_exact=is_exact(settings.cluster),
+    )
     plan = schedule.faults(settings.seed, settings.mtbf_s, settings.min_gap_s, settings.kinds)
     try:
         _disturbed(settings, plan, record, say, tick)
@@ -351,7 +366,7 @@ class _Disturbed:
             logger.warning(missing)
         else:
             missing = schedule.what_is_missing(status, self._wanted, self._gone)
-            count = len(schedule.ready_experts(status))
+            count = sum(actor.pid not in self._freezer.frozen for actor in schedule.ready_experts(status))
             if started >= self._vitals_at_s:
                 self._vitals_at_s = started + VITALS_S
                 self._record.vitals.append(self._service.vitals(status))
@@ -365,11 +380,11 @@ class _Disturbed:
     def _calm(self, before: Vitals | None = None) -> Vitals:
         """The least of a few looks; of more where it is not down to `before` yet: processes take time to end."""
         status = self._client.status(timeout_s=STATUS_TIMEOUT_S)
-        least = self._service.vitals(status)
+        least = self._service.vitals(status, without_channels=True)
         deadline, looks = time.monotonic() + CALM_TIMEOUT_S, 1
         while looks < CALM_LOOKS or (before and has_grown(before, least) and time.monotonic() < deadline):
             self._look("calm")
-            least = least_of(least, self._service.vitals(status))
+            least = least_of(least, self._service.vitals(status, without_channels=True))
             looks += 1
         return least
 

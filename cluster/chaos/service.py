@@ -16,6 +16,7 @@ import psutil
 import yaml
 
 from cluster.backend import ClusterStatus
+from cluster.chaos.channels import num_channels
 from cluster.chaos.record import Record, Vitals
 from cluster.config import ClusterConfig
 from cluster.configfile import to_dict
@@ -54,9 +55,14 @@ class ServiceProcess:
         self._lives: dict[str, list[int]] = {}
         """Process ids that a name has had."""
 
-    def vitals(self, status: ClusterStatus) -> Vitals:
-        """Now, of those of the three lasting processes that live. Who took the place of a dead one has a number."""
+    def vitals(self, status: ClusterStatus, *, without_channels: bool = False) -> Vitals:
+        """Now, of those of the three lasting processes that live. Who took the place of a dead one has a number.
+
+        `without_channels`: the connections that Ray keeps between these processes are no part of the handles.
+        """
         num_processes = self._remember()
+        connections = psutil.net_connections("tcp") if without_channels else []
+        members = {process.pid for process in (self._front, *(each for each, _ in self._seen.values()))}
         lasting = {"front": self._front, "coordinator": self._coordinator}
         for actor in status.actors:
             if actor.role == "router":
@@ -68,7 +74,8 @@ class ServiceProcess:
                 with suppress(psutil.Error):
                     rss, num_handles = process.memory_info().rss, process.num_fds()
                     life = self._life(name, process.pid)
-                    rss_bytes[life], handles[life] = rss, num_handles
+                    rss_bytes[life] = rss
+                    handles[life] = num_handles - num_channels(process.pid, connections, members)
         return Vitals(time.time(), rss_bytes, handles, num_processes)
 
     def _life(self, name: str, pid: int) -> str:

@@ -46,6 +46,11 @@ class Freezer:
         timer.start()
         self._frozen.append((process, timer))
 
+    @property
+    def frozen(self) -> set[int]:
+        """Ids of the processes that are stopped now."""
+        return {process.pid for process, timer in self._frozen if not timer.finished.is_set()}
+
     def close(self) -> None:
         """Nobody stays frozen."""
         for process, timer in self._frozen:

@@ -80,7 +80,11 @@ def add_parsers(subparsers: Subparsers, guarded: Guard) -> None:
         help="undisturbed training first",
     )
     add("--streams", type=int, default=2, help="streams of text at a time (default: %(default)s)")
-    add("--model", default="tiny", help="a shipped model, a model file or directory (default: %(default)s)")
+    add(
+        "--model",
+        help="a shipped model, a model file or directory (default: tiny, and with float64 exact, which computes all of "
+        "itself in that dtype, so that its losses must be equal)",
+    )
     add("--dtype", default="float32", choices=("float32", "float64", "bfloat16"), help="float64 to compare exactly")
     add("--job", metavar="FILE", help="a job file to train by; its steps, schedule and evaluation are left out")
     add(
@@ -146,8 +150,11 @@ def run_command(args: argparse.Namespace) -> int:
 
 def cluster_config(args: argparse.Namespace) -> ClusterConfig:
     """Three expert actors on three nodes with a copy of each group, unless the config or `--set` say otherwise."""
+    from cluster.chaos.run import EXACT_MODEL
+
+    model = args.model or (EXACT_MODEL if args.dtype == "float64" else "tiny")
     values: dict[str, Any] = {
-        "model": args.model,
+        "model": model,
         "experts.actors": 3,
         "experts.redundancy": 2,
         "ray.nodes": 3,
@@ -156,8 +163,8 @@ def cluster_config(args: argparse.Namespace) -> ClusterConfig:
         "front.auth": {},
         "front.tls": {},
     }
-    if args.model == "tiny":
-        values["experts.group_size"] = 1  # its 8 experts would be one group
+    if model in ("tiny", EXACT_MODEL):
+        values["experts.group_size"] = 1  # their 8 experts would be one group
     return load_cluster(find_config(args.config), {**values, **dict(args.overrides)})
 
 
@@ -224,7 +231,8 @@ def show(document: dict[str, Any]) -> None:
     leaks, requests = document["leaks"], document["requests"]
     for line in (
         f"throughput retained: {_number(document['retained_throughput'], '.1%')}; "
-        f"of the capacity that was there: {_number(document['retained_of_capacity'], '.1%')}",
+        f"of the capacity that was there: {_number(document['retained_of_capacity'], '.1%')}, "
+        f"and of the rate between the faults: {_number(document['retained_of_calm'], '.1%')}",
         f"requests: {requests['total']}, failed {requests['failed']}; "
         f"tokens wrong or missing: {_number(document['tokens_wrong'])}",
         f"steps: {document['steps']}, replayed {document['steps_replayed']}; "

@@ -60,7 +60,7 @@ def _model(name: str) -> ModelConfig:
 def _open(base: ClusterConfig, model: ModelConfig, dtype: str, args: argparse.Namespace) -> Iterator[ClusterPort]:
     from actors.trunk.model import skeleton
     from cluster.fabric.launch import launched
-    from cluster.fabric.model import model_source
+    from cluster.fabric.source import model_source
 
     config = replace(base, model=model, router=replace(base.router, dtype=dtype))  # type: ignore[arg-type]
     group_size = args.group_size or max(1, skeleton(model_source(config)).num_experts // 4)

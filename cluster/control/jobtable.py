@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from actors.errors import InvalidInput
 from cluster.backend import Job, JobEvent, JobState
 from cluster.config import JobConfig
 from cluster.configfile import job_from_dict, to_dict
+from cluster.control.events import EventRing
 from cluster.control.past import Recalled, number_of
 from cluster.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted
 
@@ -27,7 +27,7 @@ class JobRecord:
 
     def __init__(self, job: Job, max_events: int) -> None:
         self.job = job
-        self._events: deque[JobEvent] = deque(maxlen=max_events)
+        self._events = EventRing(max_events)
 
     def move(self, state: JobState, now: float, message: str = "") -> None:
         if state not in _NEXT.get(self.job.state, frozenset()):
@@ -54,16 +54,11 @@ class JobRecord:
     def record(self, kind: str, now: float, metrics: Mapping[str, float] | None = None, message: str = "") -> None:
         number = self.job.last_event + 1
         self.job = dataclasses.replace(self.job, last_event=number)
-        self._events.append(
-            JobEvent(number, now, kind, self.job.state, self.job.step, dict(metrics or {}), message=message)
-        )
+        self._events.append(number, now, kind, self.job.state, self.job.step, metrics or {}, message)
 
     def events_after(self, number: int, max_events: int) -> tuple[JobEvent, ...]:
         """Oldest first. Starts later than `number` + 1 where the history no longer reaches back that far."""
-        if not self._events:
-            return ()
-        skip = max(0, number + 1 - self._events[0].number)
-        return tuple(self._events[i] for i in range(skip, min(len(self._events), skip + max_events)))
+        return self._events.after(number, max_events)
 
 
 class JobTable:

@@ -112,7 +112,8 @@ class ControlWorker:
 
     def _begin(self) -> None:
         experts = self._config.experts
-        processes = self._crew.create_experts(experts.actors)  # beside the router's, which takes as long
+        # Beside the router's, which takes as long.
+        processes = self._crew.create_experts(experts.actors, read_model=True)
         model = origin = self._crew.start_router()
         vault = Vault(self._config, origin)
         found = vault.newest() if self._config.checkpoint.resume else None

@@ -37,6 +37,7 @@ from cluster.placement.placement import ActorSlot
 
 if TYPE_CHECKING:
     from actors.transport.curve import LinkKeys
+    from actors.trunk.layout import ModelLayout
     from cluster.checkpoint.store import Found
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,8 @@ class Crew:
         self._next_router = 1
         self.num_experts = 0
         """Of every MoE layer, for a model that has grown; 0: as the config says."""
+        self._layouts: dict[int, ModelLayout | None] = {}
+        """By `num_experts`."""
 
     @cached_property
     def link_keys(self) -> LinkKeys | None:
@@ -213,22 +216,29 @@ class Crew:
     def _most_room(self) -> int:
         return expert_room(self.leaving) if self._config.ray.mode == "embedded" else self._config.experts.max_actors
 
-    def create_experts(self, count: int, avoid: Collection[str] = ()) -> dict[str, Any]:
-        """Does not wait for their processes. -> actor -> what its node's id will be told by, once it has found one."""
+    def create_experts(self, count: int, avoid: Collection[str] = (), *, read_model: bool = False) -> dict[str, Any]:
+        """Does not wait for their processes. -> actor -> what its node's id will be told by, once it has found one.
+
+        `read_model`: their groups come from a model directory or a seed, and not from others.
+        """
         worker = ray.remote(**expert_options(self._config, {*self.leaving, *avoid}))(ExpertWorker)
         with self._lock:
             names = [f"expert-{self._next_number + i}" for i in range(count)]
             self._next_number += count
         # Without the lock, as for routers.
-        handles = {name: worker.options(**lasting(self._cluster, name)).remote(name, self._config) for name in names}
+        handles = {
+            name: worker.options(**lasting(self._cluster, name)).remote(name, self._config, read_model)
+            for name in names
+        }
         with self._lock:
             self._handles |= handles
         return {name: handle.node_id.remote() for name, handle in handles.items()}
 
     def load_experts(self, placement: Placement, names: Sequence[str]) -> None:
         """Each takes the groups it holds from the model directory; without any it is there for those that arrive."""
+        layout = self._layout()
         loading = {
-            name: self._handles[name].load.remote(placement.held_by(name), self.num_experts, self.link_keys)
+            name: self._handles[name].load.remote(placement.held_by(name), self.num_experts, self.link_keys, layout)
             for name in names
         }
         for name, ref in loading.items():
@@ -237,6 +247,22 @@ class Crew:
             with self._lock:
                 self._experts[name] = contact
                 self._lookout.watch(name, self._handles[name])
+
+    def _layout(self) -> ModelLayout | None:
+        """Of the model, asked of the router once. Without an answer expert actors find out for themselves, which takes
+        them longer."""
+        with self._lock:
+            num_experts = self.num_experts
+            known = self._layouts.get(num_experts)
+        if known is None:
+            try:
+                known = call(ROUTER, self.router.layout.remote(num_experts), ASK_TIMEOUT_S)
+            except MoeClusterError as error:
+                logger.info("no router tells the layout of the model: %s", error)
+                return None
+            with self._lock:
+                self._layouts[num_experts] = known
+        return known
 
     def load_router(self, placement: Placement, control: Any, found: Found | None, run: int) -> None:
         """After the expert actors of this placement: the trunk from the model directory, or from a checkpoint as this

@@ -16,7 +16,15 @@ from cluster.fabric.contacts import ExpertContact
 from cluster.fabric.measures import Measures
 from cluster.fabric.options import CONTROL
 from cluster.fabric.standing import ExpertStanding, Watch
-from cluster.fabric.workertools import brake_of, import_torch, of_version, open_link, payload_settings, way_of
+from cluster.fabric.workertools import (
+    brake_of,
+    import_torch,
+    import_transformers,
+    of_version,
+    open_link,
+    payload_settings,
+    way_of,
+)
 
 if TYPE_CHECKING:
     from actors.transport.contract import Link
@@ -24,6 +32,7 @@ if TYPE_CHECKING:
     from actors.transport.message import Message
     from actors.transport.socket import SocketServer
     from actors.transport.turns import Lane
+    from actors.trunk.layout import ModelLayout
     from cluster.checkpoint.manifest import Shard
     from cluster.checkpoint.memory import Holder, KeptDraft, Told, Way
     from cluster.checkpoint.store import Draft, Found
@@ -35,8 +44,11 @@ RESTORE_TURN_S = 600.0
 class ExpertWorker:
     """Holds an `ExpertHost` and serves its links from threads of their own; Ray calls only look after it."""
 
-    def __init__(self, name: str, config: ClusterConfig) -> None:
+    def __init__(self, name: str, config: ClusterConfig, read_model: bool = False) -> None:
+        """`read_model`: its groups will come from a model directory or a seed, which takes transformers."""
         import_torch(config.experts.threads)
+        if read_model:
+            import_transformers()
         self._name, self._config = name, config
         self._measures = Measures(config.experts.device)
         self._watch = Watch(config)
@@ -48,15 +60,17 @@ class ExpertWorker:
         node: str = ray.get_runtime_context().get_node_id()
         return node
 
-    def load(self, groups: Sequence[int], num_experts: int, keys: LinkKeys | None) -> ExpertContact:
+    def load(
+        self, groups: Sequence[int], num_experts: int, keys: LinkKeys | None, layout: ModelLayout | None
+    ) -> ExpertContact:
         """Takes the weights of its groups and begins to serve. Without groups it is there for those that arrive.
 
         `num_experts` of every layer, for a model that has grown; 0: as the config says. `keys`: of the cluster's links,
-        where they are secured.
+        where they are secured. `layout`: of that model, so that nobody has to import transformers here to find out.
         """
         from actors.expert.host import ExpertHost
         from actors.moe.cache import CacheSettings
-        from cluster.fabric.model import model_source
+        from cluster.fabric.source import model_source
 
         self._keys, experts = keys, self._config.experts
         self._host = ExpertHost(
@@ -69,6 +83,7 @@ class ExpertWorker:
             timeout_s=self._config.router.request_timeout_s,
             cache=CacheSettings(experts.expert_cache_size, experts.cache_dir) if experts.expert_cache_size else None,
             max_pairs=experts.max_pairs,
+            layout=layout,
         )
         host = self._host
         host.updates.brake = brake_of(os.environ)

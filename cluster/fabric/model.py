@@ -8,21 +8,10 @@ from pathlib import Path
 
 from actors.errors import InvalidInput
 from actors.moe.gating import shared_share
-from actors.trunk.model import ModelSource, skeleton
+from actors.trunk.model import skeleton
 from cluster.config import ClusterConfig
 from cluster.control.model import ModelFacts
-
-
-def model_source(config: ClusterConfig, num_experts: int = 0) -> ModelSource:
-    """`num_experts` of every MoE layer, for a model that has grown; 0: as the config says."""
-    model = config.model
-    return ModelSource(
-        path=model.path,
-        values=None if model.path else dict(model.values),
-        seed=model.seed,
-        dtype=config.router.dtype,
-        num_experts=num_experts or None,
-    )
+from cluster.fabric.source import model_source
 
 
 def model_facts(config: ClusterConfig, num_experts: int = 0) -> ModelFacts:

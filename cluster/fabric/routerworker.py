@@ -38,7 +38,14 @@ from cluster.fabric.measures import Measures
 from cluster.fabric.options import CONTROL, COORDINATOR, FILES, ROUTER, SERVE, TRAIN
 from cluster.fabric.sessions import Sessions
 from cluster.fabric.standing import Following, RouterStanding, Watch
-from cluster.fabric.workertools import import_torch, of_version, open_link, payload_settings, way_of
+from cluster.fabric.workertools import (
+    import_torch,
+    import_transformers,
+    of_version,
+    open_link,
+    payload_settings,
+    way_of,
+)
 from cluster.jobs.batches import MicroBatch
 
 if TYPE_CHECKING:
@@ -50,6 +57,7 @@ if TYPE_CHECKING:
     from actors.transport.contract import Link
     from actors.transport.curve import LinkKeys
     from actors.transport.message import Message
+    from actors.trunk.layout import ModelLayout
     from cluster.checkpoint.manifest import Shard
     from cluster.checkpoint.memory import Holder, KeptDraft, Told, Way
     from cluster.checkpoint.store import Draft, Found
@@ -63,6 +71,7 @@ class RouterWorker:
 
     def __init__(self, name: str, config: ClusterConfig) -> None:
         import_torch(config.router.threads)
+        import_transformers()
         self._name, self._config = name, config
         self._measures = Measures(config.router.device)
         self._sessions = Sessions()
@@ -79,6 +88,15 @@ class RouterWorker:
         from cluster.fabric.model import model_facts
 
         return model_facts(self._config, num_experts)
+
+    @ray.method(concurrency_group=CONTROL)
+    def layout(self, num_experts: int) -> ModelLayout | None:
+        """What expert actors have to know of the model; None if they have to see for themselves."""
+        from actors.trunk.layout import layout_of
+        from actors.trunk.model import skeleton
+        from cluster.fabric.source import model_source
+
+        return layout_of(skeleton(model_source(self._config, num_experts)))
 
     @ray.method(concurrency_group=CONTROL)
     def load(
@@ -112,7 +130,7 @@ class RouterWorker:
     def _new_router(self, roster: Roster | None, num_experts: int) -> Router:
         from actors.router.pieces import PIECE_BYTES
         from actors.router.router import Router
-        from cluster.fabric.model import model_source
+        from cluster.fabric.source import model_source
 
         return Router(
             model_source(self._config, num_experts),

@@ -1,7 +1,8 @@
 """What the Ray edges of expert actors and routers share.
 
 torch and transformers take seconds to import, so only the actors themselves do it, all at the same time: whoever starts
-them imports these modules without.
+them imports these modules without. transformers is for routers; an expert actor imports it only where its groups come
+from a model directory or a seed, at the start of a cluster.
 """
 
 from __future__ import annotations
@@ -35,10 +36,14 @@ def brake_of(environment: Mapping[str, str]) -> Brake:
 
 def import_torch(threads: int) -> None:
     import torch
-    import transformers.modeling_utils  # noqa: F401 - the slow part of it, now rather than in `load`
 
     torch.set_num_threads(threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def import_transformers() -> None:
+    """The slow part of it, before it is needed."""
+    import transformers.modeling_utils  # noqa: F401
 
 
 def payload_settings(config: ClusterConfig, device: str = "cpu") -> PayloadSettings:

@@ -21,9 +21,10 @@ from actors.expert.updates import Brake
 from actors.staleness import MAX_STALENESS
 from cluster.backend import ActorStatus, ClusterStatus, Job, JobEvent, JobState
 from cluster.chaos import report
+from cluster.chaos.channels import num_channels
 from cluster.chaos.picture import degraded, draw_timeline, longest_wait_s
 from cluster.chaos.record import Commit, Gap, Look, Record, Request, Span, Strike, Vitals
-from cluster.chaos.run import Settings, _Disturbed
+from cluster.chaos.run import Settings, _Disturbed, is_exact
 from cluster.chaos.schedule import (
     DEFAULT_KINDS,
     KINDS,
@@ -35,8 +36,9 @@ from cluster.chaos.schedule import (
     what_is_missing,
 )
 from cluster.chaos.service import ServiceProcess, counts
+from cluster.chaos.strikes import Freezer
 from cluster.chaos.work import Watched
-from cluster.commands.chaos import JOB, duration, job_config, kinds, phases, show
+from cluster.commands.chaos import JOB, cluster_config, duration, job_config, kinds, phases, show
 from cluster.commands.output import plain
 from cluster.configfile import find_config, load_cluster
 from cluster.control.ledger import Entry
@@ -251,6 +253,30 @@ def test_throughput_is_over_the_undisturbed_stretch_and_over_what_was_there() ->
     assert report.throughput(Record(2))["retained_throughput"] is None
 
 
+def test_throughput_is_also_over_the_times_between_the_faults() -> None:
+    """Others took half of the machine once the reference had been measured."""
+    record = a_run()
+    spans = report.calm_spans(record.strikes, record.spans["training"])
+    assert spans == [Span(10.0, 12.0), Span(14.0, 16.0), Span(17.0, 20.0)]
+    found = report.throughput(record)
+    assert found["calm_tokens_per_s"] == pytest.approx(1000, rel=0.02)
+    assert found["retained_of_calm"] == pytest.approx(found["retained_of_capacity"], rel=0.02)
+    record.commits = [commit for commit in record.commits if commit.time_s <= 10 or commit.step % 2]
+    halved = report.throughput(record)
+    assert halved["retained_of_capacity"] == pytest.approx(found["retained_of_capacity"] / 2, rel=0.05)
+    assert halved["retained_of_calm"] == pytest.approx(found["retained_of_calm"], rel=0.05)
+
+
+def test_no_time_is_calm_while_the_cluster_is_not_whole() -> None:
+    strikes = [
+        Strike(2, "training", "freeze", "expert-1", 3.0, 0.0),
+        Strike(1, "training", "kill", "expert-0", 1.0, 0.0, 2.5),
+    ]
+    assert report.calm_spans(strikes, Span(0.0, 9.0)) == [Span(0.0, 1.0), Span(2.5, 3.0)]
+    assert report.calm_spans([], Span(0.0, 9.0)) == [Span(0.0, 9.0)]
+    assert report.calm_spans([replace(strikes[1], started_s=9.5)], Span(0.0, 9.0)) == [Span(0.0, 9.0)]
+
+
 def test_equality_lost_work_and_requests() -> None:
     found = report.summary(a_run())
     assert found["tokens_wrong"] == 2, "one that differs and one that is missing; what failed is counted as failed"
@@ -305,15 +331,71 @@ def test_a_bound_that_is_broken_and_updates_that_are_in_no_weights() -> None:
 
 
 def test_losses_of_an_asynchronous_job_are_compared_and_need_not_be_equal() -> None:
-    record = Record(2, dtype="float64", commits=commits(1.0, 2.0), undisturbed_losses=(3.0, 3.1))
+    record = Record(2, is_exact=True, commits=commits(1.0, 2.0), undisturbed_losses=(3.0, 3.1))
     found = report.summary(record)
     assert found["losses_must_be_equal"]
     assert any("losses differ" in problem for problem in found["problems"])
+    assert report.problems(replace(record, is_exact=False)) == [], "a model with parts in float32"
     found = report.summary(replace(record, staleness=4))
     assert not found["losses_must_be_equal"]
     assert found["problems"] == []
     assert found["loss_rel_diff_max"] == pytest.approx(0.1 / 3.1)
     assert found["loss_rel_diff_mean"] == pytest.approx(3.0 / 3.1 - 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "model", "expected"),
+    [("float64", None, True), ("float32", None, False), ("float64", "tiny", False), ("float32", "exact", False)],
+)
+def test_losses_are_compared_exactly_where_all_of_the_model_is_in_float64(
+    dtype: str, model: str | None, expected: bool
+) -> None:
+    args = argparse.Namespace(model=model, dtype=dtype, config="local_cpu", overrides=())
+    assert is_exact(cluster_config(args)) is expected
+
+
+def test_a_process_that_stands_still_is_not_there() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    freezer = Freezer()
+    try:
+        assert freezer.frozen == set()
+        freezer.freeze(replace(actor(0), pid=process.pid), 60)
+        assert freezer.frozen == {process.pid}
+        freezer.close()
+        assert freezer.frozen == set()
+    finally:
+        freezer.close()
+        process.kill()
+        process.wait(10)
+
+
+def connection(pid: int | None, here: int, there: int, status: str = "ESTABLISHED", ip: str = "10.0.0.1") -> Any:
+    ends = (SimpleNamespace(ip=ip, port=port) for port in (here, there))
+    return SimpleNamespace(pid=pid, laddr=next(ends), raddr=next(ends), status=status)
+
+
+def both(one: int | None, other: int | None, here: int, there: int) -> list[Any]:
+    return [connection(one, here, there), connection(other, there, here, ip="::ffff:10.0.0.1")]
+
+
+def test_connections_between_living_processes_of_the_cluster_are_told_apart() -> None:
+    asked_both_ways = both(1, 2, 50, 60) + both(2, 1, 51, 61)
+    assert num_channels(1, asked_both_ways, {1, 2}) == num_channels(2, asked_both_ways, {1, 2}) == 2
+    assert num_channels(1, asked_both_ways + both(1, 3, 52, 62), {1, 2, 3}) == 3
+    assert num_channels(1, asked_both_ways, {1}) == 0, "to a stranger"
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (both(1, 2, 52, 62), 2),  # a third one to the same
+        ([connection(1, 52, 62)], 2),  # the other end is gone
+        ([connection(1, 52, 62, "CLOSE_WAIT"), connection(2, 62, 52, "FIN_WAIT2")], 2),
+        (both(1, None, 52, 62), 2),  # to a process of somebody else
+    ],
+)
+def test_what_a_leak_of_connections_would_be_is_counted_with_the_handles(more: list[Any], expected: int) -> None:
+    assert num_channels(1, both(1, 2, 50, 60) + both(2, 1, 51, 61) + more, {1, 2}) == expected
 
 
 def test_leaks() -> None:
@@ -342,7 +424,7 @@ def test_a_slope_is_that_of_the_line() -> None:
 
 
 def test_problems_are_told_once_with_their_number() -> None:
-    record = Record(2, dtype="float64", commits=commits(1.0, 2.0), undisturbed_losses=(3.0, 3.0 + 1e-5))
+    record = Record(2, is_exact=True, commits=commits(1.0, 2.0), undisturbed_losses=(3.0, 3.0 + 1e-8))
     record.requests = [Request("training", 0, 0, 1, (), "Unavailable: gone")] * 3
     record.strikes = [Strike(1, "training", "stall", "expert-0", 1.0, 0.0, 2.0, "taken for dead")]
     found = report.problems(record)

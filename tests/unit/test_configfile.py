@@ -209,7 +209,7 @@ CLUSTER_FAULTS = {
     ),
     "graphs without a GPU": (MODEL + "router: {captured: on}", "router.captured", "on", "leave it at auto"),
     "no model": ("ray: {}", "model", "missing", "name a model file"),
-    "unknown model": ("model: tinny", "model", "'tinny'", "shipped names: small, tiny"),
+    "unknown model": ("model: tinny", "model", "'tinny'", "shipped names: exact, small, tiny"),
     "model of a wrong type": ("model: [1]", "model", "[1]", "a name or a mapping"),
     "neither path nor values": ("model: {seed: 1}", "model", "either `path` or `values`", "give the path"),
     "no model type": ("model: {values: {hidden_size: 1}}", "model.values.model_type", "missing", "deepseek_v3"),

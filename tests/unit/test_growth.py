@@ -185,8 +185,8 @@ class TestBirths:
     def test_equal_at_every_holder_whatever_else_it_holds(self, mode: str) -> None:
         births = Births(Growth(12, mode, 0.05, seed=2), {4: 1, 5: 0})
         one, other = holdings(0, 1), holdings(2, 1, 3, 0)
-        give_birth(one, MODEL, 2, births, [4, 5])
-        give_birth(other, MODEL, 2, births, [5, 4])
+        give_birth(one, lambda: MODEL, 2, births, [4, 5])
+        give_birth(other, lambda: MODEL, 2, births, [5, 4])
         for group in (4, 5):
             for layer in range(len(MODEL.layers)):
                 here, there = one.read(group, layer), other.read(group, layer)
@@ -197,9 +197,9 @@ class TestBirths:
 
     def test_one_that_failed_is_made_anew(self) -> None:
         one = holdings(0, 1)
-        give_birth(one, MODEL, 2, Births(Growth(10), {4: 1}), [4])
+        give_birth(one, lambda: MODEL, 2, Births(Growth(10), {4: 1}), [4])
         one.hold((0, 1))
-        give_birth(one, MODEL, 2, Births(Growth(10, perturbation=0.0), {4: 0}), [4])
+        give_birth(one, lambda: MODEL, 2, Births(Growth(10, perturbation=0.0), {4: 0}), [4])
         one.hold((0, 1, 4))
         assert torch.equal(one.read(4, 0)[0][0], one.read(0, 0)[0][0])
         assert one.groups == (0, 1, 4)

@@ -42,11 +42,11 @@ class ShmCarrier(Carrier):
         try:
             os.ftruncate(file, settings.region_bytes)
             fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SEALS)
-            self._ours = mmap.mmap(file, settings.region_bytes)
+            self._ours: mmap.mmap | None = mmap.mmap(file, settings.region_bytes)
             self._shown = _read_only(file)
         finally:
             os.close(file)
-        self._start = torch.frombuffer(self._ours, dtype=torch.uint8)
+        self._start: Tensor | None = torch.frombuffer(self._ours, dtype=torch.uint8)
 
     def offer(self) -> Mapping[str, Any]:
         return {}
@@ -64,15 +64,15 @@ class ShmCarrier(Carrier):
                 os.close(descriptor)
 
     def put(self, tensor: Tensor) -> Place | None:
-        num_bytes = tensor.numel() * tensor.element_size()
-        if num_bytes < self._from_bytes or (slot := self._slots.take(num_bytes)) is None:
+        num_bytes, region = tensor.numel() * tensor.element_size(), self._start
+        if region is None or num_bytes < self._from_bytes or (slot := self._slots.take(num_bytes)) is None:
             return None
         ticket, start = slot
         if tensor.is_cpu and tensor.is_contiguous():
             # One thread's copy: torch would divide it among all of its threads, and wait for the last to wake up.
-            ctypes.memmove(self._start.data_ptr() + start, tensor.data_ptr(), num_bytes)
+            ctypes.memmove(region.data_ptr() + start, tensor.data_ptr(), num_bytes)
         else:
-            room = self._start[start : start + num_bytes].view(tensor.dtype).view(tensor.shape)
+            room = region[start : start + num_bytes].view(tensor.dtype).view(tensor.shape)
             room.copy_(tensor.detach())
         return ticket, start
 
@@ -91,14 +91,16 @@ class ShmCarrier(Carrier):
 
     def hear(self, tickets: Sequence[int]) -> None:
         self._slots.free(tickets)
-        if not self._slots and self._slots.high_bytes > KEEP_BYTES:
+        ours = self._ours
+        if ours is not None and not self._slots and self._slots.high_bytes > KEEP_BYTES:
             with suppress(OSError):  # where the system cannot, it stays
-                self._ours.madvise(mmap.MADV_REMOVE, KEEP_BYTES, len(self._ours) - KEEP_BYTES)
+                ours.madvise(mmap.MADV_REMOVE, KEEP_BYTES, len(ours) - KEEP_BYTES)
             self._slots.forget_high()
 
     def close(self) -> None:
-        """The memory is unmapped when the last view of it is gone."""
-        self._theirs = None
+        """The memory is unmapped when the last view of it is gone; ours at once, and its handle with it, whoever keeps
+        the link for a while yet."""
+        self._theirs = self._ours = self._start = None
         shown, self._shown = self._shown, -1
         if shown >= 0:
             os.close(shown)

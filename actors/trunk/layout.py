@@ -1,0 +1,62 @@
+"""What an expert actor has to know of the model, as plain data: no module, no config, nothing of transformers.
+
+Whoever has the model on the meta device tells it (`layout_of`). Only weights that come from a family's directory or
+from a seed take the family's own code; those of peers and of our checkpoints do not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+
+from actors.moe.form import ExpertForm, form_of
+from actors.trunk.source import DTYPES
+
+if TYPE_CHECKING:
+    from actors.trunk.model import ExpertLayer, Skeleton
+
+Layer: TypeAlias = "ExpertLayer | LayerLayout"
+Layout: TypeAlias = "Skeleton | ModelLayout"
+"""Either will do for whoever keeps experts."""
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """One MoE layer."""
+
+    name: str
+    """Module path in the model, e.g. `model.layers.1.mlp.experts`."""
+    num_experts: int
+    parts: tuple[tuple[str, tuple[int, ...]], ...]
+    """Parameter name and shape of one expert's part."""
+    template: ExpertForm
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict(self.parts)
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    dtype_name: str
+    """A name in `DTYPES`."""
+    num_experts: int
+    """Of every layer."""
+    layers: tuple[LayerLayout, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype_name]
+
+
+def layout_of(skeleton: Skeleton) -> ModelLayout | None:
+    """None for a family whose experts compute something that has no name in `actors.moe.form`."""
+    layers = []
+    for layer in skeleton.layers:
+        form = form_of(layer.template, skeleton.dtype)
+        if form is None:
+            return None
+        layers.append(LayerLayout(layer.name, layer.num_experts, tuple(layer.shapes().items()), form))
+    dtype_name = next(name for name, dtype in DTYPES.items() if dtype == skeleton.dtype)
+    return ModelLayout(dtype_name, skeleton.num_experts, tuple(layers))
