@@ -131,6 +131,7 @@ def test_a_line_ends_while_a_child_has_it_too(server: SocketServer, met: bool) -
     attachments = server._attachments
     if met:
         link = opened(server.address)
+        until(lambda: bool(attachments._lines))
         (line,) = attachments._lines.values()
         inherited = os.dup(line.fileno())
         link.close()
