@@ -78,6 +78,7 @@ class Router:
         piece_bytes: int = PIECE_BYTES,
         payload: Payload = "trunk",
         in_flight: int = 1,
+        prompt_chunk: int | None = None,
     ) -> None:
         self.learner = Learner(source, gate or GateSettings(), device, piece_bytes)
         num_layers, num_experts = len(self.learner.skeleton.layers), self.learner.skeleton.num_experts
@@ -101,6 +102,7 @@ class Router:
             max_sessions=max_sessions,
             decode_batch=decode_batch,
             capture=captured,
+            prompt_chunk=prompt_chunk,
         )
         self.learner.on_new_model = self._connect
         self._connect()

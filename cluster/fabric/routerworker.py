@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from actors.compress.settings import CompressionSettings
+from actors.errors import StepAborted
 from actors.moe.settings import BalanceSettings
 from actors.values import (
     Address,
@@ -123,6 +124,7 @@ class RouterWorker:
             max_sessions=self._config.router.max_sessions,
             decode_batch=self._config.router.decode_batch,
             captured=self._config.router.captured,
+            prompt_chunk=self._config.router.prompt_chunk,
             find_roster=self._find_roster,
             piece_bytes=min(PIECE_BYTES, self._config.links.max_message_bytes // 2),
             payload=self._config.links.dispatch,
@@ -393,17 +395,27 @@ class RouterWorker:
         self, session: str, prompt: Sequence[int], sampling: Sampling, choice: VersionChoice, timeout_s: float
     ) -> Iterator[TokenEvent]:
         self._sessions.add(session)
+
+        def is_wanted() -> bool:
+            return session in self._sessions
+
+        events = self._router.serving.generate(
+            prompt, sampling, timeout_s=timeout_s, choice=choice, is_wanted=is_wanted
+        )
         try:
-            for event in self._router.serving.generate(prompt, sampling, timeout_s=timeout_s, choice=choice):
-                if session not in self._sessions:
+            for event in events:
+                if not is_wanted():
                     return
                 yield event
+        except StepAborted:  # of a session that was ended in the middle of its prompt, nobody is to be told
+            if is_wanted():
+                raise
         finally:
             self._sessions.discard(session)
 
     @ray.method(concurrency_group=CONTROL)
     def end_session(self, session: str) -> None:
-        """Its stream ends before the next token. A session that has ended is no error."""
+        """Its stream ends before the next token or chunk of its prompt. A session that has ended is no error."""
         self._sessions.discard(session)
 
     @ray.method(concurrency_group=SERVE)
