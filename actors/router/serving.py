@@ -30,7 +30,7 @@ from actors.values import NEWEST, Sampling, TokenEvent, VersionChoice
 
 DECODE_BATCH = {"cuda": 32, "cpu": 1}
 """Streams that share a forward, unless told."""
-PROMPT_CHUNK = {"cuda": 2048, "cpu": 256}
+PROMPT_CHUNK = {"cuda": 2048, "cpu": 512}
 """Tokens of a prompt between two turns of the streams that decode, unless told."""
 _NEWEST = object()
 
