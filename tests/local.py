@@ -12,8 +12,8 @@ from actors.expert.host import ExpertHost
 from actors.moe.cache import CacheSettings
 from actors.moe.fp8 import Payload
 from actors.moe.settings import GateSettings
-from actors.router.dispatcher import Peer, Roster
 from actors.router.pieces import PIECE_BYTES
+from actors.router.roster import Peer, Roster
 from actors.router.router import Router
 from actors.transport.contract import Handler, Link
 from actors.transport.local import LocalLink
@@ -168,7 +168,7 @@ class LocalCluster:
                 if group not in self.members[name].host.groups:
                     self.arrive(group, self.placement.owner(group), name)
         placement = Placement(self.placement.epoch + 1, held, self.group_size)
-        waited = self.router.adopt(self.roster(placement))
+        waited = self.router.placing.adopt(self.roster(placement))
         self.placement = placement
         return waited
 
@@ -188,7 +188,7 @@ class LocalCluster:
 
     def arrive(self, group: int, source: str, target: str) -> int:
         giver, taker = self.members[source], self.members[target]
-        return taker.host.arrive(group, source, giver.exchange_address, taker.exchange_address, self.timeout_s)
+        return taker.host.placing.arrive(group, source, giver.exchange_address, taker.exchange_address, self.timeout_s)
 
 
 @contextmanager

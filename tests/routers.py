@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from actors.errors import PeerLost
-from actors.router.dispatcher import Peer
 from actors.router.replica import Replica
+from actors.router.roster import Peer
 from actors.router.router import Router
 from actors.transport.contract import Link
 from actors.transport.faulty import Fault, FaultyLink

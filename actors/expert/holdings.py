@@ -19,13 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from actors.errors import InvalidInput
-from actors.expert.residency import residency
-from actors.moe.cache import CacheSettings
+from actors.expert.residency import Quarters, residency
 from actors.moe.experts import ExpertStack, Weights
 from actors.moe.optimizer import GroupOptimizer
 from actors.optim import OptimizerSettings, square_sum_of
 from actors.snapshots import KINDS, ExpertKey, SavedState, Snapshot, to_host
-from actors.trunk.model import Skeleton
 
 LoadLayer = Callable[[int, Sequence[int]], Mapping[str, Tensor]]
 """(layer, groups) -> stacked parameters of these groups' experts, in that order."""
@@ -65,23 +63,12 @@ class _Group:
 
 
 class Holdings:
-    def __init__(
-        self,
-        skeleton: Skeleton,
-        group_size: int,
-        device: torch.device,
-        groups: Sequence[int],
-        load: LoadLayer,
-        cache: CacheSettings | None = None,
-        max_pairs: int = 0,
-    ) -> None:
-        self._group_size = group_size
+    def __init__(self, quarters: Quarters, groups: Sequence[int], load: LoadLayer) -> None:
+        self._group_size = quarters.group_size
         self.settings = OptimizerSettings()
         self._places: list[int | None] = list(groups)
         """Group at each place of the stacks."""
-        self._residency = residency(
-            skeleton, group_size, device, len(groups), lambda i: load(i, groups), cache, max_pairs
-        )
+        self._residency = residency(quarters, len(groups), lambda i: load(i, groups))
         self._groups = {group: self._new_group(group) for group in groups}
         self._shared: set[int] = set()
         """Layers whose weights somebody else keeps: they are not written to, but copied first."""

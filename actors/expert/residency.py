@@ -7,6 +7,7 @@ A place is room for one group in every layer. Who keeps groups in places (`Holdi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,19 @@ from actors.trunk.model import ExpertLayer, Skeleton
 
 Stacked = Callable[[int], Mapping[str, Tensor]]
 """Layer -> parameters of the experts of all places, [places * group_size, ...]."""
+
+
+@dataclass(frozen=True)
+class Quarters:
+    """What an actor's experts are, and the room that there is for them, however many it has."""
+
+    skeleton: Skeleton
+    group_size: int
+    device: torch.device
+    cache: CacheSettings | None = None
+    """None: all are on the device."""
+    max_pairs: int = 0
+    """Of a token and an expert, that are computed at a time; 0: what suits the device."""
 
 
 class Residency(Protocol):
@@ -73,34 +87,18 @@ class Residency(Protocol):
         """Nothing is computed any more; what is not referred to elsewhere is given back at once."""
 
 
-def residency(
-    skeleton: Skeleton,
-    group_size: int,
-    device: torch.device,
-    num_places: int,
-    load: Stacked,
-    cache: CacheSettings | None,
-    max_pairs: int = 0,
-) -> Residency:
-    """`max_pairs` of a token and an expert are computed at a time; 0: what suits the device."""
-    if cache is None:
-        return OnDevice(skeleton, group_size, device, num_places, load, max_pairs)
-    return Cached(skeleton, group_size, device, num_places, load, cache, max_pairs)
+def residency(quarters: Quarters, num_places: int, load: Stacked) -> Residency:
+    if quarters.cache is None:
+        return OnDevice(quarters, num_places, load)
+    return Cached(quarters, quarters.cache, num_places, load)
 
 
 class OnDevice:
     """One stack of weights a layer, for grouped products over all experts."""
 
-    def __init__(
-        self,
-        skeleton: Skeleton,
-        group_size: int,
-        device: torch.device,
-        num_places: int,
-        load: Stacked,
-        max_pairs: int = 0,
-    ) -> None:
-        self._size = group_size
+    def __init__(self, quarters: Quarters, num_places: int, load: Stacked) -> None:
+        self._size = quarters.group_size
+        skeleton, device = quarters.skeleton, quarters.device
 
         def stack(number: int, layer: ExpertLayer) -> ExpertStack:
             tensors = (
@@ -108,7 +106,8 @@ class OnDevice:
                 if num_places
                 else _no_experts(layer.shapes(), skeleton.dtype, device)
             )
-            return experts_on(device, layer.template, tensors, num_layers=len(skeleton.layers), max_pairs=max_pairs)
+            num_layers, max_pairs = len(skeleton.layers), quarters.max_pairs
+            return experts_on(device, layer.template, tensors, num_layers=num_layers, max_pairs=max_pairs)
 
         self.stacks = [stack(number, layer) for number, layer in enumerate(skeleton.layers)]
 
@@ -169,23 +168,15 @@ class Cached:
     """All tensors at home, `cache.size` groups of each layer on the device. Updates are made at home, on the host's CPU
     beside the moments (as ZeRO-Offload, Ren et al. 2021), and what the device has is brought up to date after them."""
 
-    def __init__(
-        self,
-        skeleton: Skeleton,
-        group_size: int,
-        device: torch.device,
-        num_places: int,
-        load: Stacked,
-        cache: CacheSettings,
-        max_pairs: int = 0,
-    ) -> None:
-        self._skeleton, self._size = skeleton, group_size
+    def __init__(self, quarters: Quarters, cache: CacheSettings, num_places: int, load: Stacked) -> None:
+        skeleton, device = quarters.skeleton, quarters.device
+        self._skeleton, self._size = skeleton, quarters.group_size
         self._store: Store = FileStore(cache.directory) if cache.directory else MemoryStore(device)
         self._homes: list[Home] = []
         self.resize(num_places)
         for layer in range(len(skeleton.layers)) if num_places else ():
             for name, stacked in load(layer).items():
-                for home, tensor in zip(self._homes, stacked.split(group_size), strict=True):
+                for home, tensor in zip(self._homes, stacked.split(self._size), strict=True):
                     home.weights[layer][name].copy_(tensor)
         self._loader = Loader(device)
         self.stacks = [
@@ -194,10 +185,10 @@ class Cached:
                 i,
                 layer.shapes(),
                 self._homes,
-                group_size=group_size,
+                group_size=self._size,
                 capacity=cache.size,
                 loader=self._loader,
-                max_pairs=max_pairs or MAX_PAIRS,
+                max_pairs=quarters.max_pairs or MAX_PAIRS,
             )
             for i, layer in enumerate(skeleton.layers)
         ]

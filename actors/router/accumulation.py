@@ -11,10 +11,11 @@ from functools import partial
 from actors.errors import InvalidInput, NonFinite, StepAborted
 from actors.expert.exchange import Attempt
 from actors.losses import token_losses
-from actors.router.dispatcher import Dispatcher, Purpose
+from actors.router.dispatcher import Dispatcher
 from actors.router.division import Part
 from actors.router.flight import Flight
 from actors.router.learner import Learner
+from actors.router.passes import Purpose
 from actors.router.replicas import Tally
 from actors.values import MAX_IN_FLIGHT
 

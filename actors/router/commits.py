@@ -8,7 +8,8 @@ from typing import Any
 
 from actors.errors import LinkError, PeerLost
 from actors.expert.exchange import Attempt
-from actors.router.dispatcher import Dispatcher, Roster
+from actors.router.links import Links
+from actors.router.roster import Roster
 from actors.transport.contract import Pending
 
 logger = logging.getLogger(__name__)
@@ -17,7 +18,7 @@ logger = logging.getLogger(__name__)
 class LastCommit:
     """All actors had prepared, so the step counts even where the message was lost. Who has done it just says so."""
 
-    def __init__(self, training: Dispatcher, reopen: Callable[[], None], timeout_s: float) -> None:
+    def __init__(self, training: Links, reopen: Callable[[], None], timeout_s: float) -> None:
         """`reopen`: opens the links of `training` that are closed, or raises."""
         self._training, self._reopen, self._timeout_s = training, reopen, timeout_s
         self._fields: dict[str, Any] = {}
@@ -43,12 +44,12 @@ class LastCommit:
         """The same, but for actors that are gone and not to stay. A link may tell only now that its peer has died."""
         while True:
             self._training.drop_closed(but=staying.peers)
-            num_links = len(self._training.links)
+            num_links = len(self._training)
             try:
                 return self.confirm()
             except PeerLost:
                 self._training.drop_closed(but=staying.peers)
-                if len(self._training.links) == num_links:
+                if len(self._training) == num_links:
                     raise
 
     def ask_again(self) -> None:
@@ -69,7 +70,7 @@ class LastCommit:
         if self._fields:
             self._fields["term"] = term
 
-    def bring(self, serving: Dispatcher, version: int) -> None:
+    def bring(self, serving: Links, version: int) -> None:
         """Once more over the serving links: there it may have overtaken the training links, or be the only one that
         arrives."""
         if self._served < version:

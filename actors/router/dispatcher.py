@@ -6,110 +6,27 @@ together; in between the router has time for something else (`actors.router.halv
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from actors.errors import LinkError, MoeClusterError, NonFinite, PeerLost, ProtocolError, StepAborted
+from actors.errors import NonFinite, ProtocolError, StepAborted
 from actors.moe.dispatch import HolderTable, Share
 from actors.moe.fp8 import Payload, packed
-from actors.moe.gating import GatePast
 from actors.router.backlog import Backlog
 from actors.router.halves import routed
+from actors.router.links import Links
+from actors.router.passes import Pass, Purpose
 from actors.router.rows import add_rows, load_where, plan_where, rows_of
-from actors.transport.contract import Link, Pending
+from actors.transport.contract import Pending
 from actors.transport.message import Message
 from actors.trunk.shared import Meanwhile, nothing
-from actors.values import Address, Placement
 
 if TYPE_CHECKING:
     from actors.trunk.model import RemoteExperts
-
-logger = logging.getLogger(__name__)
-
-LinkOpener = Callable[[], Link]
-
-
-@dataclass(frozen=True)
-class Peer:
-    """An expert actor, as a router reaches it."""
-
-    open: LinkOpener
-    exchange: Address | None = None
-    """Where other expert actors reach it; needed where groups have copies."""
-    near: bool = False
-    """Whether it is on the router's own node."""
-    contact: Mapping[str, Any] = field(default_factory=dict)
-    """Plain values by which another router can find it."""
-
-
-@dataclass(frozen=True)
-class Roster:
-    placement: Placement
-    peers: Mapping[str, Peer]
-    """Every actor of the placement."""
-
-    def fields(self) -> dict[str, Any]:
-        """Of the message that tells expert actors their part."""
-        placement = self.placement
-        addresses = {name: list(astuple(peer.exchange)) for name, peer in self.peers.items() if peer.exchange}
-        holders = [list(held) for held in placement.holders]
-        return {"epoch": placement.epoch, "holders": holders, "addresses": addresses}
-
-
-@dataclass
-class Purpose:
-    """Why a forward is run. Training names its micro-batch of an attempt at a step; serving leaves `step` at 0."""
-
-    step: int = 0
-    attempt: int = 0
-    microbatch: int = 0
-    min_version: int = 0
-    sequence_length: int = 1
-    """S of the tokens [B * S, D]; for gates that see a token in its sequence."""
-    pasts: Sequence[GatePast] | None = None
-    """What such gates keep of a decoding session, by layer."""
-    max_behind: int = 0
-    """Committed updates that the experts may still have to make; serving only."""
-    pin: str = ""
-    """Of a version that is kept; `min_version` is its number."""
-
-    @property
-    def keep(self) -> bool:
-        return self.step > 0
-
-    def fields(self, layer: int) -> dict[str, Any]:
-        if self.pin:
-            return {"layer": layer, "pin": self.pin}
-        serving = {} if self.keep else {"max_behind": self.max_behind}
-        return {
-            **serving,
-            "layer": layer,
-            "keep": self.keep,
-            "step": self.step,
-            "attempt": self.attempt,
-            "microbatch": self.microbatch,
-            "min_version": self.min_version,
-        }
-
-
-@dataclass
-class Pass:
-    """One way through the layers and back, of one micro-batch or request."""
-
-    purpose: Purpose = field(default_factory=Purpose)
-    used_version: int = 0
-    """The least version of the experts that were used."""
-    backlog: Mapping[str, float] = field(default_factory=dict)
-    """Pairs that each actor has to do for others, a layer: the same all the way, so that a layer that is computed twice
-    is shared alike."""
-    counted: set[int] = field(default_factory=set)
-    """Layers whose load is noted: one that is computed twice (activation checkpointing) counts once."""
 
 
 @dataclass
@@ -138,15 +55,11 @@ class Dispatcher:
         reroutes: bool = False,
         payload: Payload = "trunk",
     ) -> None:
-        self.links: dict[str, Link] = {}
+        self.links = Links(timeout_s=timeout_s, reroutes=reroutes)
+        self.links.on_lost = self._build_table
         self.epoch = 0
-        self._peers: dict[str, Peer] = {}
         self._held: dict[str, list[int]] = {}
-        self._lost: set[str] = set()
-        """Without a living link; only of a dispatcher that reroutes."""
-        self._just_lost: set[str] = set()
-        """Those of them that were not tried again."""
-        self._timeout_s, self._turn, self._reroutes, self.payload = timeout_s, turn, reroutes, payload
+        self._turn, self.payload = turn, payload
         self._num_experts = num_experts
         self._names: list[str] = []
         self._table = HolderTable.of([], num_experts)
@@ -160,71 +73,24 @@ class Dispatcher:
 
     # -- actors come and go: between forwards -------------------------------------------------------------------------
 
-    def connect(self, peers: Mapping[str, Peer]) -> None:
-        """Links to exactly these actors. Those that are there already stay."""
-        for name in [n for n in self.links if n not in peers]:
-            self.links.pop(name).close()
-        self._peers = dict(peers)
-        for name, peer in peers.items():
-            if name not in self.links:
-                self.links[name] = peer.open()
-
-    def drop_closed(self, but: Mapping[str, Peer]) -> None:
-        """Forgets the actors that are gone and not among these."""
-        for name in [n for n, link in self.links.items() if link.closed and n not in but]:
-            del self.links[name], self._peers[name]
-
     def use(self, epoch: int, held: Mapping[str, list[int]], num_experts: int) -> None:
         """`held[name]`: expert numbers of each actor, in its local order; `num_experts` of every layer."""
         self.epoch, self._held = epoch, dict(held)
         if num_experts != self._num_experts:
             self._num_experts = num_experts
             self.load_LE = torch.zeros(len(self.load_LE), num_experts, dtype=torch.int64)
-        self._lost.clear()
-        self._just_lost.clear()
+        self.links.find_all()
         self._build_table()
 
     def reopen(self) -> list[str]:
         """Opens closed links again. -> actors that are gone for good; none if this one reroutes around them."""
-        # A link may end though its actor lives: once it is tried again, and as long as nobody can stand in for it.
-        if again := self._lost if self._lost and self._table.missing else self._just_lost:
-            self._lost = self._lost - again
-            self._build_table()
-        gone = []
-        for name, link in self.links.items():
-            if link.closed and name not in self._lost:
-                try:
-                    if link.is_cut:
-                        # A frozen process still takes connections: who asks it anew waits in vain.
-                        raise PeerLost("it was cut off", peer=name)
-                    self.links[name] = self._peers[name].open()
-                except LinkError:
-                    gone.append(name)
-        for name in gone if self._reroutes else ():
-            self._lose(name)
-        self._just_lost.clear()
-        return [] if self._reroutes else gone
+        # Those that are lost are tried as long as nobody can stand in for them.
+        return self.links.reopen(everybody=bool(self._table.missing))
 
     @property
     def num_experts(self) -> int:
         """Of every layer."""
         return self._num_experts
-
-    @property
-    def lost(self) -> frozenset[str]:
-        """Actors that are rerouted around."""
-        return frozenset(self._lost)
-
-    def close_links(self, names: Sequence[str]) -> None:
-        """Others cannot reach these: whether they are gone is found out by opening the links again."""
-        for name in names:
-            if (link := self.links.get(name)) is not None:
-                link.close()
-
-    def forget(self) -> None:
-        """Nobody waits for the open questions any more."""
-        for link in self.links.values():
-            link.forget()
 
     def held(self, name: str) -> list[int]:
         """Expert numbers of this actor, in its local order."""
@@ -247,17 +113,10 @@ class Dispatcher:
         self.current = Pass(purpose, max(purpose.min_version, purpose.step - 1), self._backlog.by_name())
 
     def _build_table(self) -> None:
-        self._names = list(self.links)
-        held = [[] if n in self._lost else self._held.get(n, []) for n in self._names]
-        self._table = HolderTable.of(held, self._num_experts, [self._peers[n].near for n in self._names])
+        self._names, lost = list(self.links), self.links.lost
+        held = [[] if n in lost else self._held.get(n, []) for n in self._names]
+        self._table = HolderTable.of(held, self._num_experts, [self.links.is_near(n) for n in self._names])
         self._backlog.refresh(self._names)
-
-    def _lose(self, name: str) -> None:
-        logger.warning("%s is lost; its work goes to other holders of its experts", name)
-        self.links[name].close()
-        self._lost.add(name)
-        self._just_lost.add(name)
-        self._build_table()
 
     # -- a layer ------------------------------------------------------------------------------------------------------
 
@@ -311,7 +170,7 @@ class Dispatcher:
             rows = packed(rows_of(x_TD, share), self.payload)
             weight_P = weights_N.index_select(0, share.pair_P.to(x_TD.device))
             question = Message("forward", {**fields, "counts_E": share.counts_E}, (*rows, share.token_P, weight_P))
-            pending.append(self._start(self._names[share.actor], question))
+            pending.append(self.links.start(self._names[share.actor], question))
         return pending
 
     def _take(
@@ -322,7 +181,7 @@ class Dispatcher:
         ids_TK: Tensor,
         y_TD: Tensor,
     ) -> list[Share]:
-        answers = self._answers(pending)
+        answers = self.links.answers(pending)
         left: list[Share] = []
         for share, answer in zip(shares, answers, strict=True):
             name = self._names[share.actor]
@@ -354,7 +213,7 @@ class Dispatcher:
     def backward(self, shares: Sequence[Share], purpose: Mapping[str, Any], grad_y_TD: Tensor) -> list[Pending | None]:
         """The sending half; `purpose`: fields of the layer's forward."""
         return [
-            self._start(
+            self.links.start(
                 self._names[share.actor],
                 Message("backward", purpose, (rows_of(grad_y_TD, share),)),
             )
@@ -368,7 +227,7 @@ class Dispatcher:
         [T * K]."""
         self.while_away()
         device = grad_x_TD.device
-        for share, answer in zip(shares, self._answers(pending), strict=True):
+        for share, answer in zip(shares, self.links.answers(pending), strict=True):
             assert answer is not None, "only serving loses an actor without an error"
             name = self._names[share.actor]
             part, grad_weight_P = _tensors(answer, 2, name)
@@ -376,84 +235,6 @@ class Dispatcher:
             _expect(grad_weight_P, share.pair_P.shape, grad_weights_N.dtype, name)
             add_rows(grad_x_TD, share, part)
             grad_weights_N[share.pair_P.to(device)] = grad_weight_P.to(device)
-
-    # -- questions to all ---------------------------------------------------------------------------------------------
-
-    def ask_all(
-        self, op: str, fields: Mapping[str, Any], timeout_s: float | None = None, *, among: Sequence[str] | None = None
-    ) -> dict[str, Message]:
-        """The same question to every actor (that is not lost). Raises the first error, after all were asked."""
-        names = [n for n in (self.links if among is None else among) if n not in self._lost]
-        answers = self._answers([self._start(name, Message(op, fields)) for name in names], timeout_s)
-        return {name: answer for name, answer in zip(names, answers, strict=True) if answer is not None}
-
-    def start_each(self, op: str, fields: Mapping[str, Any]) -> list[Pending | None]:
-        """The same question to every actor, without waiting. None where it could not be sent."""
-        return [_try_start(link, Message(op, fields)) for link in self.links.values()]
-
-    def tell_living(self, op: str, fields: Mapping[str, Any]) -> None:
-        """Best effort to every open link, errors logged: used to clean up after a failure."""
-        for link in self.links.values():
-            if not link.closed:
-                link.forget()
-                try:
-                    link.call(Message(op, fields), self._timeout_s)
-                except MoeClusterError as error:
-                    logger.info("%s was not told to %s: %s", link.peer, op, error)
-                    if isinstance(error, PeerLost):
-                        link.close()  # so that it is opened again before the next try, not found broken in it
-
-    def close(self) -> None:
-        for link in self.links.values():
-            link.close()
-
-    def _start(self, name: str, question: Message) -> Pending | None:
-        """None if a dispatcher that reroutes finds the actor lost."""
-        try:
-            return self.links[name].start(question)
-        except PeerLost:
-            self.links[name].close()
-            if not self._reroutes:
-                raise
-            self._lose(name)
-            return None
-
-    def _answers(self, pending: Sequence[Pending | None], timeout_s: float | None = None) -> list[Message | None]:
-        """All answers, in order. One error spoils the lot, but the other answers are still awaited (and dropped).
-
-        None for an actor that a dispatcher that reroutes has lost.
-        """
-        deadline = time.monotonic() + (timeout_s or self._timeout_s)
-        answers: list[Message | None] = []
-        failure: MoeClusterError | None = None
-        for question in pending:
-            if question is None:
-                answers.append(None)
-                continue
-            answer = None
-            try:
-                answer = question.result(max(0.001, deadline - time.monotonic()))
-            except PeerLost as error:
-                question.link.close()
-                if self._reroutes:
-                    self._lose(question.link.peer)
-                else:
-                    failure = failure or error
-            except MoeClusterError as error:
-                failure = failure or error
-            answers.append(answer)
-        if failure is not None:
-            raise failure
-        return answers
-
-
-def _try_start(link: Link, question: Message) -> Pending | None:
-    try:
-        return link.start(question)
-    except LinkError as error:
-        logger.warning("%s was not sent: %s", question.op, error)
-        link.close()
-        return None
 
 
 def _tensors(answer: Message, count: int, peer: str) -> tuple[Tensor, ...]:

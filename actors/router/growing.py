@@ -20,7 +20,7 @@ from actors.expert.births import Births, copies_in_turn, evenly_spread
 from actors.moe import growth as math
 from actors.moe.gating import ComposedGate, GateContext
 from actors.moe.settings import MODEL_GATE, GateSettings
-from actors.router.dispatcher import Purpose
+from actors.router.passes import Purpose
 from actors.router.routing import Opening, Routing
 from actors.trunk.load import blanks
 from actors.trunk.model import ModelSource, RemoteExperts, Skeleton, connect, is_experts, second_view, skeleton

@@ -62,5 +62,5 @@ class ExpertsInPlace:
                 return []
             found.append(host)
             experts |= set(self._dispatcher.held(name)) & set(host.experts)
-        is_whole = len(experts) == self._dispatcher.num_experts and not self._dispatcher.lost
+        is_whole = len(experts) == self._dispatcher.num_experts and not self._dispatcher.links.lost
         return found if is_whole else []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from transformers import PreTrainedModel
 
 from actors.compress.pieces import pieces_of
 from actors.compress.settings import CompressionSettings
-from actors.moe.settings import GateSettings
+from actors.moe.settings import BalanceSettings, GateSettings
 from actors.optim import OptimizerSettings, adamw, scale_gradients, set_lr
 from actors.router.growing import Blueprint, GrownTrunk, base_settings, blank_trunk
 from actors.router.pieces import bucket_bytes
@@ -63,6 +65,15 @@ class Learner:
     def begin_run(self, settings: OptimizerSettings) -> None:
         self.settings = settings
         self.optimizer = self._new_optimizer()
+
+    def follow_rules(self, balance: BalanceSettings, compression: CompressionSettings) -> None:
+        """A job's. `InvalidInput` where the model's own gate or the trunk's dtype cannot follow them."""
+        self.routing.begin_run(balance)
+        self.compress(compression)
+
+    def rules(self) -> dict[str, Any]:
+        """As replicas are told."""
+        return {"balance": asdict(self.routing.balance), "compression": asdict(self.compression)}
 
     def compress(self, settings: CompressionSettings) -> None:
         """Gradients travel so between routers from now on; errors of before are forgotten. `InvalidInput` where the

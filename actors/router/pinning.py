@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from actors.errors import MoeClusterError
-from actors.router.dispatcher import Dispatcher, Peer
+from actors.router.dispatcher import Dispatcher
 from actors.router.learner import Learner
 from actors.router.pins import PinnedModel, PinnedModels
 from actors.router.replicas import Replicas
+from actors.router.roster import Peer
 from actors.values import Pinned
 
 
@@ -35,7 +36,7 @@ class Pinning:
         try:
             answers: dict[str, Any] = {
                 actor: answer.fields["experts"]
-                for actor, answer in self._training.ask_all("pin", {"name": name, "version": version}).items()
+                for actor, answer in self._training.links.ask_all("pin", {"name": name, "version": version}).items()
             }
             held = {actor: tuple(experts) for actor, experts in answers.items() if experts}
             now = time.time()
@@ -53,7 +54,7 @@ class Pinning:
         """These and no others."""
         self._models.keep(names)
         self._replicas.ask("keep_pins", {"names": list(names)})
-        self._training.ask_all("keep_pins", {"names": list(names)})
+        self._training.links.ask_all("keep_pins", {"names": list(names)})
 
     def follow(self, pinned: Pinned, peers: Mapping[str, Peer]) -> None:
         """Trunk and gates of now are those of the version."""

@@ -16,8 +16,10 @@ from torch import Tensor
 from actors.errors import LinkError, StepAborted, VersionGone
 from actors.moe.fp8 import Payload
 from actors.moe.gating import GatePast
-from actors.router.dispatcher import Dispatcher, Peer, Purpose
+from actors.router.dispatcher import Dispatcher
 from actors.router.learner import Learner
+from actors.router.passes import Purpose
+from actors.router.roster import Peer
 from actors.router.served import Served
 from actors.router.turns import FairLock
 from actors.trunk.model import connect
@@ -79,14 +81,14 @@ class PinnedModel:
         """To those that live."""
         if not self._is_linked:
             living: dict[str, Peer] = {}
-            self._dispatcher.connect({})
+            self._dispatcher.links.connect({})
             for name, peer in self.peers.items():
                 try:
-                    self._dispatcher.connect({**living, name: peer})
+                    self._dispatcher.links.connect({**living, name: peer})
                     living[name] = peer
                 except LinkError as error:
                     logger.info("pin %s does without %s: %s", self.pinned.name, name, error)
-            self._dispatcher.connect(living)
+            self._dispatcher.links.connect(living)
             held = {name: list(experts) for name, experts in self.pinned.held.items()}
             self._dispatcher.use(0, held, self.pinned.num_experts)
             self._is_linked = True
@@ -97,7 +99,7 @@ class PinnedModel:
         self._is_gone = True
         self.cut(list(self._dispatcher.links))
         with self._lock:
-            self._dispatcher.close()
+            self._dispatcher.links.close()
 
     def cut(self, names: Collection[str]) -> None:
         """Nothing is waited for from these actors. From any thread."""

@@ -13,17 +13,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from actors.compress.settings import CompressionSettings
 from actors.errors import InvalidInput, LinkError, NonFinite, PeerLost, StepAborted
 from actors.expert.exchange import Attempt
-from actors.moe.settings import BalanceSettings
 from actors.optim import OptimizerSettings
 from actors.router.buckets import Buckets, Work
-from actors.router.dispatcher import LinkOpener, Peer, Roster
 from actors.router.likeness import check_alike, facts_of
 from actors.router.pinning import of_fields
 from actors.router.replicas import Tally, parts_in
+from actors.router.roster import LinkOpener, Peer, Roster
 from actors.router.router import Router
+from actors.router.saving import rules_of
+from actors.router.steps import Update
 from actors.transport.contract import answered
 from actors.transport.message import Message
 from actors.values import Placement, Promotion, StepReport
@@ -39,9 +39,7 @@ class Prepared:
     """An update that is here in full; it waits for the leader's word."""
 
     attempt: Attempt
-    lr: float
-    scale: float
-    bias_speed: float
+    update: Update
     report: StepReport
 
 
@@ -132,7 +130,7 @@ class Replica:
             if not self._has_joined:
                 raise StepAborted(f"{self.name} has no trunk yet, it cannot lead")
             self._leads, self._term = True, max(term, self._term + 1)
-            experts = self.router.fence(self._term)
+            experts = self.router.steps.fence(self._term)
             followers = self._take_in(others)
             everybody = [*experts.values(), *followers.values()]
             self._finish_step(max([self.router.version, *(int(told["version"]) for told in everybody)]))
@@ -140,7 +138,7 @@ class Replica:
             attempts = [int(told["attempt"]) for told in everybody if int(told["version"]) == self.router.version]
             self._resume()
             self._prepared = None
-            self.router.settle_anew(max([self._attempt_of_next(), *attempts]))
+            self.router.steps.settle_anew(max([self._attempt_of_next(), *attempts]))
             committed = self._committed
             report = committed.report if committed and committed.attempt.step == self.router.version else None
             return Promotion(self.router.version, report)
@@ -155,14 +153,14 @@ class Replica:
         self._drop()
         self._attempt = attempt
         parts, num_tokens, num_microbatches = parts_in(question), int(fields["num_tokens"]), fields["num_microbatches"]
-        buckets = self._buckets = self.router.new_buckets()
+        buckets = self._buckets = Buckets(self.router.learner.parameters(), self.router.learner.pieces)
 
         def compute(should_stop: Callable[[], bool]) -> None:
             def should_end() -> bool:
                 return should_stop() or self._give_up.is_set()
 
             try:
-                self._tally = self.router.accumulate(
+                self._tally = self.router.steps.accumulate(
                     attempt, parts, num_tokens, int(num_microbatches), should_end, buckets
                 )
             except BaseException as error:
@@ -192,7 +190,7 @@ class Replica:
         tally = self._tally
         assert tally is not None
         told = {"loss": tally.loss, "balance": tally.balance, "num_tokens": tally.num_tokens, "seconds": tally.seconds}
-        return Message("ok", told, (self.router.load_LE.clone(), self.router.learner.pieces.present_P()))
+        return Message("ok", told, (self.router.steps.load_LE.clone(), self.router.learner.pieces.present_P()))
 
     def _expect_work(self, question: Message) -> Buckets:
         attempt = Attempt.of(question.fields)
@@ -213,13 +211,13 @@ class Replica:
         load_LE, present_P, first = question.tensors
         self.router.learner.pieces.make_exactly(present_P)
         self.router.learner.pieces.write(0, first)
-        self.router.load_LE.copy_(load_LE)
+        self.router.steps.load_LE.copy_(load_LE)
         self._missing = set(range(1, len(self.router.learner.pieces)))
         report = StepReport(**fields["report"], load_LE=load_LE.tolist())
-        lr, scale, bias_speed = (float(fields[name]) for name in ("lr", "scale", "bias_speed"))
+        update = Update(*(float(fields[name]) for name in ("lr", "scale", "bias_speed")))
         self._hold(question)
         self._attempt = attempt
-        self._prepared = Prepared(attempt, lr, scale, bias_speed, report)
+        self._prepared = Prepared(attempt, update, report)
         return Message("ok")
 
     def _sum(self, question: Message) -> Message:
@@ -242,8 +240,7 @@ class Replica:
 
     def _apply(self, prepared: Prepared) -> None:
         """Serving waits already."""
-        values = {"lr": prepared.lr, "scale": prepared.scale, "bias_speed": prepared.bias_speed}
-        started = self.router.apply(prepared.attempt, **values)
+        started = self.router.steps.apply(prepared.attempt, prepared.update)
         self.router.replicas.confirm(started)
         self._committed, self._prepared = prepared, None
 
@@ -275,14 +272,11 @@ class Replica:
     def _begin_run(self, question: Message) -> Message:
         fields: Any = question.fields
         settings = OptimizerSettings(**fields["optimizer"])
-        self.router.follow_run(int(fields["run"]), settings, *_rules(fields))
+        self.router.follow_run(int(fields["run"]), settings, *rules_of(fields))
         return Message("ok")
 
     def _continue_run(self, question: Message) -> Message:
-        fields: Any = question.fields
-        balance, compression = _rules(fields)
-        self.router.routing.begin_run(balance)
-        self.router.learner.compress(compression)
+        self.router.learner.follow_rules(*rules_of(question.fields))
         return Message("ok")
 
     def _compare(self, question: Message) -> Message:
@@ -311,9 +305,7 @@ class Replica:
     def _take(self, tensors: Mapping[str, Tensor], ticket: Mapping[str, Any]) -> None:
         self._hold(Message("hold"))
         self._drop_gradients()
-        optimizer = OptimizerSettings(**ticket["optimizer"])
-        version, run, num_experts = (int(ticket[key]) for key in ("version", "run", "num_experts"))
-        self.router.take_state(tensors, version, run, optimizer, *_rules(ticket), num_experts)
+        self.router.saving.take(tensors, ticket)
         self._place(ticket)
         self._committed, self._has_joined = None, True
         self._resume()
@@ -322,7 +314,7 @@ class Replica:
         held = tuple(tuple(names) for names in fields["holders"])
         placement = Placement(int(fields["epoch"]), held, int(fields["group_size"]))
         peers = {name: self._find_peer(name, contact) for name, contact in fields["contacts"].items()}
-        self.router.follow(Roster(placement, peers), fields["held"])
+        self.router.placing.follow(Roster(placement, peers), fields["held"])
 
     def _pin(self, question: Message) -> Message:
         pinned = of_fields(question.fields)
@@ -410,7 +402,3 @@ class Replica:
         """Serving goes on."""
         self._pause.close()
         self._is_paused = False
-
-
-def _rules(fields: Mapping[str, Any]) -> tuple[BalanceSettings, CompressionSettings]:
-    return BalanceSettings(**fields["balance"]), CompressionSettings(**fields["compression"])

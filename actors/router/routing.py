@@ -20,7 +20,7 @@ from actors.errors import CheckpointError, InvalidInput
 from actors.moe.balance import balance_loss, bias_update
 from actors.moe.gating import ComposedGate, GateContext, GatePast, build_gate
 from actors.moe.settings import MODEL_GATE, BalanceSettings, GateSettings
-from actors.router.dispatcher import Purpose
+from actors.router.passes import Purpose
 from actors.trunk.model import RemoteExperts, Skeleton
 from actors.trunk.shared import Meanwhile, nothing
 

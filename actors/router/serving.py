@@ -17,10 +17,11 @@ from actors.moe.settings import MODEL_GATE
 from actors.router import captured
 from actors.router.batch import Forward, plain_forward
 from actors.router.commits import LastCommit
-from actors.router.dispatcher import Dispatcher, Purpose
+from actors.router.dispatcher import Dispatcher
 from actors.router.engine import DecodeEngine
 from actors.router.inplace import ExpertsInPlace
 from actors.router.learner import Learner
+from actors.router.passes import Purpose
 from actors.router.pins import PinnedModels
 from actors.router.prompt import can_be_chunked
 from actors.router.served import Served
@@ -133,7 +134,7 @@ class Serving:
         for link in list(self._dispatcher.links.values()):
             link.cut()  # the step at hand may wait for an actor that is frozen
         self._engine.close()
-        self._dispatcher.close()
+        self._dispatcher.links.close()
         self.pins.close()
 
     def _served(self, choice: VersionChoice) -> Served:
@@ -186,11 +187,11 @@ class Serving:
 
     def reach(self) -> None:
         """Open links, over which every expert actor has confirmed the last commit. Inside `reading` or `stopped`."""
-        lost = self._dispatcher.lost
+        lost = self._dispatcher.links.lost
         self._dispatcher.reopen()
-        if lost - self._dispatcher.lost:
+        if lost - self._dispatcher.links.lost:
             self._last_commit.doubt()
-        self._last_commit.bring(self._dispatcher, self._version())
+        self._last_commit.bring(self._dispatcher.links, self._version())
 
     def pausing(self) -> AbstractContextManager[None]:
         """Forwards wait inside. To be entered and left in any thread."""

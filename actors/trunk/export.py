@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from actors.errors import MoeClusterError
-from actors.router.dispatcher import Dispatcher
+from actors.router.links import Links
 from actors.trunk.checkpoint import to_disk_names, write_index, write_shard
 from actors.trunk.model import Skeleton
 
@@ -28,7 +28,7 @@ def export_model(
     directory: Path,
     trunk: PreTrainedModel,
     skeleton: Skeleton,
-    dispatcher: Dispatcher,
+    links: Links,
     save_gates: Callable[[Path], None],
     *,
     tokenizer_from: str | None = None,
@@ -40,7 +40,7 @@ def export_model(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _write(partial, trunk, skeleton, dispatcher, timeout_s, progress)
+        _write(partial, trunk, skeleton, links, timeout_s, progress)
         save_gates(partial)
         if tokenizer_from is not None:
             _copy_tokenizer(Path(tokenizer_from), partial)
@@ -54,7 +54,7 @@ def _write(
     directory: Path,
     trunk: PreTrainedModel,
     skeleton: Skeleton,
-    dispatcher: Dispatcher,
+    links: Links,
     timeout_s: float,
     progress: Callable[[int, int], None],
 ) -> None:
@@ -67,7 +67,7 @@ def _write(
     shards: dict[str, list[str]] = {}
     size = 0
     for number in range(total):
-        tensors = _trunk_tensors(trunk) if number == 0 else _layer_tensors(number - 1, skeleton, dispatcher, timeout_s)
+        tensors = _trunk_tensors(trunk) if number == 0 else _layer_tensors(number - 1, skeleton, links, timeout_s)
         on_disk = to_disk_names(skeleton.model, tensors)
         name = f"model-{number + 1:05d}-of-{total:05d}.safetensors"
         write_shard(directory / name, on_disk)
@@ -82,7 +82,7 @@ def _trunk_tensors(trunk: PreTrainedModel) -> dict[str, Tensor]:
     return {name: t.detach().cpu() for name, t in trunk.state_dict().items() if name not in tied}
 
 
-def _layer_tensors(layer: int, skeleton: Skeleton, dispatcher: Dispatcher, timeout_s: float) -> dict[str, Tensor]:
+def _layer_tensors(layer: int, skeleton: Skeleton, links: Links, timeout_s: float) -> dict[str, Tensor]:
     """All experts of one layer, stacked in expert order under their names in memory."""
     description = skeleton.layers[layer]
     stacked = {
@@ -90,7 +90,7 @@ def _layer_tensors(layer: int, skeleton: Skeleton, dispatcher: Dispatcher, timeo
         for name, shape in description.shapes().items()
     }
     missing = set(range(skeleton.num_experts))
-    for answer in dispatcher.ask_all("export_layer", {"layer": layer}, timeout_s).values():
+    for answer in links.ask_all("export_layer", {"layer": layer}, timeout_s).values():
         fields: Any = answer.fields
         missing -= set(fields["experts"])
         for name, tensor in zip(fields["names"], answer.tensors, strict=True):

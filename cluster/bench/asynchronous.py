@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from actors.expert.holdings import Holdings
+from actors.expert.residency import Quarters
 from actors.expert.updates import Brake
 from actors.optim import OptimizerSettings, Sparse
 from actors.trunk.model import ModelSource, Skeleton, skeleton
@@ -195,7 +196,7 @@ class _Actor:
             shapes = model.layers[layer].shapes().items()
             return {name: 0.02 * torch.randn(count, *shape, generator=draw) for name, shape in shapes}
 
-        self._holdings = Holdings(model, SPARSE_GROUP_SIZE, torch.device("cpu"), list(groups), load)
+        self._holdings = Holdings(Quarters(model, SPARSE_GROUP_SIZE, torch.device("cpu")), list(groups), load)
         self._holdings.begin_run(OptimizerSettings(sparse=sparse))
 
     def update(self, touched: Sequence[int], seed: int) -> float:

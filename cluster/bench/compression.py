@@ -13,7 +13,9 @@ rank 1 it is 114 times fewer, and 7 %. Top-k costs more at the same bytes, likel
 it has seen of it, which rare large values make large.
 
 Rows `copies_...` are the same for one router and two expert hosts that have every group between them, where experts'
-gradients travel from each host to the groups' owner and their sums back. The peer is that without compression.
+gradients travel from each host to the groups' owner and their sums back. The peer is that without compression. Each
+expert sees few tokens a step, and its matrices are larger than the trunk's: rank 2 is 101 times fewer bytes for 0.7 %,
+rank 1 201 times for 1.5 % (means of three seeds).
 """
 
 from __future__ import annotations
@@ -88,6 +90,7 @@ COPIES: Sequence[CompressionSettings] = (
             CompressionSettings("int8"),
             CompressionSettings("fp8"),
             CompressionSettings("powersgd", rank=8, quantised=True),
+            CompressionSettings("powersgd", rank=2, quantised=True),
             CompressionSettings("powersgd", rank=1, quantised=True),
             CompressionSettings("topk", share=0.05, quantised=True),
         )

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.errors import MoeClusterError
 from actors.expert.host import ExpertHost
-from actors.router.dispatcher import Peer, Roster
+from actors.router.roster import Peer, Roster
 from actors.router.router import Router
 from actors.transport.local import LocalLink
 from actors.transport.socket import SocketLink, SocketServer

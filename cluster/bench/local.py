@@ -14,7 +14,7 @@ from actors.compress.settings import CompressionSettings
 from actors.expert.host import ExpertHost
 from actors.moe.settings import BalanceSettings, GateSettings
 from actors.optim import OptimizerSettings
-from actors.router.dispatcher import Peer, Roster
+from actors.router.roster import Peer, Roster
 from actors.router.router import Router
 from actors.transport.contract import Link
 from actors.transport.local import LocalLink

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from actors.expert.host import ExpertHost
 from actors.optim import OptimizerSettings
 from actors.reference import Reference
-from actors.router.dispatcher import Peer, Roster
+from actors.router.roster import Peer, Roster
 from actors.router.router import Router
 from actors.transport.local import LocalLink
 from actors.trunk.model import ModelSource, skeleton

@@ -20,7 +20,7 @@ import torch
 
 from actors.expert.host import ExpertHost
 from actors.optim import OptimizerSettings
-from actors.router.dispatcher import Peer, Roster
+from actors.router.roster import Peer, Roster
 from actors.router.router import Router
 from actors.transport.message import Message
 from actors.transport.socket import SocketLink, SocketServer
@@ -91,7 +91,7 @@ def rows_of(
     router: Router, batches: Sequence[Sequence[torch.Tensor]], tokens: int, delay_s: float, rounds: int
 ) -> list[Row]:
     def train(in_flight: int) -> None:
-        router.accumulation.in_flight = in_flight
+        router.steps.accumulation.in_flight = in_flight
         for batch in batches:
             router.train_step(batch, lr=LR, clip_norm=CLIP_NORM)
 

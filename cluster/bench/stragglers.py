@@ -24,7 +24,7 @@ import torch
 from actors.expert.host import ExpertHost
 from actors.expert.updates import Brake
 from actors.optim import OptimizerSettings
-from actors.router.dispatcher import Peer, Roster
+from actors.router.roster import Peer, Roster
 from actors.router.router import Router
 from actors.transport.contract import Link
 from actors.transport.socket import SocketLink, SocketServer

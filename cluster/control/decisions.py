@@ -18,7 +18,7 @@ class StartJob:
 
 @dataclass(frozen=True)
 class StopJob:
-    """Stop after the step at hand, then report `job_stopped`: no other job starts before that.
+    """Stop after the step at hand, then report `JobDesk.stopped`: no other job starts before that.
 
     Also given for a job that has failed already, while its steps may still be running.
     """

@@ -12,9 +12,9 @@ from typing import Any, TypeVar, get_type_hints
 from actors.errors import InvalidInput
 from actors.values import Placement
 from cluster.backend import Job, Operation, OperationState
-from cluster.control.coordinator import ModelFacts
 from cluster.control.jobtable import job_of_dict, job_to_dict
 from cluster.control.ledger import Entry, Ledger
+from cluster.control.model import ModelFacts
 
 FORMAT = 1
 Record = TypeVar("Record")

@@ -52,7 +52,7 @@ class Autoscaler:
         busy, num_waiting, queue_s = self._crew.demand()
         with self._state.reading() as coordinator:
             actors = tuple(ActorLoad(busy.get(actor.id, 0.0)) for actor in coordinator.actors())
-            job_running = coordinator.is_training
+            job_running = coordinator.jobs.active() is not None
         # Actors that have not reported yet, or died a moment ago, are no sign of what is needed.
         is_changing = self._changes.is_under_way or len(actors) != self._scaling.wanted
         demand = Demand(actors, num_waiting, queue_s, job_running, is_changing)

@@ -20,8 +20,9 @@ from cluster.backend import Checkpoint, Job
 from cluster.checkpoint.disk import DISK
 from cluster.checkpoint.files import open_files
 from cluster.config import ClusterConfig
-from cluster.control.coordinator import Coordinator, ModelFacts
+from cluster.control.coordinator import Coordinator
 from cluster.control.jobtable import job_of_dict, job_to_dict
+from cluster.control.model import ModelFacts
 from cluster.errors import NotFound, StorageFull, Unavailable
 from cluster.fabric.calls import call
 from cluster.fabric.crew import Crew
@@ -171,7 +172,7 @@ class Checkpoints:
         """As long as there is no checkpoint at all there is nothing that lost weights could come back from."""
         while self._turn.locked() and not should_stop():
             with self._state.reading() as coordinator:
-                if coordinator.can_restore:
+                if coordinator.health.can_restore:
                     return
             time.sleep(0.02)
 
@@ -231,7 +232,7 @@ class Checkpoints:
         self._owed_from_s = time.monotonic() + AFTER_FAILURE_S
         logger.warning("no checkpoint: %s", error)
         with self._state.changing() as coordinator:
-            coordinator.note(job_id, f"no checkpoint was written: {error}", time.time())
+            coordinator.jobs.note(job_id, f"no checkpoint was written: {error}", time.time())
 
     # -- a full disk --------------------------------------------------------------------------------------------------
 
@@ -258,14 +259,15 @@ class Checkpoints:
             self._note_failure(job_id, error)
         else:
             self._full = ""
+            news = f"goes on: there is room again, {sentence(found)} is written"
             with self._state.changing() as coordinator:
-                coordinator.note(job_id, f"goes on: there is room again, {sentence(found)} is written", time.time())
+                coordinator.jobs.note(job_id, news, time.time())
 
     def _tell(self, job_id: str, notice: str) -> None:
         with self._state.changing() as coordinator:
-            coordinator.notice = notice
+            coordinator.health.notice = notice
             if notice:
-                coordinator.note(job_id, notice, time.time())
+                coordinator.jobs.note(job_id, notice, time.time())
 
     # -- how ----------------------------------------------------------------------------------------------------------
 
@@ -285,7 +287,7 @@ class Checkpoints:
             raise
         self._owed_from_s = math.inf
         with self._state.changing() as coordinator:
-            coordinator.can_restore = True
+            coordinator.health.can_restore = True
         logger.info("checkpoint of %s", sentence(found))
         return found
 
@@ -321,7 +323,7 @@ class Checkpoints:
 
 def _job(coordinator: Coordinator, job_id: str) -> Job | None:
     try:
-        return coordinator.job(job_id)
+        return coordinator.jobs.get(job_id)
     except NotFound:  # ended long ago, and forgotten
         return None
 

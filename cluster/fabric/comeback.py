@@ -14,8 +14,9 @@ import ray
 
 from actors.errors import MoeClusterError
 from cluster.config import ClusterConfig
-from cluster.control.coordinator import Coordinator, ModelFacts
+from cluster.control.coordinator import Coordinator
 from cluster.control.journal import Journal
+from cluster.control.model import ModelFacts
 from cluster.control.past import Past
 from cluster.errors import Unavailable
 from cluster.fabric.calls import call

@@ -31,10 +31,11 @@ from cluster.backend import (
 )
 from cluster.config import ClusterConfig, JobConfig
 from cluster.configcheck import validate_job_on
-from cluster.control.coordinator import Coordinator, ModelFacts
+from cluster.control.coordinator import Coordinator
 from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
 from cluster.control.journal import Journal
 from cluster.control.ledger import Entry
+from cluster.control.model import ModelFacts
 from cluster.control.past import Past
 from cluster.errors import StartupError, Unavailable
 from cluster.fabric.attaching import check_same
@@ -108,6 +109,7 @@ class ControlWorker:
 
     def _begin(self) -> None:
         experts = self._config.experts
+        processes = self._crew.create_experts(experts.actors)  # beside the router's, which takes as long
         model = origin = self._crew.start_router()
         vault = Vault(self._config, origin)
         found = vault.newest() if self._config.checkpoint.resume else None
@@ -116,7 +118,7 @@ class ControlWorker:
         if found is not None and (num_experts := num_experts_in(found)) != origin.num_experts:
             self._crew.num_experts = num_experts
             model = self._crew.facts(num_experts)
-        slots = self._crew.start_experts(experts.actors)
+        slots = self._crew.await_experts(processes)
         placement = spread(model.num_experts, experts.group_size, slots, experts.redundancy)
         coordinator = Coordinator(model, placement, redundancy=experts.redundancy, max_groups=experts.max_groups)
         wanted = Wanted(experts.actors, self._config.router.actors)
@@ -174,7 +176,7 @@ class ControlWorker:
             return
         coordinator, desk = known.coordinator, self._set_up(known)
         desk.snapshots.recall(coordinator.status().version)
-        may_lack_a_checkpoint = not coordinator.is_pristine and coordinator.waiting_job() is None
+        may_lack_a_checkpoint = not coordinator.health.is_pristine and coordinator.jobs.waiting() is None
         self._sit_down(desk)
         if may_lack_a_checkpoint:  # of a change, or of a job's end, right before the death
             desk.checkpoints.after_change()
@@ -214,34 +216,34 @@ class ControlWorker:
     def submit(self, config: JobConfig, request_id: str) -> Job:
         validate_job_on(config, self._config.experts, "job")
         with self._state.changing() as coordinator:
-            job = coordinator.submit(config, request_id, time.time())
+            job = coordinator.jobs.submit(config, request_id, time.time())
         self._at.keeper.write_now()  # what was promised must not be forgotten
         return job
 
     def job(self, job_id: str) -> Job:
         with self._state.reading() as coordinator:
-            job = coordinator.job(job_id)
+            job = coordinator.jobs.get(job_id)
         self._keep_end_of(job)
         return job
 
     def jobs(self) -> Sequence[Job]:
         with self._state.reading() as coordinator:
-            return coordinator.jobs()
+            return coordinator.jobs.newest_first()
 
     def cancel(self, job_id: str) -> Job:
         with self._state.changing() as coordinator:
-            job = coordinator.cancel(job_id, time.time())
+            job = coordinator.jobs.cancel(job_id, time.time())
         self._at.keeper.write_now()
         return job
 
     def job_events(self, job_id: str, after: int, max_events: int, wait_s: float) -> tuple[Sequence[JobEvent], Job]:
         def is_there(coordinator: Coordinator) -> bool:
-            events, job = coordinator.job_events(job_id, after, max_events)
+            events, job = coordinator.jobs.events(job_id, after, max_events)
             return bool(events) or job.state.is_final
 
         self._state.wait_for(is_there, wait_s)
         with self._state.reading() as coordinator:
-            events, job = coordinator.job_events(job_id, after, max_events)
+            events, job = coordinator.jobs.events(job_id, after, max_events)
         self._keep_end_of(job)
         return events, job
 
@@ -321,7 +323,7 @@ class ControlWorker:
         roots = [Path(root).resolve() for root in (self._config.storage.root, *self._config.storage.import_roots)]
         directory = _below(roots, path, "path")
         with self._state.reading() as coordinator:
-            coordinator.require_idle("a model cannot be imported")
+            coordinator.jobs.require_idle("a model cannot be imported")
         call(ROUTER, self._crew.router.check_same_architecture.remote(str(directory)), timeout_s)
         with self._state.changing() as coordinator:
             coordinator.imported()

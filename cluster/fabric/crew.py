@@ -20,8 +20,8 @@ from actors.errors import InvalidInput, MoeClusterError
 from actors.values import Pinned, Placement
 from cluster.backend import ActorStatus, ExpertCache
 from cluster.config import ClusterConfig
-from cluster.control.coordinator import ModelFacts
 from cluster.control.journal import Process
+from cluster.control.model import ModelFacts
 from cluster.errors import StartupError, Unavailable
 from cluster.fabric.calls import call
 from cluster.fabric.contacts import ExpertContact, RouterContact
@@ -171,7 +171,10 @@ class Crew:
 
     def start_experts(self, count: int, avoid: Collection[str] = ()) -> list[ActorSlot]:
         """Processes without weights, not on the nodes with the ids `avoid`. `StartupError` if one finds no room."""
-        where = self._create_experts(count, avoid)
+        return self.await_experts(self.create_experts(count, avoid))
+
+    def await_experts(self, where: Mapping[str, Any]) -> list[ActorSlot]:
+        """Those of `create_experts`. `StartupError` if one has not found room: then none is left."""
         try:
             return [_slot(name, self._started(name, ref)) for name, ref in where.items()]
         except MoeClusterError:
@@ -180,7 +183,7 @@ class Crew:
 
     def start_experts_where_room(self, count: int, patience_s: float) -> list[ActorSlot]:
         """As `start_experts`, but those that have not found room and started within `patience_s` are left out."""
-        where = self._create_experts(min(count, self._most_room()))
+        where = self.create_experts(min(count, self._most_room()))
         ready, _ = ray.wait(list(where.values()), num_returns=len(where), timeout=patience_s) if where else ([], [])
         started: list[ActorSlot] = []
         for name, ref in where.items():
@@ -209,8 +212,8 @@ class Crew:
     def _most_room(self) -> int:
         return expert_room(self.leaving) if self._config.ray.mode == "embedded" else self._config.experts.max_actors
 
-    def _create_experts(self, count: int, avoid: Collection[str] = ()) -> dict[str, Any]:
-        """-> actor -> what its node's id will be told by, once it has found one."""
+    def create_experts(self, count: int, avoid: Collection[str] = ()) -> dict[str, Any]:
+        """Does not wait for their processes. -> actor -> what its node's id will be told by, once it has found one."""
         worker = ray.remote(**expert_options(self._config, {*self.leaving, *avoid}))(ExpertWorker)
         with self._lock:
             names = [f"expert-{self._next_number + i}" for i in range(count)]

@@ -9,8 +9,9 @@ from typing import Any
 
 from actors.values import Course
 from cluster.config import ClusterConfig
-from cluster.control.coordinator import Coordinator, ModelFacts
+from cluster.control.coordinator import Coordinator
 from cluster.control.journal import Journal, LeavingNode
+from cluster.control.model import ModelFacts
 from cluster.fabric.autoscaling import Autoscaler
 from cluster.fabric.changes import Changes
 from cluster.fabric.checkpoints import Checkpoints, Vault
@@ -122,7 +123,7 @@ def journal_of(coordinator: Coordinator, cluster: str, origin: ModelFacts, wante
         written_s=time.time(),
         origin=origin,
         model=coordinator.model,
-        is_pristine=coordinator.is_pristine,
+        is_pristine=coordinator.health.is_pristine,
         placement=coordinator.placement,
         wanted=wanted.experts,
         next_number=next_number,

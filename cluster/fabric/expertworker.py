@@ -118,18 +118,18 @@ class ExpertWorker:
 
     def arrive(self, group: int, owner: ExpertContact, timeout_s: float) -> int:
         """Brings a group here from its owner, which goes on meanwhile. -> bytes that came."""
-        return self._host.arrive(group, owner.name, owner.exchange, self._exchange.address, timeout_s)
+        return self._host.placing.arrive(group, owner.name, owner.exchange, self._exchange.address, timeout_s)
 
     def leave_off(self, groups: Sequence[int]) -> None:
         """Gives up groups that are on their way here."""
         for group in groups:
-            self._host.leave_off(group)
+            self._host.placing.leave_off(group)
 
     def write_snapshot(self, draft: Draft) -> Shard:
         """Beside steps. Its memory is free afterwards, written or not."""
         from cluster.checkpoint.state import write_experts
 
-        snapshot, self._host.snapshot = self._host.snapshot, None
+        snapshot, self._host.saving.snapshot = self._host.saving.snapshot, None
         return write_experts(draft, self._name, snapshot)
 
     def keep_snapshot(self, draft: KeptDraft, peer: Holder | None) -> Shard:
@@ -137,7 +137,7 @@ class ExpertWorker:
         from cluster.checkpoint.memory import keep_part
         from cluster.checkpoint.state import experts_shard
 
-        snapshot, self._host.for_peers = self._host.for_peers, None
+        snapshot, self._host.saving.for_peers = self._host.saving.for_peers, None
         content = experts_shard(of_version(snapshot, draft))
         return keep_part(draft, self._name, content, self._host.exchange.keeper, peer, self._way())
 
@@ -158,7 +158,7 @@ class ExpertWorker:
         from cluster.checkpoint.memory import saved_experts
 
         with saved_experts(found, self._host.exchange.keeper, self._way()) as saved:
-            self._host.restore(groups, saved, run)
+            self._host.saving.restore(groups, saved, run)
 
     def _way(self) -> Way:
         return way_of(self._open_peer, self._config)

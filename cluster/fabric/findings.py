@@ -10,8 +10,9 @@ import ray
 
 from actors.values import Placement
 from cluster.backend import ActorStatus
-from cluster.control.coordinator import Coordinator, ModelFacts
+from cluster.control.coordinator import Coordinator
 from cluster.control.journal import Journal
+from cluster.control.model import ModelFacts
 from cluster.control.past import Standing, StepTold
 from cluster.fabric.crew import Survivors
 from cluster.fabric.options import ROUTER

@@ -87,15 +87,15 @@ class JobThreads:
             self._run_steps(job_id, config, step, stop)
         except JobStopped:
             if not self._closing:
-                self._end(lambda coordinator, now: coordinator.job_stopped(job_id, now))
+                self._end(lambda coordinator, now: coordinator.jobs.stopped(job_id, now))
         except MoeClusterError as error:
             return self._failed(job_id, error, stop)
         except Exception as error:
             logger.exception("%s failed", job_id)
             text = f"{type(error).__name__}: {error}"
-            self._end(lambda coordinator, now: coordinator.job_failed(job_id, text, now))
+            self._end(lambda coordinator, now: coordinator.jobs.failed(job_id, text, now))
         else:
-            self._end(lambda coordinator, now: coordinator.job_finished(job_id, now))
+            self._end(lambda coordinator, now: coordinator.jobs.finished(job_id, now))
         return None
 
     def _run_steps(self, job_id: str, config: JobConfig, step: int, stop: threading.Event) -> None:
@@ -125,10 +125,10 @@ class JobThreads:
         except MoeClusterError as hopeless:
             text += f"; {hopeless}"
         if stop.is_set():
-            self._end(lambda coordinator, now: coordinator.job_stopped(job_id, now))
+            self._end(lambda coordinator, now: coordinator.jobs.stopped(job_id, now))
         elif not self._closing:
             logger.warning("%s failed: %s", job_id, text)
-            self._end(lambda coordinator, now: coordinator.job_failed(job_id, text, now))
+            self._end(lambda coordinator, now: coordinator.jobs.failed(job_id, text, now))
         return None
 
     def _end(self, report: Callable[[Coordinator, float], None]) -> None:
@@ -137,7 +137,7 @@ class JobThreads:
 
     def _job(self, job_id: str, step: int) -> Job:
         with self._state.reading() as coordinator:
-            return replace(coordinator.job(job_id), step=step)
+            return replace(coordinator.jobs.get(job_id), step=step)
 
     def _documents(self, config: JobConfig) -> Documents:
         from cluster.fabric.data import open_tokens  # Ray Data: a second of importing that only jobs need
@@ -160,7 +160,7 @@ class _Reporter:
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         with self._state.changing() as coordinator:
-            coordinator.evaluated(self._job_id, metrics, time.time())
+            coordinator.jobs.evaluated(self._job_id, metrics, time.time())
 
 
 class RayRouter:

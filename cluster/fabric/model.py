@@ -10,7 +10,7 @@ from actors.errors import InvalidInput
 from actors.moe.gating import shared_share
 from actors.trunk.model import ModelSource, skeleton
 from cluster.config import ClusterConfig
-from cluster.control.coordinator import ModelFacts
+from cluster.control.model import ModelFacts
 
 
 def model_source(config: ClusterConfig, num_experts: int = 0) -> ModelSource:

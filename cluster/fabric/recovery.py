@@ -82,18 +82,18 @@ class Recovery:
         checkpoint."""
         if not isinstance(error, LinkError | StepAborted | Unavailable):
             return False
-        return self._state.wait_for(lambda c: c.can_restore and self._is_needed(c), NOTICED_S)
+        return self._state.wait_for(lambda c: c.health.can_restore and self._is_needed(c), NOTICED_S)
 
     def _is_needed(self, coordinator: Coordinator) -> bool:
         """A router that has just joined may not have been heard of yet; it will lead."""
-        return coordinator.can_return and bool(coordinator.placement.missing or not self._crew.routers())
+        return coordinator.health.can_return and bool(coordinator.placement.missing or not self._crew.routers())
 
     def heal(self) -> None:
         """To be called often: begins where no job will."""
         if self._thread is not None and self._thread.is_alive():
             return
         with self._state.reading() as coordinator:
-            if coordinator.active_job() or not self._is_needed(coordinator):
+            if coordinator.jobs.active() or not self._is_needed(coordinator):
                 return
         self._thread = threading.Thread(target=self._heal, name="recovery", daemon=True)
         self._thread.start()
@@ -120,7 +120,7 @@ class Recovery:
                         return self._go_back(job_id)
                     except InvalidInput:
                         with self._state.changing() as coordinator:
-                            coordinator.can_restore = coordinator.is_pristine = False
+                            coordinator.health.can_restore = coordinator.health.is_pristine = False
                         raise
                     except MoeClusterError as error:
                         logger.warning("not back at a checkpoint yet: %s", error)
@@ -140,8 +140,8 @@ class Recovery:
     def _go_back(self, job_id: str | None) -> int | None:
         with self._state.reading() as coordinator:
             before = coordinator.placement
-            needs_router = coordinator.is_router_lost and not self._crew.routers()
-            has_checkpoint = coordinator.can_restore
+            needs_router = coordinator.health.is_router_lost and not self._crew.routers()
+            has_checkpoint = coordinator.health.can_restore
         if not has_checkpoint:
             self._start_router()
             self._load_router(before, None, 0)
@@ -181,7 +181,7 @@ class Recovery:
             self._crew.load_router(placement, self._control, found, run)
         except StartupError as error:
             raise Unavailable(str(error)) from error
-        if not self._state.wait_for(lambda c: not c.is_router_lost, SEEN_TIMEOUT_S):
+        if not self._state.wait_for(lambda c: not c.health.is_router_lost, SEEN_TIMEOUT_S):
             raise Unavailable("a new router started and then did not answer")
 
     def _find(self) -> Found:
@@ -236,7 +236,7 @@ class Recovery:
         self, before: Placement, placement: Placement, found: Found, job_id: str | None, num_parameters: int | None
     ) -> int | None:
         with self._state.reading() as coordinator:
-            waiting = coordinator.waiting_job()
+            waiting = coordinator.jobs.waiting()
         of = job_id or (waiting.id if waiting else "")
         steps = self._steps_in(found, of) if of else {}
         with self._state.changing() as coordinator:
@@ -261,12 +261,12 @@ class Recovery:
 
     def _tell(self, notice: str) -> None:
         with self._state.changing() as coordinator:
-            coordinator.notice = notice
+            coordinator.health.notice = notice
 
 
 def begin_from(state: Guarded, found: Found, past: Past) -> None:
     """At the start: what the checkpoint says of version and job becomes the coordinator's, and what it knew before."""
     job: Any = job_in(found)
     with state.changing() as coordinator:
-        coordinator.can_restore = True
+        coordinator.health.can_restore = True
         coordinator.resumed(found.manifest.version, job, f"resumed {sentence(found)}", time.time(), past)

@@ -74,7 +74,7 @@ class Routers:
     def _want(self, count: int) -> None:
         self._wanted = count
         with self._state.changing() as coordinator:
-            coordinator.routers_wanted = count
+            coordinator.health.routers_wanted = count
 
     def start(self) -> None:
         """At the start of a cluster, whose first router has its trunk. `StartupError` if the nodes have no room."""

@@ -31,8 +31,8 @@ from actors.values import (
 )
 from cluster.backend import Job
 from cluster.config import ClusterConfig, OptimizerConfig
-from cluster.control.coordinator import ModelFacts
 from cluster.control.jobtable import job_of_dict
+from cluster.control.model import ModelFacts
 from cluster.fabric.calls import call
 from cluster.fabric.contacts import ExpertContact, RouterContact
 from cluster.fabric.measures import Measures
@@ -44,8 +44,8 @@ from cluster.jobs.batches import MicroBatch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from actors.router.dispatcher import Peer, Roster
     from actors.router.replica import Replica
+    from actors.router.roster import Peer, Roster
     from actors.router.router import Router
     from actors.transport.contract import Link
     from actors.transport.curve import LinkKeys
@@ -186,7 +186,7 @@ class RouterWorker:
         return self._peer(ExpertContact(name, str(contact["node_id"]), int(contact["pid"]), **addresses))
 
     def _peer(self, expert: ExpertContact) -> Peer:
-        from actors.router.dispatcher import Peer
+        from actors.router.roster import Peer
 
         return Peer(
             lambda: self._open_expert(expert),
@@ -201,7 +201,7 @@ class RouterWorker:
         return self._measures.opened(link)
 
     def _roster(self, placement: Placement, experts: Sequence[ExpertContact]) -> Roster:
-        from actors.router.dispatcher import Roster
+        from actors.router.roster import Roster
 
         return Roster(placement, {expert.name: self._peer(expert) for expert in experts})
 
@@ -217,7 +217,7 @@ class RouterWorker:
     @ray.method(concurrency_group=TRAIN)
     def adopt(self, placement: Placement, experts: Sequence[ExpertContact]) -> float:
         """Another placement, between two steps: it takes its turn with them. -> seconds that they waited for it."""
-        return self._router.adopt(self._roster(placement, experts))
+        return self._router.placing.adopt(self._roster(placement, experts))
 
     @ray.method(concurrency_group=CONTROL)
     def prepare_growth(self, growth: Growth) -> None:
@@ -328,7 +328,7 @@ class RouterWorker:
         from cluster.checkpoint.memory import keep_part
         from cluster.checkpoint.state import router_shard
 
-        snapshot, self._router.for_peers = self._router.for_peers, None
+        snapshot, self._router.saving.for_peers = self._router.saving.for_peers, None
         content = router_shard(of_version(snapshot, draft))
         return keep_part(draft, ROUTER, content, self._router.keeper, peer, self._way())
 
@@ -354,7 +354,7 @@ class RouterWorker:
         """As of an expert actor."""
         from cluster.checkpoint.state import write_router
 
-        snapshot, self._router.snapshot = self._router.snapshot, None
+        snapshot, self._router.saving.snapshot = self._router.saving.snapshot, None
         return write_router(draft, ROUTER, snapshot)
 
     @ray.method(concurrency_group=TRAIN)

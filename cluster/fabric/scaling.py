@@ -122,7 +122,7 @@ class Scaling:
         is_short = any(len(held) < min(self._config.redundancy, len(nodes)) for held in placement.holders)
         # Without copies a group that is lost cannot come back by moving others. Those that were ended are out of the
         # crew; who has not reported yet, as in the first moments, is in it.
-        if placement.missing or coordinator.is_router_lost:
+        if placement.missing or coordinator.health.is_router_lost:
             return False
         return is_short or is_few
 

@@ -89,7 +89,9 @@ class Snapshots:
             logger.warning("no snapshot of version %d: %s", taken.version, error)
             if job_id:
                 with self._state.changing() as coordinator:
-                    coordinator.note(job_id, f"no snapshot is kept of version {taken.version}: {error}", time.time())
+                    coordinator.jobs.note(
+                        job_id, f"no snapshot is kept of version {taken.version}: {error}", time.time()
+                    )
         except Exception:
             logger.exception("a snapshot was not kept")
         finally:
@@ -103,7 +105,7 @@ class Snapshots:
             self._last = kept
         self._tell(kept, run)
         with self._state.changing() as coordinator:
-            coordinator.can_restore = True
+            coordinator.health.can_restore = True
         logger.info("a snapshot of version %d is kept in memory", kept.manifest.version)
 
     # -- how ----------------------------------------------------------------------------------------------------------
@@ -187,7 +189,7 @@ class Snapshots:
         with self._lock:
             self._last = kept
         with self._state.changing() as coordinator:
-            coordinator.can_restore = True
+            coordinator.health.can_restore = True
         logger.info("the snapshot of version %d in memory is known again", kept.manifest.version)
 
     # -- what there is ------------------------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ def test_who_reads_or_moves_groups_gets_every_update(source: ModelSource, tmp_pa
         assert behind(local) == [2, 2]
         local.router.take_snapshot()
         assert behind(local) == [0, 0]
-        assert all(host.snapshot is not None and host.snapshot.updates == 2 for host in local.hosts)
+        assert all(host.saving.snapshot is not None and host.saving.snapshot.updates == 2 for host in local.hosts)
         step(local, 2)
         assert behind(local) == [1, 1]
         local.router.export(tmp_path / "exported")
@@ -235,7 +235,7 @@ def test_a_group_that_arrives_while_updates_are_pending_equals_its_owners(source
         step(local, 3)
         holders = ((owner, other), *local.placement.holders[1:])
         local.placement = Placement(local.placement.epoch + 1, holders, local.placement.group_size)
-        local.router.adopt(local.roster(local.placement))  # not with a second arrival, as `local.adopt` would
+        local.router.placing.adopt(local.roster(local.placement))  # not with a second arrival, as `local.adopt` would
         step(local, 4)
         drain(local)
         mine, theirs = (local.members[name].host.holdings for name in (owner, other))

@@ -20,8 +20,9 @@ from cluster.checkpoint.manifest import Manifest, Shard
 from cluster.checkpoint.store import Draft, Found, write_shard
 from cluster.config import JobConfig
 from cluster.configfile import find_config, load_cluster
-from cluster.control.coordinator import Coordinator, ModelFacts
+from cluster.control.coordinator import Coordinator
 from cluster.control.jobtable import job_of_dict
+from cluster.control.model import ModelFacts
 from cluster.errors import StorageFull, Unavailable
 from cluster.fabric import checkpoints as edge
 from cluster.fabric.checkpoints import Checkpoints, Vault
@@ -94,14 +95,14 @@ class Bench:
     def __init__(self, every_steps: int) -> None:
         placement = spread(8, 2, (ActorSlot("e0", "n0"), ActorSlot("e1", "n1")))
         self.coordinator = Coordinator(MODEL, placement)
-        self.coordinator.can_restore = True
+        self.coordinator.health.can_restore = True
         """There is one of an earlier job."""
         for name, role in (("r0", "router"), ("e0", "expert"), ("e1", "expert")):
             self.coordinator.actor_seen(ActorStatus(name, role, "n0", 1, "ready", device="cpu", version=0), 0.0)
         self.storage = Storage()
         self.crew = Crew(self.storage)
         self.checkpoints = Checkpoints(self.storage, every_steps, Guarded(self.coordinator), self.crew)  # type: ignore[arg-type]
-        self.job = self.coordinator.submit(JobConfig(steps=20), "mine", 1.0).id
+        self.job = self.coordinator.jobs.submit(JobConfig(steps=20), "mine", 1.0).id
         self.coordinator.step(1.0)
         self.checkpoints.job_begins(self.job, lambda: Course(1, 0), 0)
 
@@ -119,7 +120,7 @@ class Bench:
         return [manifest.version for manifest in self.storage.saved]
 
     def notes(self) -> list[str]:
-        events, _ = self.coordinator.job_events(self.job, 0, 1000)
+        events, _ = self.coordinator.jobs.events(self.job, 0, 1000)
         return [event.message for event in events if event.kind == "note"]
 
 
@@ -182,7 +183,7 @@ def test_the_state_of_another_run_is_no_state_of_the_job() -> None:
 def test_after_its_end_the_job_is_saved_as_ended() -> None:
     bench = Bench(100)
     bench.step(1)
-    bench.coordinator.job_failed(bench.job, "because", 3.0)
+    bench.coordinator.jobs.failed(bench.job, "because", 3.0)
     bench.checkpoints.after_job()
     (manifest,) = bench.storage.saved
     assert manifest.job is not None
@@ -301,14 +302,14 @@ def test_the_checkpoint_of_another_model_is_refused_by_field(tmp_path: Path) -> 
 
 def test_steps_wait_for_the_first_checkpoint_of_all() -> None:
     bench = Bench(2)
-    bench.coordinator.can_restore = False
+    bench.coordinator.health.can_restore = False
     bench.storage.go.clear()
     threading.Timer(0.2, bench.storage.go.set).start()
     bench.checkpoints.after_step(bench.job, 0, lambda: False)
-    assert bench.coordinator.can_restore
+    assert bench.coordinator.health.can_restore
     assert len(bench.storage.saved) == 1
     bench.storage.go.clear()
-    bench.coordinator.can_restore = False
+    bench.coordinator.health.can_restore = False
     bench.checkpoints.after_step(bench.job, 0, lambda: True)
     assert len(bench.storage.saved) == 1, "a job that is to stop does not wait"
     bench.storage.go.set()

@@ -97,13 +97,13 @@ def test_a_return_forgets_what_compression_has_left_out(source: ModelSource, tmp
     ) as here:
         behind(here, staleness)
         here.train(*range(1, 8))
-        assert all(host._copies.num_bytes() > 0 for host in here.local.hosts)
+        assert all(host.state.copies.num_bytes() > 0 for host in here.local.hosts)
         found = []
         for _ in range(2):
             assert here.recovery._go_back(here.job) == 5
             here.local.placement = here.coordinator.placement
-            assert all(host._copies.num_bytes() == 0 for host in here.local.hosts)
-            here.local.router.continue_run(here.coordinator.job(here.job).config.balance, COMPRESSED)
+            assert all(host.state.copies.num_bytes() == 0 for host in here.local.hosts)
+            here.local.router.continue_run(here.coordinator.jobs.get(here.job).config.balance, COMPRESSED)
             reports = []
             for batch in (6, 7, 8):
                 here.train(batch)
@@ -168,7 +168,7 @@ def test_a_pin_outlives_the_coordinator_and_a_return_to_memory(pinned_bench: tup
     assert successor.all() == (pin,), "as the router has it"
     assert torch.equal(logits(here), expected)
     assert here.recovery._go_back(here.job) == 5
-    here.local.router.continue_run(here.coordinator.job(here.job).config.balance, COMPRESSED)
+    here.local.router.continue_run(here.coordinator.jobs.get(here.job).config.balance, COMPRESSED)
     successor.look()
     assert successor.all() == (pin,)
     assert torch.equal(logits(here), expected), "the return is to version 5, and its pin stays at 3"

@@ -388,7 +388,7 @@ def test_an_import_is_written_down_before_the_first_weight_is_touched(
     )
     worker._seat = SimpleNamespace(
         state=Guarded(coordinator),
-        keeper=SimpleNamespace(write_now=lambda: told.append(coordinator.is_pristine)),
+        keeper=SimpleNamespace(write_now=lambda: told.append(coordinator.health.is_pristine)),
         snapshots=SimpleNamespace(forget=lambda: told.append("forgotten")),
         checkpoints=SimpleNamespace(after_change=lambda: told.append("saved")),
         pins=SimpleNamespace(all=lambda: ()),

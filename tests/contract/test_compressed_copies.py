@@ -62,7 +62,7 @@ def run(
 
 
 def squeezer(local: LocalCluster, name: str) -> Squeezer:
-    found = local.members[name].host._copies._squeezer
+    found = local.members[name].host.state.copies._squeezer
     assert found is not None
     return found
 
@@ -98,7 +98,7 @@ def test_without_the_wish_nothing_is_compressed(source: ModelSource) -> None:
     with cluster(source, 3, redundancy=2) as plain, cluster(source, 3, redundancy=2) as local:
         reports = run(local, replace(INT8, copies=False))
         assert told_of(reports) == told_of(run(plain, CompressionSettings()))
-        assert all(member.host._copies._squeezer is None for member in local.members.values())
+        assert all(member.host.state.copies._squeezer is None for member in local.members.values())
 
 
 @pytest.mark.parametrize("op", ["prepare", "reduce", "commit"])
@@ -235,5 +235,5 @@ def test_another_job_and_other_weights_begin_without(source: ModelSource) -> Non
         assert groups_remembered(local, "expert-0") == set()
         assert told_of(run(local)) == told_of(run(fresh))
         run(local, CompressionSettings())
-        assert local.hosts[0]._copies._squeezer is None
-        assert local.hosts[0]._copies.num_bytes() == 0
+        assert local.hosts[0].state.copies._squeezer is None
+        assert local.hosts[0].state.copies.num_bytes() == 0

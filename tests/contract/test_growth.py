@@ -317,7 +317,7 @@ def test_a_death_in_the_middle_undoes_it_and_the_next_try_grows(source: ModelSou
         with pytest.raises(LinkError, match=f"expert-{victim}"):
             local.router.grow(Growth(16))
         assert local.members[f"expert-{victim}"].dead
-        local.router.adopt(local.without([f"expert-{victim}"]))
+        local.router.placing.adopt(local.without([f"expert-{victim}"]))
         assert all(max(h.groups) < 4 for m in local.members.values() if not m.dead for h in [m.host])
         assert local.router.serving.evaluate(BATCHES)[0] == pytest.approx(before, rel=SAME)
         grow(local, Growth(16, open_steps=OPEN_STEPS))
@@ -342,7 +342,7 @@ def test_a_placement_from_before_a_growth_is_late(source: ModelSource) -> None:
     with trained(source) as local:
         late = replace(local.placement, epoch=9)
         local.grow(Growth(16))
-        assert local.router.adopt(local.roster(late)) == 0.0
+        assert local.router.placing.adopt(local.roster(late)) == 0.0
         assert [len(host.groups) for host in local.hosts] == [4, 4]
         train(local, 1)
 
@@ -382,7 +382,7 @@ def test_a_router_can_start_at_the_grown_size_to_be_restored(source: ModelSource
         slots = [ActorSlot(f"expert-{i}", f"n{i}") for i in range(2)]
         placement = spread(16, 2, slots, epoch=5)
         for name in placement.actors:
-            other.members[name].host.restore(placement.held_by(name), read_experts(found), 7)
+            other.members[name].host.saving.restore(placement.held_by(name), read_experts(found), 7)
         router = Router(replace(source, num_experts=16), other.roster(placement))
         router.restore(other.roster(placement), read_router(found), 7)
         torch.testing.assert_close(router.serving.logits(IDS), expected, rtol=1e-5, atol=1e-7)

@@ -27,7 +27,7 @@ def train(local: LocalCluster) -> None:
 
 
 def experts_of(local: LocalCluster) -> ExpertsInPlace:
-    return ExpertsInPlace(local.router._serving, torch.device("cpu"))
+    return ExpertsInPlace(local.router.state.requests, torch.device("cpu"))
 
 
 def is_here(local: LocalCluster) -> bool:
@@ -78,6 +78,6 @@ def test_they_are_not_there(how: str) -> None:
         local.router.begin_run(OptimizerSettings(staleness=2 if how == "updated beside steps" else 0))
         if how == "dead":
             assert is_here(local)
-            local.router._serving.close_links(["expert-1"])
+            local.router.state.requests.links.close_some(["expert-1"])
             local.members["expert-1"].kill()
         assert not is_here(local)

@@ -29,7 +29,8 @@ from cluster.checkpoint.memory import Kept, Way, keep_part, saved_experts, saved
 from cluster.checkpoint.state import experts_shard, router_shard, write_experts, write_router
 from cluster.checkpoint.store import CheckpointStore, Found
 from cluster.config import JobConfig
-from cluster.control.coordinator import Coordinator, ModelFacts
+from cluster.control.coordinator import Coordinator
+from cluster.control.model import ModelFacts
 from cluster.fabric import recovery, snapshots
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.recovery import Recovery
@@ -130,16 +131,16 @@ class Crew:
         self.before_keeping(name)
         router = self._local.router
         if name == self.leader:
-            assert router.for_peers is not None
-            return keep_part(draft, name, router_shard(router.for_peers), router.keeper, peer, self._way)
+            assert router.saving.for_peers is not None
+            return keep_part(draft, name, router_shard(router.saving.for_peers), router.keeper, peer, self._way)
         host = self._local.members[name].host
-        assert host.for_peers is not None
-        return keep_part(draft, name, experts_shard(host.for_peers), host.exchange.keeper, peer, self._way)
+        assert host.saving.for_peers is not None
+        return keep_part(draft, name, experts_shard(host.saving.for_peers), host.exchange.keeper, peer, self._way)
 
     def _restore(self, name: str, groups: Any, found: Found, run: int) -> None:
         host = self._local.members[name].host
         with saved_experts(found, host.exchange.keeper, self._way) as saved:
-            host.restore(groups, saved, run)
+            host.saving.restore(groups, saved, run)
 
     def _restore_router(self, placement: Placement, contacts: Any, found: Found, run: int) -> None:
         router = self._local.router
@@ -167,8 +168,8 @@ class Storage:
     def save(self, local: LocalCluster, job: Mapping[str, Any]) -> None:
         taken = local.router.take_snapshot()
         draft = self._store.begin(taken.version)
-        shards = [write_experts(draft, name, local.members[name].host.snapshot) for name in taken.actors]
-        shards.append(write_router(draft, "router-0", local.router.snapshot))
+        shards = [write_experts(draft, name, local.members[name].host.saving.snapshot) for name in taken.actors]
+        shards.append(write_router(draft, "router-0", local.router.saving.snapshot))
         self._store.commit(draft, self.manifest_of(taken, job, tuple(shards)))
 
 
@@ -209,7 +210,7 @@ class Bench:
             None,
             1,  # type: ignore[arg-type]
         )
-        self.job = self.coordinator.submit(JobConfig(steps=100), "mine", 1.0).id
+        self.job = self.coordinator.jobs.submit(JobConfig(steps=100), "mine", 1.0).id
         self.coordinator.step(1.0)
         local.router.begin_run(optimizer, BALANCE, compression)
         self.losses: dict[int, float] = {}
@@ -218,7 +219,7 @@ class Bench:
     def job_dict(self) -> dict[str, Any]:
         from cluster.control.jobtable import job_to_dict
 
-        return job_to_dict(self.coordinator.job(self.job))
+        return job_to_dict(self.coordinator.jobs.get(self.job))
 
     def train(self, *steps: int) -> None:
         """Each is waited for, with its snapshot."""
@@ -232,7 +233,7 @@ class Bench:
     def come_back(self) -> None:
         """The coordinator has died, and another is in its place, which knows what the actors tell it."""
         every_steps = self.snapshots._every_steps
-        self.coordinator.can_restore = False
+        self.coordinator.health.can_restore = False
         self.snapshots = Snapshots(every_steps, self.snapshots._state, self.crew, self.snapshots._checkpoints)  # type: ignore[arg-type]
         self.recovery._snapshots = self.snapshots
         self.snapshots.recall(self.coordinator.status().version)
@@ -261,7 +262,7 @@ class Bench:
         return {snapshot for keeper in keepers for snapshot, _ in keeper._parts}
 
     def last_note(self) -> str:
-        events, _ = self.coordinator.job_events(self.job, 0, 1000)
+        events, _ = self.coordinator.jobs.events(self.job, 0, 1000)
         return [event.message for event in events if event.kind == "note"][-1]
 
 
@@ -332,7 +333,7 @@ def test_the_same_snapshot_serves_twice_and_no_storage_is_needed(
 ) -> None:
     with bench(source, tmp_path) as here:
         here.train(*range(1, 7))
-        assert here.coordinator.can_restore
+        assert here.coordinator.health.can_restore
         here.kill("expert-1")
         assert here.go_back() == 5
         here.train(6)
@@ -423,7 +424,7 @@ def test_a_coordinator_that_comes_back_is_told_of_it(
     with bench(source, tmp_path) as here:
         here.train(*range(1, 8))
         here.come_back()
-        assert here.coordinator.can_restore
+        assert here.coordinator.health.can_restore
         here.kill("expert-1")
         assert here.go_back() == 5
         assert "version 5 from the memory of the actors" in here.last_note()
@@ -482,7 +483,7 @@ def test_two_generations_at_most(source: ModelSource, tmp_path: Path) -> None:
             "router-0": ["router-0", "expert-0"],
         }
         (host, *_) = here.local.hosts
-        assert host.status()["memory_bytes"] == host._memory_bytes + host.exchange.keeper.num_bytes()
+        assert host.status()["memory_bytes"] == host.state.memory_bytes + host.exchange.keeper.num_bytes()
 
 
 def test_the_last_router_comes_back_from_its_peer(source: ModelSource, tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from actors.transport.faulty import Fault, FaultyLink
 from actors.transport.local import LocalLink
 from actors.transport.message import Message, decode, encode, error_answer
 from actors.transport.payload.contract import SOCKET_ONLY, PayloadSettings
-from actors.transport.socket import Address, SocketLink, SocketServer
+from actors.transport.socket import SocketLink, SocketServer
+from actors.values import Address
 
 MAX_BYTES = 1 << 22
 KINDS = ("local", "socket/ipc", "socket/ipc+shm", "socket/ipc+gloo", "socket/tcp", "faulty")

@@ -45,7 +45,7 @@ class Watched:
         layer = len(local.router.learner.skeleton.layers) - 1
         block.shared_experts.down_proj.register_forward_hook(lambda *args: self.log.append("shared forward"))
         block.shared_experts.down_proj.register_full_backward_hook(lambda *args: self.log.append("shared backward"))
-        self._watch(local.router._training.links["expert-0"], layer)
+        self._watch(local.router.state.training.links["expert-0"], layer)
 
     def _watch(self, link: Link, layer: int) -> None:
         start, wait, asked = link.start, link.wait, dict[int, str]()
@@ -109,7 +109,7 @@ def test_a_layer_that_is_computed_twice_counts_once(source: ModelSource, use_ree
             # A loss of the gates has no way back through a forward without a graph, as the reentrant kind makes it.
             reports = run(local, None if use_reentrant else balance)
             found.append([(r.loss, r.grad_norm, r.balance_loss, r.load_LE) for r in reports])
-            links = local.router._training.links.values()
+            links = local.router.state.training.links.values()
             # One is open on purpose: that to the last commit.
             assert all(not link._early and len(link._waiting) == 1 for link in links), "answers nobody waits for"
     assert found[1] == found[0]
@@ -119,7 +119,7 @@ def test_serving_goes_around_an_actor_that_is_lost_between_the_halves(source: Mo
     ids = BATCHES[0][0]
     with cluster(source, 3, redundancy=2) as local:
         expected = local.router.serving.logits(ids)
-        dispatcher = local.router._serving
+        dispatcher = local.router.state.requests
         link = dispatcher.links["expert-1"]
         wait, armed, struck = link.wait, list[bool](), list[int]()
 
@@ -135,7 +135,7 @@ def test_serving_goes_around_an_actor_that_is_lost_between_the_halves(source: Mo
         torch.testing.assert_close(local.router.serving.logits(ids), expected, rtol=1e-9, atol=1e-12)
         assert len(struck) == 1
         assert len(armed) == 1, "what others compute anew is no reason to compute shared experts again"
-        assert dispatcher.lost == {"expert-1"}
+        assert dispatcher.links.lost == {"expert-1"}
 
 
 def test_answers_are_dropped_after_an_error_between_the_halves(source: ModelSource) -> None:
@@ -153,6 +153,6 @@ def test_answers_are_dropped_after_an_error_between_the_halves(source: ModelSour
         with pytest.raises(RuntimeError, match="out of memory"):
             local.router.serving.logits(ids)
         broken.clear()
-        links = local.router._serving.links.values()
+        links = local.router.state.requests.links.values()
         assert not any(link._waiting or link._early for link in links)
         assert torch.equal(local.router.serving.logits(ids), expected)

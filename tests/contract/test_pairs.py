@@ -59,7 +59,7 @@ if len(sys.argv) > 1:
 else:
     def handle(peer, question):
         if question.op == "mute":
-            for line in server._attachments._lines.values():
+            for line in server._inbox._attachments._lines.values():
                 line.carrier._out = Mute(line.carrier._out)
         return Message("ok", {}, question.tensors)
     server = SocketServer("child", handle, max_bytes=1 << 24, payload=settings)

@@ -128,7 +128,7 @@ def test_questions_that_wait_hold_their_room_and_others_cross_the_socket() -> No
 @pytest.mark.parametrize("met", [True, False])
 def test_a_line_ends_while_a_child_has_it_too(server: SocketServer, met: bool) -> None:
     """A process that was just forked has all that its parent had open."""
-    attachments = server._attachments
+    attachments = server._inbox._attachments
     if met:
         link = opened(server.address)
         until(lambda: bool(attachments._lines))
@@ -202,12 +202,12 @@ def test_several_links_do_not_disturb_each_other(server: SocketServer) -> None:
     links = [opened(server.address) for _ in range(3)]
     answers = [link.call(Message("x", {}, (torch.full((QUARTER,), float(n)),)), WAIT_S) for n, link in enumerate(links)]
     links[1].close()
-    until(lambda: len(server._attachments._lines) == 2)
+    until(lambda: len(server._inbox._attachments._lines) == 2)
     assert [float(answer.tensors[0].mean()) for answer in answers] == [1.0, 2.0, 3.0], "also of the link that is closed"
     assert links[2].call(Message("x"), WAIT_S).op == "ok"
     links[0].close()
     links[2].close()
-    until(lambda: not server._attachments._lines)
+    until(lambda: not server._inbox._attachments._lines)
 
 
 def test_closed_links_leave_no_file_open(server: SocketServer) -> None:
@@ -215,7 +215,7 @@ def test_closed_links_leave_no_file_open(server: SocketServer) -> None:
         link = opened(server.address)
         link.call(Message("x", {}, (torch.ones(QUARTER),)), WAIT_S)
         link.close()
-        until(lambda: not server._attachments._lines)
+        until(lambda: not server._inbox._attachments._lines)
 
     use()
     gc.collect()
@@ -280,9 +280,9 @@ def test_a_server_lets_go_of_a_killed_router(server: SocketServer) -> None:
     with child(json.dumps(asdict(server.address))) as process:
         assert process.stdout is not None
         assert process.stdout.readline().strip() == "held"
-        assert len(server._attachments._lines) == 1
+        assert len(server._inbox._attachments._lines) == 1
         os.kill(process.pid, signal.SIGKILL)
-        until(lambda: not server._attachments._lines)
+        until(lambda: not server._inbox._attachments._lines)
     link = opened(server.address)
     assert link.call(Message("x", {}, (torch.ones(QUARTER),)), WAIT_S).op == "ok"
     link.close()
@@ -328,7 +328,7 @@ def test_keys_for_one_host_keep_messages_off_the_line() -> None:
 def line_of(server: SocketServer) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connection.settimeout(WAIT_S)
-    connection.connect(server._attachments._path)
+    connection.connect(server._inbox._attachments._path)
     return connection
 
 
@@ -343,7 +343,7 @@ def test_who_has_no_token_gets_nothing(server: SocketServer, link: SocketLink, s
         assert stranger.recv(100) == b""
     assert link.call(Message("x"), WAIT_S).op == "ok"
     assert len(os.listdir("/proc/self/fd")) <= before, "what it has shown is closed"
-    assert len(server._attachments._lines) == 1
+    assert len(server._inbox._attachments._lines) == 1
 
 
 def test_memory_that_could_be_taken_away_is_refused(tmp_path: Any) -> None:

@@ -224,13 +224,13 @@ def saved(snapshot: Snapshot[Key]) -> SavedState[Key]:
 
 def restored(local: LocalCluster) -> None:
     taken = local.router.take_snapshot()
-    states = {host.name: host.snapshot for host in local.hosts}
-    router = local.router.snapshot
+    states = {host.name: host.saving.snapshot for host in local.hosts}
+    router = local.router.saving.snapshot
     train(local, 2)
     for host in local.hosts:
         state = states[host.name]
         assert state is not None
-        host.restore(local.placement.held_by(host.name), saved(state), taken.run + 1)
+        host.saving.restore(local.placement.held_by(host.name), saved(state), taken.run + 1)
     assert router is not None
     local.router.restore(local.roster(local.placement), saved(router), taken.run + 1)
 

@@ -16,6 +16,7 @@ from actors.errors import NonFinite, StepAborted
 from actors.expert.exchange import Attempt
 from actors.moe.settings import BalanceSettings, GateSettings
 from actors.optim import OptimizerSettings
+from actors.router.steps import Update
 from actors.snapshots import Key, SavedState, Snapshot
 from actors.transport.contract import Link
 from actors.transport.message import Message
@@ -306,10 +307,10 @@ def test_a_dead_leaders_commit_that_comes_late_is_refused(source: ModelSource) -
     with routers(source, 2, links="local") as group:
         group.router.begin_run(OPTIMIZER)
 
-        def dies(attempt: Attempt, **values: float) -> None:
+        def dies(attempt: Attempt, update: Update) -> None:
             raise Killed
 
-        group.router.commit = dies  # type: ignore[method-assign,assignment]
+        group.router.steps.commit = dies  # type: ignore[method-assign]
         with pytest.raises(Killed):
             step(group, 0)
         assert group.promote("router-1").version == 0
@@ -429,13 +430,14 @@ def test_all_routers_go_back_to_what_was_saved(source: ModelSource, alone: Numbe
         group.router.begin_run(OPTIMIZER)
         reports = [step(group, number) for number in range(3)]
         group.router.take_snapshot()
-        trunk, experts = group.router.snapshot, {name: member.host.snapshot for name, member in local.members.items()}
+        trunk = group.router.saving.snapshot
+        experts = {name: member.host.saving.snapshot for name, member in local.members.items()}
         assert trunk is not None
         step(group, 3)  # lost
         for name, member in local.members.items():
             snapshot = experts[name]
             assert snapshot is not None
-            member.host.restore(local.placement.held_by(name), saved(snapshot), run=7)
+            member.host.saving.restore(local.placement.held_by(name), saved(snapshot), run=7)
         placement = replace(local.placement, epoch=local.placement.epoch + 1)
         group.router.restore(local.roster(placement), saved(trunk), run=7)
         group.router.continue_run(BalanceSettings())

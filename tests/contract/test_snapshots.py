@@ -61,14 +61,14 @@ def train(local: LocalCluster, balance: BalanceSettings, steps: range) -> list[f
 def save_all(local: LocalCluster, store: CheckpointStore) -> Found:
     taken = local.router.take_snapshot()
     draft = store.begin(taken.version)
-    shards = [write_experts(draft, name, local.members[name].host.snapshot) for name in taken.actors]
-    shards.append(write_router(draft, "router-0", local.router.snapshot))
+    shards = [write_experts(draft, name, local.members[name].host.saving.snapshot) for name in taken.actors]
+    shards.append(write_router(draft, "router-0", local.router.saving.snapshot))
     return store.commit(draft, Manifest(taken.version, 0.0, {}, None, tuple(shards)))
 
 
 def restore_all(local: LocalCluster, found: Found, placement: Placement, run: int = 7) -> None:
     for name in placement.actors:
-        local.members[name].host.restore(placement.held_by(name), read_experts(found), run)
+        local.members[name].host.saving.restore(placement.held_by(name), read_experts(found), run)
     local.router.restore(local.roster(placement), read_router(found), run)
     local.placement = placement
 
@@ -183,7 +183,7 @@ def test_a_snapshot_of_another_version_is_not_written(source: ModelSource, tmp_p
         local.router.take_snapshot()
         draft = store.begin(1)
         with pytest.raises(CheckpointError, match="expert-0 has no snapshot of version 1, but version 0"):
-            write_experts(draft, "expert-0", local.hosts[0].snapshot)
+            write_experts(draft, "expert-0", local.hosts[0].saving.snapshot)
         with pytest.raises(CheckpointError, match="but none"):
             write_experts(draft, "expert-0", None)
 
@@ -194,7 +194,7 @@ def test_other_gates_are_named_and_nothing_is_half_restored(source: ModelSource,
     with cluster(source, 2, gate=GateSettings(kind="top_k", noise_std=0.5)) as local:
         placement = spread_over(2, 2)
         for name in placement.actors:
-            local.members[name].host.restore(placement.held_by(name), read_experts(found), 1)
+            local.members[name].host.saving.restore(placement.held_by(name), read_experts(found), 1)
         with pytest.raises(CheckpointError, match="routing"):
             local.router.restore(local.roster(placement), read_router(found), 1)
 
@@ -202,6 +202,6 @@ def test_other_gates_are_named_and_nothing_is_half_restored(source: ModelSource,
 def test_until_it_is_placed_a_restored_host_refuses_work(source: ModelSource, tmp_path: Path) -> None:
     with cluster(source, 2) as local:
         found = save_all(local, CheckpointStore(str(tmp_path)))
-        local.hosts[0].restore((0,), read_experts(found), 1)
+        local.hosts[0].saving.restore((0,), read_experts(found), 1)
         with pytest.raises((StepAborted, InvalidInput), match="epoch"):
             local.router.serving.logits(IDS)

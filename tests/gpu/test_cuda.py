@@ -19,7 +19,7 @@ from actors.compress.settings import CompressionSettings, Method
 from actors.expert.host import ExpertHost
 from actors.moe.settings import GateSettings
 from actors.optim import OptimizerSettings
-from actors.router.dispatcher import Peer, Roster
+from actors.router.roster import Peer, Roster
 from actors.router.router import Router
 from actors.transport.socket import SocketLink, SocketServer
 from actors.trunk.model import ModelSource
@@ -145,7 +145,7 @@ def test_compressed_sums_of_copies_are_the_same_bits_everywhere(tmp_path: Path, 
         for batch in BATCHES:
             assert math.isfinite(local.router.train_step(batch, lr=1e-3, clip_norm=1.0).loss)
             copies_agree(local)
-        assert local.hosts[0]._copies.num_bytes() > 0
+        assert local.hosts[0].state.copies.num_bytes() > 0
 
 
 def test_a_group_moves_from_device_to_device(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from actors.expert.host import ExpertHost
 from actors.optim import OptimizerSettings
-from actors.router.dispatcher import Peer, Roster
+from actors.router.roster import Peer, Roster
 from actors.router.router import Router
 from actors.transport.payload.contract import PayloadSettings
 from actors.transport.socket import SocketLink, SocketServer
@@ -59,6 +59,6 @@ def test_losses_through_gpu_memory_equal_those_on_the_cpu(tmp_path: Path) -> Non
         router = Router(source, Roster(placement, peers), device="cuda", timeout_s=60)
         router.begin_run(OptimizerSettings())
         got = [router.train_step(batch, lr=1e-3, clip_norm=1.0).loss for batch in BATCHES]
-        assert {link.kind for link in router._training.links.values()} == {"socket/ipc+cuda_ipc"}
+        assert {link.kind for link in router.state.training.links.values()} == {"socket/ipc+cuda_ipc"}
         router.close()
     torch.testing.assert_close(got, losses(source, "cpu"), rtol=1e-3, atol=0)

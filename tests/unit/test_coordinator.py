@@ -17,10 +17,11 @@ from actors.errors import InvalidInput
 from actors.values import Placement
 from cluster.backend import ActorStatus, Job, JobEvent, JobState
 from cluster.config import BatchConfig, EvalConfig, JobConfig
-from cluster.control.coordinator import Coordinator, Limits, ModelFacts
+from cluster.control.coordinator import Coordinator, Limits
 from cluster.control.decisions import ActorLost, Decision, StartJob, StopJob
 from cluster.control.jobtable import job_of_dict, job_to_dict
 from cluster.control.load import LoadLE
+from cluster.control.model import ModelFacts
 from cluster.errors import AlreadyExists, ConfigError, FailedPrecondition, NotFound, ResourceExhausted
 from cluster.placement.placement import ActorSlot, spread
 
@@ -61,7 +62,7 @@ def coordinator() -> Coordinator:
 
 
 def start(coordinator: Coordinator, request_id: str = "q", config: JobConfig = SHORT, now: float = 1.0) -> str:
-    job = coordinator.submit(config, request_id, now)
+    job = coordinator.jobs.submit(config, request_id, now)
     assert StartJob(job.id, config) in coordinator.step(now)
     return job.id
 
@@ -78,7 +79,7 @@ def commit_loads(coordinator: Coordinator, job_id: str, loads: Sequence[LoadLE])
 
 
 def kinds(coordinator: Coordinator, job_id: str) -> list[tuple[str, str]]:
-    events, _ = coordinator.job_events(job_id, 0, 1000)
+    events, _ = coordinator.jobs.events(job_id, 0, 1000)
     return [(event.kind, event.state.value) for event in events]
 
 
@@ -86,14 +87,14 @@ def kinds(coordinator: Coordinator, job_id: str) -> list[tuple[str, str]]:
 
 
 def test_a_job_from_submit_to_success(coordinator: Coordinator) -> None:
-    job = coordinator.submit(SHORT, "q", 1.0)
+    job = coordinator.jobs.submit(SHORT, "q", 1.0)
     assert (job.state, job.step, job.created_s, job.last_event) == (JobState.QUEUED, 0, 1.0, 1)
     assert coordinator.step(2.0) == [StartJob(job.id, SHORT)]
     assert coordinator.step(2.5) == [], "a decision is given out once"
     commit(coordinator, job.id, 3, now=3.0)
-    coordinator.evaluated(job.id, {"heldout_loss": 0.5}, 3.5)
-    coordinator.job_finished(job.id, 4.0)
-    job = coordinator.job(job.id)
+    coordinator.jobs.evaluated(job.id, {"heldout_loss": 0.5}, 3.5)
+    coordinator.jobs.finished(job.id, 4.0)
+    job = coordinator.jobs.get(job.id)
     assert (job.state, job.step, job.started_s, job.ended_s, job.error) == (JobState.SUCCEEDED, 3, 2.0, 4.0, "")
     assert kinds(coordinator, job.id) == [
         ("state", "queued"),
@@ -108,12 +109,12 @@ def test_a_job_from_submit_to_success(coordinator: Coordinator) -> None:
 
 
 def test_jobs_run_one_at_a_time_in_order(coordinator: Coordinator) -> None:
-    first, second, third = (coordinator.submit(SHORT, request, 1.0).id for request in "abc")
+    first, second, third = (coordinator.jobs.submit(SHORT, request, 1.0).id for request in "abc")
     assert coordinator.step(1.0) == [StartJob(first, SHORT)]
     commit(coordinator, first, 3)
-    coordinator.job_finished(first, 3.0)
+    coordinator.jobs.finished(first, 3.0)
     assert coordinator.step(3.0) == [StartJob(second, SHORT)]
-    assert [job.id for job in coordinator.jobs()] == [third, second, first]
+    assert [job.id for job in coordinator.jobs.newest_first()] == [third, second, first]
     assert coordinator.status().jobs == {
         "queued": 1,
         "running": 1,
@@ -126,61 +127,61 @@ def test_jobs_run_one_at_a_time_in_order(coordinator: Coordinator) -> None:
 
 def test_a_request_id_means_one_job(coordinator: Coordinator) -> None:
     job_id = start(coordinator)
-    again = coordinator.submit(JobConfig(steps=3), "q", 9.0)
+    again = coordinator.jobs.submit(JobConfig(steps=3), "q", 9.0)
     assert (again.id, again.state, again.created_s) == (job_id, JobState.RUNNING, 1.0)
-    assert len(coordinator.jobs()) == 1
+    assert len(coordinator.jobs.newest_first()) == 1
     with pytest.raises(AlreadyExists, match="'q' was used for job-1"):
-        coordinator.submit(JobConfig(steps=4), "q", 9.0)
+        coordinator.jobs.submit(JobConfig(steps=4), "q", 9.0)
     with pytest.raises(InvalidInput, match="request_id: is empty"):
-        coordinator.submit(SHORT, "", 9.0)
+        coordinator.jobs.submit(SHORT, "", 9.0)
 
 
 def test_the_queue_has_a_limit_which_retries_do_not_meet() -> None:
     coordinator = make(Limits(max_queued_jobs=2))
     start(coordinator, "running")
     for request in "ab":
-        coordinator.submit(SHORT, request, 1.0)
+        coordinator.jobs.submit(SHORT, request, 1.0)
     with pytest.raises(ResourceExhausted, match="2 jobs are queued"):
-        coordinator.submit(SHORT, "c", 1.0)
-    assert coordinator.submit(SHORT, "b", 1.0).request_id == "b"
+        coordinator.jobs.submit(SHORT, "c", 1.0)
+    assert coordinator.jobs.submit(SHORT, "b", 1.0).request_id == "b"
 
 
 def test_a_job_must_fit_the_model(coordinator: Coordinator) -> None:
     with pytest.raises(ConfigError, match=r"batch\.sequence_length: is beyond the model's 256 positions \(got 257\)"):
-        coordinator.submit(JobConfig(batch=BatchConfig(sequence_length=257)), "q", 1.0)
+        coordinator.jobs.submit(JobConfig(batch=BatchConfig(sequence_length=257)), "q", 1.0)
     with pytest.raises(ConfigError, match=r"eval\.batches"):
-        coordinator.submit(JobConfig(eval=EvalConfig(batches=0)), "q", 1.0)
-    assert coordinator.jobs() == []
+        coordinator.jobs.submit(JobConfig(eval=EvalConfig(batches=0)), "q", 1.0)
+    assert coordinator.jobs.newest_first() == []
 
 
 def test_cancel_of_a_queued_job_ends_it_at_once(coordinator: Coordinator) -> None:
     start(coordinator, "running")
-    job = coordinator.cancel(coordinator.submit(SHORT, "queued", 1.0).id, 2.0)
+    job = coordinator.jobs.cancel(coordinator.jobs.submit(SHORT, "queued", 1.0).id, 2.0)
     assert (job.state, job.started_s, job.ended_s) == (JobState.CANCELLED, None, 2.0)
     assert coordinator.step(2.0) == []
 
 
 def test_cancel_of_a_running_job_waits_for_its_step(coordinator: Coordinator) -> None:
     job_id = start(coordinator)
-    coordinator.submit(SHORT, "next", 1.0)
-    assert coordinator.cancel(job_id, 2.0).state is JobState.CANCELLING
-    assert coordinator.cancel(job_id, 2.0).state is JobState.CANCELLING
+    coordinator.jobs.submit(SHORT, "next", 1.0)
+    assert coordinator.jobs.cancel(job_id, 2.0).state is JobState.CANCELLING
+    assert coordinator.jobs.cancel(job_id, 2.0).state is JobState.CANCELLING
     assert coordinator.step(2.0) == [StopJob(job_id, "cancelled")], "and the next job waits"
     commit(coordinator, job_id, 1)
-    coordinator.job_stopped(job_id, 3.0)
-    assert (coordinator.job(job_id).state, coordinator.job(job_id).step) == (JobState.CANCELLED, 1)
+    coordinator.jobs.stopped(job_id, 3.0)
+    assert (coordinator.jobs.get(job_id).state, coordinator.jobs.get(job_id).step) == (JobState.CANCELLED, 1)
     assert coordinator.step(3.0) == [StartJob("job-2", SHORT)]
     with pytest.raises(FailedPrecondition, match="job-1 is cancelled"):
-        coordinator.cancel(job_id, 4.0)
+        coordinator.jobs.cancel(job_id, 4.0)
 
 
 def test_a_job_that_ends_before_the_cancel_reaches_it_has_succeeded(coordinator: Coordinator) -> None:
     job_id = start(coordinator)
-    coordinator.cancel(job_id, 2.0)
+    coordinator.jobs.cancel(job_id, 2.0)
     commit(coordinator, job_id, 3)
-    coordinator.job_finished(job_id, 3.0)
-    coordinator.job_stopped(job_id, 3.1)
-    assert coordinator.job(job_id).state is JobState.SUCCEEDED
+    coordinator.jobs.finished(job_id, 3.0)
+    coordinator.jobs.stopped(job_id, 3.1)
+    assert coordinator.jobs.get(job_id).state is JobState.SUCCEEDED
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
@@ -188,20 +189,20 @@ def test_a_loss_that_is_not_finite_fails_the_job_and_nothing_else(coordinator: C
     job_id = start(coordinator)
     commit(coordinator, job_id, 1)
     coordinator.step_committed(job_id, 2, {"loss": loss}, 3.0)
-    job = coordinator.job(job_id)
+    job = coordinator.jobs.get(job_id)
     assert (job.state, job.step, job.error) == (JobState.FAILED, 1, f"loss of step 2 is {loss}")
-    coordinator.submit(SHORT, "next", 4.0)
+    coordinator.jobs.submit(SHORT, "next", 4.0)
     assert coordinator.step(4.0) == [StopJob(job_id, job.error)], "the next job waits for the steps to stop"
     with pytest.raises(FailedPrecondition, match="comes to its stop"):
-        coordinator.require_idle("x")
-    coordinator.job_stopped(job_id, 5.0)
+        coordinator.jobs.require_idle("x")
+    coordinator.jobs.stopped(job_id, 5.0)
     assert coordinator.step(5.0) == [StartJob("job-2", SHORT)]
 
 
 def test_a_failed_job_frees_the_cluster(coordinator: Coordinator) -> None:
     job_id = start(coordinator)
-    coordinator.job_failed(job_id, "data.source: no file matches", 2.0)
-    assert (coordinator.job(job_id).state, coordinator.job(job_id).error) == (
+    coordinator.jobs.failed(job_id, "data.source: no file matches", 2.0)
+    assert (coordinator.jobs.get(job_id).state, coordinator.jobs.get(job_id).error) == (
         JobState.FAILED,
         "data.source: no file matches",
     )
@@ -212,16 +213,16 @@ def test_late_and_repeated_reports_change_nothing(coordinator: Coordinator) -> N
     job_id = start(coordinator)
     commit(coordinator, job_id, 2)
     coordinator.step_committed(job_id, 2, {"loss": 9.0}, 3.0)
-    assert coordinator.job(job_id).step == 2
-    coordinator.job_failed(job_id, "why", 4.0)
-    before = coordinator.job(job_id)
+    assert coordinator.jobs.get(job_id).step == 2
+    coordinator.jobs.failed(job_id, "why", 4.0)
+    before = coordinator.jobs.get(job_id)
     coordinator.step_committed(job_id, 3, {"loss": 1.0}, 5.0)
-    coordinator.evaluated(job_id, {}, 5.0)
-    coordinator.note(job_id, "late", 5.0)
-    coordinator.job_finished(job_id, 5.0)
-    coordinator.job_failed(job_id, "again", 5.0)
-    coordinator.job_stopped(job_id, 5.0)
-    assert coordinator.job(job_id) == before
+    coordinator.jobs.evaluated(job_id, {}, 5.0)
+    coordinator.jobs.note(job_id, "late", 5.0)
+    coordinator.jobs.finished(job_id, 5.0)
+    coordinator.jobs.failed(job_id, "again", 5.0)
+    coordinator.jobs.stopped(job_id, 5.0)
+    assert coordinator.jobs.get(job_id) == before
     assert coordinator.status().version == 2
 
 
@@ -230,14 +231,14 @@ def test_reports_that_cannot_be_true_are_refused(coordinator: Coordinator) -> No
     with pytest.raises(InvalidInput, match="step 1 of job-1 was never committed"):
         coordinator.step_committed(job_id, 2, {}, 2.0)
     with pytest.raises(FailedPrecondition, match="committed 0 of 3 steps"):
-        coordinator.job_finished(job_id, 2.0)
-    queued = coordinator.submit(SHORT, "next", 2.0).id
+        coordinator.jobs.finished(job_id, 2.0)
+    queued = coordinator.jobs.submit(SHORT, "next", 2.0).id
     with pytest.raises(FailedPrecondition, match="never started"):
         coordinator.step_committed(queued, 1, {}, 2.0)
     for call in (
-        coordinator.job,
-        lambda job: coordinator.cancel(job, 2.0),
-        lambda job: coordinator.job_events(job, 0, 1),
+        coordinator.jobs.get,
+        lambda job: coordinator.jobs.cancel(job, 2.0),
+        lambda job: coordinator.jobs.events(job, 0, 1),
     ):
         with pytest.raises(NotFound, match="'job-9'"):
             call("job-9")
@@ -249,18 +250,18 @@ def test_reports_that_cannot_be_true_are_refused(coordinator: Coordinator) -> No
 def test_events_resume_from_a_number(coordinator: Coordinator) -> None:
     job_id = start(coordinator)
     commit(coordinator, job_id, 3)
-    page, job = coordinator.job_events(job_id, 2, 2)
+    page, job = coordinator.jobs.events(job_id, 2, 2)
     assert [(event.number, event.kind, event.step) for event in page] == [(3, "step", 1), (4, "step", 2)]
     assert job.last_event == 5
-    assert coordinator.job_events(job_id, 5, 10)[0] == ()
-    assert coordinator.job_events(job_id, 99, 10)[0] == ()
+    assert coordinator.jobs.events(job_id, 5, 10)[0] == ()
+    assert coordinator.jobs.events(job_id, 99, 10)[0] == ()
 
 
 def test_history_is_bounded_and_its_numbers_show_what_is_gone() -> None:
     coordinator = make(Limits(max_events=10))
     job_id = start(coordinator, config=JobConfig(steps=100))
     commit(coordinator, job_id, 100)
-    events, job = coordinator.job_events(job_id, 0, 1000)
+    events, job = coordinator.jobs.events(job_id, 0, 1000)
     assert [event.number for event in events] == list(range(93, 103))
     assert job.last_event == 102
 
@@ -268,10 +269,10 @@ def test_history_is_bounded_and_its_numbers_show_what_is_gone() -> None:
 def test_old_jobs_are_forgotten() -> None:
     coordinator = make(Limits(max_final_jobs=2))
     for request in "abcd":
-        coordinator.cancel(coordinator.submit(SHORT, request, 1.0).id, 1.0)
+        coordinator.jobs.cancel(coordinator.jobs.submit(SHORT, request, 1.0).id, 1.0)
     coordinator.step(2.0)
-    assert [job.request_id for job in coordinator.jobs()] == ["d", "c"]
-    assert coordinator.submit(SHORT, "a", 3.0).id == "job-5"
+    assert [job.request_id for job in coordinator.jobs.newest_first()] == ["d", "c"]
+    assert coordinator.jobs.submit(SHORT, "a", 3.0).id == "job-5"
 
 
 # --- Membership ----------------------------------------------------------------------------------------------------
@@ -279,7 +280,7 @@ def test_old_jobs_are_forgotten() -> None:
 
 def test_jobs_wait_until_every_group_has_a_ready_holder() -> None:
     coordinator = Coordinator(MODEL, PLACEMENT)
-    coordinator.submit(SHORT, "q", 0.0)
+    coordinator.jobs.submit(SHORT, "q", 0.0)
     assert coordinator.step(0.0) == []
     assert coordinator.status().message == "expert groups without a ready holder: 0, 1, 2, 3"
     beat(coordinator, 1.0, ["e0", "e1"])
@@ -336,23 +337,23 @@ def test_a_lost_router_ends_the_running_job(coordinator: Coordinator) -> None:
         ActorLost("r0", "router", (), job_id, "exit code -9"),
         StopJob(job_id, error),
     ]
-    assert coordinator.job(job_id).error == error
+    assert coordinator.jobs.get(job_id).error == error
 
 
 def test_a_lost_router_comes_back_from_a_checkpoint_and_its_job_goes_on(coordinator: Coordinator) -> None:
     job_id = start(coordinator)
     commit(coordinator, job_id, 1)
     commit(coordinator, job_id, 2)
-    coordinator.can_restore = True
+    coordinator.health.can_restore = True
     coordinator.actor_lost("r0", 3.0, "exit code -9")
     assert coordinator.step(3.0) == [ActorLost("r0", "router", (), job_id, "exit code -9")]
-    assert coordinator.job(job_id).state is JobState.RUNNING
-    assert (coordinator.is_router_lost, coordinator.can_return) == (True, True)
+    assert coordinator.jobs.get(job_id).state is JobState.RUNNING
+    assert (coordinator.health.is_router_lost, coordinator.health.can_return) == (True, True)
     status = coordinator.status()
     assert (status.ready, status.message) == (False, "the router died; bringing it back")
     coordinator.actor_seen(report("r0", pid=99), 4.0)
     coordinator.restored(Placement(2, PLACEMENT.holders, 2), 1, {job_id: 1}, "restored version 1", 4.0)
-    assert (coordinator.is_router_lost, coordinator.status().ready) == (False, True)
+    assert (coordinator.health.is_router_lost, coordinator.status().ready) == (False, True)
     coordinator.step(4.1)
     (entry,) = coordinator.ledger.entries()
     assert (entry.kind, entry.subject, entry.steps_replayed) == ("router_death", "r0", 1)
@@ -360,15 +361,17 @@ def test_a_lost_router_comes_back_from_a_checkpoint_and_its_job_goes_on(coordina
 
 
 def test_with_another_router_a_job_goes_on_without_a_checkpoint(coordinator: Coordinator) -> None:
-    coordinator.routers_wanted = 2
+    coordinator.health.routers_wanted = 2
     beat(coordinator, 0.5, ["r1"])
     job_id = start(coordinator)
     commit(coordinator, job_id, 1)
     coordinator.actor_lost("r0", 3.0, "exit code -9")
     assert coordinator.step(3.0) == [ActorLost("r0", "router", (), job_id, "exit code -9")]
-    assert coordinator.job(job_id).state is JobState.RUNNING
-    assert (coordinator.is_router_lost, coordinator.can_return, coordinator.status().ready) == (False, False, True)
-    events, _ = coordinator.job_events(job_id, 0, 100)
+    assert coordinator.jobs.get(job_id).state is JobState.RUNNING
+    assert not coordinator.health.is_router_lost
+    assert not coordinator.health.can_return
+    assert coordinator.status().ready
+    events, _ = coordinator.jobs.events(job_id, 0, 100)
     assert events[-1].message == "router r0 lost: exit code -9; the other routers go on"
     (entry,) = coordinator.ledger.entries()
     assert (entry.kind, entry.recovered_s) == ("router_death", None), "there are fewer than there should be"
@@ -379,17 +382,17 @@ def test_with_another_router_a_job_goes_on_without_a_checkpoint(coordinator: Coo
     coordinator.actor_lost("r1", 6.0, "exit code -9")
     coordinator.actor_lost("r2", 6.0, "exit code -9")
     coordinator.step(6.0)
-    assert coordinator.job(job_id).state is JobState.FAILED
-    assert coordinator.is_router_lost
+    assert coordinator.jobs.get(job_id).state is JobState.FAILED
+    assert coordinator.health.is_router_lost
 
 
 def test_without_a_checkpoint_only_untouched_weights_can_be_loaded_again(coordinator: Coordinator) -> None:
     coordinator.actor_lost("r0", 3.0, "exit code -9")
-    assert coordinator.can_return
+    assert coordinator.health.can_return
     coordinator.actor_seen(report("r0", pid=99), 4.0)
     commit(coordinator, start(coordinator), 1)
     coordinator.actor_lost("r0", 5.0, "exit code -9")
-    assert not coordinator.can_return
+    assert not coordinator.health.can_return
     assert "in no checkpoint" in coordinator.status().message
 
 
@@ -400,7 +403,7 @@ def test_copies_take_over_from_a_dead_actor_and_the_job_goes_on() -> None:
     coordinator.actor_lost("e0", 3.0, "exit code -9")
     after = Placement(2, (("e1",),) * 4, 2)
     assert coordinator.step(3.0) == [ActorLost("e0", "expert", (0, 1, 2, 3), job_id, "exit code -9", after)]
-    events, job = coordinator.job_events(job_id, 0, 100)
+    events, job = coordinator.jobs.events(job_id, 0, 100)
     assert job.state is JobState.RUNNING
     assert events[-1].message == "expert e0 lost: exit code -9; copies took over groups 0, 1, 2, 3"
     status = coordinator.status()
@@ -408,8 +411,8 @@ def test_copies_take_over_from_a_dead_actor_and_the_job_goes_on() -> None:
     assert status.owners == dict.fromkeys(range(4), "e1")
     assert status.message == "degraded: groups 0, 1, 2, 3 have fewer than 2 holders"
     commit(coordinator, job_id, 3)
-    coordinator.job_finished(job_id, 4.0)
-    assert coordinator.job(job_id).state is JobState.SUCCEEDED
+    coordinator.jobs.finished(job_id, 4.0)
+    assert coordinator.jobs.get(job_id).state is JobState.SUCCEEDED
     assert start(coordinator, "next", now=5.0), "and another one starts"
 
 
@@ -429,7 +432,7 @@ def test_the_dead_are_shown_until_others_are_in_their_places() -> None:
 def test_a_group_that_dies_with_its_last_holder_fails_the_job_by_name(coordinator: Coordinator) -> None:
     job_id = start(coordinator)
     commit(coordinator, job_id, 1)
-    coordinator.submit(SHORT, "next", 2.0)
+    coordinator.jobs.submit(SHORT, "next", 2.0)
     coordinator.actor_lost("e1", 3.0, "exit code -9")
     error = "expert e1 was lost after step 1: exit code -9; no actor holds groups 2, 3 any more"
     after = Placement(2, (("e0",), ("e0",), (), ()), 2)
@@ -437,11 +440,11 @@ def test_a_group_that_dies_with_its_last_holder_fails_the_job_by_name(coordinato
         ActorLost("e1", "expert", (2, 3), job_id, "exit code -9", after),
         StopJob(job_id, error),
     ]
-    assert (coordinator.job(job_id).state, coordinator.job(job_id).error) == (JobState.FAILED, error)
+    assert (coordinator.jobs.get(job_id).state, coordinator.jobs.get(job_id).error) == (JobState.FAILED, error)
     status = coordinator.status()
     assert (status.ready, status.message) == (False, "no actor holds groups 2, 3 any more")
     assert status.owners == {0: "e0", 1: "e0"}
-    coordinator.job_stopped(job_id, 4.0)
+    coordinator.jobs.stopped(job_id, 4.0)
     assert coordinator.step(4.0) == [], "the next job waits"
 
 
@@ -449,9 +452,9 @@ def test_the_second_death_is_the_one_that_loses_groups() -> None:
     coordinator = make_double()
     job_id = start(coordinator)
     coordinator.actor_lost("e1", 3.0, "killed")
-    assert coordinator.job(job_id).state is JobState.RUNNING
+    assert coordinator.jobs.get(job_id).state is JobState.RUNNING
     coordinator.actor_lost("e0", 4.0, "killed")
-    assert coordinator.job(job_id).error.endswith("no actor holds groups 0, 1, 2, 3 any more")
+    assert coordinator.jobs.get(job_id).error.endswith("no actor holds groups 0, 1, 2, 3 any more")
 
 
 def test_an_actor_without_groups_may_die(coordinator: Coordinator) -> None:
@@ -460,7 +463,7 @@ def test_an_actor_without_groups_may_die(coordinator: Coordinator) -> None:
     coordinator.actor_lost("e2", 3.0, "killed")
     coordinator.actor_lost("e3", 3.0, "killed before it reported")
     assert coordinator.step(3.0) == [ActorLost("e2", "expert", (), job_id, "killed", None)]
-    assert coordinator.job(job_id).state is JobState.RUNNING
+    assert coordinator.jobs.get(job_id).state is JobState.RUNNING
     assert (coordinator.status().placement_epoch, coordinator.status().ready) == (1, True)
 
 
@@ -486,7 +489,7 @@ def test_silence_leaves_the_placement_as_it_is_until_death_is_certain() -> None:
     coordinator.actor_lost("e1", 11.0, "killed")
     (dead,) = coordinator.step(11.0)
     assert dead == ActorLost("e1", "expert", (0, 1, 2, 3), job_id, "killed", Placement(2, (("e0",),) * 4, 2))
-    assert coordinator.job(job_id).state is JobState.RUNNING
+    assert coordinator.jobs.get(job_id).state is JobState.RUNNING
 
 
 def test_one_group_with_too_few_holders_is_named() -> None:
@@ -583,16 +586,16 @@ def test_a_load_of_another_model_is_refused_and_the_step_not_counted(coordinator
     job_id = start(coordinator)
     with pytest.raises(InvalidInput, match="load_LE: is not 2 rows of 8 counts"):
         coordinator.step_committed(job_id, 1, {"loss": 1.0}, 2.0, [[1] * 4] * 2)
-    assert (coordinator.status().version, coordinator.job(job_id).step) == (0, 0)
+    assert (coordinator.status().version, coordinator.jobs.get(job_id).step) == (0, 0)
 
 
 def test_an_import_waits_for_the_job_and_begins_a_new_window(coordinator: Coordinator) -> None:
     job_id = start(coordinator)
     with pytest.raises(FailedPrecondition, match="while job-1 is running"):
-        coordinator.require_idle("a model cannot be imported")
+        coordinator.jobs.require_idle("a model cannot be imported")
     commit_loads(coordinator, job_id, [[[1] * 8] * 2])
-    coordinator.job_failed(job_id, "x", 2.0)
-    coordinator.require_idle("a model cannot be imported")
+    coordinator.jobs.failed(job_id, "x", 2.0)
+    coordinator.jobs.require_idle("a model cannot be imported")
     coordinator.imported()
     assert coordinator.status().load_LE == ()
     assert coordinator.load_report().window_steps == 0
@@ -609,9 +612,9 @@ def test_an_hour_of_events_takes_a_moment(coordinator: Coordinator) -> None:
         beat(coordinator, second, ACTORS if not 1000 <= second < 1020 else ["r0", "e0"])
         coordinator.step_committed(job_id, second - 1, {"loss": 1.0}, second)
         lost += coordinator.step(second)
-    coordinator.job_finished(job_id, 3602)
+    coordinator.jobs.finished(job_id, 3602)
     assert [decision.actor_id for decision in lost if isinstance(decision, ActorLost)] == ["e1"]
-    assert coordinator.job(job_id).state is JobState.SUCCEEDED
+    assert coordinator.jobs.get(job_id).state is JobState.SUCCEEDED
     assert coordinator.status().ready
     assert time.process_time() - started < 2.0
 
@@ -648,16 +651,16 @@ class CoordinatorMachine(RuleBasedStateMachine):
     @rule(target=jobs, request=st.integers(0, 8))
     def submit(self, request: int) -> object:
         try:
-            return self.coordinator.submit(SHORT, f"q{request}", self.now).id
+            return self.coordinator.jobs.submit(SHORT, f"q{request}", self.now).id
         except ResourceExhausted:
             assert self.coordinator.status().jobs["queued"] == self.LIMITS.max_queued_jobs
             return multiple()
 
     @rule(job_id=jobs)
     def cancel(self, job_id: str) -> None:
-        was_final = self.coordinator.job(job_id).state.is_final
+        was_final = self.coordinator.jobs.get(job_id).state.is_final
         try:
-            self.coordinator.cancel(job_id, self.now)
+            self.coordinator.jobs.cancel(job_id, self.now)
             assert not was_final
         except FailedPrecondition:
             assert was_final
@@ -665,19 +668,19 @@ class CoordinatorMachine(RuleBasedStateMachine):
     @rule(loss=st.sampled_from([1.0, 1.0, 1.0, math.nan]))
     def commit(self, loss: float) -> None:
         if self.running:
-            step = self.coordinator.job(self.running).step + 1
+            step = self.coordinator.jobs.get(self.running).step + 1
             self.coordinator.step_committed(self.running, step, {"loss": loss}, self.now)
             if step >= SHORT.steps:
-                self.coordinator.job_finished(self.running, self.now)
+                self.coordinator.jobs.finished(self.running, self.now)
                 self.running = None
 
     @rule(failed=st.booleans())
     def end(self, failed: bool) -> None:
         if self.running:
             if failed:
-                self.coordinator.job_failed(self.running, "error", self.now)
+                self.coordinator.jobs.failed(self.running, "error", self.now)
             else:
-                self.coordinator.job_stopped(self.running, self.now)
+                self.coordinator.jobs.stopped(self.running, self.now)
             self.running = None
 
     @rule(seconds=st.floats(0.1, 8.0), silent=st.sampled_from([(), (), ("e1",), ("r0", "e0")]))
@@ -701,7 +704,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
 
     @invariant()
     def states_are_sound(self) -> None:
-        jobs = self.coordinator.jobs()
+        jobs = self.coordinator.jobs.newest_first()
         active = [job for job in jobs if job.state in (JobState.RUNNING, JobState.CANCELLING)]
         assert len(active) <= 1
         for job in jobs:
@@ -714,9 +717,9 @@ class CoordinatorMachine(RuleBasedStateMachine):
 
     @invariant()
     def events_have_no_gaps(self) -> None:
-        for job in self.coordinator.jobs():
+        for job in self.coordinator.jobs.newest_first():
             seen = self.seen.setdefault(job.id, [])
-            new, _ = self.coordinator.job_events(job.id, len(seen), 100)
+            new, _ = self.coordinator.jobs.events(job.id, len(seen), 100)
             seen += new
             assert [event.number for event in seen] == list(range(1, job.last_event + 1))
             assert seen[-1].state is job.state
@@ -737,15 +740,15 @@ def test_a_job_of_before_a_restart_goes_on_after_its_step() -> None:
     coordinator = make()
     coordinator.resumed(12, saved_job(JobState.RUNNING, 2), "resumed version 12", 5.0)
     assert coordinator.status().version == 12
-    assert coordinator.submit(SHORT, "mine", 6.0).id == "job-7"
+    assert coordinator.jobs.submit(SHORT, "mine", 6.0).id == "job-7"
     assert coordinator.step(6.0) == [StartJob("job-7", SHORT, start_step=2)]
     coordinator.step_committed("job-7", 3, {"loss": 1.0}, 7.0)
-    coordinator.job_finished("job-7", 8.0)
-    assert coordinator.job("job-7").state is JobState.SUCCEEDED
+    coordinator.jobs.finished("job-7", 8.0)
+    assert coordinator.jobs.get("job-7").state is JobState.SUCCEEDED
     assert coordinator.status().version == 13
-    events, _ = coordinator.job_events("job-7", 0, 100)
+    events, _ = coordinator.jobs.events("job-7", 0, 100)
     assert [event.number for event in events] == list(range(41, 41 + len(events)))
-    assert coordinator.submit(SHORT, "another", 9.0).id == "job-8"
+    assert coordinator.jobs.submit(SHORT, "another", 9.0).id == "job-8"
 
 
 @pytest.mark.parametrize(
@@ -755,27 +758,27 @@ def test_a_job_that_had_ended_is_known_and_not_started(state: JobState, becomes:
     coordinator = make()
     coordinator.resumed(12, saved_job(state, 2), "resumed version 12", 5.0)
     assert coordinator.step(6.0) == []
-    assert coordinator.submit(SHORT, "mine", 6.0).state is becomes
+    assert coordinator.jobs.submit(SHORT, "mine", 6.0).state is becomes
 
 
 def test_lost_groups_come_back_and_steps_run_again() -> None:
     coordinator = make()
-    coordinator.can_restore = True
+    coordinator.health.can_restore = True
     job = start(coordinator)
     commit(coordinator, job, 2)
     coordinator.actor_lost("e1", 3.0, "killed")
-    assert coordinator.job(job).state is JobState.RUNNING
+    assert coordinator.jobs.get(job).state is JobState.RUNNING
     status = coordinator.status()
     assert not status.ready
     assert status.message == "restoring groups 2, 3 from the last checkpoint"
     placement = spread(8, 2, SLOTS[:1], epoch=coordinator.placement.epoch + 1)
     coordinator.restored(placement, 1, {job: 1}, "restored version 1", 4.0)
     assert coordinator.status().ready
-    assert (coordinator.job(job).step, coordinator.status().version) == (1, 1)
+    assert (coordinator.jobs.get(job).step, coordinator.status().version) == (1, 1)
     for step in (2, 3):
         coordinator.step_committed(job, step, {"loss": 1.0}, 5.0)
-    coordinator.job_finished(job, 6.0)
-    events, _ = coordinator.job_events(job, 0, 100)
+    coordinator.jobs.finished(job, 6.0)
+    events, _ = coordinator.jobs.events(job, 0, 100)
     assert [event.number for event in events] == list(range(1, len(events) + 1))
     assert [event.step for event in events if event.kind == "step"] == [1, 2, 2, 3]
     assert [event.message for event in events if event.kind == "note"][-1] == "restored version 1"
@@ -790,7 +793,7 @@ def test_a_saved_job_survives_json() -> None:
 
 
 def test_status_tells_how_old_the_experts_of_the_last_step_were(coordinator: Coordinator) -> None:
-    job_id = coordinator.submit(SHORT, "r", 0.0).id
+    job_id = coordinator.jobs.submit(SHORT, "r", 0.0).id
     coordinator.step(0.0)
     coordinator.step_committed(job_id, 1, {"loss": 1.0, "staleness_mean": 0.5, "staleness_max": 2.0}, 1.0)
     assert (coordinator.status().staleness_mean, coordinator.status().staleness_max) == (0.5, 2)

@@ -31,7 +31,7 @@ def test_status_load_and_job_go_on_with_the_new_number() -> None:
     assert {actor.id: actor.groups for actor in status.actors}["e0"] == (0, 1, 4, 5)
     coordinator.step_committed(job_id, 2, {"loss": 1.0}, 201.0, [[2] * 16] * 2)
     assert coordinator.status().load_LE == ((2,) * 16,) * 2
-    events, job = coordinator.job_events(job_id, 0, 100)
+    events, job = coordinator.jobs.events(job_id, 0, 100)
     assert job.step == 2
     assert "the model has 16 experts a layer now" in [event.message for event in events]
 
@@ -43,7 +43,7 @@ def test_a_report_that_a_growth_overtook_counts_as_a_step_without_its_load() -> 
     coordinator.step_committed(job_id, 1, {"loss": 1.0}, 2.0, [[1] * 16] * 2)
     coordinator.grown(grown(PLACEMENT), 1600, 2.0)
     coordinator.step_committed(job_id, 2, {"loss": 1.0}, 3.0, [[1] * 8] * 2)
-    assert coordinator.job(job_id).step == 2
+    assert coordinator.jobs.get(job_id).step == 2
     assert coordinator.status().load_LE == ()
     with pytest.raises(InvalidInput, match="2 rows of 16 counts"):
         coordinator.step_committed(job_id, 3, {"loss": 1.0}, 3.0, [[1] * 9] * 2)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from actors.errors import InvalidInput
 from actors.expert.holdings import Holdings, LayerStep
+from actors.expert.residency import Quarters
 from actors.moe.cache import CacheSettings
 from actors.moe.experts import ExpertStack, Work
 from actors.moe.optimizer import GroupOptimizer
@@ -63,7 +64,7 @@ def held(model: Skeleton, groups: Sequence[int], cache: CacheSettings | None = N
     def load(layer: int, groups: Sequence[int]) -> dict[str, Tensor]:
         return initial_experts(model, layer, groups, 2, 0)
 
-    holdings = Holdings(model, 2, torch.device("cpu"), groups, load, cache)
+    holdings = Holdings(Quarters(model, 2, torch.device("cpu"), cache), groups, load)
     holdings.begin_run(OptimizerSettings(lr=1e-2))
     return holdings
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from actors.errors import InvalidInput
 from actors.expert.births import Births, copies_in_turn, evenly_spread, give_birth
 from actors.expert.holdings import Holdings
+from actors.expert.residency import Quarters
 from actors.moe.growth import closed_choice, closed_scores, fresh_rows, moved_share, perturbed, split
 from actors.moe.settings import GateSettings
 from actors.router.growing import check_growth, grown_settings
@@ -176,7 +177,7 @@ def holdings(*groups: int) -> Holdings:
     def load(layer: int, groups: object) -> dict[str, Tensor]:
         return initial_experts(MODEL, layer, groups, 2, 0)  # type: ignore[arg-type]
 
-    return Holdings(MODEL, 2, torch.device("cpu"), groups, load)
+    return Holdings(Quarters(MODEL, 2, torch.device("cpu")), groups, load)
 
 
 class TestBirths:

@@ -16,9 +16,9 @@ from cluster.backend import Job, JobState, Operation, OperationState
 from cluster.checkpoint.disk import Disk
 from cluster.checkpoint.files import LocalFiles, open_files
 from cluster.config import BatchConfig, JobConfig
-from cluster.control.coordinator import ModelFacts
 from cluster.control.journal import Journal, LeavingNode, Process
 from cluster.control.ledger import Entry
+from cluster.control.model import ModelFacts
 
 MODEL = ModelFacts("tiny", 1000, num_experts=8, num_moe_layers=2, top_k=2, max_positions=256, vocab_size=260)
 JOBS = (

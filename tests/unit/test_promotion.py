@@ -14,7 +14,8 @@ from actors.errors import InvalidInput, MoeClusterError, StepAborted
 from actors.values import Course, Placement, Promotion, StepReport
 from cluster.backend import Job, JobState
 from cluster.config import JobConfig, OptimizerConfig, RouterConfig
-from cluster.control.coordinator import Coordinator, ModelFacts
+from cluster.control.coordinator import Coordinator
+from cluster.control.model import ModelFacts
 from cluster.errors import Unavailable
 from cluster.fabric import jobs
 from cluster.fabric import routers as module

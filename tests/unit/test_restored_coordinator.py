@@ -41,7 +41,7 @@ def test_the_job_goes_on_after_the_last_step_that_the_router_did() -> None:
     coordinator = restored()
     assert coordinator.step(100.5) == [], "nobody has reported yet"
     assert next_job(coordinator) == StartJob("job-2", CONFIG, 17)
-    assert coordinator.job("job-2").state is JobState.RUNNING
+    assert coordinator.jobs.get("job-2").state is JobState.RUNNING
     assert coordinator.status().version == 20
     coordinator.step_committed("job-2", 18, {"loss": 1.0}, 102.0)
     assert coordinator.status().version == 21
@@ -49,7 +49,7 @@ def test_the_job_goes_on_after_the_last_step_that_the_router_did() -> None:
 
 def test_numbers_of_events_rise_over_all_that_were_told() -> None:
     coordinator = restored()
-    events, job = coordinator.job_events("job-2", 21 + 4 * 12, 100)
+    events, job = coordinator.jobs.events("job-2", 21 + 4 * 12, 100)
     assert [event.number for event in events] == [job.last_event]
     assert job.last_event > RUNNING.last_event + EVENTS_UNKNOWN
     assert "died and is back; goes on after step 17" in events[0].message
@@ -58,7 +58,7 @@ def test_numbers_of_events_rise_over_all_that_were_told() -> None:
 def test_steps_that_nobody_may_have_heard_of_are_told() -> None:
     reports = (StepTold(96.0, 0.5, {"loss": 2.0}), StepTold(98.5, 0.5, {"loss": 1.5}))
     coordinator = restored(standing=replace(THERE, reports=reports))
-    events, job = coordinator.job_events("job-2", 0, 100)
+    events, job = coordinator.jobs.events("job-2", 0, 100)
     steps = [event for event in events if event.kind == "step"]
     assert [(event.step, event.metrics["loss"], event.time_s) for event in steps] == [(16, 2.0, 96.0), (17, 1.5, 98.5)]
     assert job.step == 17
@@ -66,13 +66,13 @@ def test_steps_that_nobody_may_have_heard_of_are_told() -> None:
 
 def test_request_ids_and_numbers_go_on() -> None:
     coordinator = restored()
-    assert coordinator.submit(CONFIG, "c", 102.0).id == "job-3"
+    assert coordinator.jobs.submit(CONFIG, "c", 102.0).id == "job-3"
     with pytest.raises(AlreadyExists):
-        coordinator.submit(JobConfig(steps=7), "b", 102.0)
-    assert coordinator.submit(CONFIG, "new", 102.0).id == "job-4"
-    assert [job.id for job in coordinator.jobs()] == ["job-4", "job-3", "job-2", "job-1"]
-    assert coordinator.job("job-1") == DONE
-    assert coordinator.job("job-3") == QUEUED
+        coordinator.jobs.submit(JobConfig(steps=7), "b", 102.0)
+    assert coordinator.jobs.submit(CONFIG, "new", 102.0).id == "job-4"
+    assert [job.id for job in coordinator.jobs.newest_first()] == ["job-4", "job-3", "job-2", "job-1"]
+    assert coordinator.jobs.get("job-1") == DONE
+    assert coordinator.jobs.get("job-3") == QUEUED
 
 
 def test_a_job_that_was_about_to_begin_begins() -> None:
@@ -92,20 +92,20 @@ def test_a_job_that_began_after_the_last_word_of_the_journal() -> None:
 def test_all_steps_done_but_not_told() -> None:
     coordinator = restored(standing=replace(THERE, step=40))
     assert next_job(coordinator) == StartJob("job-2", CONFIG, 40)
-    coordinator.job_finished("job-2", 102.0)
-    assert coordinator.job("job-2").state is JobState.SUCCEEDED
+    coordinator.jobs.finished("job-2", 102.0)
+    assert coordinator.jobs.get("job-2").state is JobState.SUCCEEDED
 
 
 def test_a_job_that_was_being_cancelled_is_cancelled() -> None:
     coordinator = restored(Past(jobs=(replace(RUNNING, state=JobState.CANCELLING), QUEUED)))
-    assert coordinator.job("job-2").state is JobState.CANCELLED
+    assert coordinator.jobs.get("job-2").state is JobState.CANCELLED
     assert next_job(coordinator) == StartJob("job-3", CONFIG, 0)
 
 
 def test_a_job_whose_steps_no_actor_has_fails_and_says_so() -> None:
     coordinator = restored(standing=replace(THERE, job=None, step=0))
-    assert coordinator.job("job-2").state is JobState.FAILED
-    assert "no actor has its steps" in coordinator.job("job-2").error
+    assert coordinator.jobs.get("job-2").state is JobState.FAILED
+    assert "no actor has its steps" in coordinator.jobs.get("job-2").error
     assert next_job(coordinator) == StartJob("job-3", CONFIG, 0)
 
 
@@ -115,8 +115,8 @@ def test_with_the_router_dead_too_the_job_waits_for_the_checkpoint() -> None:
     coordinator.actor_lost("r0", 100.0, "killed")
     beat(coordinator, 101.0, ("e0", "e1"))
     assert [type(decision) for decision in coordinator.step(101.0)] == [ActorLost]
-    assert coordinator.can_return
-    waiting = coordinator.waiting_job()
+    assert coordinator.health.can_return
+    waiting = coordinator.jobs.waiting()
     assert waiting is not None
     assert waiting.id == "job-2"
     coordinator.restored(replace(PLACEMENT, epoch=5), 18, {"job-2": 15}, "back", 102.0)
@@ -130,7 +130,7 @@ def test_the_checkpoint_knows_steps_of_which_the_journal_knows_none(steps: dict[
     """It is written when a job begins, and then not at every step."""
     begun = Past(jobs=(DONE, replace(RUNNING, step=0)))
     coordinator = restored(begun, replace(ALONE, can_restore=True))
-    waiting = coordinator.waiting_job()
+    waiting = coordinator.jobs.waiting()
     assert waiting is not None
     assert waiting.id == "job-2"
     coordinator.is_returning = True
@@ -144,15 +144,15 @@ def test_the_checkpoint_knows_steps_of_which_the_journal_knows_none(steps: dict[
 def test_a_checkpoint_of_another_job_fails_the_one_that_waits() -> None:
     coordinator = restored(standing=replace(ALONE, can_restore=True))
     coordinator.restored(replace(PLACEMENT, epoch=5), 3, {}, "back", 102.0)
-    assert coordinator.job("job-2").state is JobState.FAILED
-    assert "not of this job" in coordinator.job("job-2").error
-    assert coordinator.job("job-3").state is JobState.QUEUED
+    assert coordinator.jobs.get("job-2").state is JobState.FAILED
+    assert "not of this job" in coordinator.jobs.get("job-2").error
+    assert coordinator.jobs.get("job-3").state is JobState.QUEUED
 
 
 def test_with_the_router_dead_too_and_no_checkpoint_the_job_fails() -> None:
     coordinator = restored(standing=ALONE)
-    assert coordinator.job("job-2").state is JobState.FAILED
-    assert "there is no checkpoint" in coordinator.job("job-2").error
+    assert coordinator.jobs.get("job-2").state is JobState.FAILED
+    assert "there is no checkpoint" in coordinator.jobs.get("job-2").error
 
 
 def test_operations_that_were_under_way_have_failed() -> None:
@@ -199,7 +199,7 @@ def test_what_a_coordinator_remembers_brings_it_back() -> None:
     again = restored(first.past, replace(THERE, step=18, version=21))
     assert next_job(again) == StartJob("job-2", CONFIG, 18)
     assert [entry.number for entry in again.ledger.entries()] == [1, 2]
-    assert again.job("job-2").last_event > first.job("job-2").last_event
+    assert again.jobs.get("job-2").last_event > first.jobs.get("job-2").last_event
 
 
 # After a restart of everything.
@@ -217,23 +217,23 @@ def started(past: Past, saved: Job | None) -> Coordinator:
 def test_queued_jobs_survive_a_restart_of_everything() -> None:
     coordinator = started(PAST, replace(RUNNING, step=15, last_event=19))
     assert next_job(coordinator) == StartJob("job-2", CONFIG, 15)
-    assert coordinator.job("job-1") == DONE
-    assert coordinator.job("job-3") == QUEUED
-    assert coordinator.job("job-2").last_event > RUNNING.last_event
+    assert coordinator.jobs.get("job-1") == DONE
+    assert coordinator.jobs.get("job-3") == QUEUED
+    assert coordinator.jobs.get("job-2").last_event > RUNNING.last_event
 
 
 def test_a_job_that_is_in_no_checkpoint_begins_anew() -> None:
     for saved in (None, DONE):
         coordinator = started(PAST, saved)
         assert next_job(coordinator) == StartJob("job-2", CONFIG, 0)
-        events, _ = coordinator.job_events("job-2", 0, 10)
+        events, _ = coordinator.jobs.events("job-2", 0, 10)
         assert "begins anew" in events[0].message
 
 
 def test_a_job_that_was_cancelled_after_the_checkpoint_stays_cancelled() -> None:
     for state in (JobState.CANCELLED, JobState.CANCELLING):
         coordinator = started(Past(jobs=(replace(RUNNING, state=state), QUEUED)), replace(RUNNING, step=4))
-        assert coordinator.job("job-2").state is JobState.CANCELLED
+        assert coordinator.jobs.get("job-2").state is JobState.CANCELLED
         assert next_job(coordinator) == StartJob("job-3", CONFIG, 0)
 
 
@@ -248,8 +248,8 @@ def test_a_job_whose_experts_died_with_it_and_are_in_no_checkpoint_fails() -> No
     coordinator.actor_lost("e0", 100.0, "died while the coordinator was away")
     beat(coordinator, 101.0, ("r0", "e1"))
     assert not any(isinstance(decision, StartJob) for decision in coordinator.step(101.0))
-    assert coordinator.job("job-2").state is JobState.FAILED
-    assert "no actor holds" in coordinator.job("job-2").error
+    assert coordinator.jobs.get("job-2").state is JobState.FAILED
+    assert "no actor holds" in coordinator.jobs.get("job-2").error
 
 
 def test_a_job_whose_experts_died_with_it_waits_for_the_checkpoint() -> None:
@@ -257,7 +257,7 @@ def test_a_job_whose_experts_died_with_it_waits_for_the_checkpoint() -> None:
     coordinator.actor_lost("e0", 100.0, "died while the coordinator was away")
     beat(coordinator, 101.0, ("r0", "e1"))
     coordinator.step(101.0)
-    assert coordinator.can_return
+    assert coordinator.health.can_return
     coordinator.restored(replace(PLACEMENT, epoch=5), 18, {"job-2": 15}, "back", 102.0)
     beat(coordinator, 103.0)
     assert coordinator.step(103.0) == [StartJob("job-2", CONFIG, 15)]

@@ -9,7 +9,8 @@ import pytest
 
 from actors.errors import InvalidInput
 from cluster.backend import Operation, OperationState
-from cluster.control.coordinator import Coordinator, ModelFacts
+from cluster.control.coordinator import Coordinator
+from cluster.control.model import ModelFacts
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.underway import UnderWay
 from cluster.placement.placement import ActorSlot, spread

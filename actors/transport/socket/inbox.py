@@ -1,0 +1,127 @@
+"""What reaches a server over the socket and the lines of its links, as messages; and the way back for their answers."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import replace
+
+import zmq
+
+from actors.errors import LinkError, ProtocolError
+from actors.transport import curve
+from actors.transport.curve import LinkKeys
+from actors.transport.message import Message, decode, encode, error_answer
+from actors.transport.payload.attach import Attachments
+from actors.transport.payload.contract import PayloadSettings
+from actors.transport.payload.line import Frames
+from actors.transport.socket.zeromq import has_message, host_id, in_clear_text, new_socket, received
+from actors.values import Address
+
+logger = logging.getLogger(__name__)
+
+MAX_REMEMBERED_LINKS = 4096
+Question = tuple[bytes, Message]
+"""The link that it came over, by zmq's name for it, and what is asked."""
+
+
+class Inbox:
+    """One ROUTER socket bound at two addresses, with the lines of links of this host. Of one thread."""
+
+    def __init__(self, name: str, host: str, max_bytes: int, keys: LinkKeys | None, payload: PayloadSettings) -> None:
+        self._name, self._max_bytes = name, max_bytes
+        self._directory = tempfile.mkdtemp(prefix="moe-")  # which nobody else may enter: mode 0700
+        self._socket = new_socket(zmq.ROUTER, max_bytes)
+        ipc = f"ipc://{self._directory}/link"
+        if keys is not None and keys.on_ipc:
+            curve.secure_server(self._socket, keys)
+        self._socket.bind(ipc)
+        if keys is not None:
+            curve.secure_server(self._socket, keys)
+        port = self._socket.bind_to_random_port(f"tcp://{host}")
+        self.address = Address(host_id(), ipc, f"tcp://{host}:{port}")
+        self._attachments = Attachments(payload, self._directory, takes_messages=in_clear_text(keys))
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._attachments.fileno(), zmq.POLLIN)
+        self._last_id: OrderedDict[bytes, int] = OrderedDict()
+
+    def close(self) -> None:
+        self._attachments.close()
+        self._socket.close(0)
+        with contextlib.suppress(OSError):
+            os.unlink(f"{self._directory}/link")
+        with contextlib.suppress(OSError):
+            os.rmdir(self._directory)
+
+    # -- questions ----------------------------------------------------------------------------------------------------
+
+    def wait(self, timeout_ms: int) -> bool:
+        """Until something has come, or the time is over. -> whether something has."""
+        return bool(self._poller.poll(timeout_ms))
+
+    def has_something(self) -> bool:
+        """Without waiting."""
+        return self._attachments.is_ready() or self.has_message()
+
+    def has_message(self) -> bool:
+        """In zmq, where messages wait until they are taken."""
+        return has_message(self._socket)
+
+    def from_lines(self) -> Iterator[Question]:
+        """All that has come over lines. What cannot be read is answered here."""
+        for sender, frames in self._attachments.look():
+            yield from self._read(sender, frames)
+
+    def from_zmq(self) -> Iterator[Question]:
+        """The next message in zmq, and those that were waiting for it. Only if `has_message`."""
+        sender: bytes = self._socket.recv()
+        frames = received(self._socket) if self._socket.getsockopt(zmq.RCVMORE) else []
+        line = self._attachments.of(sender)
+        try:
+            messages = [frames] if line is None else line.arrived(frames)
+        except ProtocolError as error:
+            logger.warning("refused a message: %s", error)
+            return
+        for message in messages:
+            yield from self._read(sender, message)
+
+    def _read(self, sender: bytes, frames: Frames) -> Iterator[Question]:
+        """The question, unless it cannot be read or has been here before."""
+        peer, line = sender.decode(errors="replace"), self._attachments.of(sender)
+        try:
+            carrier = line.carrier if line is not None else None
+            question = decode(frames, peer=peer, max_bytes=self._max_bytes, carrier=carrier)
+        except LinkError as error:
+            logger.warning("refused a message: %s", error)
+            self.answer(sender, error_answer(error))
+            return
+        if question.id <= self._last_id.get(sender, 0):
+            logger.warning("dropped a duplicate of message %d from %s", question.id, peer)
+            return
+        self._last_id[sender] = question.id
+        self._last_id.move_to_end(sender)
+        if len(self._last_id) > MAX_REMEMBERED_LINKS:
+            self._last_id.popitem(last=False)
+        yield sender, question
+
+    # -- answers ------------------------------------------------------------------------------------------------------
+
+    def introduce(self, sender: bytes, question: Message) -> Message | None:
+        """The answer to a question of the link itself; None to those that are meant for others."""
+        if question.op == "hello":
+            return Message("ok", {"name": self._name, "end": self._attachments.end()}, (), question.id)
+        if question.op == "carry":
+            return replace(self._attachments.begin(sender, question), id=question.id)
+        return None
+
+    def answer(self, sender: bytes, answer: Message) -> None:
+        line = self._attachments.of(sender)
+        rest = encode(answer) if line is None else line.send(encode(answer, line.carrier))
+        if rest is not None:
+            # Without ROUTER_MANDATORY zmq drops an answer whose asker is gone, which is what we want.
+            self._socket.send_multipart([sender, *rest], copy=False)
