@@ -97,10 +97,10 @@ class Keeper:
             found = self._parts.get((snapshot, part))
             return found is not None and found.is_whole
 
-    def keep_only(self, snapshots: Collection[str]) -> None:
-        """All others go."""
+    def drop(self, snapshots: Collection[str]) -> None:
+        """These go. Not named are those that stay: what is told late must not meet a snapshot that was begun since."""
         with self._lock:
-            self._keep_only(snapshots)
+            self._parts = {key: part for key, part in self._parts.items() if key[0] not in snapshots}
 
     def num_bytes(self) -> int:
         """Without the lock: it is asked for by heartbeats."""

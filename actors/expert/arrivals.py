@@ -48,6 +48,7 @@ class Arrivals:
         with lock:
             self.drop(group)
             arrival = self._arriving[group] = _Arrival()
+            self._exchange.expect_updates(group)
         link = self._exchange.open(owner, address)
         try:
             for layer in range(len(self._holdings().stacks)):
@@ -58,7 +59,8 @@ class Arrivals:
                     self._write(arrival, group, layer, answer)
         except BaseException:
             with lock:
-                self.drop(group)
+                if self._arriving.get(group) is arrival:  # else it was given up, and may be on its way again
+                    self.drop(group)
             raise
         finally:
             link.close()

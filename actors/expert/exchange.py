@@ -68,6 +68,8 @@ class Exchange:
         """(kind, attempt, group, layer) -> sender -> gradients."""
         self._updates: dict[tuple[int, int], dict[int, Update]] = {}
         """(group, layer) -> version after it -> update."""
+        self._expected: set[int] = set()
+        """Groups whose updates are wanted. Who owns one goes on sending them after it was given up here."""
 
     def handle(self, peer: str, question: Message) -> Message:
         if question.op in KEEPING:
@@ -153,8 +155,14 @@ class Exchange:
         with self._changed:
             self._changed.wait(timeout_s)
 
+    def expect_updates(self, group: int) -> None:
+        """Until `forget_updates`; before and after it what comes is dropped."""
+        with self._changed:
+            self._expected.add(group)
+
     def forget_updates(self, group: int) -> None:
         with self._changed:
+            self._expected.discard(group)
             self._updates = {key: box for key, box in self._updates.items() if key[0] != group}
 
     def close(self) -> None:
@@ -172,9 +180,11 @@ class Exchange:
     def _put_update(self, question: Message) -> None:
         fields: Any = question.fields
         update = Update(question.tensors, float(fields["lr"]), float(fields["scale"]))
+        group, layer = int(fields["group"]), int(fields["layer"])
         with self._changed:
-            self._updates.setdefault((int(fields["group"]), int(fields["layer"])), {})[int(fields["version"])] = update
-            self._changed.notify_all()
+            if group in self._expected:
+                self._updates.setdefault((group, layer), {})[int(fields["version"])] = update
+                self._changed.notify_all()
 
     def _lost(self, peer: str, error: Exception) -> StepAborted:
         if (link := self._links.pop(peer, None)) is not None:

@@ -27,6 +27,8 @@ class Transaction:
         """By layer, that its last forward of this attempt was computed with."""
         self._saved: dict[tuple[int, int], Saved] = {}
         self._deferred: deque[tuple[int, WeightGradients]] = deque()
+        self._spoilt = ""
+        """Why gradients of this attempt are missing; empty if none are."""
 
     def begins(self, fields: Mapping[str, Any], version: int) -> bool:
         """Admits a message; a new step may start only after the commit of the last. True if it is the first one of an
@@ -66,6 +68,7 @@ class Transaction:
         """The attempt has ended, one way or the other."""
         self._saved.clear()
         self._deferred.clear()
+        self._spoilt = ""
         self.touched.clear()
         self.weights.clear()
         self.spread = Spread()
@@ -86,17 +89,23 @@ class Transaction:
     def check_complete(self) -> None:
         if self._saved:
             raise StepAborted(f"{len(self._saved)} forwards have no backward yet")
+        if self._spoilt:
+            raise StepAborted(f"gradients of this attempt are lost: {self._spoilt}")
 
     def defer(self, layer: int, part: WeightGradients) -> None:
         """Gradients of weights: nobody waits for them before `prepare`."""
         self._deferred.append((layer, part))
 
     def do_deferred(self, stacks: Sequence[ExpertStack]) -> bool:
-        """One piece. False if there was none."""
+        """One piece. False if there was none. What it raises may reach nobody who asks: `check_complete` tells it."""
         if not self._deferred:
             return False
         layer, part = self._deferred.popleft()
-        stacks[layer].accumulate(part)
+        try:
+            stacks[layer].accumulate(part)
+        except Exception as error:
+            self._spoilt = f"{type(error).__name__} in layer {layer}: {error}"
+            raise
         return True
 
     @property

@@ -139,14 +139,23 @@ class Batch:
         prompts = [stream.prompt for stream in streams]
         return Joining(self, streams, lambda: PromptRun(self.served, prompts, chunk, self._last_only))
 
-    def take_in(self, streams: Sequence[Stream], computed: Computed) -> None:
-        """Gives their first tokens, those aside that have ended meanwhile."""
-        tokens = self._chosen(computed.logits_BV, streams)
+    def first_tokens(self, streams: Sequence[Stream], computed: Computed) -> list[int]:
+        return self._chosen(computed.logits_BV, streams)
+
+    def take_in(self, streams: Sequence[Stream], computed: Computed, tokens: Sequence[int]) -> None:
+        """Gives their first tokens, those aside that have ended meanwhile. An error that is raised ends all streams
+        here, since it came while their slots were written."""
         for row, (stream, token) in enumerate(zip(streams, tokens, strict=True)):
             if not stream.ended:
                 stream.give(token, computed.version)
             if not stream.ended:
-                self._slots.add(computed.cache, computed.pasts, len(stream.prompt), row)
+                try:
+                    self._slots.add(computed.cache, computed.pasts, len(stream.prompt), row)
+                except Exception as error:
+                    for lost in streams[row:]:  # nobody else knows of these
+                        if not lost.ended:
+                            lost.fail(error)
+                    raise
                 self.streams.append(stream)
 
     def step(self) -> None:
@@ -197,13 +206,18 @@ class Joining:
 
     def advance(self) -> None:
         """Another chunk, or all that are left where an update waits for them. After the last one the streams are in the
-        batch; an error ends them."""
+        batch; an error ends them, and one that is raised all streams there."""
         try:
             self._advance()
             while not self.is_over and self._run is not None and self._run.is_awaited:
                 self._advance()
+            computed = None if self._run is None else self._run.computed
+            tokens = [] if computed is None else self.batch.first_tokens(self._streams, computed)
         except Exception as error:
             self.fail(error)
+            return
+        if computed is not None:
+            self.batch.take_in(self._streams, computed, tokens)
 
     def fail(self, error: Exception) -> None:
         self._end()
@@ -220,7 +234,6 @@ class Joining:
         self._run.advance()
         if self._run.computed is not None:
             self._end()
-            self.batch.take_in(self._streams, self._run.computed)
 
     def _is_wanted(self) -> bool:
         """Whether any of them is. Those that are not are told, and go along as long as others are."""
@@ -351,11 +364,13 @@ class DecodeLoop:
         return batch
 
     def _fail_all(self, error: Exception) -> None:
+        """Raises nothing, or whoever reads a stream would wait for a thread that is gone. Slots are not touched: a GPU
+        on which something has failed may fail at all that follows."""
         if self._joining is not None:
             self._joining.fail(error)
             self._joining = None
-        for batch in self._batches:
-            batch.fail(error)
+        for stream in [stream for batch in self._batches for stream in batch.streams]:
+            stream.fail(error)
         self._batches = []
         while self._waiting:
             self._waiting.popleft().fail(error)

@@ -67,6 +67,15 @@ class Told:
     """It may be gone back to as long as this run goes on: other weights, and returns to anything else, begin others."""
 
 
+def later(before: Told | None, told: Told) -> Told:
+    """Which of them holds: nobody waits for what actors are told, and it may come in another order."""
+    return told if before is None or _age(told) >= _age(before) else before
+
+
+def _age(told: Told) -> tuple[int, int, float]:
+    return told.run, told.kept.manifest.version, told.kept.manifest.created_s
+
+
 @dataclass(frozen=True)
 class Way:
     """How an actor reaches parts that it does not keep itself."""

@@ -30,6 +30,8 @@ from cluster.placement.placement import ActorSlot
 logger = logging.getLogger(__name__)
 
 TURN_LOOK_S = 0.05
+LEFT_OFF_S = 10.0
+"""For an actor to give up a group that is on its way to it."""
 
 Report = Callable[[float, str], None]
 """(share that is done, what is being done); may raise to stop between two moves."""
@@ -187,11 +189,20 @@ class Changes:
             placement = coordinator.placement
         if not placement.missing:
             self.switch(placement)
+        self._leave_off(arriving)
+
+    def _leave_off(self, arriving: Sequence[tuple[int, str, Any]]) -> None:
+        """Waited for: what is still on its way to an actor then would meet the next try to bring the group there."""
+        deadline = time.monotonic() + LEFT_OFF_S
+        refs: list[tuple[int, str, Any]] = []
         for group, target, _ in arriving:
+            with suppress(Unavailable):  # it is gone, and the group with it
+                refs.append((group, target, self._crew.handle(target).leave_off.remote([group])))
+        for group, target, ref in refs:
             try:
-                self._crew.handle(target).leave_off.remote([group])
-            except Unavailable:
-                logger.info("%s, where group %d was on its way, is gone", target, group)
+                call(target, ref, _remaining(deadline))
+            except MoeClusterError as error:
+                logger.warning("%s was not told to give up group %d: %s", target, group, error)
 
 
 def _remaining(deadline: float) -> float:

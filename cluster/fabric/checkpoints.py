@@ -137,8 +137,10 @@ class Checkpoints:
         self.vault = vault
         self._every_steps, self._state, self._crew = every_steps, state, crew
         self._turn = threading.Lock()
+        self._is_owed = False
+        """One was due while another was being written, and none has been taken since."""
         self._owed_from_s = math.inf
-        """One was due while another was being written, or it failed: from then on (monotonic) it is made up for."""
+        """One failed: from then on (monotonic) it is made up for."""
         self._full = ""
         """Why the last one that was due could not be written; empty if there is room, as far as is known."""
         self._course_lock = threading.Lock()
@@ -164,9 +166,12 @@ class Checkpoints:
         """Between two steps of a job: takes a snapshot when it is time. Waits for room if there was none."""
         if self._full:
             self._wait_for_room(job_id, should_stop)
-        elif self._every_steps and (step % self._every_steps == 0 or time.monotonic() >= self._owed_from_s):
+        elif self._every_steps and (step % self._every_steps == 0 or self._is_late()):
             self._save_beside(job_id)
             self._wait_for_the_first(should_stop)
+
+    def _is_late(self) -> bool:
+        return self._is_owed or time.monotonic() >= self._owed_from_s
 
     def _wait_for_the_first(self, should_stop: Callable[[], bool]) -> None:
         """As long as there is no checkpoint at all there is nothing that lost weights could come back from."""
@@ -205,8 +210,9 @@ class Checkpoints:
 
     def _save_beside(self, job_id: str) -> None:
         if not self._turn.acquire(blocking=False):
-            logger.info("a checkpoint is skipped: the one before is still being written")
-            self._owed_from_s = time.monotonic()
+            if not self._is_owed:
+                logger.info("a checkpoint is late: the one before is still being written")
+            self._is_owed = True
             return
         try:
             taken = self._take(time.monotonic() + SNAPSHOT_TIMEOUT_S)
@@ -223,12 +229,13 @@ class Checkpoints:
             self._full = str(error)
         except MoeClusterError as error:
             self._note_failure(job_id, error)
-        except Exception:
+        except Exception as error:
             logger.exception("a checkpoint was not written")
+            self._note_failure(job_id, error)
         finally:
             self._turn.release()
 
-    def _note_failure(self, job_id: str, error: MoeClusterError) -> None:
+    def _note_failure(self, job_id: str, error: Exception) -> None:
         self._owed_from_s = time.monotonic() + AFTER_FAILURE_S
         logger.warning("no checkpoint: %s", error)
         with self._state.changing() as coordinator:
@@ -272,6 +279,7 @@ class Checkpoints:
     # -- how ----------------------------------------------------------------------------------------------------------
 
     def _take(self, deadline: float) -> SnapshotTaken:
+        self._is_owed = False  # what is due from here on is due after this one
         taken: SnapshotTaken = call(ROUTER, self._crew.router.take_snapshot.remote(), _remaining(deadline))
         return taken
 

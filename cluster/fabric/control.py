@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,8 @@ from cluster.fabric.crew import Crew
 from cluster.fabric.desk import Desk, Known, Wanted, set_up
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.journal import name_for, read_journal
-from cluster.fabric.options import ROUTER
+from cluster.fabric.loops import each
+from cluster.fabric.options import ROUTER, WATCH
 from cluster.fabric.recovery import begin_from, load_experts
 from cluster.fabric.routers import ready_routers
 from cluster.jobs.tokenizer import check_vocabulary, load_tokenizer
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BEAT_S = 0.1
+LOOP = "the coordinator's loop"
 PING_EVERY_S = 2.0
 AGAIN_S = 2.0
 """After an attempt to come back that failed."""
@@ -236,6 +239,7 @@ class ControlWorker:
         self._at.keeper.write_now()
         return job
 
+    @ray.method(concurrency_group=WATCH)
     def job_events(self, job_id: str, after: int, max_events: int, wait_s: float) -> tuple[Sequence[JobEvent], Job]:
         def is_there(coordinator: Coordinator) -> bool:
             events, job = coordinator.jobs.events(job_id, after, max_events)
@@ -349,39 +353,46 @@ class ControlWorker:
     def _ping(self) -> None:
         """Beside all else: loading takes minutes, in which nobody is asked how it is."""
         while not self._stopping.wait(PING_EVERY_S):
-            self._crew.ping()
+            each("the thread of pings", [self._crew.ping])  # actors that hear nothing for long end themselves
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def _loop(self, desk: Desk) -> None:
+        looks: list[Callable[[], object]] = [
+            partial(self._look, desk),
+            partial(self._step, desk),
+            desk.draining.look,
+            desk.routers.look,
+            desk.scaling.heal,
+            desk.recovery.heal,
+            desk.autoscaler.look,
+            desk.rebalancer.look,
+            desk.pins.look,
+        ]
         while not self._stopping.wait(BEAT_S):
-            try:
-                self._look(desk)
-                with desk.state.changing() as coordinator:
-                    decisions = coordinator.step(time.time())
-                for decision in decisions:
-                    self._carry_out(desk, decision)
-                desk.draining.look()
-                desk.routers.look()
-                desk.scaling.heal()
-                desk.recovery.heal()
-                desk.autoscaler.look()
-                desk.rebalancer.look()
-                desk.pins.look()
-            except Exception:  # the loop must survive: without it no job starts and no death is noticed
-                logger.exception("the coordinator's loop stumbled")
+            each(LOOP, looks)
+
+    def _step(self, desk: Desk) -> None:
+        with desk.state.changing() as coordinator:
+            decisions = coordinator.step(time.time())
+        each(LOOP, [partial(self._carry_out, desk, decision) for decision in decisions])
 
     def _look(self, desk: Desk) -> None:
         signs = self._crew.look()
         with desk.state.changing() as coordinator:
             for status in signs.seen:
                 coordinator.actor_seen(status, time.time())
-        for name, reason in signs.dead.items():
-            logger.error("lost %s: %s", name, reason)
-            desk.changes.bury(name, reason)
-        for name, silent_s in signs.frozen.items():
-            self._crew.cut_off(name)
-            desk.changes.bury(name, f"no answer for {silent_s:.1f} s", silent_s)
+        deaths = [partial(self._bury, desk, name, reason) for name, reason in signs.dead.items()]
+        absences = [partial(self._cut_off, desk, name, silent_s) for name, silent_s in signs.frozen.items()]
+        each(LOOP, [*deaths, *absences])
+
+    def _bury(self, desk: Desk, name: str, reason: str) -> None:
+        logger.error("lost %s: %s", name, reason)
+        desk.changes.bury(name, reason)
+
+    def _cut_off(self, desk: Desk, name: str, silent_s: float) -> None:
+        self._crew.cut_off(name)
+        desk.changes.bury(name, f"no answer for {silent_s:.1f} s", silent_s)
 
     def _carry_out(self, desk: Desk, decision: Decision) -> None:
         match decision:

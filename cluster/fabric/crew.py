@@ -106,8 +106,9 @@ class Crew:
             return self._leader
 
     def lead(self, name: str) -> None:
-        """It has been promoted."""
+        """It has been promoted. `Unavailable` if it has died since: nobody would look for another heir."""
         with self._lock:
+            _found(self._routers, name)
             self._leader = name
 
     def routers(self) -> dict[str, tuple[RouterContact, Any]]:
@@ -273,10 +274,12 @@ class Crew:
         return self._next_number, self._next_router
 
     def leave_off(self, groups: dict[str, Sequence[int]]) -> None:
-        """These are not awaited any more by these expert actors."""
+        """These are not awaited any more by these expert actors. It waits until they know, or else what is still on its
+        way to one of them might meet a group that is brought there anew; who does not answer is found out by others."""
         with self._lock:
-            for name, on_their_way in groups.items():
-                self._handles[name].leave_off.remote(on_their_way)
+            refs = [self._handles[name].leave_off.remote(on_their_way) for name, on_their_way in groups.items()]
+        if refs:
+            ray.wait(refs, num_returns=len(refs), timeout=ASK_TIMEOUT_S)
 
     def _learn_nodes(self) -> None:
         names = node_names()
@@ -378,7 +381,9 @@ class Crew:
             end_process(contact.node_id, contact.pid)
 
     def end_all(self) -> None:
-        for handle in self._handles.values():
+        with self._lock:  # others may still be starting actors
+            handles = list(self._handles.values())
+        for handle in handles:
             ray.kill(handle)
 
     def ping(self) -> None:

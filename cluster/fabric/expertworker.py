@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
 
+from actors.errors import StepAborted
 from actors.values import Address
 from cluster.config import ClusterConfig
 from cluster.fabric.contacts import ExpertContact
 from cluster.fabric.measures import Measures
+from cluster.fabric.options import CONTROL
 from cluster.fabric.standing import ExpertStanding, Watch
 from cluster.fabric.workertools import brake_of, import_torch, of_version, open_link, payload_settings, way_of
 
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
     from cluster.checkpoint.memory import Holder, KeptDraft, Told, Way
     from cluster.checkpoint.store import Draft, Found
 
+RESTORE_TURN_S = 600.0
+"""For an earlier return to end."""
+
 
 class ExpertWorker:
     """Holds an `ExpertHost` and serves its links from threads of their own; Ray calls only look after it."""
@@ -35,6 +41,7 @@ class ExpertWorker:
         self._measures = Measures(config.experts.device)
         self._watch = Watch(config)
         self._contact: ExpertContact | None = None
+        self._restoring = threading.Lock()
         self._bind_host = "127.0.0.1" if config.ray.mode == "embedded" else ray.util.get_node_ip_address()
 
     def node_id(self) -> str:
@@ -72,10 +79,12 @@ class ExpertWorker:
         )
         return self._contact
 
+    @ray.method(concurrency_group=CONTROL)
     def ping(self) -> None:
         """There is a coordinator."""
         self._watch.pinged()
 
+    @ray.method(concurrency_group=CONTROL)
     def standing(self) -> ExpertStanding | None:
         """None as long as it has not been loaded."""
         if self._contact is None:
@@ -83,6 +92,7 @@ class ExpertWorker:
         heard_s = self._watch.heard_s
         return ExpertStanding(self._contact, self.vitals(), heard_s)
 
+    @ray.method(concurrency_group=CONTROL)
     def link_keys(self) -> LinkKeys | None:
         """As it was given them: for a coordinator that is new to it."""
         return self._keys
@@ -120,6 +130,7 @@ class ExpertWorker:
         """Brings a group here from its owner, which goes on meanwhile. -> bytes that came."""
         return self._host.placing.arrive(group, owner.name, owner.exchange, self._exchange.address, timeout_s)
 
+    @ray.method(concurrency_group=CONTROL)
     def leave_off(self, groups: Sequence[int]) -> None:
         """Gives up groups that are on their way here."""
         for group in groups:
@@ -141,28 +152,46 @@ class ExpertWorker:
         content = experts_shard(of_version(snapshot, draft))
         return keep_part(draft, self._name, content, self._host.exchange.keeper, peer, self._way())
 
-    def drop_kept(self, but: Sequence[str]) -> None:
-        """Of the snapshots in memory only these stay."""
-        self._host.exchange.keeper.keep_only(but)
+    @ray.method(concurrency_group=CONTROL)
+    def drop_kept(self, snapshots: Sequence[str]) -> None:
+        """Of those in memory these go."""
+        self._host.exchange.keeper.drop(snapshots)
 
+    @ray.method(concurrency_group=CONTROL)
     def remember_kept(self, told: Told) -> None:
         """The last complete one, for the next coordinator."""
-        self._host.exchange.keeper.complete = told
+        from cluster.checkpoint.memory import later
 
+        keeper = self._host.exchange.keeper
+        keeper.complete = later(keeper.complete, told)
+
+    @ray.method(concurrency_group=CONTROL)
     def last_kept(self) -> Told | None:
         told: Told | None = self._host.exchange.keeper.complete
         return told
 
     def restore(self, groups: Sequence[int], found: Found, run: int) -> None:
-        """These groups as they were saved, and nothing else, from now on."""
+        """These groups as they were saved, and nothing else, from now on.
+
+        One at a time, and none of an earlier run: a try that has failed at another actor may still be loading here when
+        the next one begins, and must not be the last to end. `StepAborted` for one that comes too late.
+        """
         from cluster.checkpoint.memory import saved_experts
 
-        with saved_experts(found, self._host.exchange.keeper, self._way()) as saved:
-            self._host.saving.restore(groups, saved, run)
+        if not self._restoring.acquire(timeout=RESTORE_TURN_S):
+            raise StepAborted(f"{self._name} is still at an earlier return after {RESTORE_TURN_S:.0f} s")
+        try:
+            if run < (now := int(self._host.status()["run"])):
+                raise StepAborted(f"a return to run {run} of {self._name}, which is at run {now}")
+            with saved_experts(found, self._host.exchange.keeper, self._way()) as saved:
+                self._host.saving.restore(groups, saved, run)
+        finally:
+            self._restoring.release()
 
     def _way(self) -> Way:
         return way_of(self._open_peer, self._config)
 
+    @ray.method(concurrency_group=CONTROL)
     def cut(self, names: Sequence[str]) -> None:
         """Nothing is waited for from these actors any longer."""
         self._host.exchange.cut(names)
@@ -171,10 +200,12 @@ class ExpertWorker:
         """The data plane's question as a Ray call: what the links are measured against."""
         return self._host.handle("ray", question)
 
+    @ray.method(concurrency_group=CONTROL)
     def vitals(self) -> dict[str, Any]:
         self._watch.vitals_asked()
         return {**self._host.status(), **self._measures.told(), "busy_s": self._server.busy_s}
 
+    @ray.method(concurrency_group=CONTROL)
     def wait_until_death(self) -> None:
         """Does not return: the caller's reference fails the moment this process is gone. Only when another coordinator
         waits here it ends."""

@@ -74,7 +74,11 @@ class JobThreads:
         step: int | None = start_step
         try:
             while step is not None:
-                step = self._run_from(job_id, config, step, stop)
+                try:
+                    step = self._run_from(job_id, config, step, stop)
+                except Exception as error:  # in telling how it ended, or in coming back: it must end all the same
+                    self._stumbled(job_id, error)
+                    step = None
             if not self._closing:
                 self._snapshots.after_job()
                 self._checkpoints.after_job()
@@ -91,12 +95,17 @@ class JobThreads:
         except MoeClusterError as error:
             return self._failed(job_id, error, stop)
         except Exception as error:
-            logger.exception("%s failed", job_id)
-            text = f"{type(error).__name__}: {error}"
-            self._end(lambda coordinator, now: coordinator.jobs.failed(job_id, text, now))
+            self._stumbled(job_id, error)
         else:
             self._end(lambda coordinator, now: coordinator.jobs.finished(job_id, now))
         return None
+
+    def _stumbled(self, job_id: str, error: Exception) -> None:
+        """Nobody expected it. A job whose thread ended without a word would keep all others waiting."""
+        logger.error("%s failed", job_id, exc_info=error)
+        text = f"{type(error).__name__}: {error}"
+        if not self._closing:
+            self._end(lambda coordinator, now: coordinator.jobs.failed(job_id, text, now))
 
     def _run_steps(self, job_id: str, config: JobConfig, step: int, stop: threading.Event) -> None:
         run_job(

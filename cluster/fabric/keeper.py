@@ -8,7 +8,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
+
+from cluster.fabric.loops import each
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +47,13 @@ class NodeKeeper:
 
     def _run(self) -> None:
         while not self._stopping.wait(LOOK_EVERY_S):
-            for name in [name for name in self._first if not self._is_alive(name)]:
-                logger.warning("%s is dead; it is started again in %g s", name, self._after_s)
-                if not self._stopping.wait(self._after_s):
-                    self._revived[name] = self._revive(name)
+            each("the keeper of nodes", [partial(self._look_after, name) for name in self._first])
+
+    def _look_after(self, name: str) -> None:
+        if not self._is_alive(name):
+            logger.warning("%s is dead; it is started again in %g s", name, self._after_s)
+            if not self._stopping.wait(self._after_s):
+                self._revived[name] = self._revive(name)
 
     def _is_alive(self, name: str) -> bool:
         if name in self._revived:

@@ -45,9 +45,10 @@ class Notices:
         self._stopping.set()
 
     def _watch(self) -> None:
-        client = GcsClient(address=ray.get_runtime_context().gcs_address)
+        client: GcsClient | None = None
         while not self._stopping.wait(LOOK_EVERY_S):
             try:
+                client = client or GcsClient(address=ray.get_runtime_context().gcs_address)
                 # Milliseconds, 0 for no deadline. No public call of Ray tells which nodes it drains.
                 ends_ms = client.get_draining_nodes(timeout=TIMEOUT_S)
                 self._latest = News({node_id: ms / 1000 or None for node_id, ms in ends_ms.items()}, node_names())

@@ -24,8 +24,11 @@ NAMESPACE = "moe-cluster"
 COORDINATOR, ROUTER = "coordinator", "router-0"
 """Names of the coordinator and of the first router; checkpoints have the trunk under the latter, whoever leads."""
 
-TRAIN, SERVE, CONTROL = "train", "serve", "control"
-"""Concurrency groups of a router actor."""
+TRAIN, SERVE, FILES, CONTROL = "train", "serve", "files", "control"
+"""Concurrency groups of a router actor, the last one of an expert actor too: there nothing takes long, since an actor
+that does not say how it is for some seconds counts as frozen, and is killed."""
+WATCH = "watch"
+"""One of the coordinator: calls that wait for news. Any number of watchers may keep its threads, and no others."""
 
 
 def coordinator_options(node_id: str, *, may_move: bool) -> dict[str, Any]:
@@ -37,7 +40,8 @@ def coordinator_options(node_id: str, *, may_move: bool) -> dict[str, Any]:
     """
     beside: dict[str, Any] = {"label_selector": {NODE_ID_LABEL: node_id}}
     elsewhere: dict[str, Any] = {"fallback_strategy": [{"label_selector": {}}]} if may_move else {}
-    return {"num_cpus": 0, "max_concurrency": 64, "max_restarts": -1, **beside, **elsewhere}
+    threads = {"max_concurrency": 64, "concurrency_groups": {WATCH: 64}}
+    return {"num_cpus": 0, **threads, "max_restarts": -1, **beside, **elsewhere}
 
 
 def lasting(cluster: str, name: str) -> dict[str, Any]:
@@ -56,7 +60,8 @@ def expert_options(config: ClusterConfig, leaving: Collection[str] = ()) -> dict
         "resources": {EXPERT_RESOURCE: 1},
         "scheduling_strategy": "SPREAD",
         "max_restarts": 0,
-        "max_concurrency": 16,  # one waits for the end; groups arrive while a snapshot is written and vitals are asked
+        "max_concurrency": 16,  # groups arrive, however many, while a snapshot is written
+        "concurrency_groups": {CONTROL: 8},
         "runtime_env": {"env_vars": thread_env(config.experts.threads)},
     }
 
@@ -68,7 +73,7 @@ def router_options(config: ClusterConfig) -> dict[str, Any]:
         "num_gpus": 1 if on_gpu else 0,
         "resources": {ROUTER_RESOURCE: 1},
         "max_restarts": 0,
-        "concurrency_groups": {TRAIN: 1, SERVE: config.router.max_sessions + 8, CONTROL: 8},
+        "concurrency_groups": {TRAIN: 1, SERVE: config.router.max_sessions + 8, FILES: 8, CONTROL: 8},
         "runtime_env": {"env_vars": thread_env(config.router.threads)},
     }
 

@@ -22,6 +22,10 @@ NEWS_AFTER_S = 1.0
 """Routers come and go: so old may be what is known of them."""
 
 
+ANSWER_S = 0.5
+"""Kept for the answer on its way to a caller, so that it learns why before it gives up."""
+
+
 class Reach:
     """One for any number of requests, which it spreads over the routers; however many wait, one asks the
     coordinator."""
@@ -64,8 +68,7 @@ class Reach:
         if is_death(error) and self._routers:
             return
         try:
-            # A little before the caller gives up, so that it learns why.
-            async with asyncio.timeout(0.9 * (deadline - time.monotonic())):
+            async with asyncio.timeout(_patience_s(deadline - time.monotonic())):
                 await asyncio.sleep(AGAIN_S)
                 await asyncio.shield(self._look_beside())
         except TimeoutError:
@@ -86,3 +89,8 @@ class Reach:
                 self._routers, self._looked_s = found, time.monotonic()
                 return
             await asyncio.sleep(LOOK_EVERY_S)
+
+
+def _patience_s(left_s: float) -> float:
+    """Of a caller that gives up in `left_s`."""
+    return max(0.5 * left_s, min(0.9 * left_s, left_s - ANSWER_S))

@@ -122,7 +122,7 @@ class Recovery:
                         with self._state.changing() as coordinator:
                             coordinator.health.can_restore = coordinator.health.is_pristine = False
                         raise
-                    except MoeClusterError as error:
+                    except (MoeClusterError, ray.exceptions.RayError) as error:
                         logger.warning("not back at a checkpoint yet: %s", error)
                         self._tell(str(error))
                     finally:

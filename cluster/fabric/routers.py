@@ -119,8 +119,12 @@ class Routers:
                     logger.error("%s cannot lead: %s", heir, error)
                     self._changes.bury(heir, f"it could not take the lead: {error}")
                     continue
+                try:
+                    self._crew.lead(heir)
+                except Unavailable as error:
+                    logger.error("%s has just been promoted: %s", heir, error)
+                    continue
                 logger.warning("%s leads from version %d on", heir, self._promotions[heir].version)
-                self._crew.lead(heir)
                 with self._state.reading() as coordinator:
                     placement = coordinator.placement
                 if not placement.missing:

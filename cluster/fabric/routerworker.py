@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,8 @@ from cluster.control.model import ModelFacts
 from cluster.fabric.calls import call
 from cluster.fabric.contacts import ExpertContact, RouterContact
 from cluster.fabric.measures import Measures
-from cluster.fabric.options import CONTROL, COORDINATOR, ROUTER, SERVE, TRAIN
+from cluster.fabric.options import CONTROL, COORDINATOR, FILES, ROUTER, SERVE, TRAIN
+from cluster.fabric.sessions import Sessions
 from cluster.fabric.standing import Following, RouterStanding, Watch
 from cluster.fabric.workertools import import_torch, of_version, open_link, payload_settings, way_of
 from cluster.jobs.batches import MicroBatch
@@ -65,7 +67,7 @@ class RouterWorker:
         import_torch(config.router.threads)
         self._name, self._config = name, config
         self._measures = Measures(config.router.device)
-        self._sessions: set[str] = set()
+        self._sessions = Sessions()
         self._watch = Watch(config)
         self._replica: Replica | None = None
         self._following = Following(None, Course(0, 0))
@@ -322,7 +324,7 @@ class RouterWorker:
     def take_snapshot(self, for_peers: bool = False) -> SnapshotTaken:
         return self._router.take_snapshot(for_peers=for_peers)
 
-    @ray.method(concurrency_group=CONTROL)
+    @ray.method(concurrency_group=FILES)
     def keep_snapshot(self, draft: KeptDraft, peer: Holder | None) -> Shard:
         """As of an expert actor."""
         from cluster.checkpoint.memory import keep_part
@@ -333,13 +335,15 @@ class RouterWorker:
         return keep_part(draft, ROUTER, content, self._router.keeper, peer, self._way())
 
     @ray.method(concurrency_group=CONTROL)
-    def drop_kept(self, but: Sequence[str]) -> None:
-        self._router.keeper.keep_only(but)
+    def drop_kept(self, snapshots: Sequence[str]) -> None:
+        self._router.keeper.drop(snapshots)
 
     @ray.method(concurrency_group=CONTROL)
     def remember_kept(self, told: Told) -> None:
         """The last complete one, for the next coordinator."""
-        self._router.keeper.complete = told
+        from cluster.checkpoint.memory import later
+
+        self._router.keeper.complete = later(self._router.keeper.complete, told)
 
     @ray.method(concurrency_group=CONTROL)
     def last_kept(self) -> Told | None:
@@ -349,7 +353,7 @@ class RouterWorker:
     def _way(self) -> Way:
         return way_of(lambda name, at: open_link(name, at, self._name, self._config, self._keys), self._config)
 
-    @ray.method(concurrency_group=CONTROL)
+    @ray.method(concurrency_group=FILES)
     def write_snapshot(self, draft: Draft) -> Shard:
         """As of an expert actor."""
         from cluster.checkpoint.state import write_router
@@ -394,11 +398,9 @@ class RouterWorker:
     def generate(
         self, session: str, prompt: Sequence[int], sampling: Sampling, choice: VersionChoice, timeout_s: float
     ) -> Iterator[TokenEvent]:
-        self._sessions.add(session)
-
-        def is_wanted() -> bool:
-            return session in self._sessions
-
+        if not self._sessions.begin(session):
+            return
+        is_wanted = partial(self._sessions.is_wanted, session)
         events = self._router.serving.generate(
             prompt, sampling, timeout_s=timeout_s, choice=choice, is_wanted=is_wanted
         )
@@ -411,12 +413,13 @@ class RouterWorker:
             if is_wanted():
                 raise
         finally:
-            self._sessions.discard(session)
+            self._sessions.leave(session)
 
     @ray.method(concurrency_group=CONTROL)
     def end_session(self, session: str) -> None:
-        """Its stream ends before the next token or chunk of its prompt. A session that has ended is no error."""
-        self._sessions.discard(session)
+        """Its stream ends before the next token or chunk of its prompt, or never begins. A session that has ended is no
+        error."""
+        self._sessions.end(session)
 
     @ray.method(concurrency_group=SERVE)
     def score(self, ids: Sequence[int], choice: VersionChoice) -> tuple[list[float], int]:
@@ -435,11 +438,11 @@ class RouterWorker:
     def logits(self, ids: MicroBatch) -> Any:
         return self._router.serving.logits(_tensors([ids])[0]).cpu()
 
-    @ray.method(concurrency_group=CONTROL)
+    @ray.method(concurrency_group=FILES)
     def export(self, directory: str) -> list[str]:
         return self._router.export(Path(directory))
 
-    @ray.method(concurrency_group=CONTROL)
+    @ray.method(concurrency_group=FILES)
     def check_same_architecture(self, directory: str) -> None:
         from cluster.fabric.model import check_same_architecture
 

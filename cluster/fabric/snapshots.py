@@ -11,6 +11,7 @@ import logging
 import secrets
 import threading
 import time
+from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 KEEP_TIMEOUT_S = 600.0
 ASK_TIMEOUT_S = 10.0
+MAX_NAMED = 16
+"""Snapshots of before that actors are told to drop, each time: it may be the first time that one hears it."""
 
 
 class Snapshots:
@@ -49,6 +52,8 @@ class Snapshots:
         """One was due while another was on its way: it is made up for."""
         self._lock = threading.Lock()
         self._last: Kept | None = None
+        self._made: deque[str] = deque(maxlen=MAX_NAMED)
+        """Ids of the newest, complete or not."""
         self._era = 0
         """Counts what makes snapshots of before useless: one that was begun before is not taken for complete."""
 
@@ -116,6 +121,7 @@ class Snapshots:
 
         with self._lock:
             draft = KeptDraft(secrets.token_hex(8), taken.version, self._last.id if self._last else "")
+            self._made.append(draft.id)
         keepers = self._keepers()
         writers = {**{name: name for name in taken.actors}, ROUTER: leader}
         if gone := set(writers.values()) - set(keepers):
@@ -152,9 +158,10 @@ class Snapshots:
         return experts | routers
 
     def _drop_others(self) -> None:
-        """Everywhere, also of a snapshot that came to nothing."""
+        """Everywhere, also of a snapshot that came to nothing. By their names, since nobody waits until it is done: the
+        next may be on its way by then."""
         with self._lock:
-            ids = [self._last.id] if self._last else []
+            ids = [each for each in self._made if self._last is None or each != self._last.id]
         for handle in self._everybody():
             with suppress(Unavailable, ray.exceptions.RayError):
                 handle.drop_kept.remote(ids)
@@ -188,6 +195,7 @@ class Snapshots:
             return
         with self._lock:
             self._last = kept
+            self._made.append(kept.id)
         with self._state.changing() as coordinator:
             coordinator.health.can_restore = True
         logger.info("the snapshot of version %d in memory is known again", kept.manifest.version)

@@ -51,14 +51,21 @@ class UnderWay:
                 coordinator.operations.succeeded(self._id, time.time(), prepare_s, stall_s)
             return True
         except Cancelled:
-            cancelled()
+            self._undo(cancelled)
             with self._state.changing() as coordinator:
                 coordinator.operations.cancelled(self._id, time.time())
         except Exception as error:
             is_ours = isinstance(error, MoeClusterError)
             logger.log(logging.WARNING if is_ours else logging.ERROR, "%s failed", self._id, exc_info=not is_ours)
-            failed()
+            self._undo(failed)
             text = str(error) if is_ours else f"{type(error).__name__} in the coordinator; see its log"
             with self._state.changing() as coordinator:
                 coordinator.operations.failed(self._id, text, time.time())
         return False
+
+    def _undo(self, undo: Callable[[], None]) -> None:
+        """The end is told whatever comes of this: while an operation counts as running no other one begins."""
+        try:
+            undo()
+        except Exception:
+            logger.exception("%s is not undone", self._id)

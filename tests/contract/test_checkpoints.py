@@ -128,7 +128,6 @@ class Bench:
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(edge, "call", lambda who, ref, timeout_s: ref())
     monkeypatch.setattr(edge, "ROOM_AGAIN_S", 0.02)
-    monkeypatch.setattr(edge, "AFTER_FAILURE_S", 0.2)
     yield
     for thread in threading.enumerate():
         if thread.name == "checkpoint":
@@ -152,17 +151,19 @@ def test_every_so_many_steps_with_the_step_of_the_job() -> None:
 
 
 def test_steps_do_not_wait_for_writing_and_what_was_skipped_is_made_up_for() -> None:
-    bench = Bench(2)
+    bench = Bench(3)
     bench.storage.go.clear()
-    for number in range(1, 6):
+    for number in range(1, 7):
         bench.step(number)
     assert bench.storage.saved == []
     bench.storage.go.set()
-    assert bench.written(1) == [2]
-    bench.step(6)
-    assert bench.written(2) == [2, 6]
+    assert bench.written(1) == [3]
     bench.step(7)
-    assert bench.written(2) == [2, 6]
+    assert bench.written(2) == [3, 7]
+    bench.step(8)
+    assert bench.written(2) == [3, 7]
+    bench.step(9)
+    assert bench.written(3) == [3, 7, 9]
 
 
 def test_0_steps_means_on_request_only() -> None:
@@ -190,18 +191,20 @@ def test_after_its_end_the_job_is_saved_as_ended() -> None:
     assert (manifest.job["state"], manifest.job["step"], manifest.job["error"]) == ("failed", 1, "because")
 
 
-def test_an_actor_that_cannot_be_reached_costs_a_checkpoint_and_no_step() -> None:
-    bench = Bench(2)
+def test_an_actor_that_cannot_be_reached_costs_a_checkpoint_and_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(edge, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time, sleep=time.sleep))
+    bench = Bench(10)
     bench.crew.fault = PeerLost("gone", peer="e0")
-    bench.step(1)
-    bench.step(2)
+    for number in range(1, 11):
+        bench.step(number)
     assert any("no checkpoint was written: gone" in note for note in bench.notes())
     bench.crew.fault = None
-    bench.step(3)
+    bench.step(11)
     assert bench.written(0) == [], "not at every step"
-    time.sleep(0.2)
-    bench.step(4)
-    assert bench.written(1) == [4]
+    clock[0] += edge.AFTER_FAILURE_S
+    bench.step(12)
+    assert bench.written(1) == [12]
 
 
 def test_one_at_a_time() -> None:

@@ -325,6 +325,18 @@ def test_a_crew_without_a_router_has_no_leader(monkeypatch: pytest.MonkeyPatch) 
         _ = crew.router
 
 
+def test_nobody_leads_who_has_died_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crew_module, "node_names", dict)
+    handle: Any = SimpleNamespace(wait_until_death=SimpleNamespace(remote=lambda: "death"))
+    crew = Crew(CONFIG, "abc")
+    crew.take_over(Survivors({"router-3": (handle, REPLICAS["router_3"])}, "router-3", {}), (0, 1), 8, None)
+    monkeypatch.setattr(crew_module.ray, "kill", lambda handle: None)
+    crew.end(["router-3"])
+    with pytest.raises(Unavailable, match="router-3 has ended meanwhile"):
+        crew.lead("router-3")
+    assert crew.leader == "", "another heir is looked for"
+
+
 # What the coordinator is told.
 
 

@@ -101,7 +101,11 @@ class TestBytes:
         assert send_bytes(channel, path, method, GARBAGE) is Code.INVALID_ARGUMENT
 
     @BY_NAME
-    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(
+        max_examples=40,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
     @given(data=st.binary(max_size=64))
     def test_no_bytes_make_the_front_fail(self, channel, path, method, data):
         assert send_bytes(channel, path, method, data) not in (Code.UNKNOWN, Code.INTERNAL, Code.UNAVAILABLE)

@@ -19,13 +19,14 @@ from actors.compress.settings import CompressionSettings
 from actors.errors import CheckpointError, InvalidInput
 from actors.moe.settings import BalanceSettings
 from actors.optim import OptimizerSettings
+from actors.peer_snapshots import Keeper
 from actors.transport.contract import Link
 from actors.transport.local import LocalLink
 from actors.trunk.model import ModelSource
 from actors.values import Address, Growth, Placement, SnapshotTaken
 from cluster.backend import ActorStatus
 from cluster.checkpoint.manifest import Manifest, Shard
-from cluster.checkpoint.memory import Kept, Way, keep_part, saved_experts, saved_router
+from cluster.checkpoint.memory import Kept, Told, Way, keep_part, later, saved_experts, saved_router
 from cluster.checkpoint.state import experts_shard, router_shard, write_experts, write_router
 from cluster.checkpoint.store import CheckpointStore, Found
 from cluster.config import JobConfig
@@ -74,7 +75,7 @@ class Crew:
         self.router = SimpleNamespace(
             take_snapshot=Remote(lambda for_peers: router.take_snapshot(for_peers=for_peers)),
             keep_snapshot=Remote(lambda draft, peer: self._keep(self.leader, draft, peer)),
-            drop_kept=Remote(lambda ids: router.keeper.keep_only(ids), at_once=True),
+            drop_kept=Remote(lambda ids: router.keeper.drop(ids), at_once=True),
             remember_kept=Remote(lambda told: setattr(router.keeper, "complete", told), at_once=True),
             last_kept=Remote(lambda: router.keeper.complete),
             restore=Remote(self._restore_router),
@@ -102,7 +103,7 @@ class Crew:
             remember_kept=Remote(lambda told: setattr(keeper, "complete", told), at_once=True),
             last_kept=Remote(lambda: keeper.complete),
             keep_snapshot=Remote(lambda draft, peer: self._keep(name, draft, peer)),
-            drop_kept=Remote(host.exchange.keeper.keep_only, at_once=True),
+            drop_kept=Remote(keeper.drop, at_once=True),
             restore=Remote(lambda groups, found, run: self._restore(name, groups, found, run)),
         )
 
@@ -486,12 +487,50 @@ def test_two_generations_at_most(source: ModelSource, tmp_path: Path) -> None:
         assert host.status()["memory_bytes"] == host.state.memory_bytes + host.exchange.keeper.num_bytes()
 
 
+def test_a_drop_that_comes_late_leaves_the_next_snapshot_alone(
+    source: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for it, and an actor has several threads."""
+    with bench(source, tmp_path, every_steps=1) as here:
+        here.train(1)
+        late: list[tuple[Keeper, list[str]]] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(Keeper, "drop", lambda keeper, ids: late.append((keeper, list(ids))))
+            here.train(2)
+        here.train(3)
+        for keeper, ids in late:
+            keeper.drop(ids)
+        kept = here.snapshots.newest()
+        assert kept is not None
+        assert (kept.manifest.version, here.kept_ids) == (3, {kept.id})
+        keepers = {host.name: host.exchange.keeper for host in here.local.hosts}
+        keepers["router-0"] = here.local.router.keeper
+        assert len(late) == len(keepers)
+        assert all(keepers[holder.name].has(kept.id, part) for part, held in kept.holders.items() for holder in held)
+
+
+@pytest.mark.parametrize(
+    ("told", "holds"),
+    [((2, 11, 6.0), True), ((3, 8, 4.0), True), ((2, 10, 5.0), True), ((2, 10, 4.0), False), ((1, 12, 9.0), False)],
+)
+def test_what_an_actor_is_told_late_of_an_earlier_snapshot_does_not_hold(
+    told: tuple[int, int, float], holds: bool
+) -> None:
+    def of(run: int, version: int, created_s: float) -> Told:
+        kept: Any = SimpleNamespace(manifest=SimpleNamespace(version=version, created_s=created_s))
+        return Told(kept, run)
+
+    before, now = of(2, 10, 5.0), of(*told)
+    assert later(None, now) is now
+    assert (later(before, now) is now) is holds
+
+
 def test_the_last_router_comes_back_from_its_peer(source: ModelSource, tmp_path: Path) -> None:
     with bench(source, tmp_path) as here:
         here.train(*range(1, 8))
         before = {name: tensor.clone() for name, tensor in here.local.router.learner.state().items()}
         kept = here.snapshots.newest()
-        here.local.router.keeper.keep_only(())
+        here.local.router.keeper.drop(here.kept_ids)
         here.crew.router_pid = 2  # another process under the same name
         assert here.snapshots.newest() is kept
         assert here.go_back() == 5

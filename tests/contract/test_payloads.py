@@ -166,6 +166,23 @@ def test_a_server_outlives_a_handler_that_raises() -> None:
         link.close()
 
 
+def test_a_question_that_nobody_can_tell_to_be_ready_is_handled_and_keeps_nobody_waiting() -> None:
+    def ready(question: Message) -> bool:
+        """Of what is kept back it is asked again and again."""
+        if question.op == "odd" and asked:
+            raise ZeroDivisionError
+        asked.append(question.op)
+        return question.op != "odd"
+
+    asked: list[str] = []
+    with serving(lambda peer, question: Message(f"did {question.op}"), ready=ready) as server:
+        link = opened(server.address)
+        odd, plain = link.start(Message("odd")), link.start(Message("plain"))
+        assert plain.result(WAIT_S).op == "did plain"
+        assert odd.result(WAIT_S).op == "did odd"
+        link.close()
+
+
 def test_short_and_long_messages_keep_their_order() -> None:
     seen: list[int] = []
 

@@ -107,10 +107,10 @@ def test_a_killed_actor_costs_neither_a_batch_nor_a_request(
     stop = threading.Event()
 
     def serve() -> None:
-        while not stop.is_set():
+        while not stop.is_set() or len(streams) < 2:
             streams.append(text(client))
 
-    thread = threading.Thread(target=serve)
+    thread = threading.Thread(target=serve, daemon=True)
     thread.start()
     wait_for_step(client, job.id, 10)
     victim = kill_an_expert_actor(client)

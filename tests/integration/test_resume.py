@@ -143,7 +143,7 @@ def test_after_kill_9_of_everything_the_job_goes_on_with_another_number_of_actor
         events = finish(client, job.id)
         assert client.status().version == STEPS
         first = min(losses(events))
-        assert 1 < first <= 41
+        assert first > 1, "from a checkpoint, and not from the start"
         assert "resumed version" in events[0].message or any("resumed version" in e.message for e in events)
         same(events, unbroken)
         assert seen == pytest.approx({step: losses(unbroken)[step] for step in seen}, rel=1e-9)

@@ -22,6 +22,8 @@ pytestmark = pytest.mark.timeout(600)  # starting processes that import torch ta
 # With the usual eps AdamW makes 1e-8 of what sums in another order differ by where a gradient is all but 0.
 BATCH = BatchConfig(sequences=3, sequence_length=32, gradient_accumulation=4)
 STEADY = replace(JOB, optimizer=OptimizerConfig(lr=3e-3, eps=1e-4), batch=BATCH)
+LASTING = replace(STEADY, steps=100_000, optimizer=OptimizerConfig(lr=1e-3, eps=1e-4))
+"""Until it is cancelled: it outlasts what a busy machine takes to start a router."""
 SAMPLING = SamplingParams(max_tokens=120, temperature=0.8, top_p=0.95, seed=7)
 
 
@@ -97,21 +99,29 @@ def test_the_leader_dies_under_a_job_and_streams(client: Client, alone: list[Job
     wait_for_routers(client, 2)
 
 
-def test_routers_come_and_go_under_a_job(client: Client, alone: list[JobEvent]) -> None:
-    wait_for_routers(client, 2)
+def test_routers_come_and_go_under_a_job(client: Client) -> None:
+    scale(client, 2)
     client.import_model("same")
     expected = client.score("def main(").logprobs
-    job = client.submit_job(STEADY)
+    job = client.submit_job(LASTING)
     watch_to(client, job.id, 3)
     scale(client, 3)
-    joined = client.get_job(job.id)
+    watch_to(client, job.id, client.get_job(job.id).step + 2)
     scale(client, 1)
-    parted = client.get_job(job.id)
-    assert 3 <= joined.step < parted.step + 1 <= STEADY.steps, "the job must have outlasted both"
-    assert not joined.state.is_final
-    same(finish(client, job.id), alone)
+    last = client.get_job(job.id).step + 2
+    disturbed = steps_to(client, job.id, last)
     client.import_model("same")
     assert client.score("def main(").logprobs == pytest.approx(expected, rel=1e-9)
+    assert disturbed == pytest.approx(steps_to(client, client.submit_job(LASTING).id, last), rel=1e-9)
+
+
+def steps_to(client: Client, job_id: str, last: int) -> dict[int, float]:
+    """Losses of these steps of a job, which is cancelled then."""
+    told = [event for event in watch_to(client, job_id, last) if event.kind == "step"]
+    client.cancel_job(job_id)
+    list(client.watch_job(job_id))
+    assert [event.step for event in told] == list(range(1, last + 1)), "each step is told once"
+    return losses(told)
 
 
 def test_a_replica_freezes_under_a_job(client: Client, alone: list[JobEvent]) -> None:

@@ -32,6 +32,8 @@ class Cast:
         self.left = dict(fates)
         self.asked: list[tuple[str, list[str], int]] = []
         self.switched: list[Placement] = []
+        self.dies = ""
+        """Right after it was promoted."""
 
     def routers(self) -> dict[str, tuple[str, Any]]:
         return {name: (name, SimpleNamespace(promote=self._promoter(name))) for name in self.left}
@@ -44,6 +46,9 @@ class Cast:
         return SimpleNamespace(remote=remote)
 
     def lead(self, name: str) -> None:
+        if self.dies == name:
+            del self.left[name]
+            raise Unavailable(f"{name} has ended meanwhile; try again")
         self.leader = name
 
     def bury(self, name: str, reason: str) -> None:
@@ -81,6 +86,15 @@ def test_the_first_that_can_leads_the_others(monkeypatch: pytest.MonkeyPatch) ->
     assert (cast.leader, list(cast.left)) == ("b", ["b", "c"])
     assert [placement.epoch for placement in cast.switched] == [1]
     assert routers.after("dead", Unavailable("it died")).version == 7
+
+
+def test_an_heir_that_dies_before_anybody_knows_of_it_is_followed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    cast = Cast(a=Promotion(7, None), b=Promotion(8, None))
+    cast.dies = "a"
+    routers = of(cast, monkeypatch)
+    promoted(routers)
+    assert (cast.leader, list(cast.left)) == ("b", ["b"])
+    assert routers.after("dead", Unavailable("it died")).version == 8
 
 
 def test_who_waits_is_told_that_nobody_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,3 +84,23 @@ def test_a_failure_is_undone_first_and_told(error: Exception, told: str) -> None
     assert bench.calls == ["failed"]
     assert bench.operation.state is OperationState.FAILED
     assert told in bench.operation.error
+
+
+@pytest.mark.parametrize("is_cancelled", [True, False])
+def test_the_end_is_told_though_it_cannot_be_undone(is_cancelled: bool) -> None:
+    bench = Bench()
+
+    def work() -> float:
+        if is_cancelled:
+            with bench.state.changing() as coordinator:
+                coordinator.operations.cancel(bench.id, time.time())
+            bench.under_way.report(0.5, "half")
+        raise InvalidInput("is too much", field="actors", value=9)
+
+    def stumble() -> None:
+        raise OSError("no such actor")
+
+    assert not bench.under_way.run(work, cancelled=stumble, failed=stumble)
+    assert bench.operation.state is (OperationState.CANCELLED if is_cancelled else OperationState.FAILED)
+    with bench.state.changing() as coordinator:
+        coordinator.operations.start("scale", 3, "another", time.time())

@@ -116,7 +116,7 @@ class SocketServer:
     def _serve_one(self) -> None:
         sender, question = self._turns.take()
         answer = self._inbox.introduce(sender, question)
-        if answer is None and not self._ready(question):
+        if answer is None and not self._is_ready(question):
             self._kept.append(_Kept(sender, question, time.monotonic() + self._keep_s))
             return
         if answer is None:
@@ -131,10 +131,10 @@ class SocketServer:
     def _answer_kept(self) -> bool:
         """Those that are ready, or have waited for too long. False if there was none."""
         now = time.monotonic()
-        due = [kept for kept in self._kept if now >= kept.until or self._ready(kept.question)]
+        due = [kept for kept in self._kept if now >= kept.until or self._is_ready(kept.question)]
         for kept in due:
             self._kept.remove(kept)
-            if self._ready(kept.question):
+            if self._is_ready(kept.question):
                 started = time.monotonic()
                 self._inbox.answer(kept.sender, self._handle(kept.sender, kept.question))
                 self.busy_s += time.monotonic() - started
@@ -142,6 +142,15 @@ class SocketServer:
                 error = StepAborted(f"{self.name} could not begin with {kept.question.op} for {self._keep_s:.0f} s")
                 self._inbox.answer(kept.sender, replace(error_answer(error), id=kept.question.id))
         return bool(due)
+
+    def _is_ready(self, question: Message) -> bool:
+        """Also of one that nobody can tell it of: its handling says what is wrong with it, while looking at it again in
+        every round would keep all others waiting."""
+        try:
+            return self._ready(question)
+        except Exception:
+            logger.exception("%s cannot tell whether it can begin with %s", self.name, question.op)
+            return True
 
     def _spin(self) -> None:
         until = time.monotonic() + SPIN_S

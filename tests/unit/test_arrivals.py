@@ -1,0 +1,101 @@
+"""A group that is given up on its way, and set out for again at once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from actors.errors import LinkError, StepAborted
+from actors.expert.arrivals import Arrivals
+from actors.expert.exchange import Exchange
+from actors.optim import OptimizerSettings
+from actors.transport.message import Message
+from actors.values import Address
+
+WAIT_S = 10.0
+HERE = Address("host", "ipc://x", "tcp://x")
+LAYER = Message("ok", {"version": 3, "updates": 3, "run": 1, "optimizer": asdict(OptimizerSettings())})
+
+
+class Holdings:
+    """Two layers; what arrives is noted."""
+
+    def __init__(self) -> None:
+        self.stacks = (0, 1)
+        self.arriving: tuple[int, ...] = ()
+        self.written: list[int] = []
+
+    def reserve(self, group: int, settings: OptimizerSettings) -> None:
+        self.arriving = (group,)
+
+    def write(self, group: int, layer: int, tensors: object, updates: int) -> None:
+        assert group in self.arriving
+        self.written.append(layer)
+
+    def free(self, group: int) -> None:
+        self.arriving, self.written = (), []
+
+
+def link(answer: Callable[[int], Message]) -> Any:
+    """To the group's owner, who is asked for one layer after the other."""
+    ask = lambda question, timeout_s: answer(question.fields["layer"])  # noqa: E731
+    return SimpleNamespace(peer="owner", call=ask, close=lambda: None)
+
+
+def unreachable(name: str, address: Address) -> Any:
+    raise LinkError("nobody is there", peer=name)
+
+
+def update(group: int, version: int) -> Message:
+    fields = {"group": group, "layer": 0, "version": version, "lr": 0.1, "scale": 1.0}
+    return Message("update", fields, (torch.ones(1),))
+
+
+def test_one_that_was_given_up_does_not_take_the_next_with_it() -> None:
+    holdings: Any = Holdings()
+    asked, go_on = threading.Event(), threading.Event()
+
+    def late(layer: int) -> Message:
+        asked.set()
+        assert go_on.wait(WAIT_S)
+        return LAYER
+
+    def meanwhile(layer: int) -> Message:
+        if layer == 1:
+            go_on.set()
+            with pytest.raises(StepAborted, match="given up on its way"):
+                first.result(WAIT_S)
+        return LAYER
+
+    links = [link(meanwhile), link(late)]
+    exchange = Exchange("expert-1", lambda name, address: links.pop(), timeout_s=1.0)
+    arrivals, lock = Arrivals(exchange, lambda: holdings), threading.Lock()
+    bring = lambda: arrivals.bring(lock, 5, "owner", HERE, HERE, WAIT_S)  # noqa: E731
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(bring)
+        assert asked.wait(WAIT_S)
+        with lock:
+            arrivals.drop(5)
+        bring()
+    assert holdings.written == [0, 1]
+    assert arrivals.behind([5], 3, 1) == []
+
+
+def test_updates_of_a_group_that_nobody_waits_for_are_dropped() -> None:
+    """Its owner sends them after every step."""
+    exchange = Exchange("expert-1", unreachable, timeout_s=1.0)
+    assert exchange.handle("owner", update(5, 1)).op == "ok"
+    exchange.expect_updates(5)
+    exchange.handle("owner", update(5, 2))
+    assert exchange.update(5, 0, 1) is None
+    assert exchange.update(5, 0, 2) is not None
+    exchange.forget_updates(5)
+    exchange.handle("owner", update(5, 3))
+    assert exchange.update(5, 0, 3) is None

@@ -1,0 +1,119 @@
+"""Whoever reads a stream is told of its end, also where what decodes is broken; and the next stream is served."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from actors.router.batch import Batch, DecodeLoop, Stream
+from actors.router.served import Served
+from actors.values import Sampling
+
+WAIT_S = 10.0
+VOCABULARY = 4
+
+
+class Model:
+    """Every next token is 0."""
+
+    def get_input_embeddings(self) -> Any:
+        return SimpleNamespace(weight=torch.zeros(1))
+
+    def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, VOCABULARY), past_key_values=None)
+
+
+class Slots:
+    """What a batch wants of its slots."""
+
+    pasts = None
+    num_free = 2
+
+    def __init__(self, **faults: Exception) -> None:
+        self.faults = faults
+        self.lengths: list[int] = []
+
+    def add(self, cache: object, pasts: object, length: int, row: int) -> None:
+        self._raise("add")
+        self.lengths.append(length)
+
+    def remove(self, slot: int) -> None:
+        self._raise("remove")
+        self.lengths.pop()
+
+    def _raise(self, what: str) -> None:
+        if (fault := self.faults.get(what)) is not None:
+            raise fault
+
+
+@contextmanager
+def guard(length: int, pasts: object) -> Iterator[Callable[[], int]]:
+    yield lambda: 1
+
+
+def served(new_pasts: Callable[[], None] = lambda: None) -> Served:
+    model: Any = Model()
+    return Served(lambda: model, guard, new_pasts, key=new_pasts.__name__, is_lasting=True)
+
+
+def forward(model: object, slots: Slots, tokens: Sequence[int]) -> torch.Tensor:
+    return torch.zeros(len(tokens), VOCABULARY)
+
+
+class Bench:
+    """A loop whose first batch has these slots; those after it are whole."""
+
+    def __init__(self, slots: Slots) -> None:
+        self._slots = [slots]
+        self.loop = DecodeLoop(self._new_batch, linger_s=0.01)
+        self.pool = ThreadPoolExecutor(2)
+
+    def _new_batch(self, served: Served) -> Batch:
+        slots: Any = self._slots.pop() if self._slots else Slots()
+        step: Any = forward
+        return Batch(served, slots, step, {})
+
+    def read(self, served: Served) -> list[int]:
+        """In time, or not at all."""
+        stream = Stream(served, [1, 2], Sampling(max_tokens=3), 3, frozenset())
+        return [event.token for event in self.pool.submit(lambda: list(self.loop.run(stream))).result(WAIT_S)]
+
+    def until_it_rests(self) -> None:
+        deadline = time.monotonic() + WAIT_S
+        while not (self.loop._is_resting or self.loop._thread is None):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=False)
+        self.loop.close()
+
+
+def no_room() -> None:
+    raise RuntimeError("no memory")
+
+
+@pytest.mark.parametrize(
+    ("slots", "first"),
+    [
+        (Slots(add=RuntimeError("no memory")), served()),
+        (Slots(), served(no_room)),
+        (Slots(remove=RuntimeError("no memory")), served()),
+    ],
+)
+def test_a_stream_whose_slot_breaks_ends_and_the_next_is_served(slots: Slots, first: Served) -> None:
+    with closing(Bench(slots)) as bench:
+        if "remove" in slots.faults:  # after its last token, and again for whoever clears up after that
+            assert bench.read(first) == [0, 0, 0]
+        else:
+            with pytest.raises(RuntimeError, match="no memory"):
+                bench.read(first)
+        bench.until_it_rests()  # whoever waits when something breaks is told of it, too
+        assert bench.read(served()) == [0, 0, 0]
