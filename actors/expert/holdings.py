@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from actors.errors import InvalidInput
 from actors.expert.residency import Quarters, residency
-from actors.moe.experts import ExpertStack, Weights
-from actors.moe.optimizer import GroupOptimizer
+from actors.moe.experts import Between, ExpertStack, Weights, pieces_of
+from actors.moe.optimizer import GroupOptimizer, catch_up_together
 from actors.optim import OptimizerSettings, square_sum_of
 from actors.snapshots import KINDS, ExpertKey, SavedState, Snapshot, to_host
 
@@ -63,8 +63,16 @@ class _Group:
 
 
 class Holdings:
-    def __init__(self, quarters: Quarters, groups: Sequence[int], load: LoadLayer) -> None:
+    def __init__(
+        self,
+        quarters: Quarters,
+        groups: Sequence[int],
+        load: LoadLayer,
+        is_own: Callable[[int], bool] = lambda group: True,
+    ) -> None:
+        """`is_own`: whether nobody else has to update the group alike."""
         self._group_size = quarters.group_size
+        self._is_own = is_own
         self.settings = OptimizerSettings()
         self._places: list[int | None] = list(groups)
         """Group at each place of the stacks."""
@@ -122,9 +130,8 @@ class Holdings:
     def share(self) -> list[Weights]:
         """By layer, the weights of all places as they are now, the caller's to keep: what is written from now on is
         written elsewhere, layer by layer, when it comes to that. Not with an expert cache."""
-        for group in self._groups:
-            for layer in range(len(self.stacks)):
-                self._catch_up(group, layer)
+        for layer in range(len(self.stacks)):
+            self._catch_up(layer, dict.fromkeys(self._groups))
         self._shared = set(range(len(self.stacks)))
         return [stack.weights for stack in self.stacks]
 
@@ -174,8 +181,8 @@ class Holdings:
     def _parts(self, group: int, layer: int) -> list[Tensor]:
         """Gradients, or those parts of them that may be other than zero."""
         candidates, gradients = self._candidates(group, layer), self._gradients(group, layer)
-        if candidates is None or (candidates and self.settings.sparse == "exact"):
-            return gradients  # whole, so that the sum is to the bit that of `none`
+        if candidates is None:
+            return gradients
         return [gradient[expert] for gradient in gradients for expert in candidates]
 
     def update(self, lr: float, scale: float) -> None:
@@ -226,16 +233,21 @@ class Holdings:
         if self.settings.sparse != "exact":
             return
         size = self._group_size
-        for i, group in enumerate(self.groups):
-            self._catch_up(group, layer, [e for e, n in enumerate(counts_E[i * size : (i + 1) * size]) if n])
+        wanted = {
+            group: [e for e, n in enumerate(counts_E[i * size : (i + 1) * size]) if n]
+            for i, group in enumerate(self.groups)
+        }
+        self._catch_up(layer, wanted)
 
-    def _catch_up(self, group: int, layer: int, experts: Sequence[int] | None = None) -> None:
-        optimizer = self._groups[group].optimizer
-        if optimizer.is_behind(layer, experts):
+    def _catch_up(self, layer: int, wanted: Mapping[int, Sequence[int] | None]) -> None:
+        """These experts of each group; None: all."""
+        optimizers = {group: self._groups[group].optimizer for group in wanted}
+        behind = [group for group, experts in wanted.items() if optimizers[group].is_behind(layer, experts)]
+        if behind:
             self._residency.settle()
             self._own(layer)
-            optimizer.catch_up(layer, experts)
-            self._residency.changed([self._places.index(group)])
+            catch_up_together([(optimizers[group], wanted[group]) for group in behind], layer)
+            self._residency.changed([self._places.index(group) for group in behind])
 
     def take_gradients(self) -> list[TakenGradients]:
         """By layer, of each held group: the caller's until `give_back`. What comes from now on is accumulated
@@ -254,21 +266,23 @@ class Holdings:
             for stack, stacked in zip(self.stacks, taken, strict=True)
         ]
 
-    def give_back(self, layer: int, taken: TakenGradients) -> None:
+    def give_back(self, layer: int, taken: TakenGradients, between: Between | None = None) -> None:
         """They have been used. From any thread."""
         for gradient in taken.stacked.values():
-            gradient.zero_()
+            for (part,) in pieces_of((gradient,), between):
+                part.zero_()
         self.stacks[layer].give_back(taken.stacked)
 
-    def updated(self, layer: int, steps: Mapping[int, Sequence[LayerStep]]) -> Weights:
+    def updated(self, layer: int, steps: Mapping[int, Sequence[LayerStep]], between: Between | None = None) -> Weights:
         """Copy-on-write: the layer's weights after these steps of each group, one after the other, in new tensors.
 
         Forwards and backwards may go on beside it, in other threads, with the weights of before: until the caller lets
         the stack `switch`, which has to be next. Nothing else may touch the layer's weights and moments meanwhile.
+        `between` is called between pieces of the work.
         """
         stack = self.stacks[layer]
         self._shared.discard(layer)
-        fresh = stack.fresh()
+        fresh = stack.fresh(between)
         for group, held in self._groups.items():  # also those that arrive or leave
             for name, parameter in held.parameters[layer].items():
                 parameter.data = fresh[name][self._span(group)]
@@ -278,7 +292,7 @@ class Holdings:
                 then = None if step.then is None else {name: step.then[name][span] for name in stack.names}
                 gradients = dict(zip(stack.names, step.gradients, strict=True))
                 self._groups[group].optimizer.step(
-                    layer, gradients, step.lr, step.scale, num_updates=step.merged, then=then
+                    layer, gradients, step.lr, step.scale, num_updates=step.merged, then=then, between=between
                 )
         return fresh
 
@@ -297,9 +311,8 @@ class Holdings:
             raise InvalidInput("a group is on its way here", field="group", value=self.arriving)
         self._residency.train()
         self.free_leaving()
-        for number in self._groups:
-            for layer in range(len(self.stacks)):
-                self._catch_up(number, layer)
+        for layer in range(len(self.stacks)):
+            self._catch_up(layer, dict.fromkeys(self._groups))
         self.settings = settings
         self.drop_gradients()
         for stack in self.stacks:
@@ -343,7 +356,7 @@ class Holdings:
 
     def _tensors(self, group: int, layer: int) -> tuple[list[Tensor], int]:
         tensors: list[Tensor] = []
-        self._catch_up(group, layer)
+        self._catch_up(layer, {group: None})
         held = self._groups[group]
         for name, parameter in held.parameters[layer].items():
             zeros = torch.zeros_like(parameter)
@@ -432,7 +445,7 @@ class Holdings:
         def new_moments(layer: int, name: str) -> tuple[Tensor, Tensor]:
             return self._residency.moments(self._places.index(group), layer, name)
 
-        return GroupOptimizer(self.settings, parameters, new_moments)
+        return GroupOptimizer(self.settings, parameters, new_moments, lambda: self._is_own(group))
 
     def _rebind(self) -> None:
         """The stacks lie elsewhere now; parameters stay the same objects, as the optimizers know them."""

@@ -17,7 +17,7 @@ They share a `State`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -138,10 +138,15 @@ class ExpertHost:
 
         def handle() -> Message:
             self._admission.wait(question)
-            with self.state.lock:
+            with self.state.lock, self._before_updates(question):
                 return handler(question)
 
         return answered(self.name, peer, question, handle)
+
+    def _before_updates(self, question: Message) -> AbstractContextManager[None]:
+        """Of what is made beside it: a router waits for these answers."""
+        waited_for = question.op in ("forward", "backward", "prepare") and lane(question) == "training"
+        return self.updates.first() if waited_for else nullcontext()
 
     def ready(self, question: Message) -> bool:
         """Whether `handle` would answer at once, and not wait for updates. From any thread."""
@@ -150,7 +155,7 @@ class ExpertHost:
     def idle(self) -> bool:
         """Does one piece of deferred work, between questions. False when none is left."""
         state = self.state
-        with state.lock:
+        with state.lock, state.updates.first():
             if not state.step.do_deferred(state.holdings.stacks):
                 state.arrivals.catch_up()
             return state.step.has_deferred

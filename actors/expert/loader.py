@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ class HoldingsLoader:
     def __init__(self, source: ModelSource, quarters: Quarters) -> None:
         self._source = source
         self.quarters = quarters
+        self.is_own: Callable[[int], bool] = lambda group: True
+        """Whether nobody else has to update a group alike, at the time of the call."""
 
     def check_settings(self, settings: OptimizerSettings) -> None:
         """`InvalidInput` for those that these holdings cannot be trained with."""
@@ -41,7 +43,7 @@ class HoldingsLoader:
             experts = [g * size + i for g in groups for i in range(size)]
             return reader.expert_tensors(model.layers[layer].name, experts)
 
-        return Holdings(self.quarters, groups, load_layer)
+        return Holdings(self.quarters, groups, load_layer, self.is_own)
 
     def blank(self, groups: Sequence[int]) -> Holdings:
         """To be written to."""
@@ -51,4 +53,4 @@ class HoldingsLoader:
             shapes = model.layers[layer].shapes()
             return {name: torch.zeros(count, *shape, dtype=model.dtype) for name, shape in shapes.items()}
 
-        return Holdings(self.quarters, groups, zeros)
+        return Holdings(self.quarters, groups, zeros, self.is_own)

@@ -26,6 +26,7 @@ class State:
     ) -> None:
         self.name = name
         self.loader = loader
+        loader.is_own = self.is_own
         self.quarters = loader.quarters
         self.lock = threading.Lock()
         """Held around every question and every control call."""
@@ -59,6 +60,11 @@ class State:
     def owned(self) -> list[int]:
         """Groups that are held here and copied elsewhere, if anywhere."""
         return self.copies.owned(self.groups)
+
+    def is_own(self, group: int) -> bool:
+        """Whether nobody else has to update it alike. What arrives or leaves is somebody else's too."""
+        is_alone = group in self.groups and bool(self.copies.alone([group]))
+        return is_alone and group not in self.followers.groups
 
     @property
     def staleness(self) -> int:

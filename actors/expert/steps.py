@@ -81,7 +81,7 @@ class Steps:
     def _put_update(self, step: int, lr: float, scale: float) -> None:
         """The gradients of this step go; those of the next begin at zero."""
         state = self._state
-        own = frozenset(state.copies.alone(state.groups)) - state.followers.groups
+        own = frozenset(group for group in state.groups if state.is_own(group))
         then = dict(state.step.weights) if state.holdings.settings.delay_correction else {}
         self._merged_before = state.updates.num_merged
         state.updates.put(PendingUpdate(step, lr, scale, state.holdings.take_gradients(), own, then))

@@ -7,6 +7,11 @@ A layer's *lag* is the number of committed updates that are not in it yet, its v
 training forward of step t is computed on a layer whose version is at least t - 1 - s, s the job's staleness: one that
 comes too early waits. Nothing else waits for updates, but what reads or changes whole groups, which `drain`s first.
 
+Where both compute on the same cores the thread gives way: while a training question is computed it stops after the
+piece at hand, some experts' part of a parameter, until the question is answered. So updates take the time in which the
+router computes, and a question takes no longer for them. Once somebody waits for updates they are made beside
+everything.
+
 The thread takes all that is pending at a time. Steps of a group become one then (`merged`), except where its copies or
 followers elsewhere must make the very same updates: those are made one after the other.
 """
@@ -30,6 +35,9 @@ from actors.expert.holdings import Holdings, LayerStep, TakenGradients
 from actors.moe.experts import Weights
 
 logger = logging.getLogger(__name__)
+
+GIVE_WAY_S = 1.0
+"""That a piece of an update is put off at most."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +99,12 @@ class Brake:
     """So many updates stay pending as long as nobody drains, and none are merged: every run has the same staleness."""
 
     @contextmanager
-    def slowing(self) -> Iterator[None]:
-        """Around what computes an update, or a part of it."""
-        started = time.monotonic()
+    def slowing(self, clock: Callable[[], float] = time.monotonic) -> Iterator[None]:
+        """Around what computes an update, or a part of it; `clock` tells the seconds that it takes."""
+        started = clock()
         yield
         if self.factor > 1:
-            time.sleep((self.factor - 1) * (time.monotonic() - started))
+            time.sleep((self.factor - 1) * (clock() - started))
 
     def wait(self) -> None:
         """Before an update."""
@@ -128,6 +136,16 @@ class Updates:
         self._num_switched = 0
         """Layers that have the batch already."""
         self._draining = 0
+        self._waiting = 0
+        """Threads that need updates before they go on."""
+        self._is_wanted = False
+        """A question was told to come again later; until the updates of now are made."""
+        self._foreground = 0
+        """Training questions that are being computed."""
+        self._gives_way = False
+        """The thread is waiting for them."""
+        self._given_s = 0.0
+        """How long it has, since the start."""
         self._failure: Exception | None = None
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -163,11 +181,14 @@ class Updates:
     def admits(self, layer: int, max_lag: int) -> bool:
         """Whether a forward need not wait, be it since updates have failed and it had better be told."""
         with self._changed:
-            return self._failure is not None or self._lag(layer) <= max_lag
+            is_admitted = self._failure is not None or self._lag(layer) <= max_lag
+            if not is_admitted:
+                self._go_on()
+            return is_admitted
 
     def wait(self, layer: int, max_lag: int) -> None:
         """Until the layer's lag is no larger. `StepAborted` if it stays so."""
-        with self._changed:
+        with self._changed, self._waited_for():
             if not self._changed.wait_for(
                 lambda: self._failure is not None or self._lag(layer) <= max_lag, self._timeout_s
             ):
@@ -176,6 +197,34 @@ class Updates:
                     f"{max_lag} are allowed"
                 )
         self.check()
+
+    @contextmanager
+    def _waited_for(self) -> Iterator[None]:
+        self._waiting += 1
+        self._changed.notify_all()
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+
+    def _go_on(self) -> None:
+        """Whatever is being computed."""
+        self._is_wanted = True
+        if self._gives_way:
+            self._changed.notify_all()
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """Around what a router waits for: updates give way to it."""
+        with self._changed:
+            self._foreground += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._foreground -= 1
+                if self._gives_way:
+                    self._changed.notify_all()
 
     def check(self) -> None:
         """Raises if an update could not be made: nothing that is computed here would be right."""
@@ -211,7 +260,7 @@ class Updates:
 
     def drop(self) -> None:
         """What is pending will not be made: all groups are about to be replaced. `StepAborted` as from `drain`."""
-        with self._changed:
+        with self._changed, self._waited_for():
             self._pending.clear()
             if not self._changed.wait_for(lambda: not self._batch, self._timeout_s):
                 raise StepAborted(f"{self._name} is still at an update after {self._timeout_s:.0f} s")
@@ -255,7 +304,7 @@ class Updates:
                 if not self.brake.hold:
                     self._pending.clear()
             failure: Exception | None = None
-            started = time.monotonic()
+            started = self._clock()
             try:
                 self._make(self._batch)
                 self.on_made()
@@ -263,8 +312,9 @@ class Updates:
                 logger.exception("%s failed in an update", self._name)
                 failure = error
             with self._changed:
-                self.busy_s += time.monotonic() - started
+                self.busy_s += self._clock() - started
                 self._batch = []
+                self._is_wanted = False
                 self._failure = self._failure or failure
                 self._changed.notify_all()
 
@@ -275,16 +325,34 @@ class Updates:
         for layer, stack in enumerate(holdings.stacks):
             if self._closed:
                 return
-            with self.brake.slowing(), self._beside.after([update.summed for update in batch]):
-                fresh = holdings.updated(layer, _steps_of(batch, layer, merging))
+            between = self._give_way if self._beside.shares_cores else None
+            with self.brake.slowing(self._clock), self._beside.after([update.summed for update in batch]):
+                fresh = holdings.updated(layer, _steps_of(batch, layer, merging), between)
             self._beside.hand_over(fresh.values())
             for update in batch:
-                holdings.give_back(layer, update.gradients[layer])
+                holdings.give_back(layer, update.gradients[layer], between)
             with self._changed:
                 stack.switch(fresh)
                 self._num_switched = layer + 1
                 self._changed.notify_all()
         self.num_merged += len(batch) - 1 if merging else 0
+
+    def _give_way(self) -> None:
+        """Between two pieces."""
+        if not self._foreground:  # read without the lock: the next piece is soon
+            return
+        with self._changed:
+            self._gives_way, began = True, time.monotonic()
+            self._changed.wait_for(lambda: not self._foreground or self._must_go_on(), GIVE_WAY_S)
+            self._gives_way = False
+            self._given_s += time.monotonic() - began
+
+    def _clock(self) -> float:
+        """Seconds, but for those in which the thread gave way."""
+        return time.monotonic() - self._given_s
+
+    def _must_go_on(self) -> bool:
+        return bool(self._closed or self._draining or self._waiting or self._is_wanted)
 
 
 class _Beside:
@@ -294,6 +362,11 @@ class _Beside:
         self._device = device
         self._main: Any = None
         self._stream: Any = None
+
+    @property
+    def shares_cores(self) -> bool:
+        """With forwards and backwards."""
+        return self._device.type != "cuda"
 
     def mark(self) -> Any:
         """By the host's thread: what it has launched so far."""

@@ -29,6 +29,28 @@ whoever holds the mapping has one version of the layer for as long as needed, wh
 holds the mapping its tensors are used again, so they must not be kept without it."""
 
 
+Between = Callable[[], None]
+"""Called between pieces of long work beside other work: some experts' part of a parameter is one."""
+PIECE = 1 << 18
+"""Elements of a piece, where an expert's part is smaller: a fraction of a millisecond, and many times the call."""
+
+
+def pieces_of(tensors: Sequence[Tensor], between: Between | None) -> Iterator[Sequence[Tensor]]:
+    """Of tensors [E, ...], some experts' part of each at a time. Without `between` all at once."""
+    if between is None:
+        yield tensors
+        return
+    size = experts_in_a_piece(tensors[0])
+    for parts in zip(*(tensor.split(size) for tensor in tensors), strict=True):
+        yield parts
+        between()
+
+
+def experts_in_a_piece(tensor: Tensor) -> int:
+    """Of [E, ...]."""
+    return max(1, PIECE // max(1, tensor[:1].numel()))
+
+
 class _Version(dict[str, Tensor]):
     """Weights that `weakref` can tell the end of."""
 
@@ -173,13 +195,17 @@ class ExpertStack(nn.Module):
         for name, tensor in weights.items():
             self._parameter(name).data = tensor
 
-    def fresh(self) -> dict[str, Tensor]:
+    def fresh(self, between: Between | None = None) -> dict[str, Tensor]:
         """A copy of the weights, to be written and given to `switch`. From one thread at a time."""
         with torch.no_grad():
+            weights = self._weights
             if not self._spare_weights:
-                return {name: tensor.clone() for name, tensor in self._weights.items()}
+                return {name: tensor.clone() for name, tensor in weights.items()}
             spare = self._spare_weights.pop()
-            return {name: spare[name].copy_(tensor) for name, tensor in self._weights.items()}
+            for name, tensor in weights.items():
+                for own, other in pieces_of((spare[name], tensor), between):
+                    own.copy_(other)
+            return spare
 
     def gradient(self, name: str) -> Tensor:
         return _grad(self._parameter(name))

@@ -1,12 +1,11 @@
 """How the parameters of one expert group are updated: AdamW or Muon, all experts or only those with a gradient.
 
 `sparse` of the job says what becomes of an expert whose gradient is zero in a step, since no token came to it:
-`none`: it is stepped like the others. `exact`: its steps are put off until its state is wanted and then made one after
-the other, in pieces that stay in the processor's cache. They are the very steps of `none`, so nothing differs by a bit
-where an expert's tensors fill whole cache lines, elsewhere by the last digit; copies on several actors stay equal in
-any case, whenever each of them makes the steps. It saves work for experts that are not wanted for long. `skip`: weights
-and moments are left alone, and AdamW's correction of the moments counts the steps of the run, as
-`torch.optim.SparseAdam` does.
+`none`: it is stepped like the others. `exact`: its steps are put off until its state is wanted, and then made as few
+that do the same (`actors.moe.missed`): weights differ from those of `none` by their last digits. Where other actors
+make the same updates they are the very steps of `none`, one after the other in pieces that stay in the processor's
+cache, so that copies stay equal to the bit, whenever each of them makes the steps. `skip`: weights and moments are left
+alone, and AdamW's correction of the moments counts the steps of the run, as `torch.optim.SparseAdam` does.
 
 Not thread-safe.
 
@@ -17,21 +16,24 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from actors.moe.delay import compensate_
+from actors.moe.experts import Between, experts_in_a_piece
+from actors.moe.missed import Owed, Row, Step
 from actors.moe.muon import muon_
 from actors.optim import OptimizerSettings, decays
 
 NewMoments = Callable[[int, str], tuple[Tensor, Tensor]]
 """(layer, name) -> memory for both, zeros."""
 
-PIECE = 1 << 17
-"""Elements that are stepped again and again: with their moments 1.5 MB in float32."""
+PROBE = 1024
+"""Elements of a gradient that are looked at first: where they are not zero nobody need read on."""
+CACHE_LINE_BYTES = 64
+"""AdamW computes the elements of a whole one together; what is left over it rounds otherwise."""
 MAX_BEHIND = 256
 """Steps that are put off at most."""
 
@@ -61,29 +63,36 @@ class _Part:
     is_muon: bool
 
     def of(self, expert: int) -> _Part:
-        row = slice(expert, expert + 1)
-        then = None if self.then is None else self.then[row]
-        return replace(
-            self,
-            weight=self.weight[row],
-            gradient=self.gradient[row],
-            first=self.first[row],
-            second=self.second[row],
-            then=then,
-        )
+        return self._of(slice(expert, expert + 1))
 
-    def without_gradient(self, elements: slice) -> _Part:
-        weight, first, second = (t.view(-1)[elements] for t in (self.weight, self.first, self.second))
-        return _Part(weight, torch.zeros_like(weight), first, second, None, self.decays, self.is_muon)
+    def _of(self, row: slice) -> _Part:
+        then = None if self.then is None else self.then[row]
+        tensors = self.weight[row], self.gradient[row], self.first[row], self.second[row], then
+        return _Part(*tensors, self.decays, self.is_muon)
+
+    def pieces(self) -> Iterator[_Part]:
+        """Of some experts each, where that changes no bit."""
+        size = len(self.weight) if self.is_muon else experts_in_a_piece(self.weight)
+        if self.weight[:1].nbytes % CACHE_LINE_BYTES or size >= len(self.weight):
+            yield self
+            return
+        for first in range(0, len(self.weight), size):
+            yield self._of(slice(first, first + size))
 
 
 class GroupOptimizer:
     """Of `parameters` [E, ...], by layer and name."""
 
     def __init__(
-        self, settings: OptimizerSettings, parameters: Sequence[Mapping[str, nn.Parameter]], new_moments: NewMoments
+        self,
+        settings: OptimizerSettings,
+        parameters: Sequence[Mapping[str, nn.Parameter]],
+        new_moments: NewMoments,
+        is_own: Callable[[], bool] = lambda: True,
     ) -> None:
+        """`is_own`: whether nobody else has to update the group alike; may change, when nothing is put off."""
         self.settings = settings
+        self._is_own = is_own
         self._parameters, self._new_moments = parameters, new_moments
         self._size = next((len(p) for layer in parameters for p in layer.values()), 0)
         self._layers = [_Layer([0] * self._size) for _ in parameters]
@@ -127,13 +136,14 @@ class GroupOptimizer:
         num_updates: int = 1,
         candidates: Collection[int] | None = None,
         then: Mapping[str, Tensor] | None = None,
+        between: Between | None = None,
     ) -> bool:
         """One step of a layer with its gradients times `scale`, which are changed. -> whether weights were.
 
         `num_updates`: that the step stands for, all with this gradient: averages decay by beta ** num_updates and
         their count goes on by as many, as in the rule for Adam's larger batches of Malladi et al. 2022, there to the
         first order. `candidates`: experts that may have a gradient other than zero, None for all. `then`: the weights
-        that the gradients were computed with, where they are older.
+        that the gradients were computed with, where they are older. `between` is called between pieces of the work.
         """
         state = self._layers[layer]
         if not state.moments:
@@ -143,8 +153,11 @@ class GroupOptimizer:
             touched = self._touched(gradients, candidates)
             self._leave_out(layer, touched, lr, num_updates)
             parts = [part.of(expert) for expert in touched for part in parts]
-        self._prepare(parts, state.updates, scale)
-        self._apply(parts, state.updates, lr, num_updates)
+        for pieces in [parts] if between is None else [[piece] for part in parts for piece in part.pieces()]:
+            self._prepare(pieces, state.updates, scale)
+            self._apply(pieces, state.updates, lr, num_updates)
+            if between is not None:
+                between()
         state.updates += num_updates
         return bool(parts)
 
@@ -180,11 +193,12 @@ class GroupOptimizer:
         of the group have the same gradients, and not the same tokens."""
         left = sorted(range(self._size) if candidates is None else candidates)
         found: list[int] = []
-        for gradient in gradients.values():
-            if left:
-                norms = torch.stack([torch.linalg.vector_norm(gradient[e]) for e in left]).tolist()
-                found += [e for e, norm in zip(left, norms, strict=True) if norm != 0]
-                left = [e for e, norm in zip(left, norms, strict=True) if norm == 0]
+        for part in (slice(PROBE), slice(None)):
+            for gradient in gradients.values():
+                if left:
+                    norms = torch.stack([torch.linalg.vector_norm(gradient[e].view(-1)[part]) for e in left]).tolist()
+                    found += [e for e, norm in zip(left, norms, strict=True) if norm != 0]
+                    left = [e for e, norm in zip(left, norms, strict=True) if norm == 0]
         return sorted(found)
 
     def _prepare(self, parts: Sequence[_Part], updates: int, scale: float) -> None:
@@ -221,22 +235,12 @@ class GroupOptimizer:
         settings, n = self.settings, num_updates
         # AdamW adds 1 and corrects by 1 - (beta ** n) ** count: with count = (c + n) / n that is 1 - beta ** (c + n).
         count = (updates + n) / n - 1
-        counts = torch.full((len(parts),), count, dtype=torch.float32, device=parts[0].weight.device)
-        adamw(
+        decay = settings.weight_decay if parts[0].decays else 0.0
+        Step(count, lr, settings.beta1**n, settings.beta2**n, settings.eps, decay).make(
             [part.weight for part in parts],
             [part.gradient for part in parts],
             [part.first for part in parts],
             [part.second for part in parts],
-            [],
-            list(counts.unbind()),
-            fused=True,
-            amsgrad=False,
-            maximize=False,
-            beta1=settings.beta1**n,
-            beta2=settings.beta2**n,
-            lr=lr,
-            weight_decay=settings.weight_decay if parts[0].decays else 0.0,
-            eps=settings.eps,
         )
 
     # -- steps that were put off --------------------------------------------------------------------------------------
@@ -246,9 +250,12 @@ class GroupOptimizer:
         behind_E = self._layers[layer].behind_E
         return any(behind_E) if experts is None else any(behind_E[e] for e in experts)
 
-    @torch.no_grad()
     def catch_up(self, layer: int, experts: Iterable[int] | None = None) -> None:
         """Makes the steps that these experts have still to make; None: all."""
+        catch_up_together([(self, experts)], layer)
+
+    def _owed(self, layer: int, experts: Iterable[int] | None) -> Iterator[tuple[Owed, list[Row]]]:
+        """Steps that these experts have still to make, whose they are; the caller makes them."""
         state = self._layers[layer]
         by_count: dict[int, list[int]] = defaultdict(list)
         for e in range(self._size) if experts is None else experts:
@@ -256,7 +263,11 @@ class GroupOptimizer:
                 by_count[count].append(e)
                 state.behind_E[e] = 0
         for count, together in by_count.items():
-            self._step_without_gradient(layer, together, state.lrs[-count:])
+            lrs, before = tuple(state.lrs[-count:]), state.updates - count
+            for name, parameter in self._parameters[layer].items():
+                moments = state.moments[name]
+                owed = Owed(self.settings, before, lrs, decays(name, parameter.ndim), self._is_own())
+                yield owed, [(parameter.data[e], moments[0][e], moments[1][e]) for e in together]
         del state.lrs[: len(state.lrs) - max(state.behind_E, default=0)]
 
     def _leave_out(self, layer: int, touched: Collection[int], lr: float, num_updates: int) -> None:
@@ -269,33 +280,18 @@ class GroupOptimizer:
             state.lrs.append(lr)
             state.behind_E = [0 if e in touched else count + 1 for e, count in enumerate(state.behind_E)]
 
-    def _step_without_gradient(self, layer: int, experts: Sequence[int], lrs: Sequence[float]) -> None:
-        """Of experts that are equally far behind. Piece by piece, each through all the steps."""
-        parts = self._parts(layer, {name: p.data for name, p in self._parameters[layer].items()})
-        first = self._layers[layer].updates - len(lrs)
-        for decay in (True, False):
-            rows = [part.of(e) for part in parts if part.decays is decay for e in experts]
-            for pieces in _pieces(rows):
-                for number, lr in enumerate(lrs):
-                    self._adamw(pieces, first + number, lr, 1)
+
+@torch.no_grad()
+def catch_up_together(wanted: Iterable[tuple[GroupOptimizer, Iterable[int] | None]], layer: int) -> None:
+    """Makes the steps that these experts of several groups have still to make; None: all of a group."""
+    owed: dict[Owed, list[Row]] = defaultdict(list)
+    for optimizer, experts in wanted:
+        for steps, rows in optimizer._owed(layer, experts):
+            owed[steps] += rows
+    for steps, rows in owed.items():
+        steps.make(rows)
 
 
 def _is_stand_in(moment: Tensor) -> bool:
     """It is expanded from one zero."""
     return moment.untyped_storage().nbytes() < moment.nbytes
-
-
-def _pieces(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
-    """Parts with gradients of zero, cut and collected to at most `PIECE` elements."""
-    collected: list[_Part] = []
-    room = PIECE
-    for part in parts:
-        for start in range(0, part.weight.numel(), PIECE):
-            piece = part.without_gradient(slice(start, start + PIECE))
-            if piece.weight.numel() > room:
-                yield collected
-                collected, room = [], PIECE
-            collected.append(piece)
-            room -= piece.weight.numel()
-    if collected:
-        yield collected

@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 import torch
 
+Advance = Callable[[str], None]
+"""Told what is being done, as often as the bench says that it will be."""
 PACKAGES = ("moe-cluster", "torch", "transformers", "ray", "pyzmq", "grpcio")
 
 

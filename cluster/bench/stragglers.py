@@ -1,10 +1,9 @@
-"""What a slow expert actor costs, and what updates beside forwards hide.
+"""What a slow expert actor costs.
 
 `straggler_4x_s4`: training while the updates of one of two actors take 4 times as long, experts up to 4 steps behind;
 the peer is the same actor with experts that are never behind (`s0`). `retained_*`: the same rate as a share of that
 without a slow actor, without staleness; `_copy`: every group on both actors. `retained_pause`: over a window that
-begins with one pause of an actor. `hidden_optimizer_share`: of the time that updates take, how much a step does not
-wait for with `s1`.
+begins with one pause of an actor, in the first round alone.
 
 Everything runs in this process: a router, two expert actors with their servers and update threads, sockets between
 them. Each time is of steps in a steady state: some are made before, and what is pending at the end was so at the begin.
@@ -14,7 +13,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,10 +29,13 @@ from actors.transport.contract import Link
 from actors.transport.socket import SocketLink, SocketServer
 from actors.trunk.model import ModelSource
 from actors.values import Address, Placement
-from cluster.bench.result import Row
+from cluster.bench.result import Advance, Row
 
 FACTORS = (2.0, 4.0)
 STALENESS = (0, 1, 4)
+COPIES = ("", "_copy")
+PAUSE_ROUNDS = 1
+NUM_ACTORS = 2
 TIMEOUT_S = 60.0
 MAX_BYTES = 1 << 28
 
@@ -51,7 +53,7 @@ class Shape:
     sequence_length: int = 128
     warmups: int = 5
     """Steps before those that are timed: more than any bound that is tried."""
-    steps: int = 12
+    steps: int = 8
     """Timed in a round."""
     pause_s: float = 5.0
     window_s: float = 8.0
@@ -77,58 +79,54 @@ class Shape:
         }
 
 
-def straggler_rows(*, rounds: int, shape: Shape | None = None) -> list[Row]:
-    """Minutes: 18 ways to train a round, and 8 s for each of those with a pause."""
+def ways(copy: str) -> Iterator[tuple[float, int]]:
+    """(factor, staleness). What s = 2 saves is asked once."""
+    for factor in (1.0, *FACTORS):
+        for staleness in STALENESS:
+            yield factor, staleness
+    if not copy:
+        yield FACTORS[-1], 2
+
+
+def num_runs(rounds: int) -> int:
+    """How often `straggler_rows` says what is being done."""
+    return sum(rounds * len(list(ways(copy))) + min(rounds, PAUSE_ROUNDS) * len(STALENESS) for copy in COPIES)
+
+
+def straggler_rows(*, rounds: int, shape: Shape | None = None, advance: Advance = lambda doing: None) -> list[Row]:
+    """19 ways to train a round, and in the first 8 s for each of those with a pause."""
     shape = shape or Shape()
     shape = replace(shape, sequences=max(1, shape.sequences // 2))  # updates weigh more: they are what is slow
     torch.set_num_threads(1)
     rates: dict[str, list[float]] = {}
     with _fleet(shape, copies=False) as plain, _fleet(shape, copies=True) as copied:
-        for _ in range(rounds):
-            for fleet, copy in ((plain, ""), (copied, "_copy")):
-                for factor in (1.0, *FACTORS):
-                    for staleness in STALENESS:
-                        rate = fleet.rate(staleness, Brake(factor=factor))
-                        rates.setdefault(f"{factor:.0f}x_s{staleness}{copy}", []).append(rate)
-                for staleness in STALENESS:
-                    name = f"pause_s{staleness}{copy}"
-                    rates.setdefault(name, []).append(fleet.rate_with_a_pause(staleness))
+        for number in range(rounds):
+            for fleet, copy in zip((plain, copied), COPIES, strict=True):
+                for factor, staleness in ways(copy):
+                    advance(f"stragglers{copy}, round {number}")
+                    rate = fleet.rate(staleness, Brake(factor=factor))
+                    rates.setdefault(f"{factor:.0f}x_s{staleness}{copy}", []).append(rate)
+                for staleness in STALENESS if number < PAUSE_ROUNDS else ():
+                    advance(f"a pause{copy}, s = {staleness}")
+                    rates.setdefault(f"pause_s{staleness}{copy}", []).append(fleet.rate_with_a_pause(staleness))
+    return rows_of(rates)
+
+
+def rows_of(rates: Mapping[str, Sequence[float]]) -> list[Row]:
+    """`rates`: tokens a second of each round, by way."""
     whole = rates["1x_s0"]
-    rows = [
-        _rate_row(f"straggler_{factor:.0f}x_s{staleness}", rates[f"{factor:.0f}x_s{staleness}"], "s0", peer)
-        for factor in FACTORS
-        for staleness in STALENESS
-        if staleness
-        for peer in [rates[f"{factor:.0f}x_s0"]]
+    stragglers = [
+        _rate_row(f"straggler_{name}", found, "s0", rates[f"{name.partition('_')[0]}_s0"])
+        for name, found in rates.items()
+        if name.startswith(tuple(f"{factor:.0f}x_" for factor in FACTORS)) and not name.endswith(("_s0", "_copy"))
     ]
     retained = [(name, found) for name, found in rates.items() if name != "1x_s0"]
-    return rows + [_rate_row(f"retained_{name}", found, "nobody slow, s0", whole) for name, found in retained]
-
-
-def hidden_rows(*, rounds: int, shape: Shape | None = None) -> list[Row]:
-    """Of one expert actor and a router, which have a core each: while one computes the other's updates are made."""
-    shape = shape or Shape()
-    torch.set_num_threads(1)
-    hidden, shares, times, whole = [], [], [], []
-    with _fleet(shape, copies=False, num_actors=1) as fleet:
-        for number in range(rounds + 1):
-            step_s, update_s = fleet.times(0)
-            beside_s, _ = fleet.times(1)
-            if number:  # the first is a warm-up
-                hidden.append(100 * (step_s - beside_s) / update_s)
-                shares.append(100 * update_s / step_s)
-                times.append(1e3 * beside_s)
-                whole.append(1e3 * step_s)
-    share = statistics.median(shares)
-    step_ratio = statistics.median(a / b for a, b in zip(whole, times, strict=True))
-    return [
-        Row("hidden_optimizer_share", statistics.median(hidden), "%", "updates' share of a step", share, 1.0, rounds),
-        Row("step_s1", statistics.median(times), "ms", "s0", statistics.median(whole), step_ratio, rounds),
-    ]
+    return stragglers + [_rate_row(f"retained_{name}", found, "nobody slow, s0", whole) for name, found in retained]
 
 
 def _rate_row(case: str, ours: Sequence[float], peer: str, theirs: Sequence[float]) -> Row:
-    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    """Of the rounds that both have."""
+    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=False))
     return Row(case, statistics.median(ours), "tokens/s", peer, statistics.median(theirs), ratio, len(ours))
 
 
@@ -148,14 +146,6 @@ class Fleet:
         """Tokens a second."""
         self._begin(staleness, brake)
         return self._shape.tokens / self._seconds_a_step()
-
-    def times(self, staleness: int) -> tuple[float, float]:
-        """-> seconds of a step, and of its update on the slowest actor."""
-        self._begin(staleness, Brake())
-        before = [host.updates.busy_s for host in self._hosts]
-        step_s = self._seconds_a_step()
-        busy = [host.updates.busy_s - b for host, b in zip(self._hosts, before, strict=True)]
-        return step_s, max(busy) / self._shape.steps
 
     def rate_with_a_pause(self, staleness: int) -> float:
         """Tokens a second over a window that begins with the pause."""
@@ -190,10 +180,10 @@ class Fleet:
 
 
 @contextmanager
-def _fleet(shape: Shape, *, copies: bool, num_actors: int = 2) -> Iterator[Fleet]:
+def _fleet(shape: Shape, *, copies: bool) -> Iterator[Fleet]:
     source = ModelSource(values=shape.model(), dtype="float32")
-    names = [f"expert-{i}" for i in range(num_actors)]
-    group_size = shape.num_experts // num_actors
+    names = [f"expert-{i}" for i in range(NUM_ACTORS)]
+    group_size = shape.num_experts // NUM_ACTORS
     holders = [[name, *(other for other in names if other != name)] if copies else [name] for name in names]
     placement = Placement(1, tuple(tuple(each) for each in holders), group_size)
 

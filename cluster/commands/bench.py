@@ -54,13 +54,11 @@ def _balance(args: argparse.Namespace) -> Report:
 
 
 def _async(args: argparse.Namespace) -> Report:
-    from cluster.bench.asynchronous import QUICK, WHOLE, bench_async, cases
+    from cluster.bench.asynchronous import QUICK, WHOLE, bench_async
 
     extent = QUICK if args.quick else replace(WHOLE, seeds=args.rounds)
-    with _progress("sparse updates, stragglers", extent.seeds * len(cases()) * extent.steps) as advance:
-        report, runs, speed = bench_async(
-            extent, after_step=lambda run: advance(f"training {run.optimizer}, s = {run.staleness}, seed {run.seed}")
-        )
+    with _progress("sparse updates", extent.num_steps()) as advance:
+        report, runs, speed = bench_async(extent, advance)
     if args.output is not None:
         from cluster.report import draw_async
 

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cluster.bench import asynchronous
-from cluster.bench.asynchronous import STALENESS, Run, cases, loss_rows, sparse_rows, time_rows, train_all
+from cluster.bench.asynchronous import (
+    STALENESS,
+    Extent,
+    Run,
+    all_runs,
+    bench_async,
+    cases,
+    loss_rows,
+    sparse_rows,
+    time_rows,
+    train_all,
+)
+from cluster.bench.beside import BesideShape, SpreadRow, Timed, num_rounds, rows_of
+from cluster.bench.result import Advance, Row
+from cluster.bench.stragglers import Shape, num_runs
+from cluster.bench.stragglers import rows_of as straggler_rows_of
 from cluster.report import draw_async
 
 
@@ -28,6 +44,22 @@ def test_rows_compare_with_the_same_optimizer_without_delay() -> None:
     assert (rows["loss_s1_muon"].value, rows["loss_s1_muon"].peer_value, rows["loss_s1_muon"].rounds) == (2.5, 2.0, 2)
     assert rows["loss_s4_adamw_corrected"].ratio == 0.5
     assert rows["loss_s0_adamw"].ratio == 1.0
+
+
+def test_losses_are_compared_seed_by_seed() -> None:
+    runs = [run for run in _runs(3) if run.staleness <= 1 or run.seed == 1]
+    for run in runs:
+        run.heldout_loss += run.seed
+    rows = {row.case: row for row in loss_rows(runs)}
+    assert (rows["loss_s1_muon"].value, rows["loss_s1_muon"].peer_value, rows["loss_s1_muon"].rounds) == (3.5, 3.0, 3)
+    assert (rows["loss_s4_muon"].value, rows["loss_s4_muon"].peer_value, rows["loss_s4_muon"].rounds) == (5.0, 3.0, 1)
+
+
+def test_what_a_bar_is_about_has_every_seed() -> None:
+    found = all_runs(3)
+    assert [run.seed for run in found if (run.optimizer, run.staleness) == ("muon", 1)] == [0, 1, 2]
+    assert [run.seed for run in found if (run.optimizer, run.staleness) == ("muon", 4)] == [0]
+    assert {(run.optimizer, run.staleness) for run in found} == set(cases())
 
 
 def test_at_equal_time_the_faster_has_made_more_steps() -> None:
@@ -62,3 +94,57 @@ def test_sparse_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = list(sparse_rows(rounds=2))
     assert [row.case for row in rows] == list(asynchronous.SPARSE_CASES)
     assert all(row.value > 0 and row.rounds == 2 for row in rows)
+
+
+def test_hidden_is_what_a_step_does_not_wait_for_of_an_update() -> None:
+    timed = [Timed(step_s=0.1, beside_s=0.1 - 0.02 * hidden, update_s=0.02) for hidden in (0.5, 0.9, 1.0, 0.8, 0.7)]
+    rows = {row.case: row for row in rows_of(timed)}
+    row = rows["hidden_optimizer_share"]
+    assert (row.value, row.low, row.high) == (pytest.approx(80), pytest.approx(70), pytest.approx(90))
+    assert row.peer_value == pytest.approx(20), "the update's share of a step"
+    assert rows["step_s1"].peer_value == pytest.approx(100)
+    assert rows["update_s0"].value == pytest.approx(20)
+
+
+def test_all_of_it_says_as_often_as_promised_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes long is not made."""
+
+    def hidden(*, rounds: int, shape: BesideShape, advance: Advance) -> list[SpreadRow]:
+        for _ in range(num_rounds(rounds)):
+            advance("hidden")
+        return rows_of([Timed(0.1, 0.09, 0.02)] * rounds)
+
+    def stragglers(*, rounds: int, shape: Shape, advance: Advance) -> list[Row]:
+        for _ in range(num_runs(rounds)):
+            advance("stragglers")
+        return [Row(f"straggler_4x_s{s}", 2.0, "tokens/s", "s0", 1.0, 1.0 + s / 10, rounds) for s in STALENESS if s]
+
+    def train(*, seeds: int, steps: int, after_step: Callable[[Run], None]) -> list[Run]:
+        runs = all_runs(seeds)
+        for run in runs:
+            run.heldout_loss = 2.0
+            for _ in range(steps):
+                run.losses.append(3.0)
+                after_step(run)
+        return runs
+
+    monkeypatch.setattr(asynchronous, "SPARSE_MODEL", asynchronous.SPARSE_MODEL | {"moe_intermediate_size": 8})
+    for name, made in (("hidden_rows", hidden), ("straggler_rows", stragglers), ("train_all", train)):
+        monkeypatch.setattr(asynchronous, name, made)
+    extent = Extent(steps=2, seeds=3, sparse_rounds=1, beside_rounds=2, straggler_rounds=2)
+    said: list[str] = []
+    report, _, speed = bench_async(extent, said.append)
+    found = {row.case for row in report.rows}
+    assert len(said) == extent.num_steps()
+    assert speed == {0: 1.0, 1: 1.1, 2: 1.2, 4: 1.4}
+    assert {f"{kind}_s{s}_{name}" for kind in ("loss", "time_loss") for name, s in cases()} <= found
+    assert {"straggler_4x_s4", "hidden_optimizer_share", "sparse_update"} <= found
+
+
+def test_stragglers_are_compared_with_the_same_one_without_delay() -> None:
+    rates = {"1x_s0": [10.0, 20.0], "1x_s1": [10.0, 20.0], "4x_s0": [4.0, 5.0], "4x_s4": [8.0, 10.0], "pause_s4": [5.0]}
+    rows = {row.case: row for row in straggler_rows_of(rates | {"4x_s4_copy": [9.0, 9.0]})}
+    assert [case for case in rows if case.startswith("straggler")] == ["straggler_4x_s4"]
+    assert (rows["straggler_4x_s4"].ratio, rows["retained_pause_s4"].ratio) == (2.0, 0.5)
+    assert (rows["retained_pause_s4"].rounds, rows["retained_4x_s4_copy"].rounds) == (1, 2)
+    assert "retained_1x_s0" not in rows
