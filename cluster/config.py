@@ -117,6 +117,11 @@ class RouterConfig:
     captured: Literal["auto", "on", "off"] = "auto"
     """On a GPU, whether the step of streams that share a forward is captured in CUDA graphs. auto: where the model
     allows it; on: or it is an error."""
+    prompt_chunk: int | None = None
+    """Tokens of a prompt that are computed before the streams that decode get their next turn: fewer, and they wait
+    less; more, and the prompt is sooner through. All chunks of a prompt see one version, and updates wait for its end.
+    0: all tokens at once, as with models that keep other things than keys and values. null: 512 on a CPU, 2,048 on a
+    GPU."""
     max_pins: int = 2
     """Versions that may be kept beside the newest: each takes up to another copy of all weights. 0: none."""
 

@@ -60,6 +60,8 @@ def validate_cluster(config: ClusterConfig, source: str) -> ClusterConfig:
         config.router.captured,
         "leave it at auto, or set router.device to cuda",
     )
+    if config.router.prompt_chunk is not None:
+        check.at_least("router.prompt_chunk", config.router.prompt_chunk, 0)
     check.at_least("router.max_pins", config.router.max_pins, 0)
 
     check.at_least("links.max_message_bytes", config.links.max_message_bytes, 1 << 16)

@@ -212,6 +212,7 @@ def cluster(
     max_sessions: int = 16,
     captured: str = "auto",
     in_flight: int = 1,
+    prompt_chunk: int | None = None,
 ) -> Iterator[LocalCluster]:
     """`wrap` may put a faulty link around each link as it is opened. With `heals` copies take over from the dead."""
     slots = [ActorSlot(f"expert-{i}", f"node-{i}") for i in range(num_actors)]
@@ -234,6 +235,7 @@ def cluster(
         max_sessions=max_sessions,
         captured=captured,
         in_flight=in_flight,
+        prompt_chunk=prompt_chunk,
     )
     try:
         yield local

@@ -1,8 +1,8 @@
 """Streams that decode together: one thread computes, a forward for the next token of all of them at a time.
 
-A new stream's prompt is a forward of its own, or with those that wait beside it and are as long, between two steps. Its
-keys and values are copied into a slot; from then on it goes with the batch until it ends or is closed. Streams of
-another version are another batch, which takes turns with the first.
+A new stream's prompt is computed beside the batch, or with those that wait beside it and are as long: a chunk of it
+between two steps. Its keys and values are copied into a slot; from then on it goes with the batch until it ends or is
+closed. Streams of another version are another batch, which takes turns with the first.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from actors.errors import StepAborted
+from actors.router.prompt import Computed, PromptRun, Wish
 from actors.router.sampling import choose_each
 from actors.router.served import Served
 from actors.router.slots import Slots
@@ -60,9 +61,15 @@ class Stream:
     """One session: written by the loop, read by one other thread."""
 
     def __init__(
-        self, served: Served, prompt: Sequence[int], sampling: Sampling, budget: int, end_ids: frozenset[int]
+        self,
+        served: Served,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        budget: int,
+        end_ids: frozenset[int],
+        wish: Wish = Wish(),  # noqa: B008 - a value
     ) -> None:
-        self.served, self.prompt, self.sampling = served, prompt, sampling
+        self.served, self.prompt, self.sampling, self.wish = served, prompt, sampling, wish
         self.closed = self.ended = False
         self.last_token = -1
         self._budget, self._end_ids = budget, end_ids
@@ -112,41 +119,42 @@ class Stream:
 class Batch:
     """Streams of one model; row b of its forwards is slot b. Called by the loop alone."""
 
-    def __init__(self, served: Served, slots: Slots, forward: Forward, last_only: Mapping[str, Any]) -> None:
-        """`last_only`: arguments by which the model computes logits of the last token alone."""
+    def __init__(
+        self, served: Served, slots: Slots, forward: Forward, last_only: Mapping[str, Any], prompt_chunk: int = 0
+    ) -> None:
+        """`last_only`: arguments by which the model computes logits of the last token alone. `prompt_chunk`: tokens of
+        prompts that are computed at a time; 0: all."""
         self.served = served
         self.streams: list[Stream] = []
-        self._slots, self._forward, self._last_only = slots, forward, last_only
+        self._slots, self._forward, self._last_only = slots, forward, dict(last_only)
+        self._prompt_chunk = prompt_chunk
 
     @property
     def num_free(self) -> int:
         return self._slots.num_free
 
-    def join(self, streams: Sequence[Stream]) -> None:
-        """Computes their prompts, which are equally long, and gives their first tokens. An error ends them; one that is
-        raised ends all streams here, since it came while their slots were written."""
-        served, length = self.served, len(streams[0].prompt)
-        try:
-            pasts = served.new_pasts()
-            with served.guard(length, pasts) as used_version, torch.no_grad():
-                model = served.model()
-                ids_BS = torch.tensor([stream.prompt for stream in streams])
-                ids_BS = ids_BS.to(model.get_input_embeddings().weight.device)
-                out = model(input_ids=ids_BS, use_cache=True, **self._last_only)
-                version = used_version()
-            tokens = self._chosen(out.logits[:, -1], streams)
-        except Exception as error:
-            for stream in streams:
-                stream.fail(error)
-            return
+    def join(self, streams: Sequence[Stream]) -> Joining:
+        """Begins with their prompts, which are equally long. Nobody else may join until this is over."""
+        chunk = self._prompt_chunk and max(1, self._prompt_chunk // len(streams))
+        prompts = [stream.prompt for stream in streams]
+        return Joining(self, streams, lambda: PromptRun(self.served, prompts, chunk, self._last_only))
+
+    def first_tokens(self, streams: Sequence[Stream], computed: Computed) -> list[int]:
+        return self._chosen(computed.logits_BV, streams)
+
+    def take_in(self, streams: Sequence[Stream], computed: Computed, tokens: Sequence[int]) -> None:
+        """Gives their first tokens, those aside that have ended meanwhile. An error that is raised ends all streams
+        here, since it came while their slots were written."""
         for row, (stream, token) in enumerate(zip(streams, tokens, strict=True)):
-            stream.give(token, version)
+            if not stream.ended:
+                stream.give(token, computed.version)
             if not stream.ended:
                 try:
-                    self._slots.add(out.past_key_values, pasts, length, row)
+                    self._slots.add(computed.cache, computed.pasts, len(stream.prompt), row)
                 except Exception as error:
                     for lost in streams[row:]:  # nobody else knows of these
-                        lost.fail(error)
+                        if not lost.ended:
+                            lost.fail(error)
                     raise
                 self.streams.append(stream)
 
@@ -188,6 +196,61 @@ class Batch:
         return any(stream.is_read for stream in self.streams)
 
 
+class Joining:
+    """Streams on their way into a batch, while their prompts are computed."""
+
+    def __init__(self, batch: Batch, streams: Sequence[Stream], begin: Callable[[], PromptRun]) -> None:
+        self.batch, self._streams, self._begin = batch, streams, begin
+        self._run: PromptRun | None = None
+        self.is_over = False
+
+    def advance(self) -> None:
+        """Another chunk, or all that are left where an update waits for them. After the last one the streams are in the
+        batch; an error ends them, and one that is raised all streams there."""
+        try:
+            self._advance()
+            while not self.is_over and self._run is not None and self._run.is_awaited:
+                self._advance()
+            computed = None if self._run is None else self._run.computed
+            tokens = [] if computed is None else self.batch.first_tokens(self._streams, computed)
+        except Exception as error:
+            self.fail(error)
+            return
+        if computed is not None:
+            self.batch.take_in(self._streams, computed, tokens)
+
+    def fail(self, error: Exception) -> None:
+        self._end()
+        for stream in self._streams:
+            if not stream.ended:
+                stream.fail(error)
+
+    def _advance(self) -> None:
+        if self._run is None:
+            self._run = self._begin()
+        elif not self._is_wanted():
+            self._end()
+            return
+        self._run.advance()
+        if self._run.computed is not None:
+            self._end()
+
+    def _is_wanted(self) -> bool:
+        """Whether any of them is. Those that are not are told, and go along as long as others are."""
+        for stream in self._streams:
+            try:
+                stream.wish.check()
+            except (StepAborted, TimeoutError) as error:
+                if not stream.ended:
+                    stream.fail(error)
+        return any(not (stream.ended or stream.closed) for stream in self._streams)
+
+    def _end(self) -> None:
+        self.is_over = True
+        if self._run is not None:
+            self._run.close()
+
+
 class DecodeLoop:
     """The thread that computes all batches. It runs while there are streams, and `linger_s` more."""
 
@@ -196,6 +259,7 @@ class DecodeLoop:
         self._changed = threading.Condition()
         self._waiting: deque[Stream] = deque()
         self._batches: list[Batch] = []
+        self._joining: Joining | None = None
         self._thread: threading.Thread | None = None
         self._is_closed = self._is_resting = False
 
@@ -257,26 +321,30 @@ class DecodeLoop:
 
     def _has_work(self) -> bool:
         """Whether somebody waits for something. Streams that are not read do not."""
-        return bool(self._waiting) or any(
+        return bool(self._waiting or self._joining) or any(
             batch.is_read or any(stream.closed for stream in batch.streams) for batch in self._batches
         )
 
     def _turn(self) -> None:
-        """One stream joins, and every batch makes a step."""
+        """A chunk of those that join, and a step of every batch."""
         for batch in self._batches:
             batch.drop_ended()
-        if self._waiting:
+        if self._joining is None and self._waiting:
             first = self._waiting[0]
             batch = self._batch_for(first)
             most = min(batch.num_free, max(1, MAX_JOINT_TOKENS // len(first.prompt)))
             if joining := [stream for stream in self._take_like(first, most) if not stream.closed]:
-                batch.join(joining)
+                self._joining = batch.join(joining)
+        if self._joining is not None:
+            self._joining.advance()
+            self._joining = None if self._joining.is_over else self._joining
         for batch in self._batches:
             if batch.is_read:
                 batch.step()
                 batch.drop_ended()
         lasting = [batch for batch in self._batches if batch.served.is_lasting]
-        self._batches = [batch for batch in self._batches if batch.streams] or lasting[:1]
+        joined = None if self._joining is None else self._joining.batch
+        self._batches = [batch for batch in self._batches if batch.streams or batch is joined] or lasting[:1]
 
     def _take_like(self, first: Stream, most: int) -> list[Stream]:
         """Those that wait whose prompts can be computed with that of the first, which is among them."""
@@ -298,6 +366,9 @@ class DecodeLoop:
     def _fail_all(self, error: Exception) -> None:
         """Raises nothing, or whoever reads a stream would wait for a thread that is gone. Slots are not touched: a GPU
         on which something has failed may fail at all that follows."""
+        if self._joining is not None:
+            self._joining.fail(error)
+            self._joining = None
         for stream in [stream for batch in self._batches for stream in batch.streams]:
             stream.fail(error)
         self._batches = []

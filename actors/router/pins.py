@@ -21,6 +21,7 @@ from actors.router.learner import Learner
 from actors.router.passes import Purpose
 from actors.router.roster import Peer
 from actors.router.served import Served
+from actors.router.turns import FairLock
 from actors.trunk.model import connect
 from actors.values import Pinned, VersionChoice
 
@@ -48,7 +49,7 @@ class PinnedModel:
             num_layers, pinned.num_experts, timeout_s=timeout_s, reroutes=True, payload=payload
         )
         connect(self._view, [routing.layer_function(i, self._dispatcher) for i in range(num_layers)])
-        self._lock = threading.Lock()
+        self._lock = FairLock()
         self._is_gone = self._is_linked = False
         self.served = Served(lambda: self._view, self.reading, routing.new_pasts)
 

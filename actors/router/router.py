@@ -70,6 +70,7 @@ class Router:
         piece_bytes: int = PIECE_BYTES,
         payload: Payload = "trunk",
         in_flight: int = 1,
+        prompt_chunk: int | None = None,
     ) -> None:
         self.learner = Learner(source, gate or GateSettings(), device, piece_bytes)
         num_experts = self.learner.skeleton.num_experts
@@ -77,7 +78,7 @@ class Router:
             raise InvalidInput(
                 f"the model has {num_experts} experts a layer", field="placement", value=roster.placement.num_experts
             )
-        serving = ServingSettings(max_sessions, decode_batch, captured)
+        serving = ServingSettings(max_sessions, decode_batch, captured, prompt_chunk)
         state = State(self.learner, timeout_s=timeout_s, payload=payload, piece_bytes=piece_bytes, serving=serving)
         self.state, self.serving, self.replicas = state, state.serving, state.replicas
         self.placing = Placing(state, find_roster)

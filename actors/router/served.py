@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedModel
 
 from actors.moe.gating import GatePast
+from actors.router.versions import Hold
 
 Guard = Callable[[int, Sequence[GatePast] | None], AbstractContextManager[Callable[[], int]]]
 """Entered for every forward, with its number of tokens a sequence and what the gates keep of the sessions; gives what
@@ -25,6 +26,8 @@ class Served:
     guard: Guard
     new_pasts: Callable[[], Sequence[GatePast] | None] = lambda: None
     """For one session."""
+    hold: Callable[[], Hold] = Hold
+    """Begins what is one version over several forwards. Asked for outside of `guard`."""
     key: Hashable = field(default_factory=object)
     """Sessions of equal keys may share a forward."""
     is_lasting: bool = False

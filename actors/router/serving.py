@@ -23,6 +23,7 @@ from actors.router.inplace import ExpertsInPlace
 from actors.router.learner import Learner
 from actors.router.passes import Purpose
 from actors.router.pins import PinnedModels
+from actors.router.prompt import can_be_chunked
 from actors.router.served import Served
 from actors.router.turns import FairLock
 from actors.router.versions import VersionGate
@@ -30,6 +31,8 @@ from actors.values import NEWEST, Sampling, TokenEvent, VersionChoice
 
 DECODE_BATCH = {"cuda": 32, "cpu": 1}
 """Streams that share a forward, unless told."""
+PROMPT_CHUNK = {"cuda": 2048, "cpu": 512}
+"""Tokens of a prompt between two turns of the streams that decode, unless told."""
 _NEWEST = object()
 
 
@@ -46,9 +49,10 @@ class Serving:
         max_sessions: int,
         decode_batch: int = 0,
         capture: str = "auto",
+        prompt_chunk: int | None = None,
     ) -> None:
-        """`version`: of the trunk, now. `decode_batch`, `capture`: see `router.decode_batch`
-        and `router.captured` of a cluster config."""
+        """`version`: of the trunk, now. `decode_batch`, `capture`, `prompt_chunk`: see `router.decode_batch`,
+        `router.captured` and `router.prompt_chunk` of a cluster config."""
         self._learner, self._dispatcher, self._last_commit, self._version = learner, dispatcher, last_commit, version
         self._lock = FairLock()
         self._gate = VersionGate()
@@ -57,6 +61,8 @@ class Serving:
         self.max_positions = int(getattr(text, "max_position_embeddings", 1 << 20))
         self.pins = PinnedModels()
         self._capture = capture
+        if not can_be_chunked(learner.view):
+            prompt_chunk = 0
         self._engine = DecodeEngine(
             learner.view,
             max_sessions=max_sessions,
@@ -64,6 +70,7 @@ class Serving:
             end_ids=_end_ids(learner.skeleton.config),
             batch=decode_batch or DECODE_BATCH[learner.device.type],
             new_forward=self._new_forward,
+            prompt_chunk=PROMPT_CHUNK[learner.device.type] if prompt_chunk is None else prompt_chunk,
         )
 
     # -- requests -----------------------------------------------------------------------------------------------------
@@ -71,10 +78,18 @@ class Serving:
     # `choice`: `VersionGone` if nothing keeps that version.
 
     def generate(
-        self, prompt: Sequence[int], sampling: Sampling, *, timeout_s: float, choice: VersionChoice = NEWEST
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        timeout_s: float,
+        choice: VersionChoice = NEWEST,
+        is_wanted: Callable[[], bool] = lambda: True,
     ) -> Iterator[TokenEvent]:
+        """`timeout_s`: TimeoutError if the prompt has not begun by then, or has chunks left. `is_wanted` is asked
+        between two chunks too; `StepAborted` if not."""
         self._check_prompt(prompt)
-        return self._engine.stream(self._served(choice), prompt, sampling, timeout_s)
+        return self._engine.stream(self._served(choice), prompt, sampling, timeout_s, is_wanted)
 
     def score(self, ids: Sequence[int], choice: VersionChoice = NEWEST) -> tuple[list[float], int]:
         """Natural log-probability of each token but the first, and the version they are of."""
@@ -128,7 +143,12 @@ class Serving:
         guard = partial(self.reading, max_behind=choice.max_behind)
         key = (_NEWEST, choice.max_behind)
         return Served(
-            lambda: self._learner.view, guard, lambda: self._learner.routing.new_pasts(), key, is_lasting=True
+            lambda: self._learner.view,
+            guard,
+            lambda: self._learner.routing.new_pasts(),
+            self._gate.hold,
+            key,
+            is_lasting=True,
         )
 
     def _new_forward(self, served: Served) -> Forward:

@@ -23,6 +23,7 @@ class ServingSettings:
     max_sessions: int
     decode_batch: int
     capture: str
+    prompt_chunk: int | None = None
 
 
 class State:
@@ -51,6 +52,7 @@ class State:
             max_sessions=serving.max_sessions,
             decode_batch=serving.decode_batch,
             capture=serving.capture,
+            prompt_chunk=serving.prompt_chunk,
         )
         self.replicas = Replicas(timeout_s, piece_bytes)
         self.replicas.on_experts_lost = self.training.links.close_some

@@ -1,4 +1,9 @@
-"""Keeps a forward and an update apart: what is computed belongs to one version, trunk and experts alike."""
+"""Keeps a forward and an update apart: what is computed belongs to one version, trunk and experts alike.
+
+A prompt that is computed in several forwards holds updates off from the first to the last. While it does, other
+forwards come in between although an update waits: they may be in the way of its next one, and it must not wait for what
+waits for it. New holds are not given then, so that the update's turn comes.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +14,30 @@ from contextlib import contextmanager
 from actors.errors import MoeClusterError
 
 
+class Hold:
+    """Keeps the version as it is, for several forwards. This one is of a version that never changes."""
+
+    is_awaited = False
+    """Whether an update waits for its end."""
+
+    def end(self) -> None:
+        """Once."""
+
+
 class VersionGate:
     """Readers (forwards of serving) share it with one writer (the commit), who goes first when both wait."""
 
     def __init__(self, timeout_s: float = 120.0) -> None:
         self._timeout_s = timeout_s
         self._condition = threading.Condition()
-        self._readers = 0
+        self._readers = self._holds = 0
         self._writer_waits = 0
         self._writing = False
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         with self._condition:
-            self._wait(lambda: not self._writing and not self._writer_waits)
+            self._wait(lambda: not self._writing and (self._holds > 0 or not self._writer_waits))
             self._readers += 1
         try:
             yield
@@ -31,12 +46,29 @@ class VersionGate:
                 self._readers -= 1
                 self._condition.notify_all()
 
+    def hold(self) -> Hold:
+        """No update until it ends. To be asked for by a thread that keeps nothing which a reader may wait for."""
+        with self._condition:
+            self._wait(lambda: not self._writing and not self._writer_waits)
+            self._holds += 1
+        return _GateHold(self)
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether an update waits."""
+        return self._writer_waits > 0
+
+    def _end_hold(self) -> None:
+        with self._condition:
+            self._holds -= 1
+            self._condition.notify_all()
+
     @contextmanager
     def writing(self) -> Iterator[None]:
         with self._condition:
             self._writer_waits += 1
             try:
-                self._wait(lambda: not self._writing and not self._readers)
+                self._wait(lambda: not self._writing and not self._readers and not self._holds)
             finally:
                 self._writer_waits -= 1
             self._writing = True
@@ -50,3 +82,15 @@ class VersionGate:
     def _wait(self, free: Callable[[], bool]) -> None:
         if not self._condition.wait_for(free, self._timeout_s):
             raise MoeClusterError(f"a forward or an update did not end within {self._timeout_s:.0f} s")
+
+
+class _GateHold(Hold):
+    def __init__(self, gate: VersionGate) -> None:
+        self._gate = gate
+
+    @property
+    def is_awaited(self) -> bool:  # type: ignore[override]
+        return self._gate.is_awaited
+
+    def end(self) -> None:
+        self._gate._end_hold()

@@ -2,7 +2,8 @@
 
 `generate_b32`, on a GPU: 32 streams of a router whose experts are in its own process, against transformers' `generate`
 with the same 32 prompts as one batch. `decode_16_streams`, without one: 16 streams that share forwards against the same
-in turns, the experts in two other processes behind socket links.
+in turns, the experts in two other processes behind socket links. There too what a long prompt costs a stream that
+decodes, see `cluster.bench.prompt`.
 """
 
 from __future__ import annotations
@@ -63,8 +64,11 @@ ON_GPU, ON_CPU = Extent(32, 128, 256), Extent(16, 16, 24)
 
 def bench_decode(config: ClusterConfig, *, rounds: int) -> Report:
     """With a GPU, two of them would show the links too: that row is not measured."""
-    row = bench_generate(ON_GPU, rounds) if torch.cuda.is_available() else bench_streams(config, ON_CPU, rounds)
-    return Report("decode", [row])
+    if torch.cuda.is_available():
+        return Report("decode", [bench_generate(ON_GPU, rounds)])
+    from cluster.bench.prompt import bench_prompt
+
+    return Report("decode", [bench_streams(config, ON_CPU, rounds), *bench_prompt(config, rounds)])
 
 
 # -- on a GPU ---------------------------------------------------------------------------------------------------------
@@ -149,22 +153,13 @@ def _check(is_complete: bool) -> None:
 def bench_streams(config: ClusterConfig, extent: Extent, rounds: int) -> Row:
     values = {**dict(config.model.values or {}), "eos_token_id": None}
     source = ModelSource(config.model.path, None if config.model.path else values)
-    num_experts = skeleton(source).num_experts
     prompts_BS = extent.prompts(int(source.config().get_text_config().vocab_size))
-    names = ("expert-0", "expert-1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - len(names)))  # a host takes a core
-    placement = Placement(1, tuple((name,) for name in names), num_experts // len(names))
-    with ExitStack() as stack:
-        peers = {
-            name: Peer(_opener(name, stack.enter_context(_host_process(source, name, [i], placement.group_size))))
-            for i, name in enumerate(names)
-        }
+    with beside_hosts(source) as roster, ExitStack() as stack:
         routers = {}
         for batch in (extent.num_streams, 1):
             routers[batch] = Router(
                 source,
-                Roster(placement, peers),
+                roster,
                 max_sessions=extent.num_streams,
                 decode_batch=batch,
                 timeout_s=TIMEOUT_S,
@@ -174,11 +169,26 @@ def bench_streams(config: ClusterConfig, extent: Extent, rounds: int) -> Row:
             name: partial(stream_all, routers[batch], prompts_BS, extent.num_tokens)
             for name, batch in (("together", extent.num_streams), ("in turns", 1))
         }
-        stack.callback(torch.set_num_threads, threads)
         seconds = interleaved(candidates, rounds)
     tokens = extent.num_streams * extent.num_tokens
     case = f"decode_{extent.num_streams}_streams"
     return rate_row(case, "tokens/s", tokens, seconds["together"], "the same in turns", seconds["in turns"])
+
+
+@contextmanager
+def beside_hosts(source: ModelSource) -> Iterator[Roster]:
+    """Half of the experts in each of two other processes; the cores that these leave are for a router's threads."""
+    names = ("expert-0", "expert-1")
+    placement = Placement(1, tuple((name,) for name in names), skeleton(source).num_experts // len(names))
+    threads = torch.get_num_threads()
+    with ExitStack() as stack:
+        peers = {
+            name: Peer(_opener(name, stack.enter_context(_host_process(source, name, [i], placement.group_size))))
+            for i, name in enumerate(names)
+        }
+        stack.callback(torch.set_num_threads, threads)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - len(names)))
+        yield Roster(placement, peers)
 
 
 def _opener(name: str, address: Address) -> Callable[[], SocketLink]:

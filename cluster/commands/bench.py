@@ -148,7 +148,7 @@ BENCHES = {
     ),
     "decode": Bench(
         "tokens a second of 32 streams on a GPU, against transformers' generate; without one, of 16 streams together, "
-        "against the same in turns",
+        "against the same in turns, and what a stream notices of a long prompt",
         _on_a_cluster("decode"),
         rounds=5,
     ),

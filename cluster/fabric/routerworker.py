@@ -7,12 +7,14 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 from actors.compress.settings import CompressionSettings
+from actors.errors import StepAborted
 from actors.moe.settings import BalanceSettings
 from actors.values import (
     Address,
@@ -142,6 +144,7 @@ class RouterWorker:
             max_sessions=self._config.router.max_sessions,
             decode_batch=self._config.router.decode_batch,
             captured=self._config.router.captured,
+            prompt_chunk=self._config.router.prompt_chunk,
             find_roster=self._find_roster,
             piece_bytes=min(PIECE_BYTES, self._config.links.max_message_bytes // 2),
             payload=self._config.links.dispatch,
@@ -415,17 +418,25 @@ class RouterWorker:
     ) -> Iterator[TokenEvent]:
         if not self._sessions.begin(session):
             return
+        is_wanted = partial(self._sessions.is_wanted, session)
+        events = self._router.serving.generate(
+            prompt, sampling, timeout_s=timeout_s, choice=choice, is_wanted=is_wanted
+        )
         try:
-            for event in self._router.serving.generate(prompt, sampling, timeout_s=timeout_s, choice=choice):
-                if not self._sessions.is_wanted(session):
+            for event in events:
+                if not is_wanted():
                     return
                 yield event
+        except StepAborted:  # of a session that was ended in the middle of its prompt, nobody is to be told
+            if is_wanted():
+                raise
         finally:
             self._sessions.leave(session)
 
     @ray.method(concurrency_group=CONTROL)
     def end_session(self, session: str) -> None:
-        """Its stream ends before the next token, or never begins. A session that has ended is no error."""
+        """Its stream ends before the next token or chunk of its prompt, or never begins. A session that has ended is no
+        error."""
         self._sessions.end(session)
 
     @ray.method(concurrency_group=SERVE)

@@ -207,6 +207,7 @@ CLUSTER_FAULTS = {
         "-1",
         "use a number from 0 to 1024",
     ),
+    "chunks of a prompt": (MODEL + "router: {prompt_chunk: -1}", "router.prompt_chunk", "-1", "0 or more"),
     "graphs without a GPU": (MODEL + "router: {captured: on}", "router.captured", "on", "leave it at auto"),
     "no model": ("ray: {}", "model", "missing", "name a model file"),
     "unknown model": ("model: tinny", "model", "'tinny'", "shipped names: exact, small, tiny"),

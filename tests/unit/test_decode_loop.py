@@ -26,7 +26,7 @@ class Model:
     def get_input_embeddings(self) -> Any:
         return SimpleNamespace(weight=torch.zeros(1))
 
-    def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+    def __call__(self, input_ids: torch.Tensor, past_key_values: None, use_cache: bool) -> Any:
         return SimpleNamespace(logits=torch.zeros(*input_ids.shape, VOCABULARY), past_key_values=None)
 
 

@@ -18,14 +18,14 @@ def until(what: int, lock: FairLock) -> None:
 
 
 def test_who_has_waited_longest_comes_next_and_who_comes_back_comes_last() -> None:
-    lock, order = FairLock(), []
+    lock, order, all_wait = FairLock(), [], threading.Event()
 
     def use(name: int, times: int = 1) -> None:
         for _ in range(times):
             with lock:
                 order.append(name)
                 if name == 0 and len(order) == 1:
-                    until(3, lock)
+                    assert all_wait.wait(WAIT_S)
 
     threads = [threading.Thread(target=use, args=(0, 2), daemon=True)]
     threads[0].start()
@@ -35,6 +35,7 @@ def test_who_has_waited_longest_comes_next_and_who_comes_back_comes_last() -> No
         threads.append(threading.Thread(target=use, args=(name,), daemon=True))
         threads[-1].start()
         until(name, lock)
+    all_wait.set()
     for thread in threads:
         thread.join(WAIT_S)
     assert order == [0, 1, 2, 3, 0]

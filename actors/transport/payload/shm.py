@@ -84,7 +84,8 @@ class ShmCarrier(Carrier):
         ticket, part = span(dtype, shape, place, 0 if theirs is None else len(theirs), self._peer)
         view = memoryview(theirs)[part]  # type: ignore[arg-type]
         self._leases.watch(ticket, view)
-        return torch.frombuffer(view, dtype=dtype).view(shape)
+        flat = torch.frombuffer(view, dtype=dtype)
+        return flat if len(shape) == 1 else flat.view(shape)
 
     def told(self) -> list[int]:
         return self._leases.ended()
