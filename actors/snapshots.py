@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,21 @@ class Snapshot(Generic[Key]):
     """That the moments are made of. The trunk keeps this for each parameter, among its tensors."""
     optimizer: OptimizerSettings
     tensors: Mapping[Key, Tensor]
+
+
+class Keeps(Protocol[Key]):
+    """Who has the last snapshot, as long as nobody has taken it."""
+
+    snapshot: Snapshot[Key] | None
+
+
+def taken_over(place: Keeps[Key], version: int) -> Snapshot[Key] | None:
+    """The last snapshot, which is the caller's from now on if it is of this version. Otherwise it stays where it is: a
+    call that comes late, for a checkpoint that was given up, does not take it from the next one."""
+    snapshot = place.snapshot
+    if snapshot is not None and snapshot.version == version:
+        place.snapshot = None
+    return snapshot
 
 
 @dataclass(frozen=True)

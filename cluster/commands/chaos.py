@@ -101,6 +101,12 @@ def add_parsers(subparsers: Subparsers, guarded: Guard) -> None:
         default=0.0,
         help="that expert actors wait before each update, so that a job with a staleness is behind (default: none)",
     )
+    add(
+        "--no-comparison",
+        dest="compare",
+        action="store_false",
+        help="without the undisturbed run of the same steps afterwards: losses and tokens are not compared",
+    )
     add("--output", default="chaos-report", metavar="DIR", help="where to write (default: %(default)s)")
     add("--json", action="store_true", help="print the summary as one JSON document")
     parser.set_defaults(run=guarded(run_command))
@@ -127,6 +133,7 @@ def run_command(args: argparse.Namespace) -> int:
         phases=args.phases,
         max_faults=args.max_faults,
         slow_updates_s=args.slow_updates_s,
+        compare=args.compare,
     )
     with terminated_as_interrupted(), _shown(stderr=args.json) as (say, tick):
         record = run_chaos(settings, say, tick)

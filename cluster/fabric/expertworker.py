@@ -153,10 +153,10 @@ class ExpertWorker:
 
     def write_snapshot(self, draft: Draft) -> Shard:
         """Beside steps. Its memory is free afterwards, written or not."""
+        from actors.snapshots import taken_over
         from cluster.checkpoint.state import write_experts
 
-        snapshot, self._host.saving.snapshot = self._host.saving.snapshot, None
-        return write_experts(draft, self._name, snapshot)
+        return write_experts(draft, self._name, taken_over(self._host.saving, draft.version))
 
     def keep_snapshot(self, draft: KeptDraft, peer: Holder | None) -> Shard:
         """In memory here and at the peer, beside steps."""

@@ -374,10 +374,10 @@ class RouterWorker:
     @ray.method(concurrency_group=FILES)
     def write_snapshot(self, draft: Draft) -> Shard:
         """As of an expert actor."""
+        from actors.snapshots import taken_over
         from cluster.checkpoint.state import write_router
 
-        snapshot, self._router.saving.snapshot = self._router.saving.snapshot, None
-        return write_router(draft, ROUTER, snapshot)
+        return write_router(draft, ROUTER, taken_over(self._router.saving, draft.version))
 
     @ray.method(concurrency_group=TRAIN)
     def restore(self, placement: Placement, experts: Sequence[ExpertContact], found: Found, run: int) -> None:
