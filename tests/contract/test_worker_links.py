@@ -51,7 +51,7 @@ def secured(
     """Two expert actors, and where they say that they are."""
     keys = link_keys(LinksConfig(secure="auto" if request.param == "tcp" else "on"))
     experts = [ExpertWorker(name, config) for name in NAMES]
-    contacts = [worker.load([group], 0, keys) for group, worker in enumerate(experts)]
+    contacts = [worker.load([group], 0, keys, None) for group, worker in enumerate(experts)]
     if request.param == "tcp":  # as if they were on other hosts
         contacts = [
             replace(c, address=replace(c.address, host_id="x"), exchange=replace(c.exchange, host_id="x"))
@@ -122,7 +122,7 @@ def test_nobody_else_reaches_them(secured, keys):
 
 def test_without_keys_nothing_is_encrypted(config, no_ray):
     worker = ExpertWorker(NAMES[0], config)
-    contact = worker.load([], 0, link_keys(LinksConfig(secure="off")))
+    contact = worker.load([], 0, link_keys(LinksConfig(secure="off")), None)
     link = SocketLink(contact.name, contact.address, name="r", max_bytes=1 << 20, timeout_s=20)
     assert link.call(Message("status"), 20).op == "ok"
     link.close()

@@ -126,6 +126,7 @@ def steps_to(client: Client, job_id: str, last: int) -> dict[int, float]:
 
 def test_a_replica_freezes_under_a_job(client: Client, alone: list[JobEvent]) -> None:
     scale(client, 2)
+    client.import_model("same")
     job = client.submit_job(STEADY)
     watch_to(client, job.id, 3)
     replica = list(routers(client).values())[-1]
