@@ -151,6 +151,8 @@ def test_after_kill_9_of_everything_the_job_goes_on_with_another_number_of_actor
     with running(config_in(tmp_path)) as client:
         assert client.status().version == STEPS
         job = client.submit_job(JOB, request_id="mine")
+        list(client.watch_job(job.id))  # its last checkpoint may have been written before it was known to have ended
+        job = client.get_job(job.id)
         assert (job.state, job.step) == (JobState.SUCCEEDED, STEPS)
     with (
         pytest.raises(MoeClusterError, match=r"model\.dtype"),

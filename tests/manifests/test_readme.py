@@ -99,7 +99,7 @@ def test_the_policy_for_calls_that_are_tried_again_is_what_grpc_takes() -> None:
     policy = json.loads(retry_policy())["methodConfig"][0]
     services = [f"{s.full_name}" for s in inference_pb2.DESCRIPTOR.services_by_name.values()]
     assert [name["service"] for name in policy["name"]] == services
-    assert policy["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]
+    assert policy["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE", "CANCELLED"]
     assert 2 <= policy["retryPolicy"]["maxAttempts"] <= 5, "gRPC makes no more than five"
 
 
