@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -38,10 +37,11 @@ from actors.expert.updates import Brake
 from actors.optim import OptimizerSettings, Sparse
 from actors.trunk.model import ModelSource, Skeleton, skeleton
 from cluster.bench.balance import TASKS
-from cluster.bench.beside import BesideShape, hidden_rows
+from cluster.bench.beside import hidden_rows
 from cluster.bench.beside import num_rounds as num_beside
 from cluster.bench.local import JOB, MODEL, Load, LocalRouter, Metrics, Recorder, local_cluster
 from cluster.bench.result import Advance, Report, Row, time_row
+from cluster.bench.steady import TrainingShape, torch_threads
 from cluster.bench.stragglers import Shape, num_runs, straggler_rows
 from cluster.config import DataConfig, EvalConfig, OptimizerConfig
 from cluster.jobs.runner import run_job
@@ -60,17 +60,6 @@ much smaller than the mean of their squares, which stands for the curvature. Of 
 MAX_STALENESS_OF_ALL_SEEDS = 1
 RECENT_STEPS = 20
 """That a loss of training is averaged over."""
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Of torch's in each operation, as an actor among others has: small ones wait for their threads otherwise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # --- Learning ----------------------------------------------------------------------------------------------------
@@ -110,7 +99,7 @@ def all_runs(seeds: int) -> list[Run]:
 
 def train_all(*, seeds: int, steps: int, after_step: Callable[[Run], None] = lambda run: None) -> list[Run]:
     runs = all_runs(seeds)
-    with one_thread():
+    with torch_threads(1):
         for run in runs:
             _train(run, steps, after_step)
     return runs
@@ -185,7 +174,7 @@ SPARSE_CASES: Mapping[str, tuple[Sparse, bool]] = {
 
 def sparse_rows(*, rounds: int, advance: Advance = lambda doing: None) -> Iterator[Row]:
     model = skeleton(ModelSource(values=SPARSE_MODEL))
-    with one_thread():
+    with torch_threads(1):
         for case, (sparse, is_random) in SPARSE_CASES.items():
             ours, theirs = _Actor(model, sparse), _Actor(model, "none")
             seconds = [_interleaved(ours, theirs, number, is_random) for number in range(-WARMUPS, rounds)][WARMUPS:]
@@ -248,7 +237,7 @@ class Extent:
     """Of each training."""
     seeds: int
     shape: Shape = field(default_factory=Shape)
-    beside: BesideShape = field(default_factory=BesideShape)
+    beside: TrainingShape = field(default_factory=TrainingShape)
     sparse_rounds: int = 15
     beside_rounds: int = 7
     straggler_rounds: int = 3

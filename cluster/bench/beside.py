@@ -25,48 +25,17 @@ from typing import Any
 import torch
 
 from actors.expert.host import ExpertHost
-from actors.optim import OptimizerSettings
 from actors.router.roster import Peer, Roster
 from actors.router.router import Router
 from actors.transport.socket import SocketLink, SocketServer
-from actors.trunk.model import ModelSource
 from actors.values import Placement
 from cluster.bench.result import Advance, Row
+from cluster.bench.steady import Training, TrainingShape, torch_threads
 from cluster.errors import StartupError
 
 NAME = "expert-0"
 START_S, ANSWER_S = 120.0, 60.0
 MAX_BYTES = 1 << 28
-
-
-@dataclass(frozen=True)
-class BesideShape:
-    """Experts with many weights for few tokens: their updates are a large part of a step."""
-
-    hidden_size: int = 256
-    width: int = 512
-    """Of an expert, inside."""
-    num_layers: int = 4
-    num_experts: int = 16
-    sequences: int = 2
-    sequence_length: int = 64
-    warmups: int = 4
-    steps: int = 10
-    """Timed in a round."""
-
-    def model(self) -> dict[str, Any]:
-        return {
-            "model_type": "mixtral",
-            "vocab_size": 512,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.width,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "num_local_experts": self.num_experts,
-            "num_experts_per_tok": 2,
-            "max_position_embeddings": self.sequence_length,
-        }
 
 
 @dataclass(frozen=True)
@@ -95,13 +64,13 @@ def num_rounds(rounds: int) -> int:
 
 
 def hidden_rows(
-    *, rounds: int, shape: BesideShape | None = None, advance: Advance = lambda doing: None
+    *, rounds: int, shape: TrainingShape | None = None, advance: Advance = lambda doing: None
 ) -> list[SpreadRow]:
-    shape = shape or BesideShape()
-    with _cores() as (own, other), _expert(shape, other) as (address, control), _pinned(own), _one_thread():
+    shape = shape or TrainingShape()
+    with _cores() as (own, other), _expert(shape, other) as (address, control), _pinned(own), torch_threads(1):
         peer = Peer(lambda: SocketLink(NAME, address, name="router", max_bytes=MAX_BYTES, timeout_s=ANSWER_S))
         roster = Roster(Placement(1, ((NAME,),), shape.num_experts), {NAME: peer})
-        router = Router(_source(shape), roster, timeout_s=ANSWER_S)
+        router = Router(shape.source(), roster, timeout_s=ANSWER_S)
         try:
             timing = _Timing(shape, router, control)
             timed = []
@@ -140,11 +109,9 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 class _Timing:
-    def __init__(self, shape: BesideShape, router: Router, control: Connection) -> None:
-        self._shape, self._router, self._control = shape, router, control
-        size = (shape.sequences, shape.sequence_length)
-        draw = torch.Generator().manual_seed(0)
-        self._batches = [[torch.randint(0, 512, size, generator=draw)] for _ in range(4)]
+    def __init__(self, shape: TrainingShape, router: Router, control: Connection) -> None:
+        self._shape, self._control = shape, control
+        self._training = Training(router, shape)
 
     def round(self) -> Timed:
         step_s, update_s = self._seconds(0)
@@ -153,24 +120,20 @@ class _Timing:
 
     def _seconds(self, staleness: int) -> tuple[float, float]:
         """-> of a step, and of an update."""
-        self._router.begin_run(OptimizerSettings(staleness=staleness))
-        self._train(self._shape.warmups)
+        self._training.begin(staleness)
+        self._steps(self._shape.warmups)
         busy_s, started = self._busy_s(), time.perf_counter()
-        self._train(self._shape.steps)
+        self._steps(self._shape.steps)
         took_s = time.perf_counter() - started
         return took_s / self._shape.steps, (self._busy_s() - busy_s) / self._shape.steps
 
-    def _train(self, steps: int) -> None:
-        for number in range(steps):
-            self._router.train_step(self._batches[number % len(self._batches)], lr=1e-4, clip_norm=1.0)
+    def _steps(self, count: int) -> None:
+        for _ in range(count):
+            self._training.step()
 
     def _busy_s(self) -> float:
         self._control.send("busy")
         return float(_heard(self._control, ANSWER_S))
-
-
-def _source(shape: BesideShape) -> ModelSource:
-    return ModelSource(values=shape.model(), dtype="float32")
 
 
 # --- Processes and cores -----------------------------------------------------------------------------------------
@@ -194,16 +157,6 @@ def _pinned(cores: set[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _heard(control: Connection, timeout_s: float) -> Any:
     if not control.poll(timeout_s):
         raise StartupError(f"the expert actor has not answered within {timeout_s:.0f} s")
@@ -211,7 +164,7 @@ def _heard(control: Connection, timeout_s: float) -> Any:
 
 
 @contextmanager
-def _expert(shape: BesideShape, cores: set[int]) -> Iterator[tuple[Any, Connection]]:
+def _expert(shape: TrainingShape, cores: set[int]) -> Iterator[tuple[Any, Connection]]:
     """-> where it listens, and where to ask it for the time that its updates took."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
@@ -228,10 +181,10 @@ def _expert(shape: BesideShape, cores: set[int]) -> Iterator[tuple[Any, Connecti
             process.join()
 
 
-def _serve(control: Connection, shape: BesideShape, cores: set[int]) -> None:
+def _serve(control: Connection, shape: TrainingShape, cores: set[int]) -> None:
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(1)
-    host = ExpertHost(NAME, _source(shape), [0], group_size=shape.num_experts, timeout_s=ANSWER_S)
+    host = ExpertHost(NAME, shape.source(), [0], group_size=shape.num_experts, timeout_s=ANSWER_S)
     server = SocketServer(NAME, host.handle, max_bytes=MAX_BYTES, idle=host.idle, ready=host.ready, keep_s=ANSWER_S)
     server.start()
     try:

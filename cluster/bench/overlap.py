@@ -27,6 +27,7 @@ from actors.transport.socket import SocketLink, SocketServer
 from actors.trunk.model import ModelSource, skeleton
 from actors.values import Address, Placement
 from cluster.bench.result import Row, interleaved, rate_row
+from cluster.bench.steady import torch_threads
 from cluster.config import ClusterConfig
 
 SEQUENCES, LENGTH, MICROBATCHES = 2, 256, 4
@@ -69,7 +70,7 @@ def overlap_rows(config: ClusterConfig, *, rounds: int, delays_s: Sequence[float
     batches = [list(batch) for batch in torch.randint(0, vocab_size, shape, generator=generator)]
     tokens = STEPS_A_ROUND * MICROBATCHES * SEQUENCES * (LENGTH - 1)
     rows: list[Row] = []
-    with _hosts(config, source) as hosts, _threads(config.router.threads):
+    with _hosts(config, source) as hosts, torch_threads(config.router.threads):
         peers = {name: Peer(partial(_link, name, address)) for name, (address, _) in hosts.items()}
         num_groups = _num_experts(source) // size
         held = tuple((f"expert-{group % NUM_HOSTS}",) for group in range(num_groups))
@@ -118,17 +119,6 @@ def _num_experts(source: ModelSource) -> int:
 
 def _link(name: str, address: Address) -> SocketLink:
     return SocketLink(name, address, name="router", max_bytes=MAX_BYTES, timeout_s=ANSWER_S)
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    """Of torch in this process, as the router would have."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

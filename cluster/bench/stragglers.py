@@ -16,20 +16,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
 
 from actors.expert.host import ExpertHost
 from actors.expert.updates import Brake
-from actors.optim import OptimizerSettings
 from actors.router.roster import Peer, Roster
 from actors.router.router import Router
 from actors.transport.contract import Link
 from actors.transport.socket import SocketLink, SocketServer
-from actors.trunk.model import ModelSource
 from actors.values import Address, Placement
 from cluster.bench.result import Advance, Row
+from cluster.bench.steady import Training, TrainingShape, torch_threads
 
 FACTORS = (2.0, 4.0)
 STALENESS = (0, 1, 4)
@@ -41,42 +37,17 @@ MAX_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Of the model and of what is timed. Few tokens for many weights: updates are a large part of a step."""
+class Shape(TrainingShape):
+    """With more warm-up steps than any bound that is tried."""
 
-    hidden_size: int = 256
     width: int = 1024
-    """Of an expert, inside."""
     num_layers: int = 2
-    num_experts: int = 16
-    sequences: int = 2
     sequence_length: int = 128
     warmups: int = 5
-    """Steps before those that are timed: more than any bound that is tried."""
     steps: int = 8
-    """Timed in a round."""
     pause_s: float = 5.0
     window_s: float = 8.0
     """That the rate under a pause is taken over."""
-
-    @property
-    def tokens(self) -> int:
-        """Of a step, that are predicted."""
-        return self.sequences * (self.sequence_length - 1)
-
-    def model(self) -> dict[str, Any]:
-        return {
-            "model_type": "mixtral",
-            "vocab_size": 512,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.width,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "num_local_experts": self.num_experts,
-            "num_experts_per_tok": 2,
-            "max_position_embeddings": self.sequence_length,
-        }
 
 
 def ways(copy: str) -> Iterator[tuple[float, int]]:
@@ -97,9 +68,8 @@ def straggler_rows(*, rounds: int, shape: Shape | None = None, advance: Advance 
     """19 ways to train a round, and in the first 8 s for each of those with a pause."""
     shape = shape or Shape()
     shape = replace(shape, sequences=max(1, shape.sequences // 2))  # updates weigh more: they are what is slow
-    torch.set_num_threads(1)
     rates: dict[str, list[float]] = {}
-    with _fleet(shape, copies=False) as plain, _fleet(shape, copies=True) as copied:
+    with torch_threads(1), _fleet(shape, copies=False) as plain, _fleet(shape, copies=True) as copied:
         for number in range(rounds):
             for fleet, copy in zip((plain, copied), COPIES, strict=True):
                 for factor, staleness in ways(copy):
@@ -134,11 +104,8 @@ class Fleet:
     """A router and its expert actors; the last one is slowed."""
 
     def __init__(self, shape: Shape, hosts: Sequence[ExpertHost], router: Router) -> None:
-        self._shape, self._hosts, self._router = shape, hosts, router
-        size = (shape.sequences, shape.sequence_length)
-        generator = torch.Generator().manual_seed(0)
-        self._batches = [[torch.randint(0, 512, size, generator=generator)] for _ in range(4)]
-        self._number = 0
+        self._shape, self._hosts = shape, hosts
+        self._training = Training(router, shape)
         self.max_staleness = 0
         """Of all steps so far."""
 
@@ -161,7 +128,7 @@ class Fleet:
         """What another run has left to be done is done then."""
         for host in self._hosts:
             host.updates.brake = Brake()
-        self._router.begin_run(OptimizerSettings(staleness=staleness))
+        self._training.begin(staleness)
         self._hosts[-1].updates.brake = brake
         for _ in range(self._shape.warmups):
             self._step()
@@ -173,15 +140,12 @@ class Fleet:
         return (time.perf_counter() - started) / self._shape.steps
 
     def _step(self) -> None:
-        batch = self._batches[self._number % len(self._batches)]
-        self._number += 1
-        report = self._router.train_step(batch, lr=1e-4, clip_norm=1.0)
-        self.max_staleness = max(self.max_staleness, report.staleness_max)
+        self.max_staleness = max(self.max_staleness, self._training.step().staleness_max)
 
 
 @contextmanager
 def _fleet(shape: Shape, *, copies: bool) -> Iterator[Fleet]:
-    source = ModelSource(values=shape.model(), dtype="float32")
+    source = shape.source()
     names = [f"expert-{i}" for i in range(NUM_ACTORS)]
     group_size = shape.num_experts // NUM_ACTORS
     holders = [[name, *(other for other in names if other != name)] if copies else [name] for name in names]

@@ -6,12 +6,13 @@ import os
 
 import torch
 
-from cluster.bench.beside import BesideShape, hidden_rows
+from cluster.bench.beside import hidden_rows
+from cluster.bench.steady import TrainingShape
 
 
 def test_an_actor_of_its_own_is_timed_and_all_is_as_before() -> None:
     before = os.sched_getaffinity(0), torch.get_num_threads()
-    shape = BesideShape(
+    shape = TrainingShape(
         hidden_size=16, width=16, num_layers=2, num_experts=4, sequences=1, sequence_length=8, warmups=2, steps=2
     )
     said: list[str] = []

@@ -20,8 +20,9 @@ from cluster.bench.asynchronous import (
     time_rows,
     train_all,
 )
-from cluster.bench.beside import BesideShape, SpreadRow, Timed, num_rounds, rows_of
+from cluster.bench.beside import SpreadRow, Timed, num_rounds, rows_of
 from cluster.bench.result import Advance, Row
+from cluster.bench.steady import TrainingShape
 from cluster.bench.stragglers import Shape, num_runs
 from cluster.bench.stragglers import rows_of as straggler_rows_of
 from cluster.report import draw_async
@@ -109,7 +110,7 @@ def test_hidden_is_what_a_step_does_not_wait_for_of_an_update() -> None:
 def test_all_of_it_says_as_often_as_promised_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes long is not made."""
 
-    def hidden(*, rounds: int, shape: BesideShape, advance: Advance) -> list[SpreadRow]:
+    def hidden(*, rounds: int, shape: TrainingShape, advance: Advance) -> list[SpreadRow]:
         for _ in range(num_rounds(rounds)):
             advance("hidden")
         return rows_of([Timed(0.1, 0.09, 0.02)] * rounds)
