@@ -91,7 +91,10 @@ def square_sum(parameters: Iterable[nn.Parameter]) -> float:
 
 
 def square_sum_of(gradients: Iterable[Tensor]) -> float:
-    norms: list[Any] = [torch.linalg.vector_norm(gradient, dtype=_wide(gradient.dtype)) for gradient in gradients]
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for gradient in gradients:
+        by_dtype.setdefault(_wide(gradient.dtype), []).append(gradient)
+    norms: list[Any] = [n for dtype, some in by_dtype.items() for n in torch._foreach_norm(some, 2, dtype)]
     if len(norms) > 1 and len({(norm.device, norm.dtype) for norm in norms}) == 1:
         norms = torch.stack(norms).tolist()  # one wait for the device, not one each
     total = 0.0

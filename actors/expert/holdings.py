@@ -11,6 +11,7 @@ residency alone. Not thread-safe: the host's lock is around every call.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from actors.errors import InvalidInput
 from actors.expert.residency import Quarters, residency
 from actors.moe.experts import Between, ExpertStack, Weights, pieces_of
-from actors.moe.optimizer import GroupOptimizer, catch_up_together
+from actors.moe.optimizer import GroupOptimizer, catch_up_together, step_together
 from actors.optim import OptimizerSettings, square_sum_of
 from actors.snapshots import KINDS, ExpertKey, SavedState, Snapshot, to_host
 
@@ -127,6 +128,11 @@ class Holdings:
                 counts[place * size : (place + 1) * size] = [next(rest) for _ in range(size)]
         return counts
 
+    def rows(self) -> dict[int, int]:
+        """Expert -> its row in the stacks."""
+        ordinals = self.by_place(range(1, len(self.experts) + 1))
+        return {self.experts[n - 1]: row for row, n in enumerate(ordinals) if n}
+
     def share(self) -> list[Weights]:
         """By layer, the weights of all places as they are now, the caller's to keep: what is written from now on is
         written elsewhere, layer by layer, when it comes to that. Not with an expert cache."""
@@ -190,11 +196,15 @@ class Holdings:
         self._residency.settle()
         for layer in range(len(self.stacks)):
             self._own(layer)
-        changed: list[int] = []
-        for group in self.groups:
-            layers = [self._step(group, i, self._gradients(group, i), lr, scale) for i in range(len(self.stacks))]
-            if any(layers):
-                changed.append(self._places.index(group))
+        groups, changed = self.groups, set[int]()
+        for layer in range(len(self.stacks)):
+            if self.settings.sparse == "none":  # group by group a gradient is still in the cache when it is used
+                are_changed = [self._step([group], layer, lr, scale)[0] for group in groups]
+            else:
+                are_changed = self._step(groups, layer, lr, scale)
+            changed |= {
+                self._places.index(group) for group, is_changed in zip(groups, are_changed, strict=True) if is_changed
+            }
         self._residency.changed(changed)
         self._drop_used()
 
@@ -206,9 +216,18 @@ class Holdings:
         own = {name: g.to(p.device, copy=True) for g, (name, p) in zip(gradients, parameters, strict=True)}
         held.optimizer.step(layer, own, lr, scale)
 
-    def _step(self, group: int, layer: int, gradients: Sequence[Tensor], lr: float, scale: float) -> bool:
-        named = dict(zip(self.stacks[layer].names, gradients, strict=True))
-        return self._groups[group].optimizer.step(layer, named, lr, scale, candidates=self._candidates(group, layer))
+    def _step(self, groups: Sequence[int], layer: int, lr: float, scale: float) -> list[bool]:
+        """-> whether weights of each were changed."""
+        names = self.stacks[layer].names
+        wanted = [
+            (
+                self._groups[group].optimizer,
+                dict(zip(names, self._gradients(group, layer), strict=True)),
+                self._candidates(group, layer),
+            )
+            for group in groups
+        ]
+        return step_together(wanted, layer, lr, scale)
 
     def _candidates(self, group: int, layer: int) -> list[int] | None:
         """Experts of the group that may have a gradient; None: no matter."""
@@ -222,11 +241,14 @@ class Holdings:
         if self.settings.sparse == "none":
             self.drop_gradients()
             return
+        used: list[Tensor] = []
         for layer, stack in enumerate(self.stacks):
-            for place, row in (divmod(i, self._group_size) for i in sorted(stack.touched)):
-                for name in stack.names:
-                    self._residency.gradient(place, layer, name)[row].zero_()
+            for place, rows in itertools.groupby(sorted(stack.touched), lambda i: i // self._group_size):
+                gradients = [self._residency.gradient(place, layer, name) for name in stack.names]
+                used += [gradient[i % self._group_size] for i in rows for gradient in gradients]
             stack.touched.clear()
+        if used:
+            torch._foreach_zero_(used)
 
     def catch_up(self, layer: int, counts_E: Sequence[int]) -> None:
         """Before tokens are sent to `experts`, so many to each: makes the steps that were put off for want of them."""
@@ -282,18 +304,32 @@ class Holdings:
         """
         stack = self.stacks[layer]
         self._shared.discard(layer)
-        fresh = stack.fresh(between)
+        old, fresh = stack.weights, stack.room()
         for group, held in self._groups.items():  # also those that arrive or leave
             for name, parameter in held.parameters[layer].items():
                 parameter.data = fresh[name][self._span(group)]
+        stepped = {self._places.index(group) for group, ordered in steps.items() if ordered}
+        for place in set(range(len(self._places))) - stepped:
+            span = slice(place * self._group_size, (place + 1) * self._group_size)
+            for name in stack.names:
+                fresh[name][span].copy_(old[name][span])
         for group, ordered in steps.items():
             span = self._span(group)
+            source: Weights | None = {name: old[name][span] for name in stack.names}
             for step in ordered:
                 then = None if step.then is None else {name: step.then[name][span] for name in stack.names}
                 gradients = dict(zip(stack.names, step.gradients, strict=True))
                 self._groups[group].optimizer.step(
-                    layer, gradients, step.lr, step.scale, num_updates=step.merged, then=then, between=between
+                    layer,
+                    gradients,
+                    step.lr,
+                    step.scale,
+                    num_updates=step.merged,
+                    then=then,
+                    source=source,
+                    between=between,
                 )
+                source = None
         return fresh
 
     def _span(self, group: int) -> slice:

@@ -7,10 +7,10 @@ A layer's *lag* is the number of committed updates that are not in it yet, its v
 training forward of step t is computed on a layer whose version is at least t - 1 - s, s the job's staleness: one that
 comes too early waits. Nothing else waits for updates, but what reads or changes whole groups, which `drain`s first.
 
-Where both compute on the same cores the thread gives way: while a training question is computed it stops after the
-piece at hand, some experts' part of a parameter, until the question is answered. So updates take the time in which the
-router computes, and a question takes no longer for them. Once somebody waits for updates they are made beside
-everything.
+Where both compute on the same cores the thread gives way: after each piece, some experts' part of a parameter, it lets
+who waits for its core have it, and while a training question is computed it stops until the question is answered. So
+updates take the time in which the router computes, and a question takes no longer for them. Once somebody waits for
+updates they are made beside everything.
 
 The thread takes all that is pending at a time. Steps of a group become one then (`merged`), except where its copies or
 followers elsewhere must make the very same updates: those are made one after the other.
@@ -19,6 +19,7 @@ followers elsewhere must make the very same updates: those are made one after th
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -338,7 +339,13 @@ class Updates:
         self.num_merged += len(batch) - 1 if merging else 0
 
     def _give_way(self) -> None:
-        """Between two pieces."""
+        """Between two pieces. The threads that take a question in may be waiting for this one's core, for which a
+        scheduler lets them wait for milliseconds: nobody would know of the question. Where somebody waits for updates
+        the core is kept, since others than those threads may want it."""
+        if not self._must_go_on():
+            began = time.monotonic()
+            os.sched_yield()
+            self._given_s += time.monotonic() - began
         if not self._foreground:  # read without the lock: the next piece is soon
             return
         with self._changed:

@@ -199,17 +199,19 @@ class ExpertStack(nn.Module):
         for name, tensor in weights.items():
             self._parameter(name).data = tensor
 
-    def fresh(self, between: Between | None = None) -> dict[str, Tensor]:
+    def fresh(self) -> dict[str, Tensor]:
         """A copy of the weights, to be written and given to `switch`. From one thread at a time."""
         with torch.no_grad():
-            weights = self._weights
-            if not self._spare_weights:
-                return {name: tensor.clone() for name, tensor in weights.items()}
-            spare = self._spare_weights.pop()
+            weights, fresh = self._weights, self.room()
             for name, tensor in weights.items():
-                for own, other in pieces_of((spare[name], tensor), between):
-                    own.copy_(other)
-            return spare
+                fresh[name].copy_(tensor)
+            return fresh
+
+    def room(self) -> dict[str, Tensor]:
+        """Memory for the weights, with anything in it: as `fresh`, where all of it will be written."""
+        if self._spare_weights:
+            return self._spare_weights.pop()
+        return {name: torch.empty_like(tensor) for name, tensor in self._weights.items()}
 
     def gradient(self, name: str) -> Tensor:
         return _grad(self._parameter(name))

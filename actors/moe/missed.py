@@ -12,8 +12,9 @@ e_j (Golub & Welsch 1969). Its error is known,
     |m| * (sum over j of a_j p(e_j)^2) / (s + e)^(2q + 1)   for an e between the smallest and the largest of the e_j,
 
 p the measure's monic orthogonal polynomial of degree q; and as |m| is at most a constant times s under AdamW, there is
-a bound for all elements, the better the larger the smallest s. Each fraction is a step of AdamW again, with numbers of
-its own.
+a bound for all elements, the better the larger the smallest s. To look for that takes as long as half a step, and is
+done only where what is known of it will not do: it is `beta2` times itself after any step, at least. Each fraction is a
+step of AdamW again, with numbers of its own.
 
     K steps   Q fractions
 """
@@ -22,14 +23,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from actors.optim import OptimizerSettings
 
@@ -59,15 +59,15 @@ class Step:
     weight_decay: float
 
     def make(self, weights: list[Tensor], gradients: list[Tensor], firsts: list[Tensor], seconds: list[Tensor]) -> None:
-        counts = torch.full((len(weights),), self.count, dtype=torch.float32, device=weights[0].device)
-        adamw(
+        """Torch's own kernel. What `torch.optim.adamw` does around it takes as long as 50,000 elements."""
+        count = _count(self.count + 1, weights[0].device)
+        torch._fused_adamw_(
             weights,
             gradients,
             firsts,
             seconds,
             [],
-            list(counts.unbind()),
-            fused=True,
+            [count] * len(weights),
             amsgrad=False,
             maximize=False,
             beta1=self.beta1,
@@ -82,7 +82,7 @@ class Step:
 class Owed:
     """Steps without a gradient that have still to be made."""
 
-    settings: OptimizerSettings
+    settings: OptimizerSettings = field(hash=False)  # of one run there is one, and it has many fields
     before: int
     """Steps that were made."""
     lrs: tuple[float, ...]
@@ -92,14 +92,16 @@ class Owed:
     """Whether nobody else has to update the group alike. Otherwise each step is made, so that it does not matter how
     many are made at a time."""
 
-    def make(self, rows: Sequence[Row]) -> None:
-        """Of all these, where they are."""
-        steps = self._fewest(rows) if self.is_own else self._all()
+    def make(self, rows: Sequence[Row], floors: Sequence[float] = ()) -> Sequence[float]:
+        """Of all these, where they are. `floors`: no second moment of the row is smaller before it -> the same, looked
+        up where that was worth it."""
+        steps, floors = self._fewest(rows, floors or [0.0] * len(rows)) if self.is_own else (self._all(), floors)
         for pieces in _pieces(rows, PIECE if len(steps) > 1 else None):
             weights, firsts, seconds = (list(kind) for kind in zip(*pieces, strict=True))
-            zeros = [_zeros(PIECE, weight.dtype, weight.device)[: weight.numel()] for weight in weights]
+            zeros = [_zeros(weight.shape, weight.dtype, weight.device) for weight in weights]
             for step in steps:
                 step.make(weights, zeros, firsts, seconds)
+        return floors
 
     @property
     def _decay(self) -> float:
@@ -112,31 +114,36 @@ class Owed:
             for number, lr in enumerate(self.lrs)
         ]
 
-    def _fewest(self, rows: Sequence[Row]) -> list[Step]:
-        """That no weight can tell from the others but by an eighth of the last digit of 1."""
+    def _fewest(self, rows: Sequence[Row], floors: Sequence[float]) -> tuple[list[Step], Sequence[float]]:
+        """That no weight can tell from the others but by an eighth of the last digit of 1; and the floors."""
         if not _can_be_few(self.settings, self.lrs, self._decay):
-            return self._all()
-        seconds = [second for _, _, second in rows]
-        dtype = seconds[0].dtype if seconds[0].dtype == torch.float64 else torch.float32
+            return self._all(), floors
+        steps = self._few(rows[0][2].dtype, min(floors))
+        if len(steps) > 1 and rows[0][2].device.type != "cuda":  # there the host would have to wait for it
+            floors = [max(floor, float(second.amin())) for floor, (_, _, second) in zip(floors, rows, strict=True)]
+            steps = self._few(rows[0][2].dtype, min(floors))
+        return steps, floors
+
+    def _few(self, dtype: torch.dtype, floor: float) -> list[Step]:
         return made_as_few(
             self.settings,
             self.before,
             self.lrs,
             weight_decay=self._decay,
-            smallest=_smallest_root(seconds),
-            tolerance=torch.finfo(dtype).eps / 8,
+            smallest=math.sqrt(floor),
+            tolerance=torch.finfo(dtype if dtype == torch.float64 else torch.float32).eps / 8,
         )
 
 
-def _smallest_root(seconds: Sequence[Tensor]) -> float:
-    """Of all elements. On a GPU the host would have to wait for it: 0, which is not larger."""
-    if seconds[0].device.type == "cuda":
-        return 0.0
-    return math.sqrt(min(float(second.amin()) for second in seconds))
+def lowered(floor: float, beta2: float, steps: int, dtype: torch.dtype) -> float:
+    """What no second moment is below after so many steps, where none was below the floor; each step rounds."""
+    digits = torch.finfo(dtype)
+    lower = floor * (beta2 * (1 - digits.eps)) ** steps
+    return lower if lower * digits.eps > digits.tiny else 0.0
 
 
 def _pieces(rows: Sequence[Row], size: int | None) -> Iterator[list[Row]]:
-    """All elements, flat, cut into at most `PIECE` and collected to at most `size`; None: all at once."""
+    """All elements, cut into at most `PIECE` and collected to at most `size`; None: all at once."""
     collected: list[Row] = []
     room = size or math.inf
     for row in rows:
@@ -151,18 +158,29 @@ def _pieces(rows: Sequence[Row], size: int | None) -> Iterator[list[Row]]:
 
 
 def _cut(row: Row) -> Iterator[Row]:
-    weight, first, second = (tensor.view(-1) for tensor in row)
-    if (size := weight.numel()) <= PIECE:
-        yield weight, first, second
+    if (size := row[0].numel()) <= PIECE:
+        yield row
         return
+    weight, first, second = (tensor.view(-1) for tensor in row)
     for start in range(0, size, PIECE):
         yield weight[start : start + PIECE], first[start : start + PIECE], second[start : start + PIECE]
 
 
 @cache
-def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[size]: the gradient of all pieces without one; nobody writes there."""
-    return torch.zeros(size, dtype=dtype, device=device)
+def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The gradient of all pieces of this shape; nobody writes there."""
+    return _most_zeros(dtype, device)[: shape.numel()].view(shape)
+
+
+@cache
+def _most_zeros(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(PIECE, dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=16)
+def _count(count: float, device: torch.device) -> Tensor:
+    """As the kernel wants it, who only reads it: the same for all groups of a step."""
+    return torch.tensor(count, dtype=torch.float32, device=device)
 
 
 # --- Numbers ---------------------------------------------------------------------------------------------------------

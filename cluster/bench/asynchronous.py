@@ -182,7 +182,7 @@ def sparse_rows(*, rounds: int, advance: Advance = lambda doing: None) -> Iterat
             yield time_row(case, "ms", 1e3, [s for s, _ in seconds], "dense", [s for _, s in seconds])
 
 
-WARMUPS = 20
+WARMUPS = 60
 """Until every expert has had a gradient, and the random choice finds them as far behind as it ever will."""
 
 
@@ -237,9 +237,11 @@ class Extent:
     """Of each training."""
     seeds: int
     shape: Shape = field(default_factory=Shape)
-    beside: TrainingShape = field(default_factory=TrainingShape)
+    beside: TrainingShape = field(
+        default_factory=lambda: TrainingShape(num_experts=12, vocabulary=16384, sequences=1, warmups=3, steps=8)
+    )
     sparse_rounds: int = 15
-    beside_rounds: int = 7
+    beside_rounds: int = 15
     straggler_rounds: int = 3
 
     def num_steps(self) -> int:

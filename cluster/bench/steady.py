@@ -15,8 +15,6 @@ from actors.router.router import Router
 from actors.trunk.model import ModelSource
 from actors.values import StepReport
 
-VOCABULARY = 512
-
 
 @dataclass(frozen=True)
 class TrainingShape:
@@ -27,6 +25,7 @@ class TrainingShape:
     """Of an expert, inside."""
     num_layers: int = 4
     num_experts: int = 16
+    vocabulary: int = 512
     sequences: int = 2
     sequence_length: int = 64
     warmups: int = 4
@@ -46,12 +45,12 @@ class TrainingShape:
         """A few steps' token ids [B, S]."""
         draw = torch.Generator().manual_seed(0)
         size = (self.sequences, self.sequence_length)
-        return [[torch.randint(0, VOCABULARY, size, generator=draw)] for _ in range(4)]
+        return [[torch.randint(0, self.vocabulary, size, generator=draw)] for _ in range(4)]
 
     def _model(self) -> dict[str, Any]:
         return {
             "model_type": "mixtral",
-            "vocab_size": VOCABULARY,
+            "vocab_size": self.vocabulary,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.width,
             "num_hidden_layers": self.num_layers,

@@ -358,10 +358,10 @@ def test_a_forward_that_waits_too_long_ends_with_an_error(source: ModelSource) -
         step(local, 0)
         step(local, 1)
         links = local.router.state.training.links
-        patient_s, links._timeout_s = links._timeout_s, 0.5  # for what is to fail alone
+        patient_s, links.timeout_s = links.timeout_s, 0.5  # for what is to fail alone
         with pytest.raises((LinkError, StepAborted)):
             step(local, 2)
-        links._timeout_s = patient_s
+        links.timeout_s = patient_s
         local.hosts[0].updates.brake = Brake()
         assert math.isfinite(step(local, 2)), "and the next attempt goes on"
 

@@ -4,6 +4,7 @@ of updates in place."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import pytest
 import torch
@@ -157,3 +158,27 @@ def test_one_step_in_the_place_of_several_keeps_moments_and_count() -> None:
     average, square = mine[0] / (1 - settings.beta1**4), mine[1] / (1 - settings.beta2**4)
     moved = 3 * settings.lr * average / (square.sqrt() + settings.eps)
     torch.testing.assert_close(weights[0].detach(), before - moved, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("sparse", ["none", "skip"])
+def test_what_is_not_stepped_is_copied(model: Skeleton, sparse: Literal["none", "skip"]) -> None:
+    """Groups without a step, free places, experts without a gradient; memory that is used again has other numbers."""
+    holdings = held(model, (0, 2))
+    holdings.begin_run(OptimizerSettings(lr=1e-2, sparse=sparse))
+    holdings.make_room(1)
+    stack = holdings.stacks[0]
+    for number in range(4):
+        before = {name: tensor.clone() for name, tensor in stack.weights.items()}
+        for gradient in holdings.gradients(0, 0):
+            gradient[1].fill_(1e-2)
+        taken = holdings.take_gradients()
+        fresh = holdings.updated(0, {0: [LayerStep(taken[0].groups[0], 1e-2, 1.0)]}, lambda: None)
+        stack.switch(fresh)
+        holdings.give_back(0, taken[0])
+        for name, now in stack.weights.items():
+            changed = [not torch.equal(now[e], before[name][e]) for e in range(len(now))]
+            # Under `none` the other expert decays; without moments it has no other step.
+            assert changed == [sparse == "none" and bool((before[name][0]).any()), True, False, False, False, False], (
+                name,
+                number,
+            )

@@ -137,3 +137,35 @@ def test_it_is_not_put_off_for_ever(updates: Updates, holdings: FakeHoldings, mo
                 break
             threading.Event().wait(0.01)
         assert holdings.made == PIECES
+
+
+def test_who_waits_for_the_core_gets_it_after_each_piece(
+    updates: Updates, holdings: FakeHoldings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no question is known of: the thread that takes it in may be what waits."""
+    yielded: list[int] = []
+    monkeypatch.setattr(module.os, "sched_yield", lambda: yielded.append(holdings.made))
+    begin(updates, holdings)
+    holdings.may_go.set()
+    with updates._changed:
+        assert updates._changed.wait_for(lambda: not updates.max_lag, WAIT_S)
+    assert yielded == list(range(1, PIECES + 1))
+
+
+def test_while_somebody_waits_for_updates_the_core_is_kept(
+    updates: Updates, holdings: FakeHoldings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    yielded: list[int] = []
+    monkeypatch.setattr(module.os, "sched_yield", lambda: yielded.append(holdings.made))
+    begin(updates, holdings)
+    waits = threading.Thread(target=updates.drain)
+    waits.start()
+    for _ in range(int(WAIT_S / 0.01)):
+        if updates._draining:
+            break
+        threading.Event().wait(0.01)
+    holdings.may_go.set()
+    waits.join(WAIT_S)
+    assert not waits.is_alive()
+    assert holdings.made == PIECES
+    assert not yielded

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.moe.missed import Owed, Row, gauss, made_as_few
+from actors.moe.missed import Owed, Row, Step, gauss, lowered, made_as_few
 from actors.optim import OptimizerSettings
 
 SETTINGS = OptimizerSettings()
@@ -100,3 +100,23 @@ def test_a_mean_over_many_points_is_one_over_a_few() -> None:
             exact = sum(w * s / (s + x) for w, x in zip(weights, points, strict=True))
             few = sum(w * s / (s + x) for w, x in zip(amounts, nodes, strict=True))
             assert abs(exact - few) <= tolerance
+
+
+def test_a_smallest_moment_is_looked_for_only_where_what_is_known_will_not_do() -> None:
+    owed = Owed(SETTINGS, 100, (1e-3,) * 5, decays=True, is_own=True)
+    state = row(torch.float32, lowest=-4.0)
+    known = float(state[2].min())
+    assert owed.make([state], [known / 4]) == [known / 4]
+    assert owed.make([state], [0.0]) != [0.0]
+    each = Owed(SETTINGS, 105, (1e-3,) * 5, decays=True, is_own=False)
+    assert each.make([state], [0.0]) == [0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_no_second_moment_falls_below_the_lowered_floor(dtype: torch.dtype) -> None:
+    _, first, second = row(dtype, lowest=-6.0)
+    floor, zeros = float(second.min()), torch.zeros_like(second)
+    for number in range(1, 60):
+        Step(number, 1e-3, 0.9, 0.95, 1e-8, 0.0).make([zeros.clone()], [zeros], [first], [second])
+        assert float(second.min()) >= lowered(floor, 0.95, number, dtype) > 0
+    assert lowered(1e-30, 0.95, 1000, torch.float32) == 0, "digits are lost there"

@@ -12,7 +12,7 @@ from actors.errors import InvalidInput
 from actors.moe import experts, missed, optimizer
 from actors.moe.delay import compensate_
 from actors.moe.muon import muon_, orthogonal
-from actors.moe.optimizer import GroupOptimizer
+from actors.moe.optimizer import GroupOptimizer, step_together
 from actors.optim import OptimizerSettings, adamw
 
 E = 4
@@ -290,3 +290,39 @@ def test_a_step_in_pieces_is_the_same_to_the_bit(
         )
     assert_equal(pieces.state(), whole.state())
     assert len(between) > len(TOUCHED)
+
+
+def test_what_is_known_of_the_smallest_moment_holds() -> None:
+    """Elements with ever fewer gradients: a bound that was wrong would make steps as few that must not be."""
+    ours, dense = (Group(OptimizerSettings(sparse=sparse), torch.float32) for sparse in ("exact", "none"))
+    plan = [[0, 1, 2, 3], [0], [0], [1], [0], [], [], [2], [0, 1], [], [3], [1], [], [], [0, 1, 2, 3]]
+    for step, touched in enumerate(plan):
+        for group in (ours, dense):
+            gradients = group.gradients(step, touched)
+            gradients["down_proj"][:, step % 8] *= 1e-5
+            group.optimizer.step(0, gradients, 1e-2, 1.0)
+    known = ours.optimizer._layers[0].floors
+    assert any(floor > 0 for floors in known.values() for floor, _ in floors)
+    for a, b in zip(ours.state(), dense.state(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    for name, floors in ours.optimizer._layers[0].floors.items():
+        second = ours.optimizer._layers[0].moments[name][1]
+        for e, (floor, updates) in enumerate(floors):
+            assert second[e].min() >= floor * (0.95 * (1 - 2e-7)) ** (len(plan) - updates)
+
+
+@pytest.mark.parametrize("settings", [{"sparse": "exact"}, {"sparse": "skip", "experts": "muon"}, {}])
+def test_groups_are_stepped_together_as_each_by_itself(settings: Mapping[str, str]) -> None:
+    together, alone = ([Group(OptimizerSettings(**settings)) for _ in range(3)] for _ in range(2))  # type: ignore[arg-type]
+    for groups in (together, alone):
+        groups[2].optimizer.step(0, groups[2].gradients(7, [0, 1, 2, 3]), 1e-2, 1.0)  # has been at it for longer
+    for step, touched in enumerate(TOUCHED):
+        shares = [touched, touched[:1], touched[1:]]
+        wanted = [(g.optimizer, g.gradients(step, share), None) for g, share in zip(together, shares, strict=True)]
+        changed = step_together(wanted, 0, 1e-2, 0.5)
+        each = [
+            g.optimizer.step(0, g.gradients(step, share), 1e-2, 0.5) for g, share in zip(alone, shares, strict=True)
+        ]
+        assert changed == each
+    for a, b in zip(together, alone, strict=True):
+        assert_equal(a.state(), b.state())
