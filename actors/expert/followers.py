@@ -38,6 +38,14 @@ class Followers:
 
     def clear(self) -> None:
         self._followed.clear()
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Ends the links to those that follow nothing any more, dead or alive. Not before they have what they were
+        sent, as they have when everybody uses the placement in which they hold it."""
+        followed = {name for followers in self._followed.values() for name in followers}
+        for name in [name for name in self._links if name not in followed]:
+            self._links.pop(name)[0].close()
 
     def keep(self, follows: Callable[[int, str], bool]) -> None:
         """Strikes off all of whom `follows(group, name)` is false."""

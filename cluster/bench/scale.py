@@ -2,6 +2,9 @@
 
 Each row is a way, e.g. 2 -> 3 actors: longest wait of a step for a switch of placement, longest time between two tokens
 of any stream while it lasts beside the same while nothing changes, time to prepare in the background.
+
+More actors on the same cores make a token slower for as long as they are there. So nothing changes once before and once
+after each way, and the longer of the two times is what the way is compared with.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from actors.errors import MoeClusterError
-from cluster.backend import OperationState, SamplingParams
+from cluster.backend import Operation, OperationState, SamplingParams
 from cluster.bench.result import Report, Row
 from cluster.config import OWN_FRONT, BatchConfig, ClusterConfig, DataConfig, EvalConfig, JobConfig
 from cluster.serve import served
@@ -27,6 +30,8 @@ PROMPT, SAMPLING = "def main(", SamplingParams(max_tokens=16)
 REQUEST_TIMEOUT_S = 120.0
 """Streams share the cores with the job and with actors that start: a token may take seconds, none may fail."""
 QUIET_S = 10.0
+SETTLED_S = 2.0
+"""After a change: what streams still notice of it."""
 START_TIMEOUT_S = 300.0
 """Four processes that import torch beside a training job take minutes on two cores."""
 JOB = JobConfig(
@@ -95,31 +100,44 @@ def _ways(target: str, counts: list[int], progress: Callable[[str], None]) -> li
     with Client(target) as client:
         job = client.submit_job(JOB)
         with _streaming(target) as streams:
-            streams.take()
-            time.sleep(QUIET_S)
-            quiet = streams.take()
+            quiet = _unchanged(streams)
             for before, after in itertools.pairwise(counts):
                 progress(f"{before} -> {after} expert actors")
-                rows += _way(client, before, after, streams, quiet)
+                operation, seen = _change(client, after, streams)
+                quiet_before, quiet = quiet, _unchanged(streams)
+                rows += rows_of(before, after, operation, seen, (quiet_before, quiet))
         client.cancel_job(job.id)
     return rows
 
 
-def _way(client: Client, before: int, after: int, streams: Streams, quiet: Seen) -> list[Row]:
-    *_, operation = client.watch_operation(client.scale(after).id)
+def _unchanged(streams: Streams) -> Seen:
+    streams.take()
+    time.sleep(QUIET_S)
+    return streams.take()
+
+
+def _change(client: Client, target: int, streams: Streams) -> tuple[Operation, Seen]:
+    streams.take()
+    *_, operation = client.watch_operation(client.scale(target).id)
     if operation.state is not OperationState.SUCCEEDED:
-        raise MoeClusterError(f"{before} -> {after}: {operation.error}")
-    seen = streams.take()
+        raise MoeClusterError(f"to {target} expert actors: {operation.error}")
+    time.sleep(SETTLED_S)
+    return operation, streams.take()
+
+
+def rows_of(before: int, after: int, operation: Operation, seen: Seen, quiet: tuple[Seen, Seen]) -> list[Row]:
+    """`quiet`: while nothing changed, before it and after it. Requests that failed after it count for it too."""
     way = f"{before}_to_{after}"
-    usual_s = median(quiet.gaps_s)
-    worst_s, worst_quiet_s = max(seen.gaps_s), max(quiet.gaps_s)
+    usual_s = max(median(each.gaps_s) for each in quiet)
+    worst_s, worst_quiet_s = max(seen.gaps_s), max(max(each.gaps_s) for each in quiet)
+    failed, ended = seen.failed + quiet[1].failed, seen.ended + quiet[1].ended
     direction = "up" if after > before else "down"
     return [
         _row(f"{direction}_stall_{way}", operation.stall_s * 1e3, "ms", "", 0.0),
         _row(f"{direction}_prepare_{way}", operation.prepare_s, "s", "", 0.0),
         _row(f"stream_gap_{way}", worst_s * 1e3, "ms", "the same without a change", worst_quiet_s * 1e3),
         _row(f"stream_gap_median_{way}", median(seen.gaps_s) * 1e3, "ms", "without a change", usual_s * 1e3),
-        _row(f"failed_requests_{way}", seen.failed, f"of {seen.ended + seen.failed}", "", 0.0),
+        _row(f"failed_requests_{way}", failed, f"of {ended + failed}", "", 0.0),
     ]
 
 

@@ -15,7 +15,8 @@ TokenIds = Sequence[int] | npt.NDArray[np.integer]
 def pack(documents: Iterable[TokenIds], sequence_length: int, eos_id: int) -> Iterator[npt.NDArray[np.int64]]:
     """Yields sequences [S]: the documents in their order, `eos_id` after each, cut every S tokens.
 
-    Only the tail that fills no sequence is dropped. A sequence is both input and labels: the model shifts.
+    Only the tail that fills no sequence is dropped. A sequence is both input and labels: the model shifts. Each has its
+    own memory: one that is kept, as in a window, does not keep the document that it was cut from.
     """
     if sequence_length < 1:
         raise ValueError(f"sequence_length must be positive, got {sequence_length}")
@@ -29,7 +30,7 @@ def pack(documents: Iterable[TokenIds], sequence_length: int, eos_id: int) -> It
             continue
         tokens = np.concatenate(parts)
         whole = num_tokens - num_tokens % sequence_length
-        yield from tokens[:whole].reshape(-1, sequence_length)
+        yield from map(np.copy, tokens[:whole].reshape(-1, sequence_length))
         parts, num_tokens = [tokens[whole:]], num_tokens - whole
 
 

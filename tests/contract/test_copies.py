@@ -17,7 +17,7 @@ from actors.transport.contract import Link
 from actors.transport.faulty import Fault, FaultyLink
 from actors.transport.message import Message
 from actors.trunk.model import ModelSource
-from actors.values import Placement
+from actors.values import Address, Placement
 from tests.families import save
 from tests.local import LocalCluster, cluster
 
@@ -144,6 +144,27 @@ def test_a_group_arrives_while_steps_go_on(source: ModelSource, unmoved: Numbers
         losses = run(local, {1: threads[0].start, 2: threads[1].start, 4: switch})
         same(local, losses, unmoved)
         assert sorted(local.members[name].host.groups) == [0, 1]
+
+
+@pytest.mark.parametrize("links", ["local", "socket"])
+def test_links_to_who_has_arrived_are_ended(source: ModelSource, links: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Actors come and go for months: an owner that kept a link to each that it ever sent a group to would run out of
+    file handles."""
+    opened: list[tuple[str, Link]] = []
+    real = LocalCluster.open_exchange
+
+    def open_exchange(self: LocalCluster, name: str, address: Address) -> Link:
+        opened.append((name, link := real(self, name, address)))
+        return link
+
+    monkeypatch.setattr(LocalCluster, "open_exchange", open_exchange)
+    with cluster(source, 2, links=links) as local:
+        name = local.add()
+        between = {1: lambda: local.arrive(0, "expert-0", name), 3: lambda: local.adopt("2", "0", "1", "1")}
+        run(local, between)
+        told = [link for to, link in opened if to == name]
+        assert told
+        assert all(link.closed for link in told)
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from cluster.bench.scale import Streams
+from cluster.backend import Operation, OperationState
+from cluster.bench.scale import Seen, Streams, rows_of
 
 
 def test_a_stream_that_waits_for_its_next_token_counts_before_it_gets_it() -> None:
@@ -21,3 +22,19 @@ def test_a_stream_that_waits_for_its_next_token_counts_before_it_gets_it() -> No
     seen = streams.take()
     assert seen.gaps_s == [3.0, 8.0], "a gap that began before counts as a whole"
     assert (seen.ended, seen.failed) == (0, 0), "what was taken is not told again"
+
+
+def test_a_way_is_compared_with_the_slower_of_the_times_before_and_after_it() -> None:
+    """More actors on the same cores make every token slower, which is not the change's doing."""
+    operation = Operation(
+        "operation-1", "r", "scale_experts", OperationState.SUCCEEDED, 8, 1.0, "", 0.0, prepare_s=9.0, stall_s=0.05
+    )
+    before, after = Seen([0.5, 0.6], 4, 1), Seen([0.9, 1.0], 3, 2)
+    rows = {row.case: row for row in rows_of(4, 8, operation, Seen([1.0, 1.25], 7, 1), (before, after))}
+    assert rows["up_stall_4_to_8"].value == 50
+    assert rows["up_prepare_4_to_8"].value == 9
+    gap, median_gap = rows["stream_gap_4_to_8"], rows["stream_gap_median_4_to_8"]
+    assert (gap.value, gap.peer_value, gap.ratio) == (1250, 1000, 0.8)
+    assert (median_gap.value, median_gap.peer_value) == (1125, 950)
+    failed = rows["failed_requests_4_to_8"]
+    assert (failed.value, failed.unit) == (3, "of 13"), "those that failed right after it are the change's too"

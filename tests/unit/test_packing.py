@@ -37,6 +37,12 @@ def test_pack_takes_arrays_and_is_lazy() -> None:
     assert sequences[1].tolist() == [2, 2, 2, EOS, 3, 3, 3, EOS]
 
 
+def test_a_sequence_that_is_kept_does_not_keep_its_document() -> None:
+    """A window keeps few sequences of every document for long: whole documents would come to many times its size."""
+    for sequence in pack([np.arange(100)], 10, EOS):
+        assert sequence.base is None
+
+
 def test_pack_refuses_no_length() -> None:
     with pytest.raises(ValueError, match="positive"):
         next(pack([[1]], 0, EOS))
