@@ -140,6 +140,10 @@ class LinksConfig:
     dispatch: Literal["trunk", "fp8"] = "trunk"
     """How tokens travel to the experts: in the trunk's dtype, or as FP8 with a scale a token, about 2.6 % off and half
     of bfloat16's bytes. Sums and gradients travel in the trunk's dtype either way."""
+    relay: Literal["auto", "on", "off"] = "auto"
+    """Where several expert actors of a node need a token, it crosses to the node once, and one of them passes it on
+    inside; one sum comes back. auto: to other hosts, where that saves 256 KiB a layer and more; on: to every node, also
+    on the router's own host and where it saves nothing; off: each actor is sent its own tokens."""
 
 
 @dataclass(frozen=True)

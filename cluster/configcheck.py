@@ -83,6 +83,13 @@ def _check_payload(config: ClusterConfig, check: _Check) -> None:
             config.links.payload,
             f"set {where}.device to cuda, or this to auto",
         )
+    check.that(
+        config.links.relay != "on" or config.links.payload not in ("cuda_ipc", "nccl"),
+        "links.relay",
+        f"tokens pass a relay in host memory, and links.payload is {config.links.payload}",
+        config.links.relay,
+        "leave it at auto, or set links.payload to auto",
+    )
 
 
 def validate_job(config: JobConfig, source: str, *, max_positions: int = 0) -> JobConfig:

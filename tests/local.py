@@ -6,23 +6,27 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import ParamSpec, TypeVar
 
 from actors.errors import PeerLost
 from actors.expert.host import ExpertHost
 from actors.moe.cache import CacheSettings
 from actors.moe.fp8 import Payload
 from actors.moe.settings import GateSettings
+from actors.relay.relay import Relay
 from actors.router.pieces import PIECE_BYTES
-from actors.router.roster import Peer, Roster
+from actors.router.roster import Peer, Relaying, Roster
 from actors.router.router import Router
-from actors.transport.contract import Handler, Link
+from actors.transport.contract import Link
 from actors.transport.local import LocalLink
-from actors.transport.message import Message
+from actors.transport.meter import Meter
 from actors.transport.socket import SocketLink, SocketServer
 from actors.trunk.model import ModelSource, skeleton
 from actors.values import Address, Grown, Growth, Placement
 from cluster.placement.placement import ActorSlot, spread
 
+P = ParamSpec("P")
+T = TypeVar("T")
 LinkWrap = Callable[[int, Link], Link]
 MAX_BYTES = 1 << 28
 
@@ -60,6 +64,11 @@ class Member:
             ]
             for server in self.servers:
                 server.start()
+        self.relay: Relay | None = None
+        if cluster.nodes:
+            self.relay = Relay(self.name, cluster.open_neighbour, max_bytes=MAX_BYTES, timeout_s=cluster.timeout_s)
+            self.relay._bundle = self._unless_frozen(self.relay._bundle)  # type: ignore[method-assign]
+            self.relay.start()
 
     @property
     def exchange_address(self) -> Address:
@@ -70,10 +79,27 @@ class Member:
             raise PeerLost("killed by the test", peer=self.name)
         if not self.servers:
             return self._cluster.wrap(self.number, _Mortal(self, self.host.handle))
-        link = SocketLink(
-            self.name, self.servers[0].address, name="router", max_bytes=MAX_BYTES, timeout_s=self._cluster.timeout_s
-        )
-        return self._cluster.wrap(self.number, link)
+        return self._cluster.wrap(self.number, self._open(self.servers[0].address))
+
+    def _open(self, address: Address) -> Link:
+        """From another host, if there are nodes."""
+        address = replace(address, host_id="another host") if self._cluster.nodes else address
+        link = SocketLink(self.name, address, name="router", max_bytes=MAX_BYTES, timeout_s=self._cluster.timeout_s)
+        return self._cluster.meter.watch(link)
+
+    def open_relay(self) -> Link:
+        assert self.relay is not None
+        if self.dead:
+            raise PeerLost("killed by the test", peer=self.name)
+        self._cluster.relayed_over.append(self.name)
+        return self._open(self.relay.address)
+
+    @property
+    def relaying(self) -> Relaying | None:
+        if self.relay is None or not self._cluster.relays:
+            return None
+        node = self._cluster.nodes[self.number]
+        return Relaying(node, self.servers[0].address, self.open_relay, self._cluster.worth_bytes)
 
     def open_exchange(self) -> Link:
         if self.dead:
@@ -93,13 +119,13 @@ class Member:
         for lock in self._locks:
             lock.release()
 
-    def _unless_frozen(self, handler: Handler) -> Handler:
+    def _unless_frozen(self, handler: Callable[P, T]) -> Callable[P, T]:
         lock = threading.Lock()
         self._locks.append(lock)
 
-        def handle(peer: str, question: Message) -> Message:
+        def handle(*args: P.args, **kwargs: P.kwargs) -> T:
             with lock:
-                return handler(peer, question)
+                return handler(*args, **kwargs)
 
         return handle
 
@@ -108,6 +134,8 @@ class Member:
         self.dead = True
         for server in self.servers:
             server.stop()
+        if self.relay is not None:
+            self.relay.stop()
 
 
 class _Mortal(LocalLink):
@@ -133,6 +161,15 @@ class LocalCluster:
     cache: CacheSettings | None = None
     gate: GateSettings | None = None
     in_flight: int = 1
+    nodes: str = ""
+    """A letter for the node of each actor, all of them other hosts than the router's; empty: all are on its own."""
+    relays: bool = True
+    """Whether tokens go to these nodes over relays."""
+    worth_bytes: int = 0
+    relayed_over: list[str] = field(default_factory=list)
+    """Actors to whose relay a link was opened, in order."""
+    meter: Meter = field(default_factory=Meter)
+    """Of the router's links to other hosts."""
     members: dict[str, Member] = field(default_factory=dict)
     router: Router = field(init=False)
     placement: Placement = field(init=False)
@@ -151,8 +188,12 @@ class LocalCluster:
     def open_exchange(self, name: str, address: Address) -> Link:
         return self.members[name].open_exchange()
 
+    def open_neighbour(self, name: str, address: Address) -> Link:
+        return SocketLink(name, address, name="relay", max_bytes=MAX_BYTES, timeout_s=self.timeout_s)
+
     def roster(self, placement: Placement) -> Roster:
-        peers = {n: Peer(self.members[n].open, self.members[n].exchange_address) for n in placement.actors}
+        members = {name: self.members[name] for name in placement.actors}
+        peers = {n: Peer(m.open, m.exchange_address, relaying=m.relaying) for n, m in members.items()}
         return Roster(placement, peers)
 
     def without(self, gone: Sequence[str]) -> Roster:
@@ -213,11 +254,16 @@ def cluster(
     captured: str = "auto",
     in_flight: int = 1,
     prompt_chunk: int | None = None,
+    nodes: str = "",
+    relays: bool = True,
+    worth_bytes: int = 0,
 ) -> Iterator[LocalCluster]:
-    """`wrap` may put a faulty link around each link as it is opened. With `heals` copies take over from the dead."""
-    slots = [ActorSlot(f"expert-{i}", f"node-{i}") for i in range(num_actors)]
+    """`wrap` may put a faulty link around each link as it is opened. With `heals` copies take over from the dead.
+    `nodes`, `relays`, `worth_bytes`: as of `LocalCluster`."""
+    slots = [ActorSlot(f"expert-{i}", f"node-{nodes[i] if nodes else i}") for i in range(num_actors)]
     placement = spread(skeleton(source).num_experts, group_size, slots, redundancy)
     local = LocalCluster(source, group_size, links, wrap, timeout_s, device, cache, gate, in_flight)
+    local.nodes, local.relays, local.worth_bytes = nodes, relays, worth_bytes
     local.placement = placement
     for slot in slots:
         local.add(placement.held_by(slot.id))

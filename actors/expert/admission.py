@@ -13,7 +13,8 @@ from actors.transport.turns import Lane
 
 def lane(question: Message) -> Lane:
     """Whose turn it takes, where several questions wait."""
-    return "serving" if question.op == "forward" and not question.fields.get("keep") else "training"
+    is_asked = question.op in ("forward", "arrange", "play")
+    return "serving" if is_asked and not question.fields.get("keep") else "training"
 
 
 class Admission:

@@ -29,6 +29,7 @@ from actors.expert.exchange import Exchange, PeerOpener
 from actors.expert.holdings import Holdings
 from actors.expert.loader import Family, HoldingsLoader
 from actors.expert.placing import Placing
+from actors.expert.playing import Playing
 from actors.expert.residency import Quarters
 from actors.expert.saving import Saving
 from actors.expert.state import State
@@ -41,6 +42,11 @@ from actors.transport.message import Message, error_answer
 from actors.trunk.layout import Layout, ModelLayout, layout_of
 from actors.trunk.source import ModelSource
 from actors.values import Address
+
+_CHANGE_NOTHING = frozenset(
+    ("forward", "backward", "prepare", "reduce", "fence", "status", "echo", "export_layer", "arrange", "play")
+)
+"""Questions that leave weights as they are."""
 
 
 def _no_peers(name: str, address: Address) -> Any:
@@ -85,6 +91,7 @@ class ExpertHost:
         self.steps = Steps(self.state)
         self.placing = Placing(self.state)
         self.saving = Saving(self.state)
+        self.playing = Playing(self.state)
         self.exchange.on_follow = self.placing.follow
         self.exchange.on_update = self.placing.take_updates
         self._handlers: dict[str, Callable[[Message], Message]] = {
@@ -105,6 +112,8 @@ class ExpertHost:
             "load": self.saving.load_model,
             "pin": self.saving.pin,
             "keep_pins": self.saving.keep_pins,
+            "arrange": self.playing.arrange,
+            "play": self.playing.play,
         }
 
     @property
@@ -131,6 +140,7 @@ class ExpertHost:
 
     def close(self) -> None:
         """Ends its links to other actors."""
+        self.playing.close()
         self.state.close()
 
     # -- what routers ask ---------------------------------------------------------------------------------------------
@@ -144,6 +154,8 @@ class ExpertHost:
         def handle() -> Message:
             self._admission.wait(question)
             with self.state.lock, self._before_updates(question):
+                if question.op not in _CHANGE_NOTHING:
+                    self.playing.settle()
                 return handler(question)
 
         return answered(self.name, peer, question, handle)
@@ -202,12 +214,10 @@ class ExpertHost:
         that device."""
         state = self.state
         with state.lock:
-            settings, layers = state.holdings.settings, [stack.weights for stack in state.holdings.stacks]
-            is_here = state.quarters.cache is None and all(w.device == device for w in layers[0].values())
-            is_current = state.version == version and not settings.staleness and settings.sparse != "exact"
-            yield layers if is_here and is_current else None
+            layers = state.at_rest()
+            is_here = layers is not None and all(w.device == device for w in layers[0].values())
+            yield layers if is_here and state.version == version else None
 
     def rows(self) -> dict[int, int]:
         """Expert -> its row in the stacks. Inside `in_place`."""
-        ordinals = self.holdings.by_place(range(1, len(self.experts) + 1))
-        return {self.experts[n - 1]: row for row, n in enumerate(ordinals) if n}
+        return self.holdings.rows()

@@ -119,7 +119,9 @@ class Placing:
             state.arrivals.catch_up()
 
     def retire(self, question: Message) -> Message:
-        """Every router uses the new placement: what is not held any more may go."""
+        """Every router uses the new placement: what is not held any more may go, and so may the ways to those who had
+        it sent from here."""
+        self._state.followers.let_go()
         if not self._state.step.under_way:
             self._state.drained().free_leaving()
             self._state.holdings.trim()

@@ -16,6 +16,7 @@ from actors.expert.loader import HoldingsLoader
 from actors.expert.pins import KeptVersions
 from actors.expert.transaction import Transaction
 from actors.expert.updates import Updates
+from actors.moe.experts import Weights
 
 
 class State:
@@ -76,6 +77,13 @@ class State:
         self.exchange.close()
         self.followers.close()
         self.holdings.close()
+
+    def at_rest(self) -> list[Weights] | None:
+        """Of every layer, where they are all on this device and are updated in place, by commits alone."""
+        settings = self.holdings.settings
+        if self.quarters.cache is not None or settings.staleness or settings.sparse == "exact":
+            return None
+        return [stack.weights for stack in self.holdings.stacks]
 
     # -- changes ------------------------------------------------------------------------------------------------------
 

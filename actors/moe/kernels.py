@@ -166,6 +166,79 @@ def gated_backward_(pre_PH: Tensor, grad_PI: Tensor, weight_P: Tensor) -> Tensor
 
 
 @triton.jit
+def _few_rows(
+    rows,
+    index,
+    weight,
+    ends,
+    out,
+    stride_e,
+    stride_n,
+    stride_k,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    expert = tl.program_id(1)
+    first = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    last = tl.load(ends + expert)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    for start in range(first, last, BLOCK_M):
+        pair = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
+        inside = pair < last
+        row = pair
+        if PER_ROW > 0:
+            row = tl.load(index + pair, mask=inside, other=0).to(tl.int64) // PER_ROW
+        k = tl.arange(0, BLOCK_K)
+        a = rows + row[:, None] * K + k[None, :]
+        b = weight + expert.to(tl.int64) * stride_e + n[None, :] * stride_n + k[:, None] * stride_k
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for at in range(0, K, BLOCK_K):
+            there = at + k < K
+            left = tl.load(a, mask=inside[:, None] & there[None, :], other=0.0)
+            right = tl.load(b, mask=(n < N)[None, :] & there[:, None], other=0.0)
+            total = tl.dot(left, right, total)
+            a += BLOCK_K
+            b += BLOCK_K * stride_k
+        place = out + pair[:, None] * N + n[None, :]
+        tl.store(place, total.to(out.dtype.element_ty), mask=inside[:, None] & (n < N)[None, :])
+
+
+@_there
+def few_rows_mm(
+    rows_RK: Tensor, matrices_EKN: Tensor, ends_E: Tensor, num_pairs: int, order_P: Tensor | None, per_row: int
+) -> Tensor:
+    """Grouped product of so few rows an expert that reading the matrices is what takes time: [P, N], pairs sorted by
+    expert, `ends_E` int32. Pair p is row `order_P[p] // per_row`; without `order_P`, row p. Pairs behind the last end
+    are not computed."""
+    num_experts, width, num_out = matrices_EKN.shape
+    out_PN = rows_RK.new_empty(num_pairs, num_out)
+    grid = (triton.cdiv(num_out, 64), num_experts)
+    _few_rows[grid](
+        rows_RK,
+        ends_E if order_P is None else order_P,  # which is not read then
+        matrices_EKN,
+        ends_E,
+        out_PN,
+        matrices_EKN.stride(0),
+        matrices_EKN.stride(2),
+        matrices_EKN.stride(1),
+        K=width,
+        N=num_out,
+        PER_ROW=0 if order_P is None else per_row,
+        BLOCK_M=16,
+        BLOCK_N=64,
+        BLOCK_K=128,
+        num_warps=4,
+        num_stages=4,
+    )
+    return out_PN
+
+
+@triton.jit
 def _add_at(into, index, rows, D: tl.constexpr, BLOCK: tl.constexpr):
     number = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

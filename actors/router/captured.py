@@ -3,8 +3,9 @@
     graph 0: embedding ... gate of layer 0 | experts of layer 0, over their links | graph 1: ... gate of layer 1 | ...
 
 A graph ends where a MoE layer calls its experts and the next begins with a buffer for what they answer; between the
-two tokens go out as always. Where all experts are in this process and on this device they are computed inside, and one
-graph holds the whole step.
+two tokens go out as always. One graph holds the whole step where all experts are in this process and on this device, so
+that they are computed inside (`actors.router.inplace`), or where this device reaches those of all expert actors, which
+then replay their part of the step at the same time (`actors.router.apart`).
 
 Shapes are static: a step has 1, 2, 4, ... rows, of which the last may be unused, and looks at 128, 256, 512, ...
 positions. A graph reads weights and caches where they were when it was captured. In-place updates are seen; what moves
@@ -25,12 +26,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from actors.errors import NonFinite
-from actors.moe.experts import Weights
-from actors.moe.static import StaticPart, static_experts
+from actors.errors import LinkTimeout, NonFinite, PeerLost
 from actors.router.batch import plain_forward
 from actors.router.slots import BLOCK, Slots, Window
 from actors.trunk.model import is_experts
+from actors.trunk.shared import Meanwhile, nothing
 
 logger = logging.getLogger(__name__)
 
@@ -42,41 +42,82 @@ SETTLED_AFTER = 100
 """Steps without a move of the experts' weights after which they are captured again."""
 
 
+class Done(Protocol):
+    """What a device has to do, as a CUDA event tells it."""
+
+    def query(self) -> bool: ...
+
+
+class Inside(Protocol):
+    """The experts of one captured step, as its graph computes them."""
+
+    def arrange(self, num_layers: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> bool:
+        """Before it is captured; tensors as those of each layer. False where it cannot be now."""
+        ...
+
+    def layer(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, meanwhile: Meanwhile) -> Tensor:
+        """While it is captured: sums [T, D]. `meanwhile` may be called."""
+        ...
+
+    def begin(self) -> bool:
+        """Before each replay. False where something has moved, so that it must not be made."""
+        ...
+
+    def finish(self, done: Done) -> None:
+        """After it was launched. An error where what it gives counts nothing."""
+        ...
+
+
 @dataclass(frozen=True)
 class Standing:
     """Where experts are."""
 
     placement: Hashable
     """Which of them are in which rows of the stacks."""
-    weights: Sequence[Weights]
-    """Of each layer's stacks, one after the other."""
+    parts: Sequence[object]
+    """What must be the very same for a graph to hold: weights of each layer's stacks, or the ways to their actors."""
+    inside: Callable[[], Inside]
 
     def is_as(self, other: Standing) -> bool:
         if self.placement != other.placement:
             return False
-        return all(mine is theirs for mine, theirs in zip(self.weights, other.weights, strict=True))
+        return all(mine is theirs for mine, theirs in zip(self.parts, other.parts, strict=True))
 
 
-class ExpertsHere(Protocol):
-    """The experts of every MoE layer, where this process and device have them all."""
+class Experts(Protocol):
+    """The experts of every MoE layer."""
 
     def holding(self) -> AbstractContextManager[Standing | None]:
-        """Inside, nothing moves or changes. None where they are not all here, or not of the version that is served."""
-        ...
-
-    def parts(self) -> list[list[StaticPart]]:
-        """Of each layer, inside `holding`."""
+        """Inside, nothing moves or changes that a graph depends on, or `Inside.begin` tells. None where they cannot be
+        in a graph."""
         ...
 
 
 class Nowhere:
-    """No experts here."""
+    """Experts that are in no graph."""
 
     def holding(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def parts(self) -> list[list[StaticPart]]:
-        return []
+
+class FirstOf:
+    """Experts wherever the first of these finds them."""
+
+    def __init__(self, *candidates: Experts) -> None:
+        self._candidates = candidates
+
+    @contextmanager
+    def holding(self) -> Iterator[Standing | None]:
+        for experts in self._candidates:
+            with experts.holding() as standing:
+                if standing is not None:
+                    yield standing
+                    return
+        yield None
+
+
+class Moved(Exception):
+    """A step cannot be replayed, or captured, as things are now."""
 
 
 @dataclass(frozen=True)
@@ -102,16 +143,14 @@ class CapturedStep:
         slots: Slots,
         num_rows: int,
         length: int,
-        parts: Sequence[list[StaticPart]],
+        standing: Standing | None,
         tokens: Sequence[int],
-        standing: Standing | None = None,
     ) -> None:
-        """`parts`: of the experts, by layer, where they are computed inside, which are as `standing` says; otherwise
-        empty. `tokens`: of the step that comes next, at whose positions keys and values are written while it is
-        captured."""
+        """`standing`: of experts that are to be inside. `tokens`: of the step that comes next, at whose positions keys
+        and values are written while it is captured. `Moved` where experts cannot be inside now."""
         device = next(model.parameters()).device
         self.num_rows, self.length = num_rows, length
-        self._parts = parts
+        self._inside = None if standing is None else standing.inside()
         self._model = weakref.ref(model)
         self._slots, self._generation = slots, slots.generation
         self._tensors = [*model.parameters(), *model.buffers()]
@@ -124,13 +163,15 @@ class CapturedStep:
         self._finite_B: Tensor | None = None
         """Whether all layers' gates gave the row finite weights; only where experts are computed inside."""
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+        self._done = torch.cuda.Event()
         self._put(tokens, slots.lengths)
         self._capture(model)
 
     @property
     def is_whole(self) -> bool:
         """Whether experts are computed inside."""
-        return bool(self._parts)
+        return self._inside is not None
 
     def is_of(self, model: PreTrainedModel, slots: Slots) -> bool:
         """Whether trunk and caches are still where they were."""
@@ -143,11 +184,13 @@ class CapturedStep:
         return standing is not None and self._standing is not None and self._standing.is_as(standing)
 
     def run(self, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """-> logits [B, V] of these rows, until the next run."""
+        """-> logits [B, V] of these rows, until the next run. `Moved` where experts are not as they were."""
         rows = len(tokens)
         self._put(tokens, lengths)
         self._slots.window = Window(self._input_2B[1, :rows], self.length)
-        for graph, call in zip(self._graphs, [*self._calls, None], strict=True):
+        if self._inside is not None:
+            self._run_whole(self._inside)
+        for graph, call in zip(self._graphs, [*self._calls, None], strict=True) if self._inside is None else ():
             graph.replay()
             if call is not None:
                 call.make(rows)
@@ -155,19 +198,32 @@ class CapturedStep:
             raise NonFinite("gate scores are not finite", step=0)
         return self._logits_BV[:rows]
 
+    def _run_whole(self, inside: Inside) -> None:
+        # What is launched here after others have begun must wait for nothing that may wait for them: not for what other
+        # threads put into this thread's stream meanwhile.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        if not inside.begin():
+            raise Moved
+        with torch.cuda.stream(self._stream):
+            self._graphs[0].replay()
+            self._done.record(self._stream)
+        inside.finish(self._done)
+        torch.cuda.current_stream().wait_stream(self._stream)
+
     def _put(self, tokens: Sequence[int], lengths: Sequence[int]) -> None:
         """Rows that are not used write to the beginning of slots that are free."""
         unused = [0] * (self.num_rows - len(tokens))
         self._input_2B.copy_(torch.tensor([[*tokens, *unused], [*lengths, *unused]]))
 
     def _capture(self, model: PreTrainedModel) -> None:
-        stream = torch.cuda.Stream()
         torch.cuda.synchronize()
-        with torch.cuda.stream(stream), torch.no_grad():
-            with _instead_of_experts(model, self._warm):
+        with torch.cuda.stream(self._stream), torch.no_grad():
+            shapes: list[tuple[Tensor, Tensor, Tensor]] = []
+            with _instead_of_experts(model, partial(self._warm, shapes)):
                 self._forward(model)  # whatever libraries do when they are first used must not be captured
             torch.cuda.synchronize()
-            self._finite.clear()
+            if self._inside is not None and not self._inside.arrange(len(shapes), *shapes[0]):
+                raise Moved
             with _instead_of_experts(model, self._cut):
                 self._begin()
                 try:
@@ -193,21 +249,38 @@ class CapturedStep:
         # Other threads train meanwhile: what they do is no concern of this capture.
         self._graphs[-1].capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
-    def _warm(self, layer: int, module: nn.Module, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        return self._inside(layer, x_TD, ids_TK, weights_TK) if self._parts else torch.zeros_like(x_TD)
+    @staticmethod
+    def _warm(
+        shapes: list[tuple[Tensor, Tensor, Tensor]],
+        layer: int,
+        module: nn.Module,
+        x_TD: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        meanwhile: Meanwhile = nothing,
+        /,
+    ) -> Tensor:
+        shapes.append((x_TD, ids_TK, weights_TK))
+        return torch.zeros_like(x_TD)
 
-    def _cut(self, layer: int, module: nn.Module, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        if self._parts:
-            return self._inside(layer, x_TD, ids_TK, weights_TK)
+    def _cut(
+        self,
+        layer: int,
+        module: nn.Module,
+        x_TD: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        meanwhile: Meanwhile = nothing,
+        /,
+    ) -> Tensor:
+        if self._inside is not None:
+            self._finite.append(torch.isfinite(weights_TK).all(dim=1))
+            return self._inside.layer(layer, x_TD, ids_TK, weights_TK, meanwhile)
         self._graphs[-1].capture_end()
         output_TD = torch.zeros_like(x_TD)
         self._calls.append(_Call(module, (x_TD, ids_TK, weights_TK), output_TD))
         self._begin()
         return output_TD
-
-    def _inside(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        self._finite.append(torch.isfinite(weights_TK).all(dim=1))
-        return static_experts(self._parts[layer], x_TD, ids_TK, weights_TK)
 
 
 class CapturedForward:
@@ -216,7 +289,7 @@ class CapturedForward:
     `must`: a capture that fails is an error instead of a reason to go on without.
     """
 
-    def __init__(self, experts: ExpertsHere, *, must: bool = False) -> None:
+    def __init__(self, experts: Experts, *, must: bool = False) -> None:
         self._experts, self._must = experts, must
         self._steps: dict[tuple[int, int, bool], CapturedStep] = {}
         """By rows, positions and whether experts are inside; the last used last."""
@@ -233,7 +306,12 @@ class CapturedForward:
             self._calm += 1
             step = self._step(model, slots, tokens, standing)
             if step is not None and step.is_whole:
-                return self._replay(step, slots, tokens)
+                try:
+                    return self._replay(step, slots, tokens)
+                except (Moved, PeerLost, LinkTimeout) as error:
+                    logger.info("a captured step is computed as usual: %r", error)
+                    self._forget_whole()
+                    step = None
         # Not inside: here the actors are asked.
         return plain_forward(model, slots, tokens) if step is None else self._replay(step, slots, tokens)
 
@@ -252,8 +330,8 @@ class CapturedForward:
         key = rows, length, whole
         step = self._steps.pop(key, None)
         if step is not None and step.is_whole and not step.has(standing):
-            self._calm = 0
-            self._steps = {key: step for key, step in self._steps.items() if not step.is_whole}
+            del step
+            self._forget_whole()
             return self._step(model, slots, tokens, standing)
         if step is not None and not step.is_of(model, slots):
             step = None
@@ -262,6 +340,11 @@ class CapturedForward:
         if step is not None:
             self._steps[key] = step
         return step
+
+    def _forget_whole(self) -> None:
+        """What is captured with experts that have moved, which nobody else may keep either."""
+        self._calm = 0
+        self._steps = {key: step for key, step in self._steps.items() if not step.is_whole}
 
     def _captured(
         self,
@@ -279,7 +362,10 @@ class CapturedForward:
         while len(self._steps) >= MAX_STEPS:
             del self._steps[next(iter(self._steps))]
         try:
-            step = CapturedStep(model, slots, rows, length, self._experts.parts() if whole else [], tokens, standing)
+            step = CapturedStep(model, slots, rows, length, standing if whole else None, tokens)
+        except (Moved, PeerLost, LinkTimeout):
+            self._forget_whole()
+            return None
         except Exception as error:  # whatever a family does that a graph cannot hold
             if self._must:
                 raise
@@ -297,28 +383,17 @@ def can_capture(device: torch.device) -> bool:
 
 @contextmanager
 def _instead_of_experts(model: PreTrainedModel, function: Callable[..., Tensor]) -> Iterator[None]:
-    """Inside, MoE layers call `function(layer, module, x_TD, ids_TK, weights_TK)` for their experts. What they could do
-    meanwhile they do afterwards."""
+    """Inside, MoE layers call `function(layer, module, x_TD, ids_TK, weights_TK, meanwhile)` for their experts. What
+    could be done meanwhile and is not they do afterwards."""
     modules = [module for module in model.modules() if is_experts(module)]
     before = [module.__dict__["remote"] for module in modules]
     try:
         for layer, module in enumerate(modules):
-            module.__dict__["remote"] = partial(_without_meanwhile, partial(function, layer, module))
+            module.__dict__["remote"] = partial(function, layer, module)
         yield
     finally:
         for module, remote in zip(modules, before, strict=True):
             module.__dict__["remote"] = remote
-
-
-def _without_meanwhile(
-    function: Callable[[Tensor, Tensor, Tensor], Tensor],
-    x_TD: Tensor,
-    ids_TK: Tensor,
-    weights_TK: Tensor,
-    meanwhile: object = None,
-    /,
-) -> Tensor:
-    return function(x_TD, ids_TK, weights_TK)
 
 
 def _places(tensors: Sequence[Tensor]) -> list[int]:

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from actors.errors import NonFinite, ProtocolError, StepAborted
 from actors.moe.dispatch import HolderTable, Share
-from actors.moe.fp8 import Payload, packed
+from actors.moe.fp8 import Payload
 from actors.router.backlog import Backlog
 from actors.router.halves import routed
 from actors.router.links import Links
+from actors.router.parcels import Asked, Parcel
 from actors.router.passes import Pass, Purpose
-from actors.router.rows import add_rows, load_where, plan_where, rows_of
-from actors.transport.contract import Pending
+from actors.router.rows import add_rows, load_where, plan_where
 from actors.transport.message import Message
 from actors.trunk.shared import Meanwhile, nothing
 
@@ -35,7 +35,7 @@ class Sent:
 
     layer: int
     shares: list[Share]
-    pending: list[Pending | None]
+    asked: list[Asked]
     x_TD: Tensor
     ids_TK: Tensor
     weights_N: Tensor
@@ -64,6 +64,8 @@ class Dispatcher:
         self._names: list[str] = []
         self._table = HolderTable.of([], num_experts)
         self._backlog = Backlog(num_layers)
+        self._in_step: dict[str, int] = {}
+        """Step of the last training answer that came over an actor's own link."""
         self.current = Pass()
         """What is computed now. Where several passes are in flight, whose turn it is sets it."""
         self.while_away: Meanwhile = nothing
@@ -79,6 +81,7 @@ class Dispatcher:
         if num_experts != self._num_experts:
             self._num_experts = num_experts
             self.load_LE = torch.zeros(len(self.load_LE), num_experts, dtype=torch.int64)
+        self._in_step.clear()
         self.links.find_all()
         self._build_table()
 
@@ -147,7 +150,7 @@ class Dispatcher:
         """The weighted sums [T, D]."""
         self.while_away()
         y_TD = torch.zeros_like(sent.x_TD)
-        todo = self._take(sent.shares, sent.pending, sent.x_TD, sent.ids_TK, y_TD)
+        todo = self._take(sent.asked, sent.x_TD, sent.ids_TK, y_TD)
         while todo:
             todo = self._compute(sent.layer, todo, sent.x_TD, sent.ids_TK, sent.weights_N, y_TD)
         return y_TD
@@ -161,48 +164,49 @@ class Dispatcher:
         self, layer: int, shares: list[Share], x_TD: Tensor, ids_TK: Tensor, weights_N: Tensor, y_TD: Tensor
     ) -> list[Share]:
         """Adds what the actors answer to `y_TD`. -> what lost actors left, as shares of others."""
-        return self._take(shares, self._ask(layer, shares, x_TD, weights_N), x_TD, ids_TK, y_TD)
+        return self._take(self._ask(layer, shares, x_TD, weights_N), x_TD, ids_TK, y_TD)
 
-    def _ask(self, layer: int, shares: Sequence[Share], x_TD: Tensor, weights_N: Tensor) -> list[Pending | None]:
+    def _parcels(self, shares: Sequence[Share], like_TD: Tensor) -> list[Parcel]:
+        row_bytes = like_TD.shape[1] * like_TD.element_size()
+        return self.links.relays.parcels(self._names, shares, row_bytes, self.links.lost, self._may_relay)
+
+    def _may_relay(self, name: str) -> bool:
+        """A step's first tokens go over the actor's own link, behind the last commit, which nobody has waited for: what
+        came over a relay could overtake it."""
+        return not self.purpose.keep or self._in_step.get(name) == self.purpose.step
+
+    def _ask(self, layer: int, shares: Sequence[Share], x_TD: Tensor, weights_N: Tensor) -> list[Asked]:
         fields = {**self.purpose.fields(layer), "epoch": self.epoch}
-        pending: list[Pending | None] = []
-        for share in shares:
-            rows = packed(rows_of(x_TD, share), self.payload)
-            weight_P = weights_N.index_select(0, share.pair_P.to(x_TD.device))
-            question = Message("forward", {**fields, "counts_E": share.counts_E}, (*rows, share.token_P, weight_P))
-            pending.append(self.links.start(self._names[share.actor], question))
-        return pending
+        asked = []
+        for parcel in self._parcels(shares, x_TD):
+            question = parcel.forward(fields, x_TD, weights_N, self.payload)
+            asked.append(Asked(parcel, self.links.start_parcel(parcel, question)))
+        return asked
 
-    def _take(
-        self,
-        shares: Sequence[Share],
-        pending: Sequence[Pending | None],
-        x_TD: Tensor,
-        ids_TK: Tensor,
-        y_TD: Tensor,
-    ) -> list[Share]:
-        answers = self.links.answers(pending)
+    def _take(self, asked: Sequence[Asked], x_TD: Tensor, ids_TK: Tensor, y_TD: Tensor) -> list[Share]:
+        answers = self.links.answers([each.pending for each in asked])
         left: list[Share] = []
-        for share, answer in zip(shares, answers, strict=True):
-            name = self._names[share.actor]
+        for parcel, answer in zip((each.parcel for each in asked), answers, strict=True):
             if answer is None:
-                left.append(share)
+                left += parcel.shares
                 continue
-            self._check_version(answer, name)
-            now = self.current
-            now.used_version = min(now.used_version, int(answer.fields["used"]))  # type: ignore[arg-type]
-            (part,) = _tensors(answer, 1, name)
-            _expect(part, (len(share.tokens_T), x_TD.shape[1]), x_TD.dtype, name)
-            add_rows(y_TD, share, part)
-            self._backlog.note(name, len(share.token_P), int(answer.fields["pairs"]))  # type: ignore[arg-type]
+            (part,) = _tensors(answer, 1, parcel.names)
+            _expect(part, (len(parcel.tokens_T), x_TD.shape[1]), x_TD.dtype, parcel.names)
+            for name, share, told in zip(parcel.names, parcel.shares, parcel.told(answer), strict=True):
+                self._note(name, share, told)
+            if not parcel.is_shared:
+                self._in_step[parcel.names[0]] = self.purpose.step
+            add_rows(y_TD, parcel.tokens_T, part)
         return self._planned_anew(left, ids_TK) if left else []
 
-    def _check_version(self, answer: Message, name: str) -> None:
-        """No answer of two versions: a router that was left out of a step must not serve any longer."""
-        if not self.purpose.keep and answer.fields["version"] != self.purpose.min_version:
-            raise StepAborted(
-                f"{name} is at version {answer.fields['version']}, this router at {self.purpose.min_version}"
-            )
+    def _note(self, name: str, share: Share, told: Mapping[str, Any]) -> None:
+        """What an actor says of its part. No answer of two versions: a router that was left out of a step must not
+        serve any longer."""
+        now = self.current
+        if not self.purpose.keep and told["version"] != self.purpose.min_version:
+            raise StepAborted(f"{name} is at version {told['version']}, this router at {self.purpose.min_version}")
+        now.used_version = min(now.used_version, int(told["used"]))
+        self._backlog.note(name, len(share.token_P), int(told["pairs"]))
 
     def _planned_anew(self, left: Sequence[Share], ids_TK: Tensor) -> list[Share]:
         ids_N = torch.full((ids_TK.numel(),), -1, dtype=ids_TK.dtype, device=ids_TK.device)
@@ -210,39 +214,37 @@ class Dispatcher:
             ids_N[share.pair_P] = ids_TK.reshape(-1)[share.pair_P]
         return self._plan(ids_N.view_as(ids_TK))[0]
 
-    def backward(self, shares: Sequence[Share], purpose: Mapping[str, Any], grad_y_TD: Tensor) -> list[Pending | None]:
+    def backward(self, shares: Sequence[Share], purpose: Mapping[str, Any], grad_y_TD: Tensor) -> list[Asked]:
         """The sending half; `purpose`: fields of the layer's forward."""
         return [
-            self.links.start(
-                self._names[share.actor],
-                Message("backward", purpose, (rows_of(grad_y_TD, share),)),
-            )
-            for share in shares
+            Asked(parcel, self.links.start_parcel(parcel, parcel.backward(purpose, grad_y_TD)))
+            for parcel in self._parcels(shares, grad_y_TD)
         ]
 
-    def gradients(
-        self, shares: Sequence[Share], pending: Sequence[Pending | None], grad_x_TD: Tensor, grad_weights_N: Tensor
-    ) -> None:
+    def gradients(self, asked: Sequence[Asked], grad_x_TD: Tensor, grad_weights_N: Tensor) -> None:
         """The receiving half: adds to the gradients of the tokens [T, D], and writes those of the gate weights
         [T * K]."""
         self.while_away()
         device = grad_x_TD.device
-        for share, answer in zip(shares, self.links.answers(pending), strict=True):
+        answers = self.links.answers([each.pending for each in asked])
+        for parcel, answer in zip((each.parcel for each in asked), answers, strict=True):
             assert answer is not None, "only serving loses an actor without an error"
-            name = self._names[share.actor]
-            part, grad_weight_P = _tensors(answer, 2, name)
-            _expect(part, (len(share.tokens_T), grad_x_TD.shape[1]), grad_x_TD.dtype, name)
-            _expect(grad_weight_P, share.pair_P.shape, grad_weights_N.dtype, name)
-            add_rows(grad_x_TD, share, part)
-            grad_weights_N[share.pair_P.to(device)] = grad_weight_P.to(device)
+            part, grad_weight_P = _tensors(answer, 2, parcel.names)
+            pairs = [len(share.pair_P) for share in parcel.shares]
+            _expect(part, (len(parcel.tokens_T), grad_x_TD.shape[1]), grad_x_TD.dtype, parcel.names)
+            _expect(grad_weight_P, (sum(pairs),), grad_weights_N.dtype, parcel.names)
+            add_rows(grad_x_TD, parcel.tokens_T, part)
+            for share, own_P in zip(parcel.shares, grad_weight_P.to(device).split(pairs), strict=True):
+                grad_weights_N[share.pair_P.to(device)] = own_P
 
 
-def _tensors(answer: Message, count: int, peer: str) -> tuple[Tensor, ...]:
+def _tensors(answer: Message, count: int, peers: Sequence[str]) -> tuple[Tensor, ...]:
     if len(answer.tensors) != count:
-        raise ProtocolError(f"answer with {len(answer.tensors)} tensors, need {count}", peer=peer)
+        raise ProtocolError(f"answer with {len(answer.tensors)} tensors, need {count}", peer=", ".join(peers))
     return answer.tensors
 
 
-def _expect(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, peer: str) -> None:
+def _expect(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, peers: Sequence[str]) -> None:
     if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
-        raise ProtocolError(f"answer of {tuple(tensor.shape)} {tensor.dtype}, need {tuple(shape)} {dtype}", peer=peer)
+        found, need = f"{tuple(tensor.shape)} {tensor.dtype}", f"{tuple(shape)} {dtype}"
+        raise ProtocolError(f"answer of {found}, need {need}", peer=", ".join(peers))

@@ -18,7 +18,7 @@ from actors.trunk.shared import Meanwhile, nothing
 if TYPE_CHECKING:
     from actors.moe.dispatch import Share
     from actors.router.dispatcher import Dispatcher, Sent
-    from actors.transport.contract import Pending
+    from actors.router.parcels import Asked
 
 
 def routed(
@@ -50,16 +50,16 @@ class _Away:
     purpose: dict[str, Any] = field(default_factory=dict)
     shares: list[Share] = field(default_factory=list)
     sent: Sent | None = None
-    pending: list[Pending | None] = field(default_factory=list)
-    """Of backward."""
+    asked: list[Asked] = field(default_factory=list)
+    """In backward."""
     grad_x_TD: Tensor | None = None
 
     def drop(self) -> None:
         """Nobody will ask for the answers."""
         sent, self.sent = self.sent, None
-        for question in sent.pending if sent is not None else ():
-            if question is not None:
-                question.drop()
+        for each in sent.asked if sent is not None else ():
+            if each.pending is not None:
+                each.pending.drop()
 
 
 class _Send(torch.autograd.Function):
@@ -78,10 +78,10 @@ class _Send(torch.autograd.Function):
         away: _Away = ctx.away
         shape, dtype, device = ctx.like
         grad_x_TD, away.grad_x_TD = away.grad_x_TD, None
-        pending, away.pending = away.pending, []
+        asked, away.asked = away.asked, []
         assert grad_x_TD is not None, "the gradients of a layer are sent before they are awaited"
         grad_weights_TK = torch.zeros(shape, dtype=dtype, device=device)
-        away.dispatcher.gradients(away.shares, pending, grad_x_TD, grad_weights_TK.view(-1))
+        away.dispatcher.gradients(asked, grad_x_TD, grad_weights_TK.view(-1))
         return grad_x_TD, grad_weights_TK, None, None
 
 
@@ -101,6 +101,6 @@ class _Receive(torch.autograd.Function):
         # must be asked for that before they are asked for gradients.
         _ = ctx.saved_tensors
         (grad_y_TD,) = grads
-        away.pending = away.dispatcher.backward(away.shares, away.purpose, grad_y_TD)
+        away.asked = away.dispatcher.backward(away.shares, away.purpose, grad_y_TD)
         away.grad_x_TD = torch.zeros_like(grad_y_TD)
         return grad_y_TD.new_empty(0), None

@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch import Tensor
 
 from actors.expert.host import ExpertHost
-from actors.moe.static import StaticPart
-from actors.router.captured import Standing
+from actors.moe.static import StaticPart, static_experts
+from actors.router.captured import Done, Standing
 from actors.router.dispatcher import Dispatcher
 from actors.transport.local import LocalLink
+from actors.trunk.shared import Meanwhile
+
+
+class InPlace:
+    """Inside one graph."""
+
+    def __init__(self, parts: Sequence[Sequence[StaticPart]]) -> None:
+        """`parts` of each layer."""
+        self._parts = parts
+
+    def arrange(self, num_layers: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> bool:
+        # Whatever libraries do when they are first used must not be captured.
+        for parts in self._parts:
+            static_experts(parts, x_TD, ids_TK, weights_TK)
+        return True
+
+    def layer(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, meanwhile: Meanwhile) -> Tensor:
+        return static_experts(self._parts[layer], x_TD, ids_TK, weights_TK)
+
+    def begin(self) -> bool:
+        return True
+
+    def finish(self, done: Done) -> None:
+        """Nobody else has a part in it."""
 
 
 class ExpertsInPlace:
@@ -33,7 +58,8 @@ class ExpertsInPlace:
                 yield None
                 return
             placement = self._dispatcher.epoch, tuple(host.groups for host in hosts)
-            yield Standing(placement, [weights for layer in zip(*whole, strict=True) for weights in layer])
+            weights = [weights for layer in zip(*whole, strict=True) for weights in layer]
+            yield Standing(placement, weights, lambda: InPlace(self.parts()))
 
     def parts(self) -> list[list[StaticPart]]:
         """Of each layer, inside `holding`. An expert with copies is computed by the first that has it."""

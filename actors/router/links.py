@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, ItemsView, Iterator, Mapping, Sequence, ValuesView
+from collections.abc import Callable, Collection, ItemsView, Iterator, Mapping, Sequence, ValuesView
 from typing import Any
 
 from actors.errors import LinkError, MoeClusterError, PeerLost
+from actors.router.parcels import Parcel
+from actors.router.relays import RelayedPending, Relays
 from actors.router.roster import Peer
 from actors.transport.contract import Link, Pending
 from actors.transport.message import Message
@@ -22,7 +24,8 @@ class Links(Mapping[str, Link]):
     def __init__(self, *, timeout_s: float, reroutes: bool) -> None:
         self.on_lost: Callable[[], None] = lambda: None
         """Called when others than before are lost."""
-        self._timeout_s, self._reroutes = timeout_s, reroutes
+        self.relays = Relays()
+        self.timeout_s, self._reroutes = timeout_s, reroutes
         self._links: dict[str, Link] = {}
         self._peers: dict[str, Peer] = {}
         self._lost: set[str] = set()
@@ -52,6 +55,7 @@ class Links(Mapping[str, Link]):
         for name in [n for n in self._links if n not in peers]:
             self._links.pop(name).close()
         self._peers = dict(peers)
+        self.relays.connect(peers)
         for name, peer in peers.items():
             if name not in self._links:
                 self._links[name] = peer.open()
@@ -66,6 +70,12 @@ class Links(Mapping[str, Link]):
         """Actors that are rerouted around."""
         return frozenset(self._lost)
 
+    def kinds(self) -> dict[str, str]:
+        """By actor, and over whose relay tokens reach it, if over one. From any thread."""
+        ways = self.relays.ways()
+        links = list(self._links.items())
+        return {name: f"{link.kind} via {ways[name]}" if name in ways else link.kind for name, link in links}
+
     def is_near(self, name: str) -> bool:
         """As of its `Peer`."""
         return self._peers[name].near
@@ -74,6 +84,7 @@ class Links(Mapping[str, Link]):
         """Nobody is lost any more: another placement begins."""
         self._lost.clear()
         self._just_lost.clear()
+        self.relays.try_all()
 
     def reopen(self, *, everybody: bool = False) -> list[str]:
         """Opens closed links again, of lost actors once, or if `everybody` is needed, each time.
@@ -111,9 +122,11 @@ class Links(Mapping[str, Link]):
         for name in names:
             if (link := self._links.get(name)) is not None:
                 link.close()
+        self.relays.close(names)
 
-    def cut(self, names: Sequence[str]) -> None:
+    def cut(self, names: Collection[str]) -> None:
         """Every wait for these ends. From any thread."""
+        self.relays.cut(names)
         for name in names:
             if (link := self._links.get(name)) is not None:
                 link.cut()
@@ -122,10 +135,12 @@ class Links(Mapping[str, Link]):
         """Nobody waits for the open questions any more."""
         for link in self._links.values():
             link.forget()
+        self.relays.forget()
 
     def close(self) -> None:
         for link in self._links.values():
             link.close()
+        self.relays.close()
 
     # -- questions to all ---------------------------------------------------------------------------------------------
 
@@ -143,11 +158,12 @@ class Links(Mapping[str, Link]):
 
     def tell_living(self, op: str, fields: Mapping[str, Any]) -> None:
         """Best effort to every open link, errors logged: used to clean up after a failure."""
+        self.relays.forget()
         for link in self._links.values():
             if not link.closed:
                 link.forget()
                 try:
-                    link.call(Message(op, fields), self._timeout_s)
+                    link.call(Message(op, fields), self.timeout_s)
                 except MoeClusterError as error:
                     logger.info("%s was not told to %s: %s", link.peer, op, error)
                     if isinstance(error, PeerLost):
@@ -166,12 +182,25 @@ class Links(Mapping[str, Link]):
             self._lose(name)
             return None
 
+    def start_parcel(self, parcel: Parcel, question: Message) -> Pending | None:
+        """As `start`, to all actors of the parcel."""
+        if not parcel.is_shared:
+            return self.start(parcel.names[0], question)
+        try:
+            return self.relays.start(parcel, question, [self._links[name] for name in parcel.names])
+        except PeerLost as error:
+            self.close_some([error.peer])
+            if not self._reroutes:
+                raise
+            self._lose(error.peer)
+            return None
+
     def answers(self, pending: Sequence[Pending | None], timeout_s: float | None = None) -> list[Message | None]:
         """All answers, in order. One error spoils the lot, but the other answers are still awaited (and dropped).
 
         None for an actor that is lost, where that is rerouted.
         """
-        deadline = time.monotonic() + (timeout_s or self._timeout_s)
+        deadline = time.monotonic() + (timeout_s or self.timeout_s)
         answers: list[Message | None] = []
         failure: MoeClusterError | None = None
         for question in pending:
@@ -182,9 +211,12 @@ class Links(Mapping[str, Link]):
             try:
                 answer = question.result(max(0.001, deadline - time.monotonic()))
             except PeerLost as error:
-                question.link.close()
+                if isinstance(question, RelayedPending):
+                    self.close_some([error.peer])
+                else:
+                    question.link.close()
                 if self._reroutes:
-                    self._lose(question.link.peer)
+                    self._lose(error.peer)
                 else:
                     failure = failure or error
             except MoeClusterError as error:

@@ -103,9 +103,7 @@ class PinnedModel:
 
     def cut(self, names: Collection[str]) -> None:
         """Nothing is waited for from these actors. From any thread."""
-        for name in names:
-            if (link := self._dispatcher.links.get(name)) is not None:
-                link.cut()
+        self._dispatcher.links.cut(names)
 
 
 class PinnedModels:

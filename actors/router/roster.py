@@ -13,6 +13,20 @@ LinkOpener = Callable[[], Link]
 
 
 @dataclass(frozen=True)
+class Relaying:
+    """How an actor is reached over a relay of its node."""
+
+    node: str
+    """The same for all actors that can be reached together."""
+    address: Address
+    """Where its neighbours reach it."""
+    open: LinkOpener = field(compare=False)
+    """To its own relay."""
+    worth_bytes: int = 0
+    """It is relayed to where at least so many bytes of a layer's tokens then do not cross."""
+
+
+@dataclass(frozen=True)
 class Peer:
     """An expert actor, as a router reaches it."""
 
@@ -23,6 +37,8 @@ class Peer:
     """Whether it is on the router's own node."""
     contact: Mapping[str, Any] = field(default_factory=dict)
     """Plain values by which another router can find it."""
+    relaying: Relaying | None = None
+    """None where it is asked over its own link alone."""
 
 
 @dataclass(frozen=True)

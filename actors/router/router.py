@@ -294,6 +294,6 @@ class Router:
             "memory_bytes": self.learner.memory_bytes + self.keeper.num_bytes(),
             "pinned_bytes": self.serving.pins.num_bytes(),
             "pins": [model.pinned for model in self.serving.pins.all()],
-            "links": {name: link.kind for name, link in list(self.state.training.links.items())},
+            "links": self.state.training.links.kinds(),
             "left_out": self.replicas.lost,
         }

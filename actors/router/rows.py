@@ -35,13 +35,13 @@ def load_where(ids_TK: Tensor, shares: Sequence[Share], holders: HolderTable) ->
     return expert_load(ids_TK, holders.num_experts)
 
 
-def rows_of(x_TD: Tensor, share: Share) -> Tensor:
-    """[R, D]; the tokens themselves, not a copy, where the actor needs all."""
-    if len(share.tokens_T) == len(x_TD):
+def rows_of(x_TD: Tensor, tokens_T: Tensor) -> Tensor:
+    """[R, D] of these tokens, ascending; the tokens themselves, not a copy, where they are all."""
+    if len(tokens_T) == len(x_TD):
         return x_TD.contiguous()
-    return x_TD.index_select(0, share.tokens_T.to(x_TD.device))
+    return x_TD.index_select(0, tokens_T.to(x_TD.device))
 
 
-def add_rows(into_TD: Tensor, share: Share, part_RD: Tensor) -> None:
-    """Adds an actor's rows to those of its tokens."""
-    add_at(into_TD, share.tokens_T.to(into_TD.device), part_RD.to(into_TD.device))
+def add_rows(into_TD: Tensor, tokens_T: Tensor, part_RD: Tensor) -> None:
+    """Adds rows to those of their tokens."""
+    add_at(into_TD, tokens_T.to(into_TD.device), part_RD.to(into_TD.device))

@@ -15,6 +15,7 @@ from actors.losses import token_losses
 from actors.moe.gating import GatePast
 from actors.moe.settings import MODEL_GATE
 from actors.router import captured
+from actors.router.apart import ExpertsApart
 from actors.router.batch import Forward, plain_forward
 from actors.router.commits import LastCommit
 from actors.router.dispatcher import Dispatcher
@@ -159,7 +160,9 @@ class Serving:
         is_newest = isinstance(served.key, tuple) and served.key[0] is _NEWEST
         # A gate of ours looks at its scores on the host, so that no graph can hold it.
         inside = is_newest and self._learner.routing.settings.kind == MODEL_GATE
-        experts = ExpertsInPlace(self._dispatcher, device) if inside else captured.Nowhere()
+        experts: captured.Experts = captured.Nowhere()
+        if inside:
+            experts = captured.FirstOf(ExpertsInPlace(self._dispatcher, device), ExpertsApart(self._dispatcher, device))
         return captured.CapturedForward(experts, must=self._capture == "on")
 
     def _logits(self, ids_BS: Tensor, choice: VersionChoice = NEWEST) -> tuple[Tensor, int]:

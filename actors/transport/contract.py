@@ -11,9 +11,11 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
-from actors.errors import MoeClusterError, PeerLost
+from actors.errors import LinkTimeout, MoeClusterError, PeerLost
 from actors.transport.message import Message, error_answer, raise_if_error
+from actors.transport.payload.contract import Way
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +24,8 @@ Handler = Callable[[str, Message], Message]
 
 
 CUT_NOTICED_S = 0.05
+_NOBODYS = 0
+"""An id that no question has."""
 
 
 def answered(name: str, peer: str, question: Message, handle: Callable[[], Message]) -> Message:
@@ -98,17 +102,49 @@ class Link(abc.ABC):
         deadline = started + timeout_s
         try:
             while question_id not in self._early:
-                answer = self._receive(deadline)
-                self.traffic.messages_received += 1
-                self.traffic.bytes_received += answer.num_bytes
-                # An answer nobody waits for is a duplicate, or came after its deadline.
-                if answer.id in self._waiting:
-                    self._early[answer.id] = answer
+                self._take_in(deadline)
             return raise_if_error(self._early[question_id], self.peer)
         finally:
             self._waiting.discard(question_id)
             self._early.pop(question_id, None)
             self.traffic.wait_s += time.monotonic() - started
+
+    def look(self, question_id: int, timeout_s: float = 0.0) -> bool:
+        """Whether the answer to this question is here, after `timeout_s` at most; `wait` gives it then, and may still
+        be called where it is not. `PeerLost` as there."""
+        started = time.monotonic()
+        try:
+            while question_id not in self._early:
+                self._take_in(started + timeout_s)
+        except LinkTimeout:
+            return False
+        finally:
+            self.traffic.wait_s += time.monotonic() - started
+        return True
+
+    def check(self) -> None:
+        """`PeerLost` once the peer is known to be gone. Does not wait."""
+        self.look(_NOBODYS)
+
+    @property
+    def way(self) -> Way | None:
+        """To the peer's device, for tensors without headers; None if there is none."""
+        return None
+
+    @property
+    def pollables(self) -> tuple[Any, ...]:
+        """What zmq can poll for news of this link; none where answers are there at once. The same as long as it is
+        open."""
+        return ()
+
+    def _take_in(self, deadline: float) -> None:
+        """The next answer, whichever it is."""
+        answer = self._receive(deadline)
+        self.traffic.messages_received += 1
+        self.traffic.bytes_received += answer.num_bytes
+        # An answer nobody waits for is a duplicate, or came after its deadline.
+        if answer.id in self._waiting:
+            self._early[answer.id] = answer
 
     def drop(self, question_id: int) -> None:
         """Nobody waits for the answer to this question: it is dropped, now or when it comes."""

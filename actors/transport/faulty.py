@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from actors.errors import LinkTimeout, PeerLost
 from actors.transport.contract import Link
@@ -55,6 +55,10 @@ class FaultyLink(Link):
         if fault.kind == "duplicate":
             self._inner._send(replace(question))
         return None
+
+    @property
+    def pollables(self) -> tuple[Any, ...]:
+        return self._inner.pollables
 
     def _receive(self, deadline: float) -> Message:
         if self.closed:

@@ -40,7 +40,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "int32": torch.int32,
     "uint8": torch.uint8,
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class Message:
     tensors: tuple[Tensor, ...] = ()
     id: int = 0
     """Set by the link; an answer carries the id of its question."""
+    via: Carrier | None = field(default=None, compare=False, repr=False)
+    """Of the link that brought this question, if it has one: for what is to go beside it."""
 
     @property
     def num_bytes(self) -> int:
@@ -67,7 +69,7 @@ def encode(message: Message, carrier: Carrier | None = None) -> list[bytes | mem
     specs: list[tuple[Any, ...]] = []
     inline: list[Tensor] = []
     for tensor, place in zip(message.tensors, places, strict=True):
-        spec = (_NAMES[tensor.dtype], tuple(tensor.shape))
+        spec = (NAMES[tensor.dtype], tuple(tensor.shape))
         specs.append(spec if place is None else (*spec, place))
         inline += [tensor] if place is None else []
     told: list[list[int]] = []

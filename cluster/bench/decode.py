@@ -1,7 +1,8 @@
 """Tokens a second of many streams.
 
 `generate_b32`, on a GPU: 32 streams of a router whose experts are in its own process, against transformers' `generate`
-with the same 32 prompts as one batch. `decode_16_streams`, without one: 16 streams that share forwards against the same
+with the same 32 prompts as one batch. `generate_b32_two_gpus`: the same with the experts in a process of their own on a
+second GPU. `decode_16_streams`, without one: 16 streams that share forwards against the same
 in turns, the experts in two other processes behind socket links. There too what a long prompt costs a stream that
 decodes, see `cluster.bench.prompt`.
 """
@@ -27,6 +28,7 @@ from actors.expert.host import ExpertHost
 from actors.router.roster import Peer, Roster
 from actors.router.router import Router
 from actors.transport.local import LocalLink
+from actors.transport.payload.contract import AUTO, PayloadSettings
 from actors.transport.socket import SocketLink, SocketServer
 from actors.trunk.model import ModelSource, skeleton
 from actors.values import Address, Placement, Sampling
@@ -63,9 +65,12 @@ ON_GPU, ON_CPU = Extent(32, 128, 256), Extent(16, 16, 24)
 
 
 def bench_decode(config: ClusterConfig, *, rounds: int) -> Report:
-    """With a GPU, two of them would show the links too: that row is not measured."""
     if torch.cuda.is_available():
-        return Report("decode", [bench_generate(ON_GPU, rounds)])
+        rows = [bench_generate(ON_GPU, rounds)]
+        if torch.cuda.device_count() > 1:
+            torch.cuda.empty_cache()
+            rows.append(bench_generate(ON_GPU, rounds, expert_device="cuda:1"))
+        return Report("decode", rows)
     from cluster.bench.prompt import bench_prompt
 
     return Report("decode", [bench_streams(config, ON_CPU, rounds), *bench_prompt(config, rounds)])
@@ -74,20 +79,26 @@ def bench_decode(config: ClusterConfig, *, rounds: int) -> Report:
 # -- on a GPU ---------------------------------------------------------------------------------------------------------
 
 
-def bench_generate(extent: Extent, rounds: int, values: dict[str, Any] = MODEL, device: str = "cuda") -> Row:
+def bench_generate(
+    extent: Extent, rounds: int, values: dict[str, Any] = MODEL, device: str = "cuda", expert_device: str = ""
+) -> Row:
+    """`expert_device`: of a process that has the experts; empty: they are in this one, on `device`."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     source = ModelSource(values=values, dtype=str(dtype).removeprefix("torch."))
     prompts_BS = extent.prompts(values["vocab_size"])
-    with in_process(source, extent.num_streams, device) as router:
+    with ExitStack() as stack:
+        if expert_device:
+            router = stack.enter_context(apart(source, extent.num_streams, expert_device))
+        else:
+            router = stack.enter_context(in_process(source, extent.num_streams, device))
         candidates: dict[str, Callable[[], None]] = {
             "ours": partial(stream_all, router, prompts_BS, extent.num_tokens),
             "theirs": _plain(source, dtype, prompts_BS, extent.num_tokens, device),
         }
         seconds = interleaved(candidates, rounds, warmups=2)
     tokens = extent.num_streams * extent.num_tokens
-    return rate_row(
-        f"generate_b{extent.num_streams}", "tokens/s", tokens, seconds["ours"], "generate", seconds["theirs"]
-    )
+    case = f"generate_b{extent.num_streams}" + ("_two_gpus" if expert_device else "")
+    return rate_row(case, "tokens/s", tokens, seconds["ours"], "generate", seconds["theirs"])
 
 
 @contextmanager
@@ -105,6 +116,27 @@ def in_process(source: ModelSource, max_sessions: int, device: str, **more: Any)
     finally:
         router.close()
         host.close()
+
+
+@contextmanager
+def apart(source: ModelSource, max_sessions: int, device: str) -> Iterator[Router]:
+    """A router on the first GPU, and all experts in another process, on another `device`."""
+    num_experts = skeleton(source).num_experts
+    with _host_process(source, "expert-0", [0], num_experts, device) as address:
+        peers = {"expert-0": Peer(_opener("expert-0", address, PayloadSettings("nccl", "cuda:0")))}
+        roster = Roster(Placement(1, (("expert-0",),), num_experts), peers)
+        router = Router(
+            source,
+            roster,
+            device="cuda:0",
+            max_sessions=max_sessions,
+            decode_batch=max_sessions,
+            timeout_s=TIMEOUT_S,
+        )
+        try:
+            yield router
+        finally:
+            router.close()
 
 
 def _plain(
@@ -191,15 +223,17 @@ def beside_hosts(source: ModelSource) -> Iterator[Roster]:
         yield Roster(placement, peers)
 
 
-def _opener(name: str, address: Address) -> Callable[[], SocketLink]:
-    return lambda: SocketLink(name, address, name="bench", max_bytes=1 << 28, timeout_s=TIMEOUT_S)
+def _opener(name: str, address: Address, payload: PayloadSettings = AUTO) -> Callable[[], SocketLink]:
+    return lambda: SocketLink(name, address, name="bench", max_bytes=1 << 28, timeout_s=TIMEOUT_S, payload=payload)
 
 
 @contextmanager
-def _host_process(source: ModelSource, name: str, groups: Sequence[int], group_size: int) -> Iterator[Address]:
+def _host_process(
+    source: ModelSource, name: str, groups: Sequence[int], group_size: int, device: str = "cpu"
+) -> Iterator[Address]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(source, name, groups, group_size, theirs), daemon=True)
+    process = context.Process(target=_serve, args=(source, name, groups, group_size, device, theirs), daemon=True)
     process.start()
     try:
         if not ours.poll(TIMEOUT_S):
@@ -212,11 +246,15 @@ def _host_process(source: ModelSource, name: str, groups: Sequence[int], group_s
             process.kill()
 
 
-def _serve(source: ModelSource, name: str, groups: Sequence[int], group_size: int, parent: Any) -> None:
+def _serve(source: ModelSource, name: str, groups: Sequence[int], group_size: int, device: str, parent: Any) -> None:
     """An expert host's process, until its parent closes the pipe or ends."""
-    torch.set_num_threads(1)
-    host = ExpertHost(name, source, groups, group_size=group_size)
-    server = SocketServer(name, host.handle, max_bytes=1 << 28, idle=host.idle, ready=host.ready)
+    payload = AUTO
+    if device == "cpu":
+        torch.set_num_threads(1)
+    else:
+        payload = PayloadSettings("nccl", device)
+    host = ExpertHost(name, source, groups, group_size=group_size, device=device)
+    server = SocketServer(name, host.handle, max_bytes=1 << 28, idle=host.idle, ready=host.ready, payload=payload)
     server.start()
     parent.send(server.address)
     ended = threading.Event()

@@ -2,7 +2,7 @@
 
 `small_message` goes to the expert host and back; `one_token_layer` is computed by the experts there as well.
 `payload_4mb` needs no cluster: see `cluster.bench.payload`.
-`fp8_rows`: `cluster.bench.fp8`.
+`fp8_rows`: `cluster.bench.fp8`. With two GPUs, a layer's tokens from one to the other: `cluster.bench.gpu_pair`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from actors.transport.message import Message
 from actors.trunk.model import skeleton
 from cluster.bench.fp8 import fp8_row
+from cluster.bench.gpu_pair import gpu_pair_rows
 from cluster.bench.live import link_to
 from cluster.bench.payload import payload_rows
 from cluster.bench.result import Report, interleaved, time_row
@@ -46,6 +47,7 @@ def bench_dispatch(config: ClusterConfig, *, rounds: int) -> Report:
             each = {name: [s / CALLS_A_ROUND for s in values] for name, values in seconds.items()}
             rows.append(time_row(case, "ms", 1e3, each["link"], "Ray actor call", each["ray"]))
         link.close()
+        rows += gpu_pair_rows(rounds, ray_call)
     return Report("dispatch", [*rows, fp8_row(), *payload_rows(rounds)])
 
 

@@ -1,4 +1,7 @@
-"""What CURVE costs on a tcp:// link: a message to a process of this host and back, against the same without keys."""
+"""What CURVE costs on a tcp:// link: a message to a process of this host and back, against the same without keys.
+
+What a relay saves: `cluster.bench.relay`.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from actors.transport.curve import LinkKeys
 from actors.transport.message import Message
 from actors.transport.socket import SocketLink, SocketServer
 from actors.values import Address
+from cluster.bench.relay import relay_rows
 from cluster.bench.result import Report, interleaved, time_row
 from cluster.errors import StartupError
 
@@ -37,7 +41,7 @@ def bench_links(*, rounds: int) -> Report:
             seconds = interleaved({name: _calls(link, question, calls) for name, link in links.items()}, rounds, 2)
             each = {name: [s / calls for s in values] for name, values in seconds.items()}
             rows.append(time_row(case, "ms", 1e3, each["curve"], "tcp without keys", each["plain"]))
-    return Report("links", rows)
+    return Report("links", [*rows, *relay_rows(rounds=rounds)])
 
 
 def _calls(link: SocketLink, question: Message, calls: int) -> Callable[[], None]:

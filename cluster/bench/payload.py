@@ -36,8 +36,8 @@ CALL_TIMEOUT_S = 30.0
 
 def payload_rows(rounds: int) -> list[Row]:
     question = Message("exchange", {}, (_payload(),))
-    with _other_process(_serve) as parent, _copying(question) as copy_pair:
-        address = _started(parent)
+    with other_process(_serve) as parent, _copying(question) as copy_pair:
+        address = started(parent)
         auto, socket = _opened(address, PayloadSettings()), _opened(address, SOCKET_ONLY)
 
         def over(link: SocketLink) -> Callable[[], None]:
@@ -93,8 +93,8 @@ def _copying(question: Message) -> Iterator[Callable[[], None]]:
     """The least that there and back can cost: copy into one memory, wake up, copy into the other, wake up."""
     there, back = (SharedMemory(create=True, size=PAYLOAD_BYTES) for _ in range(2))
     try:
-        with _other_process(_copy, back.name) as parent:
-            _started(parent)
+        with other_process(_copy, back.name) as parent:
+            started(parent)
             yield partial(_copy_there, there, question.tensors[0].numpy(), parent)
     finally:
         for memory in (there, back):
@@ -128,7 +128,7 @@ def _copy(parent: Connection, back: str) -> None:
 
 
 @contextmanager
-def _other_process(run: Callable[..., None], *args: str) -> Iterator[Connection]:
+def other_process(run: Callable[..., None], *args: str) -> Iterator[Connection]:
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
     process = spawn.Process(target=run, args=(there, *args), daemon=True)
@@ -142,7 +142,7 @@ def _other_process(run: Callable[..., None], *args: str) -> Iterator[Connection]
         process.kill()
 
 
-def _started(parent: Connection) -> Address:
+def started(parent: Connection) -> Address:
     """What the other process says first."""
     if not parent.poll(START_TIMEOUT_S):
         raise StartupError(f"the process to talk to did not start within {START_TIMEOUT_S:.0f} s")

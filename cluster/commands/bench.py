@@ -136,7 +136,11 @@ BENCHES = {
         "a small message to an expert actor and back, against a Ray actor call; 4 MB, against copies",
         _on_a_cluster("dispatch"),
     ),
-    "links": Bench("a message over an encrypted link between hosts, against the same in the clear", _alone("links")),
+    "links": Bench(
+        "a message over an encrypted link between hosts, against the same in the clear; tokens for two actors of "
+        "a node over its relay, against a link to each",
+        _alone("links"),
+    ),
     "train": Bench(
         "training tokens a second, against plain transformers in one process; and with several micro-batches in flight",
         _on_a_cluster("train"),

@@ -18,6 +18,8 @@ class ExpertContact:
     """Where routers reach it."""
     exchange: Address
     """Where other expert actors reach it."""
+    relay: Address | None = None
+    """Where routers reach the relay beside it; None: it has none."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from cluster.fabric.links import link_keys
 from cluster.fabric.lookout import Lookout, Signs
 from cluster.fabric.measures import status_fields
 from cluster.fabric.nodes import expert_room, node_names, node_zones, nodes_with_room, short_name
-from cluster.fabric.options import ROUTER, expert_options, lasting, router_options
+from cluster.fabric.options import ROUTER, away_from, expert_options, lasting, router_options
 from cluster.fabric.routerworker import RouterWorker
 from cluster.fabric.standing import ExpertStanding, RouterStanding
 from cluster.placement.placement import ActorSlot
@@ -91,6 +91,16 @@ class Crew:
     def link_keys(self) -> LinkKeys | None:
         """Of all links of this cluster. Made when they are first needed, so that an error is that of the start."""
         return link_keys(self._config.links)
+
+    # Made once each: of every class that it is given to start actors of, Ray keeps all methods until the process ends.
+
+    @cached_property
+    def _expert_class(self) -> Any:
+        return ray.remote(**expert_options(self._config))(ExpertWorker)
+
+    @cached_property
+    def _router_class(self) -> Any:
+        return ray.remote(**router_options(self._config))(RouterWorker)
 
     # -- starting -----------------------------------------------------------------------------------------------------
 
@@ -162,9 +172,8 @@ class Crew:
     def _create_routers(self, names: Sequence[str]) -> None:
         # Without the lock: while Ray's head is away, an actor with a name keeps whoever creates it waiting. And such a
         # name is free again only some time after its actor has ended, while a router's own may be given again at once.
-        worker = ray.remote(**router_options(self._config))(RouterWorker)
         own = {name: lasting(self._cluster, f"{name}/{uuid.uuid4().hex[:8]}") for name in names}
-        handles = {name: worker.options(**own[name]).remote(name, self._config) for name in names}
+        handles = {name: self._router_class.options(**own[name]).remote(name, self._config) for name in names}
         with self._lock:
             self._handles |= handles
 
@@ -221,13 +230,15 @@ class Crew:
 
         `read_model`: their groups come from a model directory or a seed, and not from others.
         """
-        worker = ray.remote(**expert_options(self._config, {*self.leaving, *avoid}))(ExpertWorker)
+        where = away_from({*self.leaving, *avoid})
         with self._lock:
             names = [f"expert-{self._next_number + i}" for i in range(count)]
             self._next_number += count
         # Without the lock, as for routers.
         handles = {
-            name: worker.options(**lasting(self._cluster, name)).remote(name, self._config, read_model)
+            name: self._expert_class.options(**where, **lasting(self._cluster, name)).remote(
+                name, self._config, read_model
+            )
             for name in names
         }
         with self._lock:

@@ -18,6 +18,7 @@ from cluster.fabric.options import CONTROL
 from cluster.fabric.standing import ExpertStanding, Watch
 from cluster.fabric.workertools import (
     brake_of,
+    has_relays,
     import_torch,
     import_transformers,
     of_version,
@@ -27,6 +28,7 @@ from cluster.fabric.workertools import (
 )
 
 if TYPE_CHECKING:
+    from actors.relay.relay import Relay
     from actors.transport.contract import Link
     from actors.transport.curve import LinkKeys
     from actors.transport.message import Message
@@ -89,8 +91,10 @@ class ExpertWorker:
         host.updates.brake = brake_of(os.environ)
         self._server = self._serve(host.handle, host.idle, host.ready, host.lane, device=experts.device)
         self._exchange = self._serve(self._host.exchange.handle)
+        self._relay = self._new_relay() if has_relays(self._config) else None
+        relay = self._relay.address if self._relay else None
         self._contact = ExpertContact(
-            self._name, self.node_id(), os.getpid(), self._server.address, self._exchange.address
+            self._name, self.node_id(), os.getpid(), self._server.address, self._exchange.address, relay
         )
         return self._contact
 
@@ -137,6 +141,21 @@ class ExpertWorker:
         )
         server.start()
         return server
+
+    def _new_relay(self) -> Relay:
+        from actors.relay.relay import Relay
+
+        relay = Relay(
+            self._name,
+            self._open_peer,
+            host=self._bind_host,
+            max_bytes=self._config.links.max_message_bytes,
+            timeout_s=self._config.router.request_timeout_s,
+            keys=self._keys,
+            payload=payload_settings(self._config),
+        )
+        relay.start()
+        return relay
 
     def _open_peer(self, name: str, address: Address) -> Link:
         return self._measures.opened(open_link(name, address, self._name, self._config, self._keys))

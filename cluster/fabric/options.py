@@ -50,11 +50,16 @@ def lasting(cluster: str, name: str) -> dict[str, Any]:
     return {"name": f"{cluster}/{name}", "namespace": NAMESPACE, "lifetime": "detached"}
 
 
+def away_from(leaving: Collection[str]) -> dict[str, Any]:
+    """Of an actor that none of the nodes with these ids is to carry."""
+    return {"label_selector": {NODE_ID_LABEL: f"!in({','.join(sorted(leaving))})"}} if leaving else {}
+
+
 def expert_options(config: ClusterConfig, leaving: Collection[str] = ()) -> dict[str, Any]:
     """`leaving`: ids of nodes that are not to carry it."""
     on_gpu = config.experts.device == "cuda"
     return {
-        **({"label_selector": {NODE_ID_LABEL: f"!in({','.join(sorted(leaving))})"}} if leaving else {}),
+        **away_from(leaving),
         "num_cpus": 0,
         "num_gpus": 1 if on_gpu else 0,
         "resources": {EXPERT_RESOURCE: 1},

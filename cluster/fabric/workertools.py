@@ -54,6 +54,11 @@ def payload_settings(config: ClusterConfig, device: str = "cpu") -> PayloadSetti
     return PayloadSettings("auto" if device == "cpu" and wish in ("cuda_ipc", "nccl") else wish, device)
 
 
+def has_relays(config: ClusterConfig) -> bool:
+    """Whether tokens may take the way over relays: embedded nodes are on one host."""
+    return config.links.relay == "on" or (config.links.relay == "auto" and config.ray.mode == "existing")
+
+
 def open_link(
     peer: str, address: Address, name: str, config: ClusterConfig, keys: LinkKeys | None, device: str = "cpu"
 ) -> Link:

@@ -178,7 +178,7 @@ def test_every_thread_ends_when_a_step_cannot_be_made(source: ModelSource) -> No
     with cluster(source, 2, links="socket", wrap=wrap, max_step_retries=1, in_flight=3) as local:
         local.router.begin_run(OptimizerSettings())
         before = local.router.serving.logits(IDS)
-        local.router.state.training.links._timeout_s = 0.3  # for what is to fail alone
+        local.router.state.training.links.timeout_s = 0.3  # for what is to fail alone
         with pytest.raises((LinkError, StepAborted)):
             local.router.train_step(BATCHES[0], lr=1e-2, clip_norm=1.0)
         no_thread_is_left()

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from actors.moe.cache import CacheSettings
-from actors.moe.static import static_experts
 from actors.optim import OptimizerSettings
 from actors.router.captured import _instead_of_experts
 from actors.router.inplace import ExpertsInPlace
@@ -41,10 +40,12 @@ def check(local: LocalCluster) -> Any:
     expected_BSV = serving.logits(BATCHES[0])
     with serving.reading(16), experts.holding() as standing:
         assert standing is not None
-        parts = experts.parts()
+        computed = standing.inside()
 
-        def inside(layer: int, module: nn.Module, *inputs: Tensor) -> Tensor:
-            return static_experts(parts[layer], *inputs)
+        def inside(
+            layer: int, module: nn.Module, x: Tensor, ids: Tensor, weights: Tensor, meanwhile: Any = None, /
+        ) -> Tensor:
+            return computed.layer(layer, x, ids, weights, meanwhile)
 
         view = local.router.learner.view
         with torch.no_grad(), _instead_of_experts(view, inside):

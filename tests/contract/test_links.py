@@ -97,6 +97,30 @@ def test_answers_may_be_awaited_in_any_order(link: Link) -> None:
     assert [p.result(5).fields["n"] for p in reversed(pending)] == [4, 3, 2, 1, 0]
 
 
+def test_who_looks_may_look_again(link: Link) -> None:
+    first, second = link.start(Message("echo", {"n": 1})), link.start(Message("echo", {"n": 2}))
+    assert link.look(second.id, 5)
+    assert link.look(second.id)
+    assert [p.result(0.0).fields["n"] for p in (second, first)] == [2, 1]
+    assert not link.look(second.id), "it was taken"
+
+
+def test_what_is_looked_for_is_told_by_what_can_be_polled(link: Link) -> None:
+    """Nothing that has come stays behind where a poller does not see it."""
+    poller = zmq.Poller()
+    for pollable in link.pollables:
+        poller.register(pollable, zmq.POLLIN)
+    for round_ in range(20):
+        pending = [link.start(Message("echo", {"n": n}, (torch.zeros(100 * n),))) for n in range(4)]
+        deadline = time.monotonic() + 10
+        for each in pending:
+            while not link.look(each.id):
+                assert link.pollables
+                assert poller.poll(5000), f"an answer of round {round_} came unseen"
+                assert time.monotonic() < deadline
+            each.result(0.0)
+
+
 def test_a_refusal_leaves_the_link_usable(link: Link) -> None:
     with pytest.raises(InvalidInput, match=r"not like this.*said peer"):
         link.call(Message("refuse"), 5)
@@ -246,7 +270,7 @@ def test_the_server_outlives_a_stranger() -> None:
         assert isinstance(link, SocketLink)
         stranger = zmq.Context.instance().socket(zmq.DEALER)
         stranger.setsockopt(zmq.LINGER, 0)
-        stranger.connect(link._socket.getsockopt_string(zmq.LAST_ENDPOINT))
+        stranger.connect(link._socket.raw.getsockopt_string(zmq.LAST_ENDPOINT))
         for frames in BAD_FRAMES.values():
             if frames and sum(map(len, frames)) < MAX_BYTES:
                 stranger.send_multipart(frames)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from actors.transport import curve
 from actors.transport.curve import LinkKeys
 from actors.transport.message import Message, encode
 from actors.transport.socket import SocketLink, SocketServer
+from actors.transport.socket.zeromq import PIECE_BYTES
 from actors.values import Address
 
 MAX_BYTES = 1 << 20
@@ -30,9 +32,9 @@ OURS, THEIRS = LinkKeys.generate(), LinkKeys.generate()
 class Echo:
     """A server that counts what reaches its handler."""
 
-    def __init__(self, keys: LinkKeys | None) -> None:
+    def __init__(self, keys: LinkKeys | None, max_bytes: int) -> None:
         self.heard = 0
-        self.server = SocketServer("peer", self._handle, max_bytes=MAX_BYTES, keys=keys)
+        self.server = SocketServer("peer", self._handle, max_bytes=max_bytes, keys=keys)
         self.server.start()
 
     def _handle(self, peer: str, question: Message) -> Message:
@@ -45,16 +47,16 @@ class Echo:
 
 
 @contextmanager
-def serving(keys: LinkKeys | None) -> Iterator[Echo]:
-    echo = Echo(keys)
+def serving(keys: LinkKeys | None, max_bytes: int = MAX_BYTES) -> Iterator[Echo]:
+    echo = Echo(keys, max_bytes)
     try:
         yield echo
     finally:
         echo.server.stop()
 
 
-def open_link(address: Address, keys: LinkKeys | None, timeout_s: float = 20) -> SocketLink:
-    return SocketLink("peer", address, name="router", max_bytes=MAX_BYTES, timeout_s=timeout_s, keys=keys)
+def open_link(address: Address, keys: LinkKeys | None, timeout_s: float = 20, max_bytes: int = MAX_BYTES) -> SocketLink:
+    return SocketLink("peer", address, name="router", max_bytes=max_bytes, timeout_s=timeout_s, keys=keys)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,33 @@ def test_with_the_keys_it_works_as_without(on_ipc: bool, way: str, kind: str) ->
         assert torch.equal(link.call(Message("echo", {}, (tensor,)), 20).tensors[0], tensor)
         pending = [link.start(Message("echo", {}, (torch.full((2,), n),))) for n in range(5)]
         assert [int(p.result(20).tensors[0][0]) for p in reversed(pending)] == [4, 3, 2, 1, 0]
+        link.close()
+
+
+@pytest.mark.parametrize("off", [-1, 0, 1])
+@pytest.mark.parametrize("count", [1, 3])
+def test_frames_of_any_size_cross_in_pieces(count: int, off: int) -> None:
+    sizes = (count * PIECE_BYTES + off, 5, count * PIECE_BYTES - off)
+    tensors = tuple(torch.randint(0, 256, (size,), dtype=torch.uint8) for size in sizes)
+    with serving(OURS, max_bytes=1 << 22) as echo:
+        link = open_link(echo.over_tcp, OURS, max_bytes=1 << 22)
+        assert all(map(torch.equal, link.call(Message("echo", {}, tensors), 20).tensors, tensors))
+        link.close()
+
+
+def test_a_stranger_cannot_make_a_server_hold_more_than_a_piece() -> None:
+    """It announces a frame of 200 MB before it has said who it is, as ZMTP 3.1 has it."""
+    greeting = b"\xff" + bytes(8) + b"\x7f" + bytes([3, 1]) + b"CURVE".ljust(20, b"\0") + bytes(32)
+    with serving(OURS, max_bytes=1 << 28) as echo:
+        host, port = echo.server.address.tcp.removeprefix("tcp://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as stranger:
+            stranger.sendall(greeting)
+            assert stranger.recv(10), "it is greeted"
+            stranger.sendall(b"\x06" + (200 << 20).to_bytes(8, "big"))
+            with pytest.raises((BrokenPipeError, ConnectionResetError)):
+                stranger.sendall(bytes(200 << 20))
+        link = open_link(echo.over_tcp, OURS)
+        assert link.call(Message("echo"), 20).op == "ok"
         link.close()
 
 
@@ -132,8 +161,6 @@ def test_a_stranger_with_the_public_key_is_refused_and_hardly_logged(caplog: pyt
 
 
 def test_what_is_no_zmq_at_all_disturbs_nobody() -> None:
-    import socket
-
     with serving(OURS) as echo:
         host, port = echo.server.address.tcp.removeprefix("tcp://").split(":")
         noise = [socket.create_connection((host, int(port)), timeout=10) for _ in range(20)]
@@ -201,6 +228,7 @@ _CHILD = """
 from actors.transport.curve import LinkKeys
 from actors.transport.message import Message
 from actors.transport.socket import SocketLink, SocketServer
+from actors.transport.socket.zeromq import PIECE_BYTES
 from actors.values import Address
 keys = LinkKeys.generate()
 server = SocketServer("child", lambda peer, question: Message("ok"), max_bytes=1 << 20, keys=keys)

@@ -142,7 +142,7 @@ def test_retries_are_bounded_and_the_version_stays(source: ModelSource) -> None:
     with cluster(source, 2, links="socket", wrap=wrap, max_step_retries=2) as local:
         local.router.begin_run(OptimizerSettings())
         before = local.router.serving.logits(BATCHES[0][0])
-        local.router.state.training.links._timeout_s = 0.3  # for what is to fail alone
+        local.router.state.training.links.timeout_s = 0.3  # for what is to fail alone
         with pytest.raises((LinkError, StepAborted)):
             local.router.train_step(BATCHES[0], lr=1e-2, clip_norm=1.0)
         assert local.router.version == 0

@@ -3,7 +3,9 @@ their operands, and a replay does them again on the same memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import queue
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,9 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from actors.router import captured
+from actors.transport.payload.contract import Way
 
 _WAITS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
 """What no graph can hold: the host would wait for the device."""
+
+
+_here = threading.local()
+TIMEOUT_S = 30.0
 
 
 class _Recorder(TorchDispatchMode):
@@ -37,14 +44,35 @@ class FakeGraph:
         self._recorder = _Recorder()
 
     def capture_begin(self, *, pool: object, capture_error_mode: str) -> None:
+        _here.recorder = self._recorder
         self._recorder.__enter__()
 
     def capture_end(self) -> None:
         self._recorder.__exit__(None, None, None)
+        _here.recorder = None
 
     def replay(self) -> None:
+        """In a thread of the stream, where it waits for another graph; otherwise at once."""
+        stream = getattr(_here, "stream", None)
+        if stream is None or not any(func is _call for func, *_ in self._recorder.operations):
+            self._replay()
+            return
+        before = stream.thread
+
+        def run() -> None:
+            if before is not None:
+                before.join(TIMEOUT_S)
+            self._replay()
+
+        stream.thread = threading.Thread(target=run, daemon=True)
+        stream.thread.start()
+
+    @torch.no_grad()
+    def _replay(self) -> None:
         for func, args, kwargs, out in self._recorder.operations:
             again = func(*args, **kwargs)
+            if func is _call:
+                continue
             returns = func._schema.returns
             if len(returns) == 1 and returns[0].alias_info is not None:
                 continue  # a view, or written in place
@@ -53,15 +81,98 @@ class FakeGraph:
                     place.copy_(new)
 
 
+def _call(what: Callable[[], None]) -> None:
+    what()
+
+
+class FakeWay(Way):
+    """One end of a way between two graphs."""
+
+    def __init__(self, out: queue.Queue[Tensor], into: queue.Queue[Tensor]) -> None:
+        self._out, self._in = out, into
+        self.is_ended = False
+
+    @classmethod
+    def pair(cls) -> tuple[FakeWay, FakeWay]:
+        there: queue.Queue[Tensor] = queue.Queue()
+        back: queue.Queue[Tensor] = queue.Queue()
+        return cls(there, back), cls(back, there)
+
+    @property
+    def is_over(self) -> bool:
+        return self.is_ended
+
+    def send(self, tensor: Tensor) -> FakeWay:
+        return self._do(lambda: self._out.put(tensor.clone()))
+
+    def receive(self, room: Tensor) -> FakeWay:
+        def take() -> None:
+            arrived = self._in.get(timeout=TIMEOUT_S)
+            room.view(-1).view(torch.uint8).copy_(arrived.view(-1).view(torch.uint8))
+
+        return self._do(take)
+
+    def wait(self) -> None:
+        """Of what was sent or received, which is through."""
+
+    def when_over(self, drop: Callable[[], None]) -> None:
+        pass
+
+    def _do(self, what: Callable[[], None]) -> FakeWay:
+        recorder = getattr(_here, "recorder", None)
+        if recorder is None:
+            what()
+        else:
+            recorder.operations.append((_call, (what,), {}, None))
+        return self
+
+
+class FakeStream:
+    """Everything is done at once, but graphs that wait for others."""
+
+    def __init__(self, device: object = None) -> None:
+        self.thread: threading.Thread | None = None
+
+    def wait_stream(self, other: FakeStream) -> None:
+        if other.thread is not None:
+            other.thread.join(TIMEOUT_S)
+
+    def wait_event(self, event: FakeEvent) -> None:
+        self.wait_stream(event.stream)
+
+
+class FakeEvent:
+    def __init__(self) -> None:
+        self.stream = FakeStream()
+
+    def record(self, stream: FakeStream) -> None:
+        self.stream = stream
+
+    def query(self) -> bool:
+        return self.stream.thread is None or not self.stream.thread.is_alive()
+
+
 @contextmanager
-def _stream(stream: object) -> Iterator[None]:
+def _stream(stream: FakeStream) -> Iterator[None]:
+    _here.stream = stream
+    try:
+        yield
+    finally:
+        _here.stream = None
+
+
+@contextmanager
+def _device(device: object) -> Iterator[None]:
     yield
 
 
 def use_fake_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captured, "can_capture", lambda device: True)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "stream", _stream)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", _device)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)

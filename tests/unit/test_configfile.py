@@ -280,6 +280,13 @@ CLUSTER_FAULTS = {
         "nccl",
         "set experts.device to cuda",
     ),
+    "relay": (MODEL + "links: {relay: maybe}", "links.relay", "'maybe'", "one of auto, on, off"),
+    "relay between GPUs": (
+        MODEL + "links: {payload: nccl, relay: on}\nrouter: {device: cuda}\nexperts: {device: cuda}",
+        "links.relay",
+        "nccl",
+        "set links.payload to auto",
+    ),
     "bool for a kind": (MODEL + "links: {kind: on}", "links.kind", "True", "one of auto, local, socket"),
     "more routers than there may be": (
         MODEL + "router: {actors: 5}",

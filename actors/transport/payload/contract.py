@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -45,6 +45,39 @@ class PayloadSettings:
 
 AUTO = PayloadSettings()
 SOCKET_ONLY = PayloadSettings("socket")
+
+
+class Way(abc.ABC):
+    """Tensors straight from one process to the other without a word about them, since both know what comes next.
+
+    Calls return at once: they take their place in the current CUDA stream, and a graph can hold them. Both ends must
+    make the same ones in the same order; what a carrier sends between them counts too.
+    """
+
+    @property
+    @abc.abstractmethod
+    def is_over(self) -> bool:
+        """The peer is gone, or the link has ended. What waits for it on the device then ends, with anything in it."""
+
+    @abc.abstractmethod
+    def send(self, tensor: Tensor) -> Arrival:
+        """Of a tensor that is contiguous, and stays as it is until it has gone."""
+
+    @abc.abstractmethod
+    def receive(self, room: Tensor) -> Arrival:
+        """Into a tensor that is contiguous."""
+
+    @abc.abstractmethod
+    def when_over(self, drop: Callable[[], None]) -> None:
+        """`drop` is called then, in any thread: it must let go of every graph that holds a call of this way, for which
+        the end of the communicator waits."""
+
+
+class Arrival(Protocol):
+    """Of one tensor, on its way."""
+
+    def wait(self) -> object:
+        """The current stream goes on once it is there, or has gone."""
 
 
 class Carrier(abc.ABC):
@@ -85,6 +118,10 @@ class Carrier(abc.ABC):
 
     def hear(self, tickets: Sequence[int]) -> None:
         """Counterpart of `told`."""
+
+    def way(self) -> Way | None:
+        """For tensors that need no header. None where there is none."""
+        return None
 
     def abort(self) -> None:
         """The peer is gone or out of reach: a `take` that waits ends with `PeerLost`. Any thread; does not wait."""

@@ -7,8 +7,9 @@ import logging
 import os
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import zmq
 
@@ -19,7 +20,7 @@ from actors.transport.message import Message, decode, encode, error_answer
 from actors.transport.payload.attach import Attachments
 from actors.transport.payload.contract import PayloadSettings
 from actors.transport.payload.line import Frames
-from actors.transport.socket.zeromq import has_message, host_id, in_clear_text, new_socket, received
+from actors.transport.socket.zeromq import Socket, host_id, in_clear_text
 from actors.values import Address
 
 logger = logging.getLogger(__name__)
@@ -35,30 +36,39 @@ class Inbox:
     def __init__(self, name: str, host: str, max_bytes: int, keys: LinkKeys | None, payload: PayloadSettings) -> None:
         self._name, self._max_bytes = name, max_bytes
         self._directory = tempfile.mkdtemp(prefix="moe-")  # which nobody else may enter: mode 0700
-        self._socket = new_socket(zmq.ROUTER, max_bytes)
+        self._socket = Socket(zmq.ROUTER, max_bytes, keys)
         ipc = f"ipc://{self._directory}/link"
         if keys is not None and keys.on_ipc:
-            curve.secure_server(self._socket, keys)
-        self._socket.bind(ipc)
+            curve.secure_server(self._socket.raw, keys)
+        self._socket.raw.bind(ipc)
         if keys is not None:
-            curve.secure_server(self._socket, keys)
-        port = self._socket.bind_to_random_port(f"tcp://{host}")
+            curve.secure_server(self._socket.raw, keys)
+        port = self._socket.raw.bind_to_random_port(f"tcp://{host}")
         self.address = Address(host_id(), ipc, f"tcp://{host}:{port}")
         self._attachments = Attachments(payload, self._directory, takes_messages=in_clear_text(keys))
         self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._socket.raw, zmq.POLLIN)
         self._poller.register(self._attachments.fileno(), zmq.POLLIN)
         self._last_id: OrderedDict[bytes, int] = OrderedDict()
 
     def close(self) -> None:
         self._attachments.close()
-        self._socket.close(0)
+        self._socket.close()
         with contextlib.suppress(OSError):
             os.unlink(f"{self._directory}/link")
         with contextlib.suppress(OSError):
             os.rmdir(self._directory)
 
     # -- questions ----------------------------------------------------------------------------------------------------
+
+    def watch(self, pollables: Sequence[Any]) -> None:
+        """`wait` also ends when there is something to read from these, until they are given to `unwatch`."""
+        for pollable in pollables:
+            self._poller.register(pollable, zmq.POLLIN)
+
+    def unwatch(self, pollables: Sequence[Any]) -> None:
+        for pollable in pollables:
+            self._poller.unregister(pollable)
 
     def wait(self, timeout_ms: int) -> bool:
         """Until something has come, or the time is over. -> whether something has."""
@@ -70,7 +80,7 @@ class Inbox:
 
     def has_message(self) -> bool:
         """In zmq, where messages wait until they are taken."""
-        return has_message(self._socket)
+        return self._socket.has_message
 
     def from_lines(self) -> Iterator[Question]:
         """All that has come over lines. What cannot be read is answered here."""
@@ -79,8 +89,7 @@ class Inbox:
 
     def from_zmq(self) -> Iterator[Question]:
         """The next message in zmq, and those that were waiting for it. Only if `has_message`."""
-        sender: bytes = self._socket.recv()
-        frames = received(self._socket) if self._socket.getsockopt(zmq.RCVMORE) else []
+        sender, *frames = self._socket.receive(num_copied=2)
         line = self._attachments.of(sender)
         try:
             messages = [frames] if line is None else line.arrived(frames)
@@ -96,6 +105,7 @@ class Inbox:
         try:
             carrier = line.carrier if line is not None else None
             question = decode(frames, peer=peer, max_bytes=self._max_bytes, carrier=carrier)
+            question = replace(question, via=carrier)
         except LinkError as error:
             logger.warning("refused a message: %s", error)
             self.answer(sender, error_answer(error))
@@ -124,4 +134,4 @@ class Inbox:
         rest = encode(answer) if line is None else line.send(encode(answer, line.carrier))
         if rest is not None:
             # Without ROUTER_MANDATORY zmq drops an answer whose asker is gone, which is what we want.
-            self._socket.send_multipart([sender, *rest], copy=False)
+            self._socket.send([sender, *rest])

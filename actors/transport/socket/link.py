@@ -6,6 +6,7 @@ import os
 import time
 import uuid
 from collections import deque
+from typing import Any
 
 import zmq
 
@@ -16,9 +17,9 @@ from actors.transport.curve import LinkKeys
 from actors.transport.message import Message, decode, encode
 from actors.transport.payload.attach import attach
 from actors.transport.payload.choice import End
-from actors.transport.payload.contract import AUTO, Carrier, PayloadSettings
+from actors.transport.payload.contract import AUTO, Carrier, PayloadSettings, Way
 from actors.transport.payload.line import Frames, Line
-from actors.transport.socket.zeromq import host_id, in_clear_text, new_socket, received
+from actors.transport.socket.zeromq import Socket, host_id, in_clear_text
 from actors.values import Address
 
 _GONE = (
@@ -51,17 +52,17 @@ class SocketLink(Link):
         self._line: Line | None = None
         self._arrived: deque[Frames] = deque()
         self._ended = ""
-        self._socket = new_socket(zmq.DEALER, max_bytes)
-        self._socket.setsockopt(zmq.RECONNECT_IVL, -1)  # a dead peer stays dead; its successor gets a new link
+        self._socket = Socket(zmq.DEALER, max_bytes, keys)
+        self._socket.raw.setsockopt(zmq.RECONNECT_IVL, -1)  # a dead peer stays dead; its successor gets a new link
         if keys is not None and (keys.on_ipc or not on_this_host):
             self.kind += "+curve"
-            curve.secure_client(self._socket, keys)
-        self._socket.setsockopt_string(zmq.IDENTITY, f"{name}/{uuid.uuid4().hex[:12]}")
-        self._monitor = self._socket.get_monitor_socket(_GONE)
+            curve.secure_client(self._socket.raw, keys)
+        self._socket.raw.setsockopt_string(zmq.IDENTITY, f"{name}/{uuid.uuid4().hex[:12]}")
+        self._monitor = self._socket.raw.get_monitor_socket(_GONE)
         self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._socket.raw, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
-        self._socket.connect(address.ipc if on_this_host else address.tcp)
+        self._socket.raw.connect(address.ipc if on_this_host else address.tcp)
         try:
             self._meet(name, keys, payload, on_this_host, timeout_s)
         except MoeClusterError:
@@ -81,6 +82,15 @@ class SocketLink(Link):
             self._poller.register(self._line.fileno(), zmq.POLLIN)
 
     @property
+    def pollables(self) -> tuple[Any, ...]:
+        line = (self._line.fileno(),) if self._line is not None else ()
+        return (self._socket.raw, self._monitor, *line)
+
+    @property
+    def way(self) -> Way | None:
+        return None if self._line is None or self.closed else self._line.carrier.way()
+
+    @property
     def _carrier(self) -> Carrier | None:
         return self._line.carrier if self._line is not None else None
 
@@ -92,7 +102,7 @@ class SocketLink(Link):
         if rest is None:
             return
         try:
-            self._socket.send_multipart(rest, flags=zmq.DONTWAIT, copy=False)
+            self._socket.send(rest, zmq.DONTWAIT)
         except zmq.Again:
             # Of a connection that has ended, too; the monitor tells.
             raise self._lost(otherwise="the peer does not take messages") from None
@@ -121,13 +131,13 @@ class SocketLink(Link):
                     self._arrived += self._line.receive()
                 except EOFError:
                     is_over = True
-            if self._socket in ready:
-                frames = received(self._socket)
+            if self._socket.raw in ready:
+                frames = self._socket.receive()
                 self._arrived += [frames] if self._line is None else self._line.arrived(frames)
             elif is_over and not self._arrived:
                 self._abort_carrier()
                 raise self._lost(otherwise="the connection ended")
-            if time.monotonic() >= deadline:
+            if not self._arrived and time.monotonic() >= deadline:
                 raise LinkTimeout("no answer before the deadline", peer=self.peer)
 
     def _decoded(self, frames: Frames) -> Message:
@@ -156,6 +166,6 @@ class SocketLink(Link):
             super().close()
             if self._line is not None:
                 self._line.close()
-            self._socket.disable_monitor()
+            self._socket.raw.disable_monitor()
             self._monitor.close(0)
-            self._socket.close(0)
+            self._socket.close()
