@@ -27,7 +27,7 @@ def test_waiting_requests_add_an_actor_and_idleness_takes_it_away(tmp_path: Path
         "router.max_sessions": 1,
         **{f"experts.autoscale.{name}": value for name, value in policy.items()},
     }
-    with served(config_in(tmp_path, **changes)) as service, Client(service.target) as client:
+    with served(config_in(tmp_path, **changes)) as service, Client(service.target, timeout_s=WAIT_S) as client:
         stop = threading.Event()
 
         def serve() -> None:

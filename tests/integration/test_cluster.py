@@ -66,7 +66,7 @@ def service(root: Path) -> Iterator[Service]:
 
 @pytest.fixture
 def client(service: Service) -> Iterator[Client]:
-    with Client(service.target) as client:
+    with Client(service.target, timeout_s=WAIT_S) as client:
         yield client
 
 

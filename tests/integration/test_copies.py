@@ -58,13 +58,13 @@ PROMPT, SAMPLING = "def main(", SamplingParams(max_tokens=24)
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], str]:
     """Losses of the job, and what is generated after it, on two actors without copies."""
     config = config_in(tmp_path_factory.mktemp("s"), **{"experts.actors": 2, "experts.redundancy": 1, "ray.nodes": 2})
-    with served(config) as service, Client(service.target) as client:
+    with served(config) as service, Client(service.target, timeout_s=WAIT_S) as client:
         return losses(client, client.submit_job(JOB).id), text(client)
 
 
 @pytest.fixture
 def client(tmp_path: Path) -> Iterator[Client]:
-    with served(config_in(tmp_path)) as service, Client(service.target) as client:
+    with served(config_in(tmp_path)) as service, Client(service.target, timeout_s=WAIT_S) as client:
         yield client
 
 

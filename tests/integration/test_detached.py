@@ -160,7 +160,7 @@ def replaced(
 def test_a_detached_service_goes_on_without_its_front(address: str, orphans: Orphans, tmp_path: Path) -> None:
     services = Services(address, tmp_path)
     detached = {"ray.detached": True}
-    with services.up(**detached) as (target, front), Client(target) as client:
+    with services.up(**detached) as (target, front), Client(target, timeout_s=WAIT_S) as client:
         job_id = client.submit_job(JOB).id
         step = step_beyond(client, job_id, 3)
         before = ours()
@@ -172,12 +172,12 @@ def test_a_detached_service_goes_on_without_its_front(address: str, orphans: Orp
     assert refused.returncode == 2
     assert "experts.actors: the cluster that runs over this checkpoint folder has 2 (got 3)" in errors
     with services.up(**detached, **{"front.shutdown_grace_s": GRACE_S}) as (target, front):
-        with Client(target) as client:
+        with Client(target, timeout_s=WAIT_S) as client:
             step_beyond(client, job_id, step)
             assert len(list(client.generate("def "))) > 0
         assert ours() == before, "the same processes, which nobody has disturbed"
         with replaced(services, target, front) as (target, last):
-            with Client(target) as client:
+            with Client(target, timeout_s=WAIT_S) as client:
                 step_beyond(client, job_id, client.get_job(job_id).step)
                 assert client.ledger().entries == (), "nothing was disturbed"
             last.terminate()

@@ -15,7 +15,7 @@ from cluster.backend import JobState, OperationState
 from cluster.serve import served
 from cluster.service.client import Client
 from tests.integration.load import streams
-from tests.integration.test_copies import JOB, config_in, losses, text, wait_for_step
+from tests.integration.test_copies import JOB, WAIT_S, config_in, losses, text, wait_for_step
 
 pytestmark = pytest.mark.timeout(600)  # starting processes that import torch takes minutes on a busy machine
 
@@ -28,7 +28,7 @@ START_S = 240.0
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     changes = {"experts.actors": 2, "ray.nodes": 2, "checkpoint.every_steps": 20}
     config = config_in(tmp_path_factory.mktemp("storage"), **changes)
-    with served(config) as service, Client(service.target) as client:
+    with served(config) as service, Client(service.target, timeout_s=WAIT_S) as client:
         yield client
 
 

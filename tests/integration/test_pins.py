@@ -29,20 +29,20 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture
 def client(service: Service) -> Iterator[Client]:
-    with Client(service.target) as client:
+    with Client(service.target, timeout_s=WAIT_S) as client:
         yield client
 
 
 def text_of(client: Client, choice: VersionChoice) -> tuple[str, set[int]]:
-    chunks = list(client.generate("import ", PARAMS, choice, timeout_s=WAIT_S))
+    chunks = list(client.generate("import ", PARAMS, choice))
     return "".join(chunk.text for chunk in chunks), {chunk.version for chunk in chunks}
 
 
 def test_pinned_streams_never_change_while_a_job_trains(client: Client) -> None:
     before = text_of(client, VersionChoice())
-    pin = client.pin_version("prod", timeout_s=WAIT_S)
+    pin = client.pin_version("prod")
     with pytest.raises(FailedPrecondition, match=r"router\.max_pins"):
-        client.pin_version("test", timeout_s=WAIT_S)
+        client.pin_version("test")
     job = client.submit_job(job_of(40))
     texts: list[tuple[str, set[int]]] = []
     has_ended = threading.Event()
@@ -73,7 +73,7 @@ def test_pinned_streams_never_change_while_a_job_trains(client: Client) -> None:
 
 
 def test_when_it_is_given_up_its_memory_is_and_requests_are_told(client: Client) -> None:
-    client.unpin_version("prod", timeout_s=WAIT_S)
+    client.unpin_version("prod")
     with pytest.raises(VersionGone, match=r"pin prod is not kept; there are the newest, 40"):
         client.score("import os", PROD)
     with pytest.raises(NotFound):
@@ -86,7 +86,7 @@ def test_when_it_is_given_up_its_memory_is_and_requests_are_told(client: Client)
 
 
 def test_its_time_is_over_by_itself(client: Client) -> None:
-    client.pin_version("short", 1.0, timeout_s=WAIT_S)
+    client.pin_version("short", 1.0)
     deadline = time.monotonic() + WAIT_S
     while client.status().pins and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -53,7 +53,7 @@ def test_nodes_come_for_expert_actors_and_go_when_they_are_drained(address: str,
         "experts.redundancy": 1,
         "experts.max_actors": 4,
     }
-    with served(config_in(tmp_path, **changes)) as service, Client(service.target) as client:
+    with served(config_in(tmp_path, **changes)) as service, Client(service.target, timeout_s=WAIT_S) as client:
         wait_for_nodes(address, 2)
         job = client.submit_job(LONG_JOB)
         wait_for_step(client, job.id, 5)
@@ -95,7 +95,7 @@ def test_the_groups_on_kubernetes_offer_what_actors_ask_for(groups: dict[str, No
             "experts.max_actors": 3,
             "front.metrics_port": metrics_port,
         }
-        with served(config_in(tmp_path, **changes)) as service, Client(service.target) as client:
+        with served(config_in(tmp_path, **changes)) as service, Client(service.target, timeout_s=WAIT_S) as client:
             job = client.submit_job(LONG_JOB)
             wait_for_step(client, job.id, 3)
             with streams(client, 2):

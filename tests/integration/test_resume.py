@@ -53,7 +53,7 @@ def config_in(root: Path, **overrides: object) -> ClusterConfig:
 
 @contextmanager
 def running(config: ClusterConfig) -> Iterator[Client]:
-    with served(config) as service, Client(service.target) as client:
+    with served(config) as service, Client(service.target, timeout_s=WAIT_S) as client:
         yield client
 
 

@@ -32,7 +32,7 @@ def config_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def client(config_root: Path) -> Iterator[Client]:
     changes = {"experts.actors": 2, "experts.redundancy": 1, "ray.nodes": 2, "experts.max_actors": 4}
-    with served(config_in(config_root, **changes)) as service, Client(service.target) as client:
+    with served(config_in(config_root, **changes)) as service, Client(service.target, timeout_s=WAIT_S) as client:
         yield client
 
 

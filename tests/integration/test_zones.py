@@ -58,7 +58,7 @@ def wait_until_apart(client: Client) -> ClusterStatus:
 
 def test_the_loss_of_a_zone_loses_nothing(tmp_path: Path) -> None:
     config = load_cluster(find_config("local_cpu"), {**VALUES, "storage.root": str(tmp_path)})
-    with served(config) as service, Client(service.target) as client:
+    with served(config) as service, Client(service.target, timeout_s=WAIT_S) as client:
         status = client.status()
         nodes = {(actor.node, actor.zone) for actor in experts(status)}
         assert nodes == {("node-1", "zone-1"), ("node-2", "zone-2"), ("node-3", "zone-1")}
