@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import cluster  # noqa: F401 - what it sets must be set before gRPC is imported
 
@@ -20,6 +21,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from actors.router import captured
+from actors.router.captured import CapturedForward
+
 # The same examples in every run, however slow; `HYPOTHESIS_PROFILE=explore pytest` looks for new ones.
 # Hypothesis's own look at how long drawing takes would fail a test on a busy machine.
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -28,6 +32,22 @@ settings.register_profile("explore", PATIENT, derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[CapturedForward]:
+    """Those that are made. They capture a step when they see it first, and soon after experts have moved."""
+    found: list[CapturedForward] = []
+    before = CapturedForward.__init__
+
+    def init(self: CapturedForward, *args: Any, **kwargs: Any) -> None:
+        before(self, *args, **kwargs)
+        found.append(self)
+
+    monkeypatch.setattr(CapturedForward, "__init__", init)
+    monkeypatch.setattr(captured, "SEEN_BEFORE", 0)
+    monkeypatch.setattr(captured, "SETTLED_AFTER", 5)
+    return found
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

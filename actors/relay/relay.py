@@ -24,6 +24,7 @@ from actors.transport.curve import LinkKeys
 from actors.transport.message import Message, error_answer
 from actors.transport.payload.contract import AUTO, PayloadSettings
 from actors.transport.socket.inbox import Inbox
+from actors.transport.socket.rounds import Rounds
 from actors.values import Address
 
 logger = logging.getLogger(__name__)
@@ -37,11 +38,10 @@ IDLE_S = 60.0
 """Links behind a router's that has asked nothing for so long are closed."""
 LOOK_AGAIN_MS = 1
 """How long it sleeps at most while a link is being opened."""
-AFTER_ERROR_S = 0.1
 
 
-class Relay:
-    """`start` makes it listen at `address`. `timeout_s`: for the neighbours' answers, and for a link to be opened."""
+class Relay(Rounds):
+    """`timeout_s`: for the neighbours' answers, and for a link to be opened."""
 
     def __init__(
         self,
@@ -54,34 +54,15 @@ class Relay:
         keys: LinkKeys | None = None,
         payload: PayloadSettings = AUTO,
     ) -> None:
-        self.name = name
+        super().__init__(name, "relay", Inbox(name, host, max_bytes, keys, payload))
         self._open_neighbour, self._timeout_s = open_neighbour, timeout_s
-        self._inbox = Inbox(name, host, max_bytes, keys, payload)
-        self.address = self._inbox.address
         self._askers: dict[bytes, _Asker] = {}
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"relay-{name}", daemon=True)
 
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self, timeout_s: float = 5.0) -> None:
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout_s)
+    def _release(self) -> None:
         for asker in self._askers.values():
             asker.close()
-        self._inbox.close()
 
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            try:
-                self._run_once()
-            except Exception:  # whatever one message does, those after it are relayed
-                logger.exception("the relay of %s goes on after an error", self.name)
-                self._stop.wait(AFTER_ERROR_S)
-
-    def _run_once(self) -> None:
+    def _round(self) -> None:
         askers = self._askers.values()
         # An answer that was taken may have left others behind it, which no poller sees any more.
         is_busy = any(asker.has_news for asker in askers)

@@ -190,13 +190,17 @@ class CapturedStep:
         self._slots.window = Window(self._input_2B[1, :rows], self.length)
         if self._inside is not None:
             self._run_whole(self._inside)
-        for graph, call in zip(self._graphs, [*self._calls, None], strict=True) if self._inside is None else ():
-            graph.replay()
-            if call is not None:
-                call.make(rows)
+        else:
+            self._run_parts(rows)
         if self._finite_B is not None and not bool(self._finite_B[:rows].all()):
             raise NonFinite("gate scores are not finite", step=0)
         return self._logits_BV[:rows]
+
+    def _run_parts(self, rows: int) -> None:
+        for graph, call in zip(self._graphs, [*self._calls, None], strict=True):
+            graph.replay()
+            if call is not None:
+                call.make(rows)
 
     def _run_whole(self, inside: Inside) -> None:
         # What is launched here after others have begun must wait for nothing that may wait for them: not for what other

@@ -21,8 +21,10 @@ from cluster.control.past import Past
 from cluster.errors import Unavailable
 from cluster.fabric.calls import call
 from cluster.fabric.checkpoints import Vault, vault_url
-from cluster.fabric.crew import Crew, Survivors, end_process, number_of
+from cluster.fabric.crew import Crew, Survivors
 from cluster.fabric.desk import Known, Wanted
+from cluster.fabric.factory import number_of
+from cluster.fabric.fencing import end_process
 from cluster.fabric.findings import Findings, on_their_way, tell_losses, weigh, worth_keeping
 from cluster.fabric.journal import read_journal
 from cluster.fabric.options import COORDINATOR, NAMESPACE, ROUTER

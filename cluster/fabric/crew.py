@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
-import re
-import signal
 import threading
-import uuid
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.errors import InvalidInput, MoeClusterError
+from actors.errors import MoeClusterError
 from actors.values import Pinned, Placement
 from cluster.backend import ActorStatus, ExpertCache
 from cluster.config import ClusterConfig
@@ -25,13 +20,13 @@ from cluster.control.model import ModelFacts
 from cluster.errors import StartupError, Unavailable
 from cluster.fabric.calls import call
 from cluster.fabric.contacts import ExpertContact, RouterContact
-from cluster.fabric.expertworker import ExpertWorker
+from cluster.fabric.factory import ActorFactory
+from cluster.fabric.fencing import end_process
 from cluster.fabric.links import link_keys
 from cluster.fabric.lookout import Lookout, Signs
 from cluster.fabric.measures import status_fields
 from cluster.fabric.nodes import expert_room, node_names, node_zones, nodes_with_room, short_name
-from cluster.fabric.options import ROUTER, away_from, expert_options, lasting, router_options
-from cluster.fabric.routerworker import RouterWorker
+from cluster.fabric.options import ROUTER
 from cluster.fabric.standing import ExpertStanding, RouterStanding
 from cluster.placement.placement import ActorSlot
 
@@ -65,7 +60,8 @@ class Crew:
 
     def __init__(self, config: ClusterConfig, cluster: str) -> None:
         """`cluster`: what its actors are named after; see `options.lasting`."""
-        self._config, self._cluster = config, cluster
+        self._config = config
+        self._factory = ActorFactory(config, cluster)
         self._lock = threading.RLock()
         self._handles: dict[str, Any] = {}
         self._experts: dict[str, ExpertContact] = {}
@@ -80,8 +76,6 @@ class Crew:
         """Id -> name of the nodes on which no new actor is to be started. Replaced, never changed."""
         self._ending: list[tuple[str, str, Any]] = []
         """Expert actors that were ended, their nodes, and what tells that the process is gone."""
-        self._next_number = 0
-        self._next_router = 1
         self.num_experts = 0
         """Of every MoE layer, for a model that has grown; 0: as the config says."""
         self._layouts: dict[int, ModelLayout | None] = {}
@@ -91,16 +85,6 @@ class Crew:
     def link_keys(self) -> LinkKeys | None:
         """Of all links of this cluster. Made when they are first needed, so that an error is that of the start."""
         return link_keys(self._config.links)
-
-    # Made once each: of every class that it is given to start actors of, Ray keeps all methods until the process ends.
-
-    @cached_property
-    def _expert_class(self) -> Any:
-        return ray.remote(**expert_options(self._config))(ExpertWorker)
-
-    @cached_property
-    def _router_class(self) -> Any:
-        return ray.remote(**router_options(self._config))(RouterWorker)
 
     # -- starting -----------------------------------------------------------------------------------------------------
 
@@ -131,15 +115,13 @@ class Crew:
 
     def start_replicas(self, count: int, control: Any) -> list[RouterContact]:
         """Routers that have yet to join. `StartupError` if there is no room for one of them: then none is started."""
-        with self._lock:
-            names = [f"router-{self._next_router + i}" for i in range(count)]
-            self._next_router += count
+        names = self._factory.router_names(count)
         self._create_routers(names)
         loading = {
             name: self._handles[name].load_replica.remote(control, self.num_experts, self.link_keys) for name in names
         }
         try:
-            return [self._started(name, ref) for name, ref in loading.items()]
+            return [self._factory.started(name, ref) for name, ref in loading.items()]
         except MoeClusterError:
             self.end(names)
             raise
@@ -170,16 +152,13 @@ class Crew:
         return self.facts()
 
     def _create_routers(self, names: Sequence[str]) -> None:
-        # Without the lock: while Ray's head is away, an actor with a name keeps whoever creates it waiting. And such a
-        # name is free again only some time after its actor has ended, while a router's own may be given again at once.
-        own = {name: lasting(self._cluster, f"{name}/{uuid.uuid4().hex[:8]}") for name in names}
-        handles = {name: self._router_class.options(**own[name]).remote(name, self._config) for name in names}
+        handles = self._factory.routers(names)
         with self._lock:
             self._handles |= handles
 
     def facts(self, num_experts: int = 0) -> ModelFacts:
         """Of the model as the config says, or grown to so many experts."""
-        facts: ModelFacts = self._started(ROUTER, self.router.facts.remote(num_experts))
+        facts: ModelFacts = self._factory.started(ROUTER, self.router.facts.remote(num_experts))
         return facts
 
     def start_experts(self, count: int, avoid: Collection[str] = ()) -> list[ActorSlot]:
@@ -189,7 +168,7 @@ class Crew:
     def await_experts(self, where: Mapping[str, Any]) -> list[ActorSlot]:
         """Those of `create_experts`. `StartupError` if one has not found room: then none is left."""
         try:
-            return [_slot(name, self._started(name, ref)) for name, ref in where.items()]
+            return [_slot(name, self._factory.started(name, ref)) for name, ref in where.items()]
         except MoeClusterError:
             self.end(where)
             raise
@@ -230,17 +209,8 @@ class Crew:
 
         `read_model`: their groups come from a model directory or a seed, and not from others.
         """
-        where = away_from({*self.leaving, *avoid})
-        with self._lock:
-            names = [f"expert-{self._next_number + i}" for i in range(count)]
-            self._next_number += count
-        # Without the lock, as for routers.
-        handles = {
-            name: self._expert_class.options(**where, **lasting(self._cluster, name)).remote(
-                name, self._config, read_model
-            )
-            for name in names
-        }
+        names = self._factory.expert_names(count)
+        handles = self._factory.experts(names, {*self.leaving, *avoid}, read_model=read_model)
         with self._lock:
             self._handles |= handles
         return {name: handle.node_id.remote() for name, handle in handles.items()}
@@ -253,7 +223,7 @@ class Crew:
             for name in names
         }
         for name, ref in loading.items():
-            contact = self._started(name, ref)
+            contact = self._factory.started(name, ref)
             self._learn_nodes()
             with self._lock:
                 self._experts[name] = contact
@@ -280,7 +250,7 @@ class Crew:
         run. Only then is it watched, and taken for ready."""
         contacts = self.contacts(placement)
         ref = self.router.load.remote(placement, contacts, control, self.num_experts, found, run, self.link_keys)
-        self.joined(self._started(ROUTER, ref), ROUTER)
+        self.joined(self._factory.started(ROUTER, ref), ROUTER)
 
     def take_over(self, found: Survivors, numbers: tuple[int, int], num_experts: int, keys: LinkKeys | None) -> None:
         """Actors that another coordinator started, loaded all of them, and watched from now on. `numbers`: those that
@@ -289,9 +259,8 @@ class Crew:
         self.num_experts, self.link_keys = num_experts, keys
         # Whom the router that leads has left out is not to be mistaken for one that is new.
         left_out = found.lead.vitals["left_out"] if found.lead else ()
+        self._factory.go_on(numbers, found.experts, (*found.routers, *left_out))
         with self._lock:
-            self._next_number = max([numbers[0], *(number_of(name) + 1 for name in found.experts)])
-            self._next_router = max([numbers[1], *(number_of(name) + 1 for name in (*found.routers, *left_out))])
             for name, (handle, expert) in found.experts.items():
                 self._handles[name], self._experts[name] = handle, expert.contact
             for name, (handle, router) in found.routers.items():
@@ -308,7 +277,7 @@ class Crew:
     @property
     def next_numbers(self) -> tuple[int, int]:
         """Of the next expert actor, and of the next router."""
-        return self._next_number, self._next_router
+        return self._factory.next_numbers
 
     def leave_off(self, groups: dict[str, Sequence[int]]) -> None:
         """These are not awaited any more by these expert actors. It waits until they know, or else what is still on its
@@ -322,17 +291,6 @@ class Crew:
         names = node_names()
         with self._lock:
             self._nodes |= names
-
-    def _started(self, name: str, ref: Any) -> Any:
-        try:
-            return call(name, ref, self._config.ray.start_timeout_s)
-        except InvalidInput:
-            raise
-        except MoeClusterError as error:
-            resources = {k: v for k, v in ray.cluster_resources().items() if k.startswith(("moe_", "GPU"))}
-            raise StartupError(
-                f"{name} did not start within ray.start_timeout_s: {error}; the nodes offer {resources}"
-            ) from error
 
     # -- who is there -------------------------------------------------------------------------------------------------
 
@@ -475,30 +433,3 @@ def _found(table: dict[str, Any], name: str) -> Any:
 
 def _slot(name: str, node_id: str) -> ActorSlot:
     return ActorSlot(name, node_id, node_zones().get(node_id, ""))
-
-
-def number_of(actor: str) -> int:
-    """In the name of an expert actor or router."""
-    return int(actor.rpartition("-")[2])
-
-
-def end_process(node_id: str, pid: int) -> None:
-    """Fencing: a frozen process does not hear Ray's own kill, and must not come back with old weights."""
-
-    def kill() -> None:
-        strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        options = {"num_cpus": 0, "scheduling_strategy": strategy, "max_retries": 0}
-        ray.remote(**options)(_kill).remote(pid)
-
-    # While Ray's head is away this waits for it, and nobody may wait with it.
-    threading.Thread(target=kill, name="fencing", daemon=True).start()
-
-
-def _kill(pid: int) -> None:
-    """Only if the process is still one of our workers: numbers of processes are used again."""
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            if re.search(rb"(Expert|Router)Worker", file.read()):
-                os.kill(pid, signal.SIGKILL)
-    except OSError:
-        pass

@@ -55,11 +55,9 @@ def away_from(leaving: Collection[str]) -> dict[str, Any]:
     return {"label_selector": {NODE_ID_LABEL: f"!in({','.join(sorted(leaving))})"}} if leaving else {}
 
 
-def expert_options(config: ClusterConfig, leaving: Collection[str] = ()) -> dict[str, Any]:
-    """`leaving`: ids of nodes that are not to carry it."""
+def expert_options(config: ClusterConfig) -> dict[str, Any]:
     on_gpu = config.experts.device == "cuda"
     return {
-        **away_from(leaving),
         "num_cpus": 0,
         "num_gpus": 1 if on_gpu else 0,
         "resources": {EXPERT_RESOURCE: 1},

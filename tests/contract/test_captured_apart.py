@@ -11,13 +11,11 @@ from typing import Any
 import pytest
 
 from actors.expert.playing import Playing
-from actors.optim import OptimizerSettings
 from actors.router.captured import CapturedForward
 from actors.transport.contract import Link
 from actors.transport.message import Message
-from actors.values import Growth, VersionChoice
-from tests.contract.test_captured_decode import BATCHES, agree, device, forwards, soon, source, tokens  # noqa: F401
-from tests.fakes.graphs import FakeWay
+from tests.captured import agree, source, tokens, training_pins_and_growth_are_seen, wholes
+from tests.fakes.graphs import FakeWay, use_fake_graphs
 from tests.local import LocalCluster, cluster
 
 
@@ -57,11 +55,16 @@ class Reaching(Link):
         self._inner.close()
 
 
+@pytest.fixture(autouse=True)
+def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_fake_graphs(monkeypatch)
+
+
 @contextmanager
-def made(at: str, **more: Any) -> Iterator[LocalCluster]:
+def made(**more: Any) -> Iterator[LocalCluster]:
     with cluster(
         source("deepseek_v3"),
-        device=at,
+        device="cpu",
         decode_batch=4,
         captured="on",
         wrap=lambda actor, link: Reaching(link),
@@ -70,43 +73,26 @@ def made(at: str, **more: Any) -> Iterator[LocalCluster]:
         yield local
 
 
-def has_whole(forward: CapturedForward) -> bool:
-    return any(step.is_whole for step in forward._steps.values())
+def test_steps_in_three_graphs_see_training_pins_and_growth(forwards: list[CapturedForward]) -> None:
+    with made() as local:
+        agree(local.router, tokens(local.router))
+        assert any(wholes(forwards[0]))
+        training_pins_and_growth_are_seen(local, forwards)
+        agree(local.router, tokens(local.router))
+        assert any(any(wholes(forward)) for forward in forwards)
 
 
-def test_steps_in_three_graphs_see_training_pins_and_growth(device: str, forwards: list[CapturedForward]) -> None:  # noqa: F811
-    with made(device) as local:
-        local.router.begin_run(OptimizerSettings())
-        agree(local, tokens(local))
-        assert has_whole(forwards[0])
-        captures = forwards[0].num_captures
-        local.router.train_step([BATCHES[0]], lr=1e-2, clip_norm=1.0)
-        agree(local, tokens(local))
-        assert forwards[0].num_captures == captures, "updates are made in place"
-        local.router.pin("kept")
-        kept = tokens(local, choice=VersionChoice(pin="kept"))
-        local.router.train_step([BATCHES[1]], lr=1e-2, clip_norm=1.0)  # on copies: the pin keeps the others
-        agree(local, tokens(local))
-        assert tokens(local, choice=VersionChoice(pin="kept")) == kept
-        local.grow(Growth(16))
-        agree(local, tokens(local))
-        agree(local, tokens(local))
-        assert any(has_whole(forward) for forward in forwards)
-
-
-def test_a_group_that_moves_is_computed_where_it_is(device: str, forwards: list[CapturedForward]) -> None:  # noqa: F811
-    with made(device, redundancy=2) as local:
-        agree(local, tokens(local))
+def test_a_group_that_moves_is_computed_where_it_is(forwards: list[CapturedForward]) -> None:
+    with made(redundancy=2) as local:
+        agree(local.router, tokens(local.router))
         local.adopt("0", "0", "0", "1")
-        agree(local, tokens(local))
-        agree(local, tokens(local))
-        assert has_whole(forwards[-1])
+        agree(local.router, tokens(local.router))
+        agree(local.router, tokens(local.router))
+        assert any(wholes(forwards[-1]))
 
 
 def test_who_has_begun_with_others_who_do_not_is_played_to_the_end(
-    device: str,  # noqa: F811
-    forwards: list[CapturedForward],  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
+    forwards: list[CapturedForward], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Now and then the second actor refuses."""
     refused: list[Message] = []
@@ -119,17 +105,17 @@ def test_who_has_begun_with_others_who_do_not_is_played_to_the_end(
         return before(self, question)
 
     monkeypatch.setattr(Playing, "play", play)
-    with made(device) as local:
+    with made() as local:
         for _ in range(5):
-            agree(local, tokens(local))
+            agree(local.router, tokens(local.router))
         assert len(refused) == 3
-        assert has_whole(forwards[0])
+        assert any(wholes(forwards[0]))
 
 
-def test_an_actor_that_dies_is_rerouted_around(device: str, forwards: list[CapturedForward]) -> None:  # noqa: F811
-    with made(device, redundancy=2) as local:
-        agree(local, tokens(local))
-        assert has_whole(forwards[0])
+def test_an_actor_that_dies_is_rerouted_around(forwards: list[CapturedForward]) -> None:
+    with made(redundancy=2) as local:
+        agree(local.router, tokens(local.router))
+        assert any(wholes(forwards[0]))
         local.members["expert-1"].kill()
-        agree(local, tokens(local))
+        agree(local.router, tokens(local.router))
         assert local.router.state.requests.links.lost == {"expert-1"}

@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
-from multiprocessing import Queue
 from pathlib import Path
 
 import pytest
 import torch
 
-from actors.expert.host import ExpertHost
 from actors.optim import OptimizerSettings
 from actors.router.roster import Peer, Roster
 from actors.router.router import Router
-from actors.transport.payload.contract import PayloadSettings
-from actors.transport.socket import SocketLink, SocketServer
+from actors.transport.socket import SocketLink
 from actors.trunk.model import ModelSource
-from actors.values import Address, Placement
+from actors.values import Placement
 from tests.families import save
+from tests.gpu.hosts import serve_host
 from tests.gpu.test_cuda import BATCHES, losses
 from tests.gpu.test_payload import MAX_BYTES, process, settings
 
 pytestmark = pytest.mark.gpu
-
-
-def serve_host(
-    addresses: Queue[Address], source: ModelSource, name: str, groups: tuple[int, ...], settings: PayloadSettings
-) -> None:
-    host = ExpertHost(name, source, groups, group_size=2, device="cuda")
-    server = SocketServer(name, host.handle, max_bytes=MAX_BYTES, idle=host.idle, payload=settings)
-    server.start()
-    addresses.put(server.address)
-    time.sleep(300)
 
 
 def test_losses_through_gpu_memory_equal_those_on_the_cpu(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from cluster.config import ClusterConfig
-from cluster.fabric.options import EXPERT_RESOURCE, ROUTER_RESOURCE, expert_options, router_options
+from cluster.fabric.options import EXPERT_RESOURCE, ROUTER_RESOURCE, away_from, expert_options, router_options
 from tests.manifests.agreement import config_of
 from tests.manifests.autoscaler import Actor, Autoscaler
 from tests.manifests.kustomize import (
@@ -94,13 +94,13 @@ def test_a_pod_that_is_drained_is_not_used_again_and_ends(manifests: list[Manife
     """As `moe-cluster drain` has it: another actor elsewhere, then this one's groups move, then it ends."""
     autoscaler = running(manifests, config)
     leaving = autoscaler.of(EXPERT_RESOURCE)[0]
-    autoscaler.waiting = [Actor(expert_options(config, [leaving.node_id]))]
+    autoscaler.waiting = [Actor({**expert_options(config), **away_from([leaving.node_id])})]
     autoscaler.turn()
     assert autoscaler.waiting == []
     leaving.actors.clear()
     stay = config.experts.actors
     assert len(autoscaler.of(EXPERT_RESOURCE)) == stay
-    again = Actor(expert_options(config, [leaving.node_id]))
+    again = Actor({**expert_options(config), **away_from([leaving.node_id])})
     autoscaler.waiting = [again]
     autoscaler.turn()
     assert again not in leaving.actors, "it has room, and is leaving"

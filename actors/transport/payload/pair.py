@@ -160,8 +160,9 @@ class PairCarrier(Carrier):
         self._num_going_bytes = 0
         self._num_sent = self._num_taken = 0
         self._taken: list[int] = []
-        self._out: Any = None
-        self._in: Any = None
+        self._ends: tuple[Any, Any] | None = None
+        """Communicators for what is sent and for what comes; read once where both are used, since another thread may
+        end them."""
         self._is_over = threading.Event()
         self._building: threading.Thread | None = None
         self._way: PairWay | None = None
@@ -176,18 +177,18 @@ class PairCarrier(Carrier):
         path = os.path.join(self._directory, "store") if self._rank == 0 else str(offer["store"])
         self._building = threading.Thread(target=self._build, args=(path,), name="pair", daemon=True)
         self._building.start()
-        if self._rank == 0 and not self._is_built():
+        if self._rank == 0 and self._built() is None:
             raise ProtocolError(f"no communicator with it within {BUILD_TIMEOUT_S:.0f} s", peer=self._peer)
 
     def put(self, tensor: Tensor) -> Place | None:
         num_bytes = tensor.numel() * tensor.element_size()
         if not self._backend.carries(tensor) or num_bytes < self._from_bytes:
             return None
-        if self._num_going_bytes + num_bytes > self._max_bytes or not self._is_built():
+        if self._num_going_bytes + num_bytes > self._max_bytes or (ends := self._built()) is None:
             return None
         tensor = tensor.detach().contiguous()
         try:
-            work = self._out.send([_bytes_of(tensor)], 1 - self._rank, 0)
+            work = ends[0].send([_bytes_of(tensor)], 1 - self._rank, 0)
         except RuntimeError:
             self.abort()
             return None
@@ -206,11 +207,11 @@ class PairCarrier(Carrier):
         if list(place) != [self._num_taken] or math.prod(shape) == 0:
             self.abort()
             raise ProtocolError(f"payload {place!r} where {self._num_taken} is due", peer=self._peer)
-        if not self._is_built():
+        if (ends := self._built()) is None:
             raise PeerLost("the way of its payloads has ended", peer=self._peer)
         room = self._backend.room(shape, dtype)
         try:
-            work = self._in.recv([_bytes_of(room)], 1 - self._rank, 0)
+            work = ends[1].recv([_bytes_of(room)], 1 - self._rank, 0)
             self._backend.settle(work, self._is_over.is_set)
         except RuntimeError as error:
             self.abort()
@@ -225,15 +226,16 @@ class PairCarrier(Carrier):
     def hear(self, tickets: Sequence[int]) -> None:
         self._there.update(tickets)
         for ticket in list(self._there):
-            if ticket not in self._going:
+            sent = self._going.get(ticket)  # which the link's end clears, in another thread
+            if sent is None:
                 self._there.discard(ticket)
-            elif self._backend.is_gone(self._going[ticket][1]):
-                tensor, _ = self._going.pop(ticket)
-                self._num_going_bytes -= tensor.numel() * tensor.element_size()
+            elif self._backend.is_gone(sent[1]):
+                self._going.pop(ticket, None)
+                self._num_going_bytes -= sent[0].numel() * sent[0].element_size()
 
     def way(self) -> Way | None:
-        if self._way is None and self._backend.is_ordered and self._is_built():
-            self._way = PairWay(self._out, self._in, self._peer, 1 - self._rank, self._is_over)
+        if self._way is None and self._backend.is_ordered and (ends := self._built()) is not None:
+            self._way = PairWay(*ends, self._peer, 1 - self._rank, self._is_over)
         return self._way
 
     def abort(self) -> None:
@@ -246,13 +248,13 @@ class PairCarrier(Carrier):
     def close(self) -> None:
         self.abort()
 
-    def _is_built(self) -> bool:
+    def _built(self) -> tuple[Any, Any] | None:
         """Waits for it, which is short: the peer has built its half before it sends anything."""
         if self._building is None:
-            return False
+            return None
         if not self._is_over.is_set():
             self._building.join(BUILD_TIMEOUT_S)
-        return self._in is not None and not self._is_over.is_set()
+        return None if self._is_over.is_set() else self._ends
 
     def _build(self, path: str) -> None:
         try:
@@ -262,7 +264,7 @@ class PairCarrier(Carrier):
             )
             self._greet(there, sender=0)
             self._greet(back, sender=1)
-            self._out, self._in = (there, back) if self._rank == 0 else (back, there)
+            self._ends = (there, back) if self._rank == 0 else (back, there)
         except RuntimeError as error:
             logger.warning("no %s with %s: %s", self.kind, self._peer, error)
 
@@ -275,24 +277,25 @@ class PairCarrier(Carrier):
     def _end(self) -> None:
         if self._building is not None:
             self._building.join(BUILD_TIMEOUT_S)
-        if self._way is None:
-            for communicator in (self._out, self._in):
+        ends, self._ends = self._ends, None
+        if ends is not None and self._way is not None:
+            self._end_way(self._way, ends)
+        elif ends is not None:
+            for communicator in ends:
                 _abort(communicator)
-        else:
-            self._end_way(self._way)
-        self._out = self._in = None
-        self._going.clear()
+        self._going.clear()  # before the communicators go, which still know of what was being sent
         if self._directory:
             shutil.rmtree(self._directory, ignore_errors=True)
 
-    def _end_way(self, way: PairWay) -> None:
+    @staticmethod
+    def _end_way(way: PairWay, ends: Sequence[Any]) -> None:
         """Both communicators at once: each waits for the graphs that hold it, and a graph for the other."""
-        ends = [threading.Thread(target=_abort, args=(end,)) for end in (self._out, self._in)]
-        for end in ends:
-            end.start()
+        aborts = [threading.Thread(target=_abort, args=(end,)) for end in ends]
+        for abort in aborts:
+            abort.start()
         way.let_go()
-        for end in ends:
-            end.join()
+        for abort in aborts:
+            abort.join()
         way.forget()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from actors.transport.curve import LinkKeys
 from actors.transport.message import Message, error_answer
 from actors.transport.payload.contract import AUTO, PayloadSettings
 from actors.transport.socket.inbox import Inbox, Question
+from actors.transport.socket.rounds import Rounds
 from actors.transport.turns import SERVING_WEIGHT, Lane, Turns
 
 logger = logging.getLogger(__name__)
@@ -22,8 +22,6 @@ MAX_TAKEN_IN = 64
 """Questions that a server looks at to choose the next; more wait in zmq."""
 LOOK_AGAIN_MS = 1
 """How long a server with questions that are not ready sleeps before it looks again."""
-AFTER_ERROR_S = 0.1
-"""Until a server goes on, so that an error that comes again and again does not fill the log."""
 SPIN_S = 1e-4
 """How long a server looks for the next question before its thread goes to sleep; waking it costs as much. Questions
 that follow each other come back in 0.23 instead of 0.35 ms, others as before."""
@@ -32,7 +30,7 @@ SPIN_BELOW_BYTES = 1 << 19
 need this very core for it."""
 
 
-class SocketServer:
+class SocketServer(Rounds):
     """Serves a handler to any number of links from one thread: questions are handled one by one, those of a link in
     the order of their arrival, and of several links as `turns` says for the lane of each question.
 
@@ -56,7 +54,7 @@ class SocketServer:
         serving_weight: int = SERVING_WEIGHT,
         payload: PayloadSettings = AUTO,
     ) -> None:
-        self.name = name
+        super().__init__(name, "serve", Inbox(name, host, max_bytes, keys, payload))
         self.busy_s = 0.0
         """Time spent on questions since the start."""
         self._handler = handler
@@ -64,43 +62,24 @@ class SocketServer:
         self._kept: list[_Kept] = []
         self._lane = lane
         self._turns: Turns[Question] = Turns(serving_weight)
-        self._inbox = Inbox(name, host, max_bytes, keys, payload)
-        self.address = self._inbox.address
+        self._is_busy = False
+        """Whether there was work in the last round."""
         self._is_next_soon = True
         """Whether the next question may be here within `SPIN_S`."""
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"serve-{name}", daemon=True)
 
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self, timeout_s: float = 5.0) -> None:
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout_s)
-        self._inbox.close()
-
-    def _run(self) -> None:
-        busy = False
-        while not self._stop.is_set():
-            try:
-                busy = self._run_once(busy)
-            except Exception:  # whatever one message does, those after it are served
-                logger.exception("%s goes on after an error", self.name)
-                self._stop.wait(AFTER_ERROR_S)
-
-    def _run_once(self, busy: bool) -> bool:
-        """One round: takes in what has come, handles one question. `busy`, and the answer: whether there was work."""
-        busy = self._answer_kept() or busy
+    def _round(self) -> None:
+        """Takes in what has come, handles one question."""
+        busy = self._answer_kept() or self._is_busy
         self._take_in(0 if busy or self._turns else LOOK_AGAIN_MS if self._kept else 100)
         if not self._turns:
-            return busy and self._idle()
+            self._is_busy = busy and self._idle()
+            return
         started = time.monotonic()
         self._serve_one()
         self.busy_s += time.monotonic() - started
         if not self._turns and self._is_next_soon:
             self._spin()
-        return True
+        self._is_busy = True
 
     def _take_in(self, timeout_ms: int) -> None:
         """What has arrived, once there is something or the time is over."""
