@@ -10,7 +10,7 @@ comes too early waits. Nothing else waits for updates, but what reads or changes
 Where both compute on the same cores the thread gives way: after each piece, some experts' part of a parameter, it lets
 who waits for its core have it, and while a training question is computed it stops until the question is answered. So
 updates take the time in which the router computes, and a question takes no longer for them. Once somebody waits for
-updates they are made beside everything.
+updates, or more than half of those that the bound allows are to be made, they are made beside everything.
 
 The thread takes all that is pending at a time. Steps of a group become one then (`merged`), except where its copies or
 followers elsewhere must make the very same updates: those are made one after the other.
@@ -91,7 +91,7 @@ class Brake:
     """For tests and benchmarks: makes a host's updates slow. No message sets it, only the host's own process."""
 
     factor: float = 1.0
-    """Each update takes so many times as long."""
+    """Each update takes so many times as long as it computes; while others have its core it does not."""
     sleep_s: float = 0.0
     """Before each update, merged or not."""
     pause_s: float = 0.0
@@ -100,8 +100,8 @@ class Brake:
     """So many updates stay pending as long as nobody drains, and none are merged: every run has the same staleness."""
 
     @contextmanager
-    def slowing(self, clock: Callable[[], float] = time.monotonic) -> Iterator[None]:
-        """Around what computes an update, or a part of it; `clock` tells the seconds that it takes."""
+    def slowing(self, clock: Callable[[], float]) -> Iterator[None]:
+        """Around what computes an update, or a part of it; `clock` tells the seconds for which it does."""
         started = clock()
         yield
         if self.factor > 1:
@@ -281,7 +281,7 @@ class Updates:
         """Around an update that is made by the host's own thread, while all wait for it."""
         started = time.monotonic()
         self.brake.wait()
-        with self.brake.slowing():
+        with self.brake.slowing(self._beside.clock):
             yield
         self.busy_s += time.monotonic() - started
 
@@ -327,7 +327,7 @@ class Updates:
             if self._closed:
                 return
             between = self._give_way if self._beside.shares_cores else None
-            with self.brake.slowing(self._clock), self._beside.after([update.summed for update in batch]):
+            with self.brake.slowing(self._beside.clock), self._beside.after([update.summed for update in batch]):
                 fresh = holdings.updated(layer, _steps_of(batch, layer, merging), between)
             self._beside.hand_over(fresh.values())
             for update in batch:
@@ -359,7 +359,12 @@ class Updates:
         return time.monotonic() - self._given_s
 
     def _must_go_on(self) -> bool:
-        return bool(self._closed or self._draining or self._waiting or self._is_wanted)
+        return bool(self._closed or self._draining or self._waiting or self._is_wanted or self._is_late)
+
+    @property
+    def _is_late(self) -> bool:
+        """Whether whoever gives way any longer will be waited for."""
+        return self.max_lag > max(1, self._holdings().settings.staleness // 2)
 
 
 class _Beside:
@@ -374,6 +379,11 @@ class _Beside:
     def shares_cores(self) -> bool:
         """With forwards and backwards."""
         return self._device.type != "cuda"
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Seconds that this thread computes, or that its device takes."""
+        return time.thread_time if self.shares_cores else time.monotonic
 
     def mark(self) -> Any:
         """By the host's thread: what it has launched so far."""

@@ -13,6 +13,7 @@ from actors.expert import updates as module
 from actors.expert.holdings import Holdings, TakenGradients
 from actors.expert.updates import PendingUpdate, Updates
 from actors.moe.experts import Between
+from actors.optim import OptimizerSettings
 
 PIECES = 6
 WAIT_S = 30.0
@@ -27,6 +28,8 @@ class Stack:
 
 class FakeHoldings:
     """An update of as many pieces; the first waits until the test lets it go."""
+
+    settings = OptimizerSettings(staleness=4)
 
     def __init__(self) -> None:
         self.stacks = [Stack()]
@@ -58,9 +61,13 @@ def updates(holdings: FakeHoldings, monkeypatch: pytest.MonkeyPatch) -> Iterator
     made.close()
 
 
+def put(updates: Updates) -> None:
+    updates.put(PendingUpdate(1, 1e-3, 1.0, [TakenGradients({}, {})], frozenset()))
+
+
 def begin(updates: Updates, holdings: FakeHoldings) -> None:
     """One update is at its first piece."""
-    updates.put(PendingUpdate(1, 1e-3, 1.0, [TakenGradients({}, {})], frozenset()))
+    put(updates)
     assert holdings.started.wait(WAIT_S)
 
 
@@ -116,6 +123,20 @@ def test_a_question_that_is_to_come_again_later_is_waited_for(updates: Updates, 
             threading.Event().wait(0.01)
         assert holdings.made == PIECES
     assert updates.admits(0, 0)
+
+
+def test_late_updates_go_on_before_anybody_has_to_wait_for_them(updates: Updates, holdings: FakeHoldings) -> None:
+    """Later than half of what is allowed."""
+    begin(updates, holdings)
+    with updates.first():
+        stop(updates, holdings)
+        put(updates)
+        assert is_stopped(updates)
+        assert holdings.made == 1
+        put(updates)
+        with updates._changed:
+            assert updates._changed.wait_for(lambda: updates.max_lag == 2, WAIT_S)
+        assert holdings.made >= PIECES
 
 
 def test_it_ends_while_it_gives_way(updates: Updates, holdings: FakeHoldings) -> None:
