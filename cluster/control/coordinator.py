@@ -220,10 +220,10 @@ class Coordinator:
         self._fleet.place(placement)
 
     def grown(self, placement: Placement, num_parameters: int, now: float) -> bool:
-        """The router and all holders have more experts, as this placement says. -> whether actors died meanwhile: the
-        placement kept here is then another, and the router has not heard of it."""
+        """The router and all holders have more experts, as this placement says, or no longer have them. -> whether the
+        placement kept here is another, as actors died meanwhile, and the router has not heard of it."""
         gone = set(placement.actors) - set(self.placement.actors)
-        if gone:
+        if is_other := bool(gone) or placement.epoch <= self.placement.epoch:
             epoch = max(placement.epoch, self.placement.epoch) + 1
             placement = dataclasses.replace(placement.without(gone), epoch=epoch)
         self._model.resize(placement.num_experts, num_parameters)
@@ -231,7 +231,7 @@ class Coordinator:
         self.placed(placement)
         if job := self.jobs.active():
             self.jobs.note(job.id, f"the model has {placement.num_experts} experts a layer now", now)
-        return bool(gone)
+        return is_other
 
     def restored(
         self,
