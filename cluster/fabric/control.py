@@ -368,6 +368,7 @@ class ControlWorker:
             desk.recovery.heal,
             desk.autoscaler.look,
             desk.rebalancer.look,
+            desk.checkpoints.look,
             desk.pins.look,
         ]
         while not self._stopping.wait(BEAT_S):
