@@ -233,7 +233,7 @@ class Routers:
         """Its streams go on at others."""
         call(self._crew.leader, self._crew.router.part.remote(name), JOIN_TIMEOUT_S)
         with self._state.changing() as coordinator:
-            coordinator.actor_left(name)
+            coordinator.actor_left(name, self._crew.pid_of(name))
         self._crew.end([name])
 
     def _is_off(self) -> bool:

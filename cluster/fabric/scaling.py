@@ -215,7 +215,7 @@ class Scaling:
     def _end(self, names: tuple[str, ...] | list[str]) -> None:
         with self._state.changing() as coordinator:
             for name in names:
-                coordinator.actor_left(name)
+                coordinator.actor_left(name, self._crew.pid_of(name))
         self._crew.end(names)
 
     def _end_idle(self) -> None:
