@@ -532,3 +532,18 @@ def test_a_leader_that_dies_in_a_growth_leaves_all_grown_or_nobody(source: Model
         group.add()
         assert group.router.train_step(BATCHES[1], lr=1e-3, clip_norm=1.0).retries == 0
         group.agree()
+
+
+def test_a_leader_that_dies_in_an_import_is_made_up_for_by_the_next(source: ModelSource) -> None:
+    """Expert actors have the new weights then, and the heir's trunk is the old one."""
+    armed: list[str] = []
+    with routers(source, 2, wrap_replica=lambda name, link: _LastPiece(link, armed)) as group:
+        fresh = group.router.serving.logits(IDS)
+        run(group)
+        armed.append("router-1")
+        with pytest.raises(Killed):
+            group.router.replace_weights(str(source.path))
+        group.seats["router-0"].kill()
+        group.promote("router-1")
+        group.router.replace_weights(str(source.path))
+        torch.testing.assert_close(group.router.serving.logits(IDS), fresh, rtol=1e-12, atol=1e-12)
