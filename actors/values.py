@@ -89,7 +89,8 @@ class Grown:
     num_parameters: int
     """Of the whole model."""
     way: str
-    """How the gate took the new experts: `split` or `closed`, see `actors.moe.growth`."""
+    """How the gate took the new experts: `split` or `closed`, see `actors.moe.growth`. Empty where nobody can tell any
+    more, nor what follows."""
     moved_share: float
     """Of gate weight that went to other experts, over the layers, on the tokens that were tried."""
     waited_s: float
@@ -193,6 +194,10 @@ class Promotion:
     version: int
     report: StepReport | None
     """Of the step that led to this version, where this router has taken part in it."""
+    placement: Placement
+    """That it goes on with. The one that died may have changed the number of experts and not said so."""
+    num_parameters: int
+    """Of the whole model."""
 
 
 @dataclass(frozen=True)

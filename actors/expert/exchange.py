@@ -69,7 +69,7 @@ class Exchange:
         self._updates: dict[tuple[int, int], dict[int, Update]] = {}
         """(group, layer) -> version after it -> update."""
         self._expected: set[int] = set()
-        """Groups whose updates are wanted. Who owns one goes on sending them after it was given up here."""
+        """Groups whose updates are wanted. Who owns one sends them until it hears that they are not."""
 
     def handle(self, peer: str, question: Message) -> Message:
         if question.op in KEEPING:
@@ -83,8 +83,9 @@ class Exchange:
             case "follow":
                 return self.on_follow(peer, question)
             case "update":
-                self._put_update(question)
+                is_wanted = self._put_update(question)
                 self.on_update()
+                return Message("ok", {"wanted": is_wanted})
             case _:
                 raise InvalidInput("unknown operation", field="op", value=question.op)
         return Message("ok")
@@ -177,14 +178,17 @@ class Exchange:
         with self._changed:
             self._gradients.setdefault(key, {})[str(fields["sender"])] = question.tensors
 
-    def _put_update(self, question: Message) -> None:
+    def _put_update(self, question: Message) -> bool:
+        """Whether anybody here follows the group."""
         fields: Any = question.fields
         update = Update(question.tensors, float(fields["lr"]), float(fields["scale"]))
         group, layer = int(fields["group"]), int(fields["layer"])
         with self._changed:
-            if group in self._expected:
-                self._updates.setdefault((group, layer), {})[int(fields["version"])] = update
-                self._changed.notify_all()
+            if group not in self._expected:
+                return False
+            self._updates.setdefault((group, layer), {})[int(fields["version"])] = update
+            self._changed.notify_all()
+            return True
 
     def _lost(self, peer: str, error: Exception) -> StepAborted:
         if (link := self._links.pop(peer, None)) is not None:

@@ -61,7 +61,7 @@ class Placing:
         if group not in state.owned:
             raise InvalidInput(f"{state.name} does not own it", field="group", value=group)
         tensors, updates = state.drained().read(group, layer)
-        state.followers.add(group, layer, fields["follower"], Address(*fields["address"]))
+        state.followers.add(group, layer, fields["follower"], Address(*fields["address"]), state.version)
         ticket = {"version": state.version, "updates": updates, "run": state.run}
         return Message("ok", {**ticket, "optimizer": state.holdings.settings.to_dict()}, tensors)
 

@@ -99,6 +99,15 @@ class Stream:
         self.ended = True
         self._events.put(error)
 
+    def is_wanted(self) -> bool:
+        """Whether its prompt is still to be computed. Whoever waits for one that is not is told."""
+        try:
+            self.wish.check()
+        except (StepAborted, TimeoutError) as error:
+            if not self.ended:
+                self.fail(error)
+        return not (self.ended or self.closed)
+
     def read(self, is_alive: Callable[[], bool], on_read: Callable[[], None]) -> Iterator[TokenEvent]:
         """Tokens until the last one, or the error that ended it. `is_alive`: of the loop; `on_read` tells it."""
         while True:
@@ -237,13 +246,8 @@ class Joining:
 
     def _is_wanted(self) -> bool:
         """Whether any of them is. Those that are not are told, and go along as long as others are."""
-        for stream in self._streams:
-            try:
-                stream.wish.check()
-            except (StepAborted, TimeoutError) as error:
-                if not stream.ended:
-                    stream.fail(error)
-        return any(not (stream.ended or stream.closed) for stream in self._streams)
+        wanted = [stream.is_wanted() for stream in self._streams]
+        return any(wanted)
 
     def _end(self) -> None:
         self.is_over = True
@@ -333,7 +337,7 @@ class DecodeLoop:
             first = self._waiting[0]
             batch = self._batch_for(first)
             most = min(batch.num_free, max(1, MAX_JOINT_TOKENS // len(first.prompt)))
-            if joining := [stream for stream in self._take_like(first, most) if not stream.closed]:
+            if joining := [stream for stream in self._take_like(first, most) if stream.is_wanted()]:
                 self._joining = batch.join(joining)
         if self._joining is not None:
             self._joining.advance()

@@ -104,9 +104,8 @@ class PromptRun:
 
 
 def compute(run: PromptRun, wish: Wish) -> Computed:
-    """All of it, with a turn for others after every chunk as the guard gives it. Raises as `Wish.check` between two."""
+    """All of it, with a turn for others after every chunk as the guard gives it. Raises as `Wish.check` before each."""
     with closing(run):
-        run.advance()
         while run.computed is None:
             wish.check()
             run.advance()

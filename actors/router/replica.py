@@ -135,13 +135,15 @@ class Replica:
             everybody = [*experts.values(), *followers.values()]
             self._finish_step(max([self.router.version, *(int(told["version"]) for told in everybody)]))
             self._bring_to_version(followers)
+            self._keep_alike(followers)
             attempts = [int(told["attempt"]) for told in everybody if int(told["version"]) == self.router.version]
             self._resume()
             self._prepared = None
             self.router.steps.settle_anew(max([self._attempt_of_next(), *attempts]))
             committed = self._committed
             report = committed.report if committed and committed.attempt.step == self.router.version else None
-            return Promotion(self.router.version, report)
+            num_parameters = self.router.learner.skeleton.num_parameters
+            return Promotion(self.router.version, report, self.router.placement, num_parameters)
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
@@ -330,7 +332,8 @@ class Replica:
 
     def _fence(self, question: Message) -> Message:
         """Another replica leads now; what is left of the leader before was refused by the term already."""
-        return Message("ok", {"version": self.router.version, "attempt": self._attempt_of_next()})
+        here = {"num_experts": self.router.learner.skeleton.num_experts}
+        return Message("ok", {"version": self.router.version, "attempt": self._attempt_of_next(), **here})
 
     # -- promoted -----------------------------------------------------------------------------------------------------
 
@@ -364,6 +367,13 @@ class Replica:
         elif behind:
             for name in behind:
                 replicas.leave_out(name, f"it is behind version {version}")
+
+    def _keep_alike(self, followers: Mapping[str, Mapping[str, Any]]) -> None:
+        """The leader before may have died in a growth, when some had it: all are as this router is."""
+        num_experts = self.router.learner.skeleton.num_experts
+        for name, told in followers.items():
+            if int(told["num_experts"]) != num_experts:
+                self.router.replicas.leave_out(name, f"it has {told['num_experts']} experts a layer, not {num_experts}")
 
     def _attempt_of_next(self) -> int:
         return self._attempt.number if self._attempt.step == self.router.version + 1 else 0

@@ -195,35 +195,39 @@ class Coordinator:
         """A heartbeat, with what the actor says of itself. Its groups are those of the placement, not its own."""
         self._members.seen(dataclasses.replace(status, groups=self.placement.held_by(status.id)), now)
 
-    def actor_lost(self, actor_id: str, now: float, reason: str, *, silent_s: float = 0.0) -> None:
-        """The actor's process is dead for certain, or is made so: it was frozen, silent for so long.
+    def actor_lost(
+        self, actor_id: str, now: float, reason: str, *, silent_s: float = 0.0, pid: int | None = None
+    ) -> None:
+        """The actor's process is dead for certain, or is made so: it was frozen, silent for so long. `pid`: where it is
+        known, since what it said may still be on its way here.
 
         It leaves the placement at once, and the first copies of its groups own them. The running job goes on, unless
         this was the router, or the last holder of a group, and there is no checkpoint to go back to.
         """
-        is_news = not self._members.is_buried(actor_id)
-        actor = self._members.bury(actor_id)
+        is_news = not self._members.is_buried(actor_id, pid)
+        actor = self._members.bury(actor_id, pid)
         self._lose(actor_id, now, reason, is_dead=True)
         if is_news:
             is_router = actor is not None and actor.role == "router"
             kind: Kind = "frozen" if silent_s else "router_death" if is_router else "actor_death"
             self._disturbances.lost(kind, actor_id, now, now - silent_s, reason)
 
-    def actor_left(self, actor_id: str) -> None:
-        """It holds no group any more and is ended on purpose. `FailedPrecondition` if it does hold one."""
+    def actor_left(self, actor_id: str, pid: int | None = None) -> None:
+        """It holds no group any more and is ended on purpose. `FailedPrecondition` if it does hold one. `pid` as of
+        `actor_lost`."""
         if groups := self.placement.held_by(actor_id):
             raise FailedPrecondition(f"{actor_id} still holds {named(groups)}")
-        self._members.leave(actor_id)
+        self._members.leave(actor_id, pid)
 
     def placed(self, placement: Placement) -> None:
         """Replaces the placement by a newer one."""
         self._fleet.place(placement)
 
     def grown(self, placement: Placement, num_parameters: int, now: float) -> bool:
-        """The router and all holders have more experts, as this placement says. -> whether actors died meanwhile: the
-        placement kept here is then another, and the router has not heard of it."""
+        """The router and all holders have more experts, as this placement says, or no longer have them. -> whether the
+        placement kept here is another, as actors died meanwhile, and the router has not heard of it."""
         gone = set(placement.actors) - set(self.placement.actors)
-        if gone:
+        if is_other := bool(gone) or placement.epoch <= self.placement.epoch:
             epoch = max(placement.epoch, self.placement.epoch) + 1
             placement = dataclasses.replace(placement.without(gone), epoch=epoch)
         self._model.resize(placement.num_experts, num_parameters)
@@ -231,7 +235,7 @@ class Coordinator:
         self.placed(placement)
         if job := self.jobs.active():
             self.jobs.note(job.id, f"the model has {placement.num_experts} experts a layer now", now)
-        return bool(gone)
+        return is_other
 
     def restored(
         self,

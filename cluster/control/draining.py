@@ -37,7 +37,8 @@ class Leaving:
     """Nodes that are to be empty, by Ray node id."""
 
     def __init__(self) -> None:
-        self._asked: set[str] = set()
+        self._asked: dict[str, float] = {}
+        """Node id -> when."""
         self._announced: dict[str, Notice] = {}
         self._names: dict[str, str] = {}
         self._try_at_s: dict[str, float] = {}
@@ -53,23 +54,26 @@ class Leaving:
         """Of `names` those that somebody asked for."""
         return {node_id: self._names[node_id] for node_id in self._asked}
 
-    def ask(self, node_id: str, name: str) -> None:
-        self._asked.add(node_id)
+    def ask(self, node_id: str, name: str, now: float) -> None:
+        self._asked[node_id] = now
         self._names[node_id] = name
 
     def take_back(self, node_id: str) -> None:
         """It was asked for and did not come about. What Ray announced holds."""
-        self._asked.discard(node_id)
+        self._asked.pop(node_id, None)
 
-    def announced(self, notices: Mapping[str, float | None], nodes: Mapping[str, str]) -> list[str]:
-        """What Ray says now: node id -> when it may end (None: not said), and the names of all living nodes.
+    def announced(self, notices: Mapping[str, float | None], nodes: Mapping[str, str], looked_s: float) -> list[str]:
+        """What Ray said at `looked_s` or later: node id -> when it may end (None: not said), and the names of all
+        living nodes.
 
         -> ids of the nodes that are news. Who is gone, or stays after all, is forgotten.
         """
         news = [node_id for node_id in notices if node_id in nodes and node_id not in self._announced]
         self._announced = {node_id: Notice(node_id, notices[node_id]) for node_id in notices if node_id in nodes}
-        self._asked &= nodes.keys()
-        self._names = {node_id: nodes[node_id] for node_id in {*self._asked, *self._announced}}
+        # A node that has joined since is asked for while it is not among these yet.
+        self._asked = {node_id: at_s for node_id, at_s in self._asked.items() if node_id in nodes or at_s >= looked_s}
+        names = {**self._names, **nodes}
+        self._names = {node_id: names[node_id] for node_id in {*self._asked, *self._announced}}
         self._try_at_s = {node_id: at_s for node_id, at_s in self._try_at_s.items() if node_id in self._announced}
         return news
 

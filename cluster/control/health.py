@@ -19,6 +19,8 @@ class Health:
         """The weights are still those of the model directory: no step and no import since."""
         self.notice = ""
         """What status is to say beside what is known here."""
+        self.unsaved = ""
+        """Why a change of the model, or a job's end, is in no checkpoint yet; empty if it is."""
 
     @property
     def is_ready(self) -> bool:
@@ -70,7 +72,7 @@ class Health:
             return f"expert groups without a ready holder: {', '.join(map(str, silent))}"
         if not self._fleet.members.has_ready("router"):
             return self._message_without_router()
-        return "; ".join(part for part in (self._degraded(), self.notice) if part)
+        return "; ".join(part for part in (self._degraded(), self.notice, self.unsaved) if part)
 
     def _degraded(self) -> str:
         lacks = []

@@ -33,20 +33,28 @@ class Members:
         self._actors[actor_id] = dataclasses.replace(actor, state=LOST)
         return actor
 
-    def bury(self, actor_id: str) -> ActorStatus | None:
-        """Its process is dead: reports of it that are still on their way count for nothing. -> the actor as it was."""
+    def bury(self, actor_id: str, pid: int | None = None) -> ActorStatus | None:
+        """Its process is dead: reports of it that are still on their way count for nothing. -> the actor as it was.
+
+        `pid`: of one that may have died before its first report; None: not known."""
         actor = self._actors.get(actor_id)
-        if actor is not None:
-            self._dead.add((actor_id, actor.pid))
+        if pid is None and actor is not None:
+            pid = actor.pid
+        if pid is not None:
+            self._dead.add((actor_id, pid))
         return actor
 
-    def is_buried(self, actor_id: str) -> bool:
-        actor = self._actors.get(actor_id)
-        return actor is not None and (actor_id, actor.pid) in self._dead
+    def is_buried(self, actor_id: str, pid: int | None = None) -> bool:
+        """`pid` as of `bury`; without one the last process that was heard of under this name."""
+        if pid is None and (actor := self._actors.get(actor_id)) is not None:
+            pid = actor.pid
+        if pid is None:
+            return any(name == actor_id for name, _ in self._dead)
+        return (actor_id, pid) in self._dead
 
-    def leave(self, actor_id: str) -> None:
+    def leave(self, actor_id: str, pid: int | None = None) -> None:
         """It was ended on purpose: forgotten, and what it still has to say counts for nothing."""
-        self.bury(actor_id)
+        self.bury(actor_id, pid)
         self._actors.pop(actor_id, None)
         self._last_seen_s.pop(actor_id, None)
 

@@ -146,8 +146,9 @@ class Changes:
 
     def bury(self, name: str, reason: str, silent_s: float = 0.0) -> None:
         """Dead for certain from now on: a process that only lost its links must not come back with old weights."""
+        pid = self._crew.pid_of(name)
         with self._state.changing() as coordinator:
-            coordinator.actor_lost(name, time.time(), reason, silent_s=silent_s)
+            coordinator.actor_lost(name, time.time(), reason, silent_s=silent_s, pid=pid)
         self._crew.end([name])
 
     def switch(self, placement: Placement) -> None:

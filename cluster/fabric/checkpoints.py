@@ -38,7 +38,9 @@ logger = logging.getLogger(__name__)
 SNAPSHOT_TIMEOUT_S = 600.0
 WRITE_TIMEOUT_S = 3600.0
 AFTER_FAILURE_S = 10.0
-"""Until a failed one is tried again between two periodic ones: each try makes a step wait."""
+"""Until a failed one is tried again between two periodic ones: each try makes a step wait. After a change of the model,
+or a job's end, the second try waits for twice as long, and so on."""
+MOST_AFTER_FAILURE_S = 300.0
 ROOM_AGAIN_S = 3.0
 """Between two looks whether a full disk has room again."""
 _GROWN_TO = "grown_to"
@@ -143,6 +145,8 @@ class Checkpoints:
         """One failed: from then on (monotonic) it is made up for."""
         self._full = ""
         """Why the last one that was due could not be written; empty if there is room, as far as is known."""
+        self._again_at_s, self._again_after_s = math.inf, AFTER_FAILURE_S
+        """When one that failed after a change or a job's end is tried again (monotonic), and the wait after that."""
         self._course_lock = threading.Lock()
         self._course: tuple[str, Course] | None = None
         """Job that the router's moments belong to, and where its steps are counted from."""
@@ -189,14 +193,31 @@ class Checkpoints:
     def after_job(self) -> None:
         """It has ended: what it has come to, and that it need not be resumed."""
         if self._every_steps:
-            try:
-                self.save(WRITE_TIMEOUT_S)
-            except MoeClusterError as error:
-                logger.warning("no checkpoint after the job: %s", error)
+            self._save_or_owe()
 
     def after_change(self) -> None:
         """Of the model, by an import or a growth. In the background: a return to older ones would undo it."""
         threading.Thread(target=self.after_job, name="checkpoint", daemon=True).start()
+
+    def look(self) -> None:
+        """To be called often: begins another try at what failed after a change or a job's end."""
+        if time.monotonic() >= self._again_at_s:
+            self._again_at_s = math.inf
+            self.after_change()
+
+    def _save_or_owe(self) -> None:
+        """The next periodic one may be far, or never come: it is tried again until any has been written."""
+        try:
+            self.save(WRITE_TIMEOUT_S)
+        except Exception as error:
+            if not isinstance(error, MoeClusterError):
+                logger.exception("a checkpoint was not written")
+            after_s, self._again_after_s = self._again_after_s, min(2 * self._again_after_s, MOST_AFTER_FAILURE_S)
+            unsaved = f"a restart would lose what is in no checkpoint: {error}; tried again in {after_s:.0f} s"
+            logger.warning(unsaved)
+            with self._state.changing() as coordinator:
+                coordinator.health.unsaved = unsaved
+            self._again_at_s = time.monotonic() + after_s
 
     def save(self, timeout_s: float) -> Found:
         """Now, after the one that is being written. `StorageFull`, or why it failed."""
@@ -293,9 +314,10 @@ class Checkpoints:
         except MoeClusterError:
             store.discard(draft)
             raise
-        self._owed_from_s = math.inf
+        self._owed_from_s = self._again_at_s = math.inf
+        self._again_after_s = AFTER_FAILURE_S
         with self._state.changing() as coordinator:
-            coordinator.health.can_restore = True
+            coordinator.health.can_restore, coordinator.health.unsaved = True, ""
         logger.info("checkpoint of %s", sentence(found))
         return found
 

@@ -40,7 +40,7 @@ from cluster.control.model import ModelFacts
 from cluster.control.past import Past
 from cluster.errors import StartupError, Unavailable
 from cluster.fabric.attaching import check_same
-from cluster.fabric.calls import call
+from cluster.fabric.calls import call, is_death
 from cluster.fabric.checkpoints import Vault, num_experts_in, sentence, told
 from cluster.fabric.comeback import come_back
 from cluster.fabric.contacts import ExpertContact
@@ -334,9 +334,23 @@ class ControlWorker:
             coordinator.imported()
         self._at.keeper.write_now()  # before it is true: whoever comes back must not take them for untouched
         self._at.snapshots.forget()
-        call(ROUTER, self._crew.router.replace_weights.remote(str(directory)), timeout_s)
+        self._replace_weights(directory, timeout_s)
         self._at.checkpoints.after_change()
         return self.status()
+
+    def _replace_weights(self, directory: Path, timeout_s: float) -> None:
+        """A leader that dies in the middle leaves a mixture of both weights, which the next one replaces."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            leader = self._crew.leader
+            try:
+                left_s = max(0.001, deadline - time.monotonic())
+                call(ROUTER, self._crew.router.replace_weights.remote(str(directory)), left_s)
+                return
+            except Unavailable as error:
+                if not is_death(error):
+                    raise
+                self._at.routers.after(leader, error)
 
     def save_checkpoint(self, timeout_s: float) -> Checkpoint:
         """Steps wait for the copying alone. `StorageFull`, or `Unavailable` while another is written for too long."""
@@ -368,6 +382,7 @@ class ControlWorker:
             desk.recovery.heal,
             desk.autoscaler.look,
             desk.rebalancer.look,
+            desk.checkpoints.look,
             desk.pins.look,
         ]
         while not self._stopping.wait(BEAT_S):

@@ -305,6 +305,12 @@ class Crew:
             contact: ExpertContact = _found(self._experts, name)
             return contact
 
+    def pid_of(self, name: str) -> int | None:
+        """Of its process, once it has been loaded; None too if it has ended."""
+        with self._lock:
+            contact = self._experts.get(name) or self._routers.get(name)
+            return contact.pid if contact else None
+
     def run(self) -> int:
         """The newest that any living actor knows of: jobs, and returns to checkpoints, are counted by it."""
         with self._lock:

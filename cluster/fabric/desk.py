@@ -104,7 +104,7 @@ def set_up(config: ClusterConfig, cluster: str, crew: Crew, control: Any, known:
         Rebalancer(changes, experts.rebalance_every_s),
         Autoscaler(state, crew, changes, scaling, experts),
         draining,
-        Growing(state, crew, changes, checkpoints),
+        Growing(state, crew, changes, checkpoints, routers),
         routers,
         checkpoints,
         snapshots,

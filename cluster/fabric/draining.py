@@ -42,7 +42,7 @@ class Draining:
         self._lock = threading.Lock()
         self._leaving = Leaving()
         for node_id, name in leaving.items():
-            self._leaving.ask(node_id, name)
+            self._leaving.ask(node_id, name, time.time())
         self._crew.leaving = self._leaving.names
         self._emptying: set[str] = set()
         """Ids of the nodes of operations that are under way."""
@@ -74,7 +74,7 @@ class Draining:
         if news is None:
             return
         with self._lock:
-            fresh = self._leaving.announced(news.notices, news.nodes)
+            fresh = self._leaving.announced(news.notices, news.nodes, news.looked_s)
             self._crew.leaving = self._leaving.names
         now, keepers = time.time(), self._keepers()
         held = {node_id: len(self._crew.on_node(node_id)) for node_id in news.notices if node_id not in keepers}
@@ -111,7 +111,7 @@ class Draining:
             return operation
         with self._lock:
             self._emptying.add(node_id)
-            self._leaving.ask(node_id, name)
+            self._leaving.ask(node_id, name, time.time())
             self._crew.leaving = self._leaving.names
         arguments = operation, node_id, time.monotonic() + deadline_s
         threading.Thread(target=self._run, args=arguments, name=operation.id, daemon=True).start()

@@ -10,12 +10,13 @@ from actors.errors import LinkError, StepAborted
 from actors.values import Grown, Growth
 from cluster.backend import Operation
 from cluster.errors import FailedPrecondition, Unavailable
-from cluster.fabric.calls import call
+from cluster.fabric.calls import call, is_death
 from cluster.fabric.changes import Changes, Report
 from cluster.fabric.checkpoints import Checkpoints
 from cluster.fabric.crew import Crew
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.options import ROUTER
+from cluster.fabric.routers import Routers
 from cluster.fabric.underway import UnderWay
 
 logger = logging.getLogger(__name__)
@@ -29,8 +30,11 @@ AGAIN_S = 1.0
 
 
 class Growing:
-    def __init__(self, state: Guarded, crew: Crew, changes: Changes, checkpoints: Checkpoints) -> None:
-        self._state, self._crew, self._changes, self._checkpoints = state, crew, changes, checkpoints
+    def __init__(
+        self, state: Guarded, crew: Crew, changes: Changes, checkpoints: Checkpoints, routers: Routers
+    ) -> None:
+        self._state, self._crew, self._changes = state, crew, changes
+        self._checkpoints, self._routers = checkpoints, routers
 
     def grow(self, growth: Growth, request_id: str) -> Operation:
         """Starts it; `operations` tell how it goes. `InvalidInput` or `FailedPrecondition` if it cannot be."""
@@ -57,9 +61,8 @@ class Growing:
             with self._changes.priced("grow", f"{growth.num_experts} experts a layer") as price:
                 grown = self._grow(under_way.report, growth)
                 price(grown.waited_s)
-            message = f"{grown.way}: {grown.moved_share:.2%} of the tried gate weight went to other experts"
             with self._state.changing() as coordinator:
-                coordinator.operations.progress(operation.id, 1.0, message)
+                coordinator.operations.progress(operation.id, 1.0, _sentence(grown))
             return grown.waited_s
 
         try:
@@ -85,8 +88,14 @@ class Growing:
         deadline = time.monotonic() + GROW_TIMEOUT_S
         with self._state.reading() as coordinator:
             coordinator.check_growth(growth.num_experts)
-        self._changes.settle(deadline)
-        grown: Grown = call(ROUTER, self._crew.router.grow.remote(growth), GROW_TIMEOUT_S)
+        leader = self._crew.leader
+        try:
+            self._changes.settle(deadline)
+            grown: Grown = call(ROUTER, self._crew.router.grow.remote(growth), GROW_TIMEOUT_S)
+        except Unavailable as error:
+            if not is_death(error):
+                raise
+            return self._found_out(growth, leader, error)
         self._crew.num_experts = growth.num_experts
         with self._state.changing() as coordinator:
             has_lost = coordinator.grown(grown.placement, grown.num_parameters, time.time())
@@ -94,3 +103,17 @@ class Growing:
         if has_lost and not placement.missing:
             self._changes.switch(placement)
         return grown
+
+    def _found_out(self, growth: Growth, leader: str, error: Unavailable) -> Grown:
+        """This leader died and has not said what came of it: all have grown, as whoever leads next has told the
+        coordinator, or nobody. Raises the error then."""
+        promotion = self._routers.after(leader, error)
+        if promotion.placement.num_experts != growth.num_experts:
+            raise error
+        return Grown(promotion.placement, promotion.num_parameters, "", 0.0, 0.0)
+
+
+def _sentence(grown: Grown) -> str:
+    if not grown.way:
+        return "done; the router that led died before it could say more"
+    return f"{grown.way}: {grown.moved_share:.2%} of the tried gate weight went to other experts"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -28,6 +29,8 @@ class News:
     """Node id -> Unix time at which it may end; None if none was given."""
     nodes: Mapping[str, str] = field(default_factory=dict)
     """Node id -> name, of all living nodes."""
+    looked_s: float = 0.0
+    """When it was asked for (Unix)."""
 
 
 class Notices:
@@ -49,9 +52,11 @@ class Notices:
         while not self._stopping.wait(LOOK_EVERY_S):
             try:
                 client = client or GcsClient(address=ray.get_runtime_context().gcs_address)
+                looked_s = time.time()
                 # Milliseconds, 0 for no deadline. No public call of Ray tells which nodes it drains.
                 ends_ms = client.get_draining_nodes(timeout=TIMEOUT_S)
-                self._latest = News({node_id: ms / 1000 or None for node_id, ms in ends_ms.items()}, node_names())
+                notices = {node_id: ms / 1000 or None for node_id, ms in ends_ms.items()}
+                self._latest = News(notices, node_names(), looked_s)
             except RayError as error:
                 logger.info("Ray does not say which nodes leave: %s", error)
             except Exception:  # the watch must survive: without it a preemption comes as a surprise

@@ -114,11 +114,13 @@ class Routers:
                 self._term += 1
                 try:
                     ref = handle.promote.remote(others, self._term)
-                    self._promotions[heir] = call(heir, ref, self._promote_timeout_s)
+                    promotion: Promotion = call(heir, ref, self._promote_timeout_s)
                 except MoeClusterError as error:
                     logger.error("%s cannot lead: %s", heir, error)
                     self._changes.bury(heir, f"it could not take the lead: {error}")
                     continue
+                self._promotions[heir] = promotion
+                self._note_growth(promotion)
                 try:
                     self._crew.lead(heir)
                 except Unavailable as error:
@@ -131,6 +133,16 @@ class Routers:
                     self._changes.switch(placement)
         except Exception:
             logger.exception("a promotion stumbled")
+
+    def _note_growth(self, promotion: Promotion) -> None:
+        """A leader may die when all have grown, before it has said so; or it was said, and an heir undid it."""
+        placement = promotion.placement
+        with self._state.changing() as coordinator:
+            if placement.num_experts == coordinator.placement.num_experts:
+                return
+            logger.warning("the model has %d experts a layer, as who leads now says", placement.num_experts)
+            coordinator.grown(placement, promotion.num_parameters, time.time())
+        self._crew.num_experts = placement.num_experts
 
     def follow(self, following: Following) -> None:
         """Tells those that may have to lead whose steps they do; who leads knows."""
@@ -221,7 +233,7 @@ class Routers:
         """Its streams go on at others."""
         call(self._crew.leader, self._crew.router.part.remote(name), JOIN_TIMEOUT_S)
         with self._state.changing() as coordinator:
-            coordinator.actor_left(name)
+            coordinator.actor_left(name, self._crew.pid_of(name))
         self._crew.end([name])
 
     def _is_off(self) -> bool:

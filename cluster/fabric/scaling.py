@@ -18,6 +18,7 @@ from cluster.errors import StartupError, Unavailable
 from cluster.fabric.changes import Changes, Report
 from cluster.fabric.crew import Crew
 from cluster.fabric.guarded import Guarded
+from cluster.fabric.loops import Beside
 from cluster.fabric.underway import UnderWay
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ SEEN_TIMEOUT_S = 30.0
 HEAL_AGAIN_S = 5.0
 """After an attempt that failed: the nodes may have no room until one comes back."""
 ROOM_LOOK_S = 1.0
-"""Between two looks for room where there was none: each asks Ray's control store."""
+"""Between two looks for room: each asks Ray's control store."""
 STARTED = 0.3
 """Share of a scaling operation that starting actors counts for."""
 
@@ -39,6 +40,7 @@ class Scaling:
         self._limits = ScalingLimits(config.min_actors, config.max_actors)
         self._wanted = self._wanted_before = wanted
         self._heal_at_s = 0.0
+        self._has_room = Beside("room for expert actors", self._look_for_room, ROOM_LOOK_S)
 
     def scale(self, actors: int, request_id: str) -> Operation:
         """Starts it; `operations` tell how it goes. `InvalidInput` or `FailedPrecondition` if it cannot be."""
@@ -102,12 +104,8 @@ class Scaling:
         """To be called often: starts the actors that died anew and restores missing copies, in the background."""
         if time.monotonic() < self._heal_at_s:
             return
-        is_few = len(self._crew.experts()) < self._wanted
         is_narrow = len(self._crew.occupied_nodes()) < self._config.redundancy
-        if is_few or is_narrow:
-            is_few = (is_few and self._crew.may_have_room()) or self._missing_nodes() > 0
-            if not is_few:
-                self._heal_at_s = time.monotonic() + ROOM_LOOK_S
+        is_few = (self._is_few or is_narrow) and self._has_room.answer() is True
         with self._state.reading() as coordinator:
             if not self._is_hurt(coordinator, is_few) or not self._changes.try_begin("healing"):
                 return
@@ -125,6 +123,14 @@ class Scaling:
         if placement.missing or coordinator.health.is_router_lost:
             return False
         return is_short or is_few
+
+    @property
+    def _is_few(self) -> bool:
+        return len(self._crew.experts()) < self._wanted
+
+    def _look_for_room(self) -> bool:
+        """Whether there may be room for actors that are too few, or on too few nodes. Asks Ray's control store."""
+        return (self._is_few and self._crew.may_have_room()) or self._missing_nodes() > 0
 
     def _missing_nodes(self) -> int:
         """Nodes that copies want beyond those that carry actors, as far as there are some with room."""
@@ -215,7 +221,7 @@ class Scaling:
     def _end(self, names: tuple[str, ...] | list[str]) -> None:
         with self._state.changing() as coordinator:
             for name in names:
-                coordinator.actor_left(name)
+                coordinator.actor_left(name, self._crew.pid_of(name))
         self._crew.end(names)
 
     def _end_idle(self) -> None:

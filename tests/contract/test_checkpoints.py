@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -68,6 +69,7 @@ class Crew:
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
         self.version, self.run = 0, 1
+        self.num_taken = 0
         self.fault: MoeClusterError | None = None
         take_snapshot = SimpleNamespace(remote=lambda: self._take)
         self.router = SimpleNamespace(take_snapshot=take_snapshot, **vars(self.handle("router-0")))
@@ -78,6 +80,7 @@ class Crew:
         )
 
     def _take(self) -> SnapshotTaken:
+        self.num_taken += 1
         if self.fault:
             raise self.fault
         return SnapshotTaken(self.version, self.run, ("e0", "e1"))
@@ -205,6 +208,53 @@ def test_an_actor_that_cannot_be_reached_costs_a_checkpoint_and_no_step(monkeypa
     clock[0] += edge.AFTER_FAILURE_S
     bench.step(12)
     assert bench.written(1) == [12]
+
+
+@pytest.mark.parametrize("fault", [StorageFull("no room"), Unavailable("no router leads"), OSError("no such device")])
+def test_what_a_change_made_due_is_tried_again_ever_more_rarely(
+    monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    """No job runs, as after an import: without another try a restart would be one to the model before."""
+    clock = [1000.0]
+    monkeypatch.setattr(edge, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time, sleep=time.sleep))
+    bench = Bench(100)
+    bench.crew.fault = fault  # type: ignore[assignment]
+
+    def tries(number: int) -> None:
+        wait_for(lambda: bench.crew.num_taken == number and math.isfinite(bench.checkpoints._again_at_s))
+        assert str(fault) in bench.coordinator.status().message
+        assert bench.coordinator.status().ready
+
+    bench.checkpoints.after_change()
+    tries(1)
+    for number, after_s in enumerate((10, 20, 40, 80, 160, 300, 300), 2):
+        assert f"tried again in {after_s} s" in bench.coordinator.status().message
+        clock[0] += after_s - 1
+        bench.checkpoints.look()
+        assert bench.crew.num_taken == number - 1
+        clock[0] += 1
+        bench.checkpoints.look()
+        bench.checkpoints.look()
+        tries(number)
+    bench.crew.fault = None
+    clock[0] += edge.MOST_AFTER_FAILURE_S
+    bench.checkpoints.look()
+    assert bench.written(1) == [0]
+    assert bench.coordinator.status().message == ""
+    clock[0] += edge.MOST_AFTER_FAILURE_S
+    bench.checkpoints.look()
+    assert bench.written(1) == [0]
+
+
+def test_any_checkpoint_makes_up_for_the_one_after_a_job() -> None:
+    bench = Bench(100)
+    bench.storage.fault = StorageFull("no room")
+    bench.checkpoints.after_job()
+    assert "no room" in bench.coordinator.status().message
+    bench.storage.fault = None
+    bench.checkpoints.save(WAIT_S)
+    assert bench.coordinator.status().message == ""
+    assert bench.checkpoints._again_at_s == math.inf
 
 
 def test_one_at_a_time() -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
 from actors.errors import InvalidInput, StepAborted
 from actors.values import Address, Course, Placement, StepReport
@@ -384,19 +385,25 @@ def test_any_other_difference_is_named(wanted: ClusterConfig, text: str) -> None
         check_same(CONFIG, wanted)
 
 
+@pytest.mark.parametrize("dies", [False, True])
 def test_an_import_is_written_down_before_the_first_weight_is_touched(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dies: bool
 ) -> None:
-    """A coordinator that dies right after it must not be followed by one that takes the weights for the model's own."""
+    """A coordinator that dies after it is not to be followed by one that takes the weights for the model's own, nor a
+    leader that dies in the middle by one with half of them."""
     told: list[object] = []
     coordinator = Coordinator(MODEL, PLACEMENT)
     worker: Any = object.__new__(ControlWorker)
     worker._config = replace(CONFIG, storage=StorageConfig(root=str(tmp_path)))
+    death = Unavailable("the router is not there")
+    death.__cause__ = RayActorError()
+    answers = [death, "replaced"] if dies else ["replaced"]
     worker._crew = SimpleNamespace(
+        leader="router-0",
         router=SimpleNamespace(
             check_same_architecture=SimpleNamespace(remote=lambda path: "checked"),
-            replace_weights=SimpleNamespace(remote=lambda path: "replaced"),
-        )
+            replace_weights=SimpleNamespace(remote=lambda path: answers.pop(0)),
+        ),
     )
     worker._seat = SimpleNamespace(
         state=Guarded(coordinator),
@@ -404,7 +411,15 @@ def test_an_import_is_written_down_before_the_first_weight_is_touched(
         snapshots=SimpleNamespace(forget=lambda: told.append("forgotten")),
         checkpoints=SimpleNamespace(after_change=lambda: told.append("saved")),
         pins=SimpleNamespace(all=lambda: ()),
+        routers=SimpleNamespace(after=lambda leader, error: told.append(f"another leads after {leader}")),
     )
-    monkeypatch.setattr(control_module, "call", lambda who, ref, timeout_s: told.append(ref))
+
+    def call(who: str, ref: Any, timeout_s: float) -> None:
+        if isinstance(ref, Exception):
+            raise ref
+        told.append(ref)
+
+    monkeypatch.setattr(control_module, "call", call)
     worker.import_model("model", 10.0)
-    assert told == ["checked", False, "forgotten", "replaced", "saved"]
+    again = ["another leads after router-0"] if dies else []
+    assert told == ["checked", False, "forgotten", *again, "replaced", "saved"]

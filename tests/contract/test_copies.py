@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from actors.errors import InvalidInput, LinkError, MoeClusterError, StepAborted
+from actors.expert.exchange import Exchange
 from actors.optim import OptimizerSettings
 from actors.transport.contract import Link
 from actors.transport.faulty import Fault, FaultyLink
@@ -165,6 +166,73 @@ def test_links_to_who_has_arrived_are_ended(source: ModelSource, links: str, mon
         told = [link for to, link in opened if to == name]
         assert told
         assert all(link.closed for link in told)
+
+
+@pytest.mark.parametrize("links", ["local", "socket"])
+def test_who_gave_a_group_up_is_sent_no_more_of_it(
+    source: ModelSource, unmoved: Numbers, links: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients of a whole group are as much as its weights, every step: not until some other placement comes."""
+    told: list[tuple[int, int]] = []
+    """Group and version of every update that came."""
+    put = Exchange._put_update
+
+    def noted(self: Exchange, question: Message) -> bool:
+        told.append((question.fields["group"], question.fields["version"]))  # type: ignore[arg-type]
+        return put(self, question)
+
+    monkeypatch.setattr(Exchange, "_put_update", noted)
+    with cluster(source, 2, links=links) as local:
+        name = local.add()
+        owner, follower = local.members["expert-0"].host.state, local.members[name].host
+
+        def bring() -> None:
+            for group in (0, 1):
+                local.arrive(group, "expert-0", name)
+
+        def answered() -> None:
+            """Which the owner hears at its next update."""
+            link, unconfirmed = owner.followers._links[name]
+            assert all(link.look(sent.pending.id, 20.0) for sent in unconfirmed)
+
+        between = {1: bring, 2: lambda: follower.placing.leave_off(0), 3: answered}
+        same(local, run(local, between), unmoved)
+        assert owner.followers.groups == {1}
+        answered()
+        local.arrive(0, "expert-0", name)
+        assert owner.followers.groups == {0, 1}
+        assert {version for group, version in told if group == 1} == {2, 3, 4, 5}
+        assert {version for group, version in told if group == 0} == {2, 3}
+        local.router.train_step(BATCHES[0], lr=1e-2, clip_norm=1.0)
+        local.adopt("2", "2", "1", "1")
+        copies_agree(local)
+        assert sorted(follower.groups) == [0, 1]
+
+
+@pytest.mark.parametrize("links", ["local", "socket"])
+def test_who_follows_a_group_anew_gets_its_updates(source: ModelSource, unmoved: Numbers, links: str) -> None:
+    """The owner hears that the group was given up after it was asked for it again."""
+    with cluster(source, 2, links=links) as local:
+        name = local.add()
+        follower = local.members[name].host
+
+        def again() -> None:
+            local.router.status()  # an update that came too late is answered by now
+            local.arrive(0, "expert-0", name)
+
+        def switch() -> None:
+            """To what has arrived."""
+            local.placement = Placement(2, tuple((f"expert-{n}",) for n in (2, 0, 1, 1)), 2)
+            local.router.placing.adopt(local.roster(local.placement))
+
+        between = {
+            1: lambda: local.arrive(0, "expert-0", name),
+            2: lambda: follower.placing.leave_off(0),
+            3: again,
+            4: switch,
+        }
+        same(local, run(local, between), unmoved)
+        assert follower.groups == (0,)
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])

@@ -78,6 +78,21 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> list[Hook]:
 
 
 @pytest.fixture
+def lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of the prompts that were begun."""
+    found: list[int] = []
+    advance = PromptRun.advance
+
+    def noted(self: PromptRun) -> None:
+        if not self._done:
+            found.append(len(self.prompts_BS[0]))
+        advance(self)
+
+    monkeypatch.setattr(PromptRun, "advance", noted)
+    return found
+
+
+@pytest.fixture
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(2) as pool:
         yield pool
@@ -209,6 +224,43 @@ def test_a_prompt_that_nobody_waits_for_ends_between_two_chunks(decode_batch: in
         del hooks[:]
         train(local)  # nothing is held off any more
         assert generate(local, PROMPTS[0])[0].version == 1
+
+
+@pytest.mark.parametrize("decode_batch", MODES.values(), ids=MODES)
+def test_a_prompt_that_nobody_waits_for_any_more_does_not_begin(decode_batch: int, lengths: list[int]) -> None:
+    with cluster(source(), decode_batch=decode_batch, prompt_chunk=CHUNK) as local:
+        serving = local.router.serving
+        with pytest.raises(StepAborted, match="session"):
+            next(serving.generate(PROMPTS[0], SAMPLING, timeout_s=WAIT_S, is_wanted=lambda: False))
+        with pytest.raises(TimeoutError, match="deadline"):
+            next(serving.generate(PROMPTS[0], SAMPLING, timeout_s=0.0))
+        assert lengths == []
+        assert len(generate(local, PROMPTS[0])) == SAMPLING.max_tokens
+
+
+def test_a_deadline_may_pass_while_another_prompt_is_computed(
+    hooks: list[Hook], lengths: list[int], pool: ThreadPoolExecutor
+) -> None:
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def wait(run: PromptRun) -> None:
+        begun.set()
+        assert goes_on.wait(WAIT_S)
+
+    hooks.append(wait)
+    with cluster(source(), decode_batch=4, prompt_chunk=CHUNK) as local:
+        first = pool.submit(generate, local, PROMPTS[0])
+        assert begun.wait(WAIT_S)
+        late = local.router.serving.generate(PROMPTS[0][:3], SAMPLING, timeout_s=0.05)
+        second = pool.submit(next, late)
+        until(lambda: len(local.router.serving._engine._loop._waiting) == 1)
+        over_s = time.monotonic() + 0.05
+        until(lambda: time.monotonic() > over_s)
+        goes_on.set()
+        with pytest.raises(TimeoutError, match="deadline"):
+            second.result(WAIT_S)
+        assert len(first.result(WAIT_S)) == SAMPLING.max_tokens
+        assert lengths == [len(PROMPTS[0])]
 
 
 @pytest.mark.parametrize("decode_batch", MODES.values(), ids=MODES)

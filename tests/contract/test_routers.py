@@ -19,6 +19,7 @@ from actors.optim import OptimizerSettings
 from actors.router.steps import Update
 from actors.snapshots import Key, SavedState, Snapshot
 from actors.transport.contract import Link
+from actors.transport.faulty import FaultyLink
 from actors.transport.message import Message
 from actors.trunk.model import ModelSource
 from actors.values import Growth, Sampling, StepReport
@@ -489,3 +490,60 @@ def test_all_routers_have_the_experts_of_a_growth(source: ModelSource) -> None:
         group.router.train_step(BATCHES[2], lr=1e-3, clip_norm=1.0)
         group.agree()
         assert len(group.living) == 3
+
+
+class _LastPiece(FaultyLink):
+    """Whoever sends the last piece of a trunk over it dies before that, once it is `armed`."""
+
+    def __init__(self, inner: Link, armed: list[str]) -> None:
+        super().__init__(inner, [])
+        self._armed = armed
+
+    def _send(self, question: Message) -> None:
+        if question.op == "state" and question.fields["ticket"] and self.peer in self._armed:
+            self._armed.remove(self.peer)
+            raise Killed
+        super()._send(question)
+
+
+@pytest.mark.parametrize("heir", ["router-1", "router-2"])
+@pytest.mark.parametrize("spared", ["router-1", "router-2"])
+def test_a_leader_that_dies_in_a_growth_leaves_all_grown_or_nobody(source: ModelSource, heir: str, spared: str) -> None:
+    """Only router-1 has the grown trunk, or neither has it: who leads next decides for all."""
+    armed: list[str] = []
+    with routers(source, 3, gate=None, wrap_replica=lambda name, link: _LastPiece(link, armed)) as group:
+        run(group)
+        before, num_experts = group.router.serving.evaluate(BATCHES[0])[0], group.router.placement.num_experts
+        armed.append(spared)
+        with pytest.raises(Killed):
+            group.router.grow(Growth(2 * num_experts))
+        group.seats["router-0"].kill()
+        has_grown = heir == "router-1" and spared == "router-2"
+        assert group.promote(heir).version == len(BATCHES)
+        assert group.router.placement.num_experts == num_experts * (2 if has_grown else 1)
+        group.local.placement = group.router.placement
+        for router in group.living.values():
+            assert router.placement == group.router.placement
+            assert router.serving.evaluate(BATCHES[0])[0] == pytest.approx(before, rel=0.01)
+        for host in group.local.hosts:
+            assert set(host.groups) == set(group.router.placement.held_by(host.name))
+        assert group.router.train_step(BATCHES[0], lr=1e-3, clip_norm=1.0).retries == 0
+        group.agree()
+        group.add()
+        assert group.router.train_step(BATCHES[1], lr=1e-3, clip_norm=1.0).retries == 0
+        group.agree()
+
+
+def test_a_leader_that_dies_in_an_import_is_made_up_for_by_the_next(source: ModelSource) -> None:
+    """Expert actors have the new weights then, and the heir's trunk is the old one."""
+    armed: list[str] = []
+    with routers(source, 2, wrap_replica=lambda name, link: _LastPiece(link, armed)) as group:
+        fresh = group.router.serving.logits(IDS)
+        run(group)
+        armed.append("router-1")
+        with pytest.raises(Killed):
+            group.router.replace_weights(str(source.path))
+        group.seats["router-0"].kill()
+        group.promote("router-1")
+        group.router.replace_weights(str(source.path))
+        torch.testing.assert_close(group.router.serving.logits(IDS), fresh, rtol=1e-12, atol=1e-12)

@@ -475,6 +475,19 @@ def test_an_actor_may_die_before_it_was_seen() -> None:
     ]
 
 
+def test_what_a_dead_actor_said_counts_for_nothing_though_it_was_its_first_word(coordinator: Coordinator) -> None:
+    coordinator.actor_lost("e2", 1.0, "killed", pid=1)
+    coordinator.actor_lost("e2", 1.1, "its links broke")
+    coordinator.actor_left("e3", 1)
+    for name in ("e2", "e3"):
+        coordinator.actor_seen(report(name), 1.2)
+    assert {actor.id for actor in coordinator.status().actors} == {"r0", "e0", "e1"}
+    assert coordinator.actors() == SLOTS
+    assert [entry.subject for entry in coordinator.ledger.entries(0)] == ["e2"], "one death"
+    coordinator.actor_seen(report("e2", pid=2), 1.3)
+    assert "e2" in {actor.id for actor in coordinator.status().actors}
+
+
 def test_silence_leaves_the_placement_as_it_is_until_death_is_certain() -> None:
     coordinator = make_double()
     job_id = start(coordinator)

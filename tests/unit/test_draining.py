@@ -43,47 +43,58 @@ class TestNotice:
 class TestLeaving:
     def test_news_are_told_once(self) -> None:
         leaving = Leaving()
-        assert leaving.announced({"bb": 50.0}, NODES) == ["bb"]
-        assert leaving.announced({"bb": 50.0, "cc": None}, NODES) == ["cc"]
+        assert leaving.announced({"bb": 50.0}, NODES, 0.0) == ["bb"]
+        assert leaving.announced({"bb": 50.0, "cc": None}, NODES, 0.0) == ["cc"]
         assert leaving.names == {"bb": "node-1", "cc": "node-2"}
 
     def test_who_is_gone_or_stays_after_all_is_forgotten(self) -> None:
         leaving = Leaving()
-        leaving.announced({"bb": 50.0, "cc": None}, NODES)
-        leaving.announced({"bb": 50.0}, {"aa": "head", "cc": "node-2"})
+        leaving.announced({"bb": 50.0, "cc": None}, NODES, 0.0)
+        leaving.announced({"bb": 50.0}, {"aa": "head", "cc": "node-2"}, 0.0)
         assert leaving.names == {}
         assert leaving.next({"bb": 1, "cc": 1}, 0.0) is None
-        assert leaving.announced({"bb": 60.0}, NODES) == ["bb"], "it is back, and leaves again"
+        assert leaving.announced({"bb": 60.0}, NODES, 0.0) == ["bb"], "it is back, and leaves again"
 
     def test_what_was_asked_for_leaves_until_it_is_taken_back_or_gone(self) -> None:
         leaving = Leaving()
-        leaving.ask("bb", "node-1")
-        leaving.announced({}, NODES)
+        leaving.ask("bb", "node-1", 1.0)
+        leaving.announced({}, NODES, 0.0)
         assert leaving.names == leaving.asked == {"bb": "node-1"}
         leaving.take_back("bb")
         assert leaving.names == leaving.asked == {}
-        leaving.ask("bb", "node-1")
-        leaving.announced({}, {"aa": "head"})
+        leaving.ask("bb", "node-1", 1.0)
+        leaving.announced({}, {"aa": "head"}, 2.0)
         assert leaving.names == {}
+
+    def test_a_node_that_joined_after_the_look_is_not_taken_for_gone(self) -> None:
+        leaving = Leaving()
+        leaving.ask("dd", "node-3", 5.0)
+        for _ in range(2):  # the same news are looked at again and again
+            leaving.announced({}, NODES, 4.9)
+            assert leaving.names == leaving.asked == {"dd": "node-3"}
+        leaving.announced({}, {**NODES, "dd": "node-3"}, 5.5)
+        assert leaving.asked == {"dd": "node-3"}
+        leaving.announced({}, NODES, 6.5)
+        assert leaving.names == leaving.asked == {}
 
     def test_what_ray_announced_is_not_taken_back(self) -> None:
         leaving = Leaving()
-        leaving.announced({"bb": None}, NODES)
-        leaving.ask("bb", "node-1")
+        leaving.announced({"bb": None}, NODES, 0.0)
+        leaving.ask("bb", "node-1", 1.0)
         leaving.take_back("bb")
         assert leaving.names == {"bb": "node-1"}
         assert leaving.asked == {}
 
     def test_the_one_that_ends_first_is_next_if_it_holds_something(self) -> None:
         leaving = Leaving()
-        leaving.announced({"aa": 20.0, "bb": 50.0, "cc": None}, NODES)
+        leaving.announced({"aa": 20.0, "bb": 50.0, "cc": None}, NODES, 0.0)
         assert leaving.next({"bb": 2, "cc": 1}, 0.0) == Notice("bb", 50.0)
         assert leaving.next({"bb": 0, "cc": 1}, 0.0) == Notice("cc", None)
         assert leaving.next({}, 0.0) is None
 
     def test_an_attempt_is_followed_by_a_pause_and_has_an_id_of_its_own(self) -> None:
         leaving = Leaving()
-        leaving.announced({"bb": 50.0}, NODES)
+        leaving.announced({"bb": 50.0}, NODES, 0.0)
         first = leaving.tried("bb", 10.0)
         assert leaving.next({"bb": 1}, 10.0 + AGAIN_S / 2) is None
         assert leaving.next({"bb": 1}, 10.0 + AGAIN_S) == Notice("bb", 50.0)
@@ -91,6 +102,6 @@ class TestLeaving:
 
     def test_what_was_asked_for_is_nothing_to_begin_by_itself(self) -> None:
         leaving = Leaving()
-        leaving.ask("bb", "node-1")
-        leaving.announced({}, NODES)
+        leaving.ask("bb", "node-1", 1.0)
+        leaving.announced({}, NODES, 0.0)
         assert leaving.next({"bb": 1}, 0.0) is None

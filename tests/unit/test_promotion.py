@@ -23,6 +23,12 @@ from cluster.fabric.guarded import Guarded
 from cluster.fabric.routers import Routers
 from cluster.fabric.standing import Following
 
+PLACEMENT = Placement(1, (("expert-0",),), 2)
+
+
+def promotion(version: int, report: StepReport | None = None, placement: Placement = PLACEMENT) -> Promotion:
+    return Promotion(version, report, placement, num_parameters=placement.num_experts)
+
 
 class Cast:
     """A crew and the changes to it: routers by name, and what each does when it is promoted."""
@@ -32,6 +38,7 @@ class Cast:
         self.left = dict(fates)
         self.asked: list[tuple[str, list[str], int]] = []
         self.switched: list[Placement] = []
+        self.num_experts = 0
         self.dies = ""
         """Right after it was promoted."""
 
@@ -66,7 +73,7 @@ def answer_of(who: str, answer: Any, timeout_s: float) -> Any:
 
 def of(cast: Cast, monkeypatch: pytest.MonkeyPatch) -> Routers:
     monkeypatch.setattr(module, "call", answer_of)
-    state = Guarded(Coordinator(ModelFacts("m", 1, 2, 1, 1, 8, 8), Placement(1, (("expert-0",),), 2)))
+    state = Guarded(Coordinator(ModelFacts("m", 1, 2, 1, 1, 8, 8), PLACEMENT))
     crew: Any = cast
     return Routers(state, crew, crew, None, RouterConfig(actors=2, max_actors=3), 2)
 
@@ -79,7 +86,7 @@ def promoted(routers: Routers) -> None:
 
 
 def test_the_first_that_can_leads_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    cast = Cast(a=StepAborted("behind the others"), b=Promotion(7, None), c=Promotion(7, None))
+    cast = Cast(a=StepAborted("behind the others"), b=promotion(7), c=promotion(7))
     routers = of(cast, monkeypatch)
     promoted(routers)
     assert cast.asked == [("a", ["b", "c"], 1), ("b", ["c"], 2)]
@@ -89,7 +96,7 @@ def test_the_first_that_can_leads_the_others(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_heir_that_dies_before_anybody_knows_of_it_is_followed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    cast = Cast(a=Promotion(7, None), b=Promotion(8, None))
+    cast = Cast(a=promotion(7), b=promotion(8))
     cast.dies = "a"
     routers = of(cast, monkeypatch)
     promoted(routers)
@@ -106,10 +113,30 @@ def test_who_waits_is_told_that_nobody_is_left(monkeypatch: pytest.MonkeyPatch) 
         routers.after("dead", Unavailable("it died"))
 
 
+def test_an_heir_says_how_many_experts_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The leader before may have died right after a growth, and another heir may undo what the first has told."""
+    grown = Placement(2, (("expert-0",), ("expert-0",)), 2)
+    cast = Cast(a=promotion(7, placement=grown), b=promotion(7))
+    routers = of(cast, monkeypatch)
+
+    def sees(epoch: int, num_experts: int) -> None:
+        promoted(routers)
+        with routers._state.reading() as coordinator:
+            assert (coordinator.placement.epoch, coordinator.placement.num_experts) == (epoch, num_experts)
+            assert (coordinator.model.num_experts, coordinator.model.num_parameters) == (num_experts, num_experts)
+        assert cast.num_experts == num_experts
+        assert cast.switched[-1].epoch == epoch
+
+    sees(2, 4)
+    cast.bury("a", "killed")
+    cast.leader = ""
+    sees(3, 2)
+
+
 def test_terms_go_on_after_those_that_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    cast: Any = Cast(a=Promotion(7, None))
+    cast: Any = Cast(a=promotion(7))
     monkeypatch.setattr(module, "call", answer_of)
-    state = Guarded(Coordinator(ModelFacts("m", 1, 2, 1, 1, 8, 8), Placement(1, (("expert-0",),), 2)))
+    state = Guarded(Coordinator(ModelFacts("m", 1, 2, 1, 1, 8, 8), PLACEMENT))
     promoted(Routers(state, cast, cast, None, RouterConfig(), 1, term=4))
     assert cast.asked == [("a", [], 5)]
 
@@ -119,8 +146,8 @@ def test_more_routers_than_wanted_are_as_wrong_as_fewer(
     monkeypatch: pytest.MonkeyPatch, wanted: int, is_off: bool
 ) -> None:
     """A coordinator may have died while it changed their number."""
-    cast: Any = Cast(a=Promotion(7, None), b=Promotion(7, None))
-    state = Guarded(Coordinator(ModelFacts("m", 1, 2, 1, 1, 8, 8), Placement(1, (("expert-0",),), 2)))
+    cast: Any = Cast(a=promotion(7), b=promotion(7))
+    state = Guarded(Coordinator(ModelFacts("m", 1, 2, 1, 1, 8, 8), PLACEMENT))
     routers = Routers(state, cast, cast, None, RouterConfig(), wanted)
     cast.leader = "a"
     resized: list[int] = []
@@ -131,7 +158,7 @@ def test_more_routers_than_wanted_are_as_wrong_as_fewer(
 
 
 def test_one_that_only_seems_dead_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    cast = Cast(a=Promotion(1, None))
+    cast = Cast(a=promotion(1))
     cast.leader = "a"
     monkeypatch.setattr(module, "NOTICED_S", 0.1)
     with pytest.raises(Unavailable, match="it died"):
@@ -190,17 +217,17 @@ def death() -> Unavailable:
 
 
 @pytest.mark.parametrize(
-    ("promotion", "asked", "retries"),
+    ("told", "asked", "retries"),
     [
-        (Promotion(3, None), ["first", "second"], 1),
-        (Promotion(3, replace(REPORT, step=3)), ["first", "second"], 1),
-        (Promotion(4, REPORT), ["first"], 0),
+        (promotion(3), ["first", "second"], 1),
+        (promotion(3, replace(REPORT, step=3)), ["first", "second"], 1),
+        (promotion(4, REPORT), ["first"], 0),
     ],
 )
 def test_a_step_that_counts_already_is_not_run_again(
-    monkeypatch: pytest.MonkeyPatch, promotion: Promotion, asked: list[str], retries: int
+    monkeypatch: pytest.MonkeyPatch, told: Promotion, asked: list[str], retries: int
 ) -> None:
-    stage: Any = Stage(promotion)
+    stage: Any = Stage(told)
     monkeypatch.setattr(jobs, "call", answer_of)
     router = jobs._JobRouter(stage, stage, stage, JOB)
     router.begin_run(OptimizerConfig())
@@ -210,7 +237,7 @@ def test_a_step_that_counts_already_is_not_run_again(
 
 @pytest.mark.parametrize("step", [0, 5])
 def test_all_routers_learn_whose_steps_they_do(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    stage: Any = Stage(Promotion(3, None))
+    stage: Any = Stage(promotion(3))
     monkeypatch.setattr(jobs, "call", answer_of)
     job = replace(JOB, step=step)
     jobs._JobRouter(stage, stage, stage, job).begin_run(OptimizerConfig())
@@ -218,7 +245,7 @@ def test_all_routers_learn_whose_steps_they_do(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_step_that_nobody_can_tell_of_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    stage: Any = Stage(Promotion(4, None))
+    stage: Any = Stage(promotion(4))
     monkeypatch.setattr(jobs, "call", answer_of)
     router = jobs._JobRouter(stage, stage, stage, JOB)
     router.begin_run(OptimizerConfig())
