@@ -169,8 +169,16 @@ class Ensemble:
             if lost is not None and now - started > self._dispatcher.links.timeout_s + ABORT_TIMEOUT_S:
                 break
             time.sleep(POLL_S)
+        # Whoever was cut off by another thread since then has left the device going on without what it waited for.
+        if lost is None:
+            lost = self._ended()
         if lost is not None:
             raise lost
+
+    def _ended(self) -> PeerLost | None:
+        """The first whose way is over."""
+        over = (name for name, way in self._ways.items() if way.is_over)
+        return next((PeerLost("the way to it has ended", peer=name) for name in over), None)
 
     def _look(self, waited_s: float) -> MoeClusterError | None:
         """The first that is gone. Its link is closed, which ends what waits for it on the device."""

@@ -90,6 +90,18 @@ def test_nobody_waits_for_ever(dispatched: Dispatched, monkeypatch: pytest.Monke
     assert all(link.closed for link in dispatched.links.values())
 
 
+def test_what_the_device_gives_without_a_peer_that_was_cut_off_counts_nothing(dispatched: Any) -> None:
+    """The end of its way ends the wait of the device, between two looks."""
+    ways = {name: FakeWay.pair()[0] for name in dispatched.links}
+    cut = Ensemble(dispatched, ways, {"a": [0], "b": [1]}, torch.device("cpu"))
+    ways["b"].is_ended = True
+    done = Quiet("c")
+    done.close()
+    with pytest.raises(PeerLost) as caught:
+        cut.finish(Done(done))
+    assert caught.value.peer == "b"
+
+
 def test_what_is_done_is_not_looked_after(dispatched: Dispatched) -> None:
     ended = Quiet("c")
     ended.close()
