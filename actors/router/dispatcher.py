@@ -168,7 +168,7 @@ class Dispatcher:
 
     def _parcels(self, shares: Sequence[Share], like_TD: Tensor) -> list[Parcel]:
         row_bytes = like_TD.shape[1] * like_TD.element_size()
-        return self.links.relays.parcels(self._names, shares, row_bytes, self.links.lost, self._may_relay)
+        return self.links.relays.parcels(self._names, shares, row_bytes, self.links.unreachable, self._may_relay)
 
     def _may_relay(self, name: str) -> bool:
         """A step's first tokens go over the actor's own link, behind the last commit, which nobody has waited for: what

@@ -79,15 +79,16 @@ class Relays:
         lost: Collection[str],
         may_relay: Callable[[str], bool],
     ) -> list[Parcel]:
-        """`names[a]`: actor number a. `row_bytes` of a token. Each actor has a way of its own that `may_relay` says no
-        to, and each of a node with which too little would be saved."""
+        """`names[a]`: actor number a. `row_bytes` of a token. Each actor has a way of its own that is lost, so that
+        its own link tells it, or that `may_relay` says no to, and each of a node with which too little would be saved.
+        """
         if not self._peers:
             return [alone(names[share.actor], share) for share in shares]
         by_way: dict[object, list[Share]] = {}
         for share in shares:
             name = names[share.actor]
             peer = self._peers.get(name)
-            relayed = peer is not None and peer.node not in self._failed and may_relay(name)
+            relayed = peer is not None and peer.node not in self._failed and name not in lost and may_relay(name)
             by_way.setdefault(peer.node if peer is not None and relayed else share.actor, []).append(share)
         parcels: list[Parcel] = []
         for together in by_way.values():

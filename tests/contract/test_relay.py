@@ -244,6 +244,18 @@ def test_an_actor_that_is_cut_off_keeps_nobody_waiting(source: ModelSource, free
         assert local.router.state.requests.links.lost == {freezes}
 
 
+@pytest.mark.parametrize("freezes", ["expert-0", "expert-1"], ids=["the relay", "its neighbour"])
+def test_an_actor_that_was_cut_off_before_is_not_tried_again(source: ModelSource, freezes: str) -> None:
+    """A frozen process still takes connections: who opens a link to its relay waits in vain."""
+    with cluster(source, 4, links="socket", nodes=NODES, redundancy=2) as local:
+        whole = forwarded(local)
+        num_opened = len(local.relayed_over)
+        local.cut(freezes)
+        torch.testing.assert_close(forwarded(local), whole, rtol=1e-12, atol=1e-12)
+        assert freezes not in local.relayed_over[num_opened:]
+        assert local.router.state.requests.links.lost == {freezes}
+
+
 def test_a_run_in_which_an_actor_dies_has_the_losses_of_one_without(
     source: ModelSource, direct: tuple[list[float], Tensor]
 ) -> None:
