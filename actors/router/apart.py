@@ -45,7 +45,12 @@ class ExpertsApart:
             return
         # With the epoch it is known who holds what.
         placement = self._dispatcher.epoch, tuple(ways)
-        yield Standing(placement, list(ways.values()), lambda: Ensemble(self._dispatcher, ways, held, self._device))
+        yield Standing(
+            placement,
+            list(ways.values()),
+            lambda: Ensemble(self._dispatcher, ways, held, self._device),
+            lambda: any(way.is_over for way in ways.values()),
+        )
 
     def _ways(self) -> dict[str, Way]:
         """Empty unless every actor is there and has one."""

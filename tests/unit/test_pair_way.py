@@ -53,3 +53,23 @@ def test_who_holds_graphs_of_it_lets_go_at_its_end() -> None:
         way.send(torch.zeros(1))
     with pytest.raises(PeerLost, match="has ended"):
         way.receive(torch.zeros(1))
+
+
+class Aborted(Communicator):
+    """By another thread, which has not forgotten it yet."""
+
+    def send(self, tensors: list[Tensor], rank: int, tag: int) -> Any:
+        raise RuntimeError("NCCL communicator was aborted")
+
+    recv = send
+
+
+def test_a_communicator_that_is_being_ended_is_a_lost_peer() -> None:
+    ended = threading.Event()
+    way = PairWay(Aborted(), Aborted(), "expert-0", 1, ended)
+    with pytest.raises(RuntimeError, match="aborted"):
+        way.send(torch.zeros(1))
+    ended.set()
+    for call in (way.send, way.receive):
+        with pytest.raises(PeerLost, match="has ended"):
+            call(torch.zeros(1))

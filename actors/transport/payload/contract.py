@@ -49,6 +49,7 @@ SOCKET_ONLY = PayloadSettings("socket")
 
 class Way(abc.ABC):
     """Tensors straight from one process to the other without a word about them, since both know what comes next.
+    `PeerLost` once it is over.
 
     Calls return at once: they take their place in the current CUDA stream, and a graph can hold them. Both ends must
     make the same ones in the same order; what a carrier sends between them counts too.

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -310,11 +310,15 @@ class PairWay(Way):
         return self._ended.is_set()
 
     def send(self, tensor: Tensor) -> Arrival:
-        arrival: Arrival = self._known(self._out).send([_bytes_of(tensor)], self._rank, 0)
+        communicator = self._known(self._out)
+        with self._until_over():
+            arrival: Arrival = communicator.send([_bytes_of(tensor)], self._rank, 0)
         return arrival
 
     def receive(self, room: Tensor) -> Arrival:
-        arrival: Arrival = self._known(self._in).recv([_bytes_of(room)], self._rank, 0)
+        communicator = self._known(self._in)
+        with self._until_over():
+            arrival: Arrival = communicator.recv([_bytes_of(room)], self._rank, 0)
         return arrival
 
     def when_over(self, drop: Callable[[], None]) -> None:
@@ -333,8 +337,21 @@ class PairWay(Way):
 
     def _known(self, communicator: Any) -> Any:
         if communicator is None:
-            raise PeerLost("the way to it has ended", peer=self._peer)
+            raise self._lost()
         return communicator
+
+    @contextlib.contextmanager
+    def _until_over(self) -> Iterator[None]:
+        """What an ended communicator says is that the peer is lost; another thread may end it at any moment."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not self.is_over:
+                raise
+            raise self._lost() from error
+
+    def _lost(self) -> PeerLost:
+        return PeerLost("the way to it has ended", peer=self._peer)
 
 
 def _abort(communicator: Any) -> None:
