@@ -1,7 +1,7 @@
 """Passes that are captured together with a router's: both replay their graphs at once, and tokens go from the one to
 the other and back in every layer without a word about them (`actors.transport.payload.contract.Way`).
 
-    router   arrange {rows, ...}  ->  pass 7          once
+    router   arrange {rows, epoch, ...}  ->  pass 7   once
              play {pass 7, version}  ->  played       then both launch
              layer 0 tokens  =>  experts  =>  sums    on the devices alone
              layer 1 ...
@@ -80,13 +80,14 @@ class Playing:
     # -- what a router asks -------------------------------------------------------------------------------------------
 
     def arrange(self, question: Message) -> Message:
-        """`experts`: of each layer, which this host is to compute. Answers the number of the pass; 0: as things are
-        here, none can be captured."""
+        """`experts`: of each layer, which this host is to compute by the placement of `epoch`. Answers the number of
+        the pass; 0: as things are here, none can be captured."""
         fields: Any = question.fields
         way = question.via.way() if question.via is not None else None
         weights = self._state.at_rest()
         shape = self._shape(fields)
-        if way is None or way.is_over or weights is None or not shape.is_aligned:
+        is_placed = fields.get("epoch") == self._state.copies.placement.epoch
+        if way is None or way.is_over or weights is None or not is_placed or not shape.is_aligned:
             return Message("ok", {"pass": 0})
         player = self._player(way)
         if player is None:

@@ -99,7 +99,8 @@ class Ensemble:
         shape = LayerShape(num_tokens, width, top_k, x_TD.dtype, weights_TK.dtype)
         self._num_layers = num_layers
         self._bytes_N, self._sums_TD = shape.room(self._device), torch.empty_like(x_TD)
-        fields = {"rows": shape.num_tokens, "top_k": shape.top_k, "weight_dtype": NAMES[shape.weight_dtype]}
+        sizes = {"rows": shape.num_tokens, "top_k": shape.top_k, "weight_dtype": NAMES[shape.weight_dtype]}
+        fields = {**sizes, "epoch": self._epoch}
         for name, experts in self._shares.items():
             question = Message("arrange", {**fields, "experts": list(experts)})
             (answer,) = self._dispatcher.links.answers([self._dispatcher.links.start(name, question)])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from actors.expert.host import ExpertHost
 from actors.expert.playing import Playing
 from actors.router.captured import CapturedForward
 from actors.transport.contract import Link
@@ -110,6 +111,22 @@ def test_who_has_begun_with_others_who_do_not_is_played_to_the_end(
             agree(local.router, tokens(local.router))
         assert len(refused) == 3
         assert any(wholes(forwards[0]))
+
+
+def arranged(host: ExpertHost, **changes: object) -> Message:
+    fields = {"rows": 1, "top_k": 2, "weight_dtype": "float32", "epoch": host.state.copies.placement.epoch}
+    brought: Any = Brought(FakeWay.pair()[1])
+    return host.handle("router", Message("arrange", {**fields, "experts": host.experts, **changes}, via=brought))
+
+
+def test_who_uses_another_placement_captures_nothing() -> None:
+    """As after a switch that failed: which experts are where, and how many there are, may be other than the router
+    knows, and it goes on without."""
+    with made() as local:
+        host = local.hosts[0]
+        assert arranged(host).fields == {"pass": 1}
+        assert arranged(host, epoch=local.placement.epoch - 1, experts=[99]).fields == {"pass": 0}
+        assert arranged(host, experts=[99]).fields["kind"] == "invalid_input"
 
 
 def test_an_actor_that_dies_is_rerouted_around(forwards: list[CapturedForward]) -> None:
