@@ -43,10 +43,13 @@ from actors.trunk.layout import Layout, ModelLayout, layout_of
 from actors.trunk.source import ModelSource
 from actors.values import Address
 
-_CHANGE_NOTHING = frozenset(
-    ("forward", "backward", "prepare", "reduce", "fence", "status", "echo", "export_layer", "arrange", "play")
+_OF_STEPS = frozenset(("forward", "backward", "prepare", "reduce", "abort"))
+_CHANGE_NOTHING = _OF_STEPS | frozenset(
+    ("fence", "status", "echo", "export_layer", "snapshot", "pin", "keep_pins", "arrange", "play")
 )
-"""Questions that leave weights as they are."""
+"""Questions that leave weights as they are. They must not wait for what is being played: the next pass, of the same
+version and placement, would wait for them, and two routers' passes for each other where two actors began them in
+different orders."""
 
 
 def _no_peers(name: str, address: Address) -> Any:

@@ -25,9 +25,13 @@ class Communicator:
         tensors[0].fill_(1)
 
 
+def _nothing() -> None:
+    pass
+
+
 def test_each_direction_has_its_communicator_and_takes_bytes() -> None:
     there, here = Communicator(), Communicator()
-    way = PairWay(there, here, "expert-0", 1, threading.Event())
+    way = PairWay(there, here, "expert-0", 1, threading.Event(), _nothing)
     way.send(torch.zeros(2, 3))
     room = torch.zeros(2, 3, dtype=torch.uint8)
     way.receive(room)
@@ -39,11 +43,12 @@ def test_each_direction_has_its_communicator_and_takes_bytes() -> None:
 
 def test_who_holds_graphs_of_it_lets_go_at_its_end() -> None:
     ended, dropped = threading.Event(), list[str]()
-    way = PairWay(Communicator(), Communicator(), "expert-0", 1, ended)
+    way = PairWay(Communicator(), Communicator(), "expert-0", 1, ended, ended.set)
     way.when_over(lambda: dropped.append("first"))
     assert not way.is_over
     assert not dropped
-    ended.set()
+    way.end()
+    assert way.is_over
     way.let_go()
     assert dropped == ["first"]
     way.when_over(lambda: dropped.append("late"))
@@ -66,7 +71,7 @@ class Aborted(Communicator):
 
 def test_a_communicator_that_is_being_ended_is_a_lost_peer() -> None:
     ended = threading.Event()
-    way = PairWay(Aborted(), Aborted(), "expert-0", 1, ended)
+    way = PairWay(Aborted(), Aborted(), "expert-0", 1, ended, ended.set)
     with pytest.raises(RuntimeError, match="aborted"):
         way.send(torch.zeros(1))
     ended.set()

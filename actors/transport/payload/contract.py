@@ -69,6 +69,10 @@ class Way(abc.ABC):
         """Into a tensor that is contiguous."""
 
     @abc.abstractmethod
+    def end(self) -> None:
+        """This end gives it up. Any thread; does not wait."""
+
+    @abc.abstractmethod
     def when_over(self, drop: Callable[[], None]) -> None:
         """`drop` is called then, in any thread: it must let go of every graph that holds a call of this way, for which
         the end of the communicator waits."""

@@ -235,7 +235,7 @@ class PairCarrier(Carrier):
 
     def way(self) -> Way | None:
         if self._way is None and self._backend.is_ordered and (ends := self._built()) is not None:
-            self._way = PairWay(*ends, self._peer, 1 - self._rank, self._is_over)
+            self._way = PairWay(*ends, self._peer, 1 - self._rank, self._is_over, self.abort)
         return self._way
 
     def abort(self) -> None:
@@ -300,9 +300,11 @@ class PairCarrier(Carrier):
 
 
 class PairWay(Way):
-    def __init__(self, there: Any, here: Any, peer: str, rank: int, ended: threading.Event) -> None:
-        """`there` and `here`: communicators; `rank`: of the peer; `ended`: of the carrier."""
-        self._out, self._in, self._peer, self._rank, self._ended = there, here, peer, rank, ended
+    def __init__(
+        self, there: Any, here: Any, peer: str, rank: int, ended: threading.Event, end: Callable[[], None]
+    ) -> None:
+        """`there` and `here`: communicators; `rank`: of the peer; `ended` and `end`: of the carrier."""
+        self._out, self._in, self._peer, self._rank, self._ended, self._end = there, here, peer, rank, ended, end
         self._drops: list[Callable[[], None]] = []
 
     @property
@@ -320,6 +322,9 @@ class PairWay(Way):
         with self._until_over():
             arrival: Arrival = communicator.recv([_bytes_of(room)], self._rank, 0)
         return arrival
+
+    def end(self) -> None:
+        self._end()
 
     def when_over(self, drop: Callable[[], None]) -> None:
         self._drops.append(drop)
