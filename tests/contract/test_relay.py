@@ -454,6 +454,11 @@ def test_a_neighbour_has_a_deadline() -> None:
 
 MALFORMED: dict[str, Callable[[Message], Message]] = {
     "unknown operation": lambda q: Message("forward", q.fields, q.tensors),
+    "rows of one actor that come twice": lambda q: Message(
+        q.op,
+        {**q.fields, "sizes": [1, 3]},
+        (q.tensors[0], torch.tensor([1, 0, 1, 1], dtype=torch.int32), *q.tensors[2:]),
+    ),
     "too many rows": lambda q: Message(q.op, {**q.fields, "sizes": [1, 9]}, q.tensors),
     "a row that is not there": lambda q: Message(q.op, q.fields, (q.tensors[0], q.tensors[1] + 7, *q.tensors[2:])),
     "a row below the first": lambda q: Message(q.op, q.fields, (q.tensors[0], q.tensors[1] - 2, *q.tensors[2:])),
