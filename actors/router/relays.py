@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from actors.errors import LinkError, LinkTimeout, PeerLost
 from actors.moe.dispatch import Share
 from actors.relay.bundle import Member, named, raise_if_failed
 from actors.router.parcels import Parcel, alone, joined
-from actors.router.roster import Peer, Relaying
+from actors.router.roster import LinkOpener, Peer, Relaying
 from actors.transport.contract import CUT_NOTICED_S, Link, Pending
 from actors.transport.message import Message
 
@@ -32,6 +35,7 @@ class Relays:
         """By actor whose relay it leads to."""
         self._failed: set[str] = set()
         """Nodes."""
+        self._opening: tuple[str, Future[Link]] | None = None
 
     # -- actors come and go -------------------------------------------------------------------------------------------
 
@@ -53,6 +57,8 @@ class Relays:
 
     def cut(self, names: Collection[str]) -> None:
         """From any thread."""
+        if (opening := self._opening) is not None and opening[0] in names:
+            opening[1].cancel()
         for name in names:
             if (link := self._links.get(name)) is not None:
                 link.cut()
@@ -138,12 +144,38 @@ class Relays:
         for other in self._of_node(node):
             self.close([other])
         try:
-            self._links[name] = self._peers[name].open()
+            self._links[name] = self._opened(name)
         except LinkError as error:
             logger.warning("actors of node %s are asked directly, since its relay cannot be reached: %s", node, error)
             self._failed.add(node)
             return False
         return True
+
+    def _opened(self, name: str) -> Link:
+        """By a thread of its own, since it is in the middle of a layer: a frozen actor may be cut off meanwhile."""
+        opening: Future[Link] = Future()
+        self._opening = name, opening
+        opener = self._peers[name].open
+        threading.Thread(target=_open_for, args=(opening, opener), name=f"reach-{name}", daemon=True).start()
+        try:
+            return opening.result()
+        except CancelledError:
+            raise PeerLost("it was cut off", peer=name) from None
+        finally:
+            self._opening = None
+
+
+def _open_for(opening: Future[Link], open_link: LinkOpener) -> None:
+    try:
+        link = open_link()
+    except Exception as error:
+        with suppress(InvalidStateError):
+            opening.set_exception(error)
+        return
+    try:
+        opening.set_result(link)
+    except InvalidStateError:  # nobody wants it any more
+        link.close()
 
 
 @dataclass(frozen=True)

@@ -132,8 +132,7 @@ class Serving:
 
     def close(self) -> None:
         self._engine.stop()
-        for link in list(self._dispatcher.links.values()):
-            link.cut()  # the step at hand may wait for an actor that is frozen
+        self._dispatcher.links.cut(list(self._dispatcher.links))  # the step at hand may wait for one that is frozen
         self._engine.close()
         self._dispatcher.links.close()
         self.pins.close()

@@ -3,6 +3,8 @@ it; and which way a share takes. No sockets."""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -130,6 +132,7 @@ class Node:
         self.opened: list[str] = []
         self.links: dict[str, FakeLink] = {}
         self.dead: set[str] = set()
+        self.frozen: dict[str, threading.Event] = {}
 
     def peers(self, *names: str, worth_bytes: int = 0, node_of: Mapping[str, str] = NODE_OF) -> dict[str, Peer]:
         relaying = {name: Relaying(node_of[name], ADDRESS, self._opener(name), worth_bytes) for name in names}
@@ -138,6 +141,8 @@ class Node:
     def _opener(self, name: str) -> Callable[[], Link]:
         def open_link() -> Link:
             self.opened.append(name)
+            if name in self.frozen:
+                assert self.frozen[name].wait(20)
             if name in self.dead:
                 raise PeerLost("dead", peer=name)
             self.links[name] = FakeLink(name)
@@ -268,6 +273,22 @@ def test_who_was_cut_off_is_asked_over_its_own_link_alone(node: Node, links: Lin
     assert parcel_of(links).names == ("a",)
     assert node.opened == ["a"]
     assert links.start("a", Message("forward")) is None
+
+
+def test_nobody_waits_for_the_relay_of_an_actor_that_is_cut_off(node: Node, links: Links) -> None:
+    """While its link is being opened, as that of a frozen process is for the whole deadline."""
+    frozen, found = node.frozen.setdefault("a", threading.Event()), list[Parcel]()
+    asking = threading.Thread(target=lambda: found.append(parcel_of(links)))
+    asking.start()
+    while not node.opened:
+        assert asking.is_alive()
+    links.cut(["a"])
+    asking.join(10)
+    assert [parcel.names for parcel in found] == [("a",)]
+    frozen.set()
+    until = time.monotonic() + 10
+    while "a" not in node.links or not node.links["a"].closed:
+        assert time.monotonic() < until, "what came of it after all is closed"
 
 
 def test_an_actor_that_its_relay_has_lost_is_lost_alone(node: Node, links: Links) -> None:
