@@ -186,6 +186,7 @@ class Serving:
             purpose = Purpose(min_version=version, sequence_length=sequence_length, pasts=pasts, max_behind=max_behind)
             self._dispatcher.begin(purpose)
             yield lambda: self._dispatcher.used_version
+            self._dispatcher.finish()
 
     def reach(self) -> None:
         """Open links, over which every expert actor has confirmed the last commit. Inside `reading` or `stopped`."""

@@ -14,6 +14,7 @@ import abc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from threading import Event
 from typing import Any, Literal, Protocol
 
 import torch
@@ -123,6 +124,12 @@ class Carrier(abc.ABC):
 
     def hear(self, tickets: Sequence[int]) -> None:
         """Counterpart of `told`."""
+
+    @property
+    def over(self) -> Event | None:
+        """Set when tensors that it gave may never come to hold what they should: they come on the device, where the
+        current stream waits for them, and the end of the carrier ends that wait. None where they are there at once."""
+        return None
 
     def way(self) -> Way | None:
         """For tensors that need no header. None where there is none."""

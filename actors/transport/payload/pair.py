@@ -233,6 +233,10 @@ class PairCarrier(Carrier):
                 self._going.pop(ticket, None)
                 self._num_going_bytes -= sent[0].numel() * sent[0].element_size()
 
+    @property
+    def over(self) -> threading.Event | None:
+        return self._is_over if self._backend.is_ordered else None
+
     def way(self) -> Way | None:
         if self._way is None and self._backend.is_ordered and (ends := self._built()) is not None:
             self._way = PairWay(*ends, self._peer, 1 - self._rank, self._is_over, self.abort)

@@ -6,6 +6,7 @@ import os
 import time
 import uuid
 from collections import deque
+from threading import Event
 from typing import Any
 
 import zmq
@@ -89,6 +90,10 @@ class SocketLink(Link):
     @property
     def way(self) -> Way | None:
         return None if self._line is None or self.closed else self._line.carrier.way()
+
+    @property
+    def over(self) -> Event | None:
+        return None if self._line is None else self._line.carrier.over
 
     @property
     def _carrier(self) -> Carrier | None:
