@@ -162,6 +162,7 @@ class Dispatcher:
         came, self._to_come = self._to_come, []
         for name, over in came:
             if over.is_set():
+                self.links.close_some([name])  # so that it is opened again, or known to be gone, before the next try
                 raise PeerLost("it ended before its answer was here", peer=name)
 
     def receive(self, sent: Sent) -> Tensor:

@@ -99,6 +99,7 @@ def test_a_forward_in_which_an_actor_ends_gives_nothing(ends: Ends, is_last: boo
         with pytest.raises(PeerLost) as caught:
             local.router.serving.logits(BATCHES[0])
         assert [caught.value.peer] == ends.peers
+        assert local.router.state.requests.links[caught.value.peer].closed
         again_BSV = local.router.serving.logits(BATCHES[0])
         torch.testing.assert_close(again_BSV, logits_BSV, rtol=1e-4, atol=1e-4)
         assert local.router.state.requests.links.lost == {caught.value.peer}
