@@ -10,9 +10,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
@@ -194,3 +195,57 @@ def test_a_peer_that_does_not_come_is_no_pair(monkeypatch: pytest.MonkeyPatch) -
     while os.path.exists(directory):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+class Mark:
+    """Of the device's way through what it was given."""
+
+    is_through = False
+
+    def query(self) -> bool:
+        return self.is_through
+
+
+class OnDevice(GlooPair):
+    """As with a GPU nobody waits on the host, once the ends have met."""
+
+    is_ordered = True
+
+    def __init__(self) -> None:
+        self.marks: list[Mark] = []
+        self.have_met = False
+
+    def settle(self, work: Any, is_over: Callable[[], bool]) -> None:
+        if not self.have_met:
+            super().settle(work, is_over)
+
+    def mark(self) -> Mark:
+        self.marks.append(Mark())
+        return self.marks[-1]
+
+
+def test_the_device_has_a_deadline_for_a_payload(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host goes on, perhaps to wait for the device: nobody looks at the link then."""
+    monkeypatch.setattr("actors.transport.payload.pair.LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr("actors.transport.payload.pair.TAKE_TIMEOUT_S", 0.3)
+    backends = OnDevice(), OnDevice()
+    first, second = (PairCarrier(PAIR, "stranger", rank, backend) for rank, backend in enumerate(backends))
+    second.meet(first.offer(), [])
+    first.meet(second.offer(), [])
+    second._built()
+    for backend in backends:
+        backend.have_met = True
+    over = second.over
+    assert over is not None
+    for number in (1, 2):
+        assert first.put(torch.ones(QUARTER)) == (number,)
+        second.take(torch.float32, (QUARTER,), (number,))
+        backends[1].marks[-1].is_through = True
+        assert not over.wait(0.5), "what came in time ends nothing"
+    second.take(torch.float32, (QUARTER,), (3,))
+    assert len(second._coming) == 1
+    assert over.wait(SOON_S)
+    with pytest.raises(PeerLost, match="stranger"):
+        second.take(torch.float32, (QUARTER,), (4,))
+    first.close()
+    second.close()

@@ -15,7 +15,9 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -35,6 +37,8 @@ BUILD_TIMEOUT_S = 30.0
 TAKE_TIMEOUT_S = 30.0
 """A payload whose header is here is on its way: one that takes longer will not come."""
 ABORT_NOTICED_S = 0.02
+LOOK_EVERY_S = 1.0
+"""Whether the device still waits for a payload."""
 NCCL_CHANNELS = 16
 """Of a communicator, at most: each has buffers of its own on the GPU. A layer of 128 tokens of 7168 takes 66 us there
 and back in a graph with 16 of them, 89 with 8, 115 with 4, between two H200. With 4 a communicator took 262 MiB (torch
@@ -62,6 +66,11 @@ class PairBackend(ABC):
     @abstractmethod
     def settle(self, work: Any, is_over: Callable[[], bool]) -> None:
         """Until what was received may be used. RuntimeError if the peer is gone, or it `is_over`."""
+
+    def mark(self) -> Any:
+        """What tells, by `query`, that what was received last is there, or that nobody waits for it any more. None
+        where `settle` waits."""
+        return None
 
     @abstractmethod
     def is_gone(self, work: Any) -> bool:
@@ -141,6 +150,11 @@ class NcclPair(PairBackend):
     def settle(self, work: Any, is_over: Callable[[], bool]) -> None:
         work.wait()
 
+    def mark(self) -> Any:
+        mark = torch.cuda.Event()
+        mark.record(torch.cuda.current_stream(self._device))
+        return mark
+
 
 class PairCarrier(Carrier):
     """The link's end is rank 0, the server's rank 1. A place is the number of the payload in its direction.
@@ -160,6 +174,9 @@ class PairCarrier(Carrier):
         self._num_going_bytes = 0
         self._num_sent = self._num_taken = 0
         self._taken: list[int] = []
+        self._coming: deque[Any] = deque()
+        """Marks of what was received; who uses the link drops those that are through."""
+        self._watch: threading.Thread | None = None
         self._ends: tuple[Any, Any] | None = None
         """Communicators for what is sent and for what comes; read once where both are used, since another thread may
         end them."""
@@ -217,7 +234,31 @@ class PairCarrier(Carrier):
             self.abort()
             raise PeerLost(f"its payload did not come: {error}", peer=self._peer) from None
         self._taken.append(self._num_taken)
+        self._have_watched(self._backend.mark())
         return room
+
+    def _have_watched(self, mark: Any) -> None:
+        """Whoever waits for the device may be the one that would see the link end, and waits for ever then."""
+        if mark is None:
+            return
+        while self._coming and self._coming[0].query():
+            self._coming.popleft()
+        self._coming.append(mark)
+        if self._watch is None:
+            self._watch = threading.Thread(target=self._end_late, name=f"payloads-{self._peer}", daemon=True)
+            self._watch.start()
+
+    def _end_late(self) -> None:
+        first, since = None, 0.0
+        while not self._is_over.wait(LOOK_EVERY_S):
+            found = next(iter(self._coming.copy()), None)
+            if found is None or found.query():
+                first = None
+            elif found is not first:
+                first, since = found, time.monotonic()
+            elif time.monotonic() - since > TAKE_TIMEOUT_S:
+                logger.warning("a payload of %s has not come in %.0f s", self._peer, TAKE_TIMEOUT_S)
+                self.abort()
 
     def told(self) -> list[int]:
         told, self._taken = self._taken[:MAX_TOLD], self._taken[MAX_TOLD:]
