@@ -129,7 +129,10 @@ class Ensemble:
         """Everybody has launched their part. False where somebody has not, and those that have are through."""
         fields = {"version": self._dispatcher.purpose.min_version, "epoch": self._epoch}
         asked = {name: self._asked(name, {**fields, "pass": number}) for name, number in self._numbers.items()}
-        begun = [name for name, question in asked.items() if question is not None and self._has_begun(question)]
+        deadline = time.monotonic() + self._dispatcher.links.timeout_s
+        begun = [
+            name for name, question in asked.items() if question is not None and self._has_begun(question, deadline)
+        ]
         if len(begun) < len(asked):
             self._play_out(begun)
         return len(begun) == len(asked)
@@ -141,9 +144,9 @@ class Ensemble:
             logger.info("%s does not play: %s", name, error)
             return None
 
-    def _has_begun(self, question: Pending) -> bool:
+    def _has_begun(self, question: Pending, deadline: float) -> bool:
         try:
-            return bool(question.result(self._dispatcher.links.timeout_s).fields["played"])
+            return bool(question.result(max(0.001, deadline - time.monotonic())).fields["played"])
         except MoeClusterError as error:
             logger.info("%s does not play: %s", question.link.peer, error)
             if isinstance(error, LinkTimeout):

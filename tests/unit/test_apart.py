@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,6 +89,24 @@ def test_nobody_waits_for_ever(dispatched: Dispatched, monkeypatch: pytest.Monke
     dispatched.links.timeout_s = 0.05
     with pytest.raises(LinkTimeout, match="has not played"):
         ensemble(dispatched).finish(Done(Quiet("never")))
+    assert all(link.closed for link in dispatched.links.values())
+
+
+def test_those_who_are_silent_have_one_deadline(dispatched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    dispatched.links.timeout_s, dispatched.purpose = 0.5, SimpleNamespace(min_version=0)
+    asked = ensemble(dispatched)
+    asked._numbers = dict.fromkeys(dispatched.links, 1)
+    deadlines: list[float] = []
+
+    def wait(link: Quiet, deadline: float) -> Message:
+        deadlines.append(deadline)
+        time.sleep(max(0.0, deadline - time.monotonic()))
+        raise LinkTimeout("nothing", peer=link.peer)
+
+    monkeypatch.setattr(Quiet, "_receive", wait)
+    assert not asked.begin()
+    assert len(deadlines) == 2
+    assert deadlines[1] - deadlines[0] < 0.25
     assert all(link.closed for link in dispatched.links.values())
 
 

@@ -75,8 +75,8 @@ class Way(abc.ABC):
 
     @abc.abstractmethod
     def when_over(self, drop: Callable[[], None]) -> None:
-        """`drop` is called then, in any thread: it must let go of every graph that holds a call of this way, for which
-        the end of the communicator waits."""
+        """`drop` is called then, in another thread than this, also if it is over already: it must let go of every graph
+        that holds a call of this way, for which the end of the communicator waits. More than once may happen."""
 
 
 class Arrival(Protocol):

@@ -373,8 +373,8 @@ class PairWay(Way):
 
     def when_over(self, drop: Callable[[], None]) -> None:
         self._drops.append(drop)
-        if self.is_over:
-            drop()
+        if self.is_over:  # perhaps since a moment ago, and who calls may hold what `drop` waits for
+            threading.Thread(target=drop, name="let-go", daemon=True).start()
 
     def let_go(self) -> None:
         """Of all graphs, once the communicators are being ended."""
