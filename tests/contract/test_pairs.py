@@ -224,10 +224,9 @@ class OnDevice(GlooPair):
         return self.marks[-1]
 
 
-def test_the_device_has_a_deadline_for_a_payload(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host goes on, perhaps to wait for the device: nobody looks at the link then."""
-    monkeypatch.setattr("actors.transport.payload.pair.LOOK_EVERY_S", 0.01)
-    monkeypatch.setattr("actors.transport.payload.pair.TAKE_TIMEOUT_S", 0.3)
+@pytest.fixture
+def on_device() -> Iterator[tuple[PairCarrier, PairCarrier, OnDevice]]:
+    """Both ends, and the second one's device."""
     backends = OnDevice(), OnDevice()
     first, second = (PairCarrier(PAIR, "stranger", rank, backend) for rank, backend in enumerate(backends))
     second.meet(first.offer(), [])
@@ -235,17 +234,37 @@ def test_the_device_has_a_deadline_for_a_payload(monkeypatch: pytest.MonkeyPatch
     second._built()
     for backend in backends:
         backend.have_met = True
+    yield first, second, backends[1]
+    first.close()
+    second.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_an_index_that_never_comes_is_one_of_something(
+    on_device: tuple[PairCarrier, PairCarrier, OnDevice], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When its peer ends the device goes on with the memory as it is."""
+    _, second, device = on_device
+    monkeypatch.setattr(device, "room", lambda shape, dtype: torch.full(shape, 1 << 30, dtype=dtype))
+    assert not second.take(dtype, (QUARTER,), (1,)).any()
+
+
+def test_the_device_has_a_deadline_for_a_payload(
+    on_device: tuple[PairCarrier, PairCarrier, OnDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host goes on, perhaps to wait for the device: nobody looks at the link then."""
+    monkeypatch.setattr("actors.transport.payload.pair.LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr("actors.transport.payload.pair.TAKE_TIMEOUT_S", 0.3)
+    first, second, device = on_device
     over = second.over
     assert over is not None
     for number in (1, 2):
         assert first.put(torch.ones(QUARTER)) == (number,)
         second.take(torch.float32, (QUARTER,), (number,))
-        backends[1].marks[-1].is_through = True
+        device.marks[-1].is_through = True
         assert not over.wait(0.5), "what came in time ends nothing"
     second.take(torch.float32, (QUARTER,), (3,))
     assert len(second._coming) == 1
     assert over.wait(SOON_S)
     with pytest.raises(PeerLost, match="stranger"):
         second.take(torch.float32, (QUARTER,), (4,))
-    first.close()
-    second.close()
