@@ -67,8 +67,8 @@ class Dispatcher:
         self._backlog = Backlog(num_layers)
         self._in_step: dict[str, int] = {}
         """Step of the last training answer that came over an actor's own link."""
-        self._to_come: list[tuple[str, Event]] = []
-        """Actors whose tensors the device may still be waiting for, and what tells that they will not come."""
+        self._to_come: list[tuple[str, Event, torch.device]] = []
+        """Actors whose tensors a device may still be waiting for, what tells that they will not come, the device."""
         self.current = Pass()
         """What is computed now. Where several passes are in flight, whose turn it is sets it."""
         self.while_away: Meanwhile = nothing
@@ -154,13 +154,13 @@ class Dispatcher:
     def finish(self) -> None:
         """After the last layer, before what came of it is used. `PeerLost` where it is of tensors that never came: the
         wait for an actor that dies, or is cut off, ends on the device with whatever is in the memory."""
-        if self._to_come:
-            torch.cuda.current_stream().synchronize()
-            self._check_whole()
+        for device in {device for _, _, device in self._to_come}:
+            torch.cuda.current_stream(device).synchronize()
+        self._check_whole()
 
     def _check_whole(self) -> None:
         came, self._to_come = self._to_come, []
-        for name, over in came:
+        for name, over, _ in came:
             if over.is_set():
                 self.links.close_some([name])  # so that it is opened again, or known to be gone, before the next try
                 raise PeerLost("it ended before its answer was here", peer=name)
@@ -211,7 +211,7 @@ class Dispatcher:
                 left += parcel.shares
                 continue
             if (over := each.pending.link.over) is not None:
-                self._to_come.append((each.pending.link.peer, over))
+                self._to_come.append((each.pending.link.peer, over, x_TD.device))
             (part,) = _tensors(answer, 1, parcel.names)
             _expect(part, (len(parcel.tokens_T), x_TD.shape[1]), x_TD.dtype, parcel.names)
             for name, share, told in zip(parcel.names, parcel.shares, parcel.told(answer), strict=True):
