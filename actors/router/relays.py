@@ -100,7 +100,7 @@ class Relays:
         for together in by_way.values():
             own = [names[share.actor] for share in together]
             parcel = joined(own, together) if len(together) > 1 else None
-            if parcel is not None and self._is_worth_it(parcel, row_bytes) and self._open(parcel, lost):
+            if parcel is not None and self._may_cross(parcel, row_bytes, lost):
                 parcels.append(parcel)
             else:
                 parcels += [alone(name, share) for name, share in zip(own, together, strict=True)]
@@ -110,7 +110,7 @@ class Relays:
         """Of a parcel of several shares, as `parcels` has made it. `direct`: the actors' own links, which are cut when
         nobody is to wait for these actors. `PeerLost` names the actor whose relay it is."""
         node = self._peers[parcel.names[0]].node
-        link = next(self._links[name] for name in self._of_node(node) if name in self._links)
+        link = self._link_to(node)
         members = [Member(name, self._peers[name].address) for name in parcel.names]
 
         def note_failure(error: LinkError) -> None:
@@ -129,8 +129,20 @@ class Relays:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
+    def _may_cross(self, parcel: Parcel, row_bytes: int, lost: Collection[str]) -> bool:
+        return self._is_worth_it(parcel, row_bytes) and self._open(parcel, lost) and self._fits(parcel, row_bytes)
+
     def _is_worth_it(self, parcel: Parcel, row_bytes: int) -> bool:
         return parcel.num_saved * row_bytes >= self._peers[parcel.names[0]].worth_bytes
+
+    def _fits(self, parcel: Parcel, row_bytes: int) -> bool:
+        """Shares that do one by one may not together."""
+        limit = self._link_to(self._peers[parcel.names[0]].node).max_bytes
+        return limit is None or parcel.num_bytes(row_bytes) <= limit
+
+    def _link_to(self, node: str) -> Link:
+        """That is open."""
+        return next(self._links[name] for name in self._of_node(node) if name in self._links)
 
     def _of_node(self, node: str) -> list[str]:
         return sorted(name for name, peer in self._peers.items() if peer.node == node)

@@ -72,6 +72,8 @@ class Link(abc.ABC):
     """Shared half of every implementation: ids, answers out of order, traffic counters."""
 
     kind: str = ""
+    max_bytes: int | None = None
+    """Of a message with its header. None: any number."""
 
     def __init__(self, peer: str) -> None:
         self.peer = peer

@@ -30,7 +30,7 @@ from actors.router.parcels import Parcel, alone, joined
 from actors.router.relays import RelayedPending, Relays
 from actors.router.roster import Peer, Relaying
 from actors.transport.contract import Link
-from actors.transport.message import Message
+from actors.transport.message import Message, encode
 from actors.values import Address
 
 WIDTH = 6
@@ -202,6 +202,21 @@ def test_too_little_saved_is_not_worth_it(node: Node) -> None:
     assert ways(relays, shares[:2], row_bytes=7) == [("a",), ("b",)]
     assert node.opened == []
     assert ways(relays, shares[:2], row_bytes=8) == [("a", "b")]
+
+
+def test_what_is_too_much_for_one_message_is_sent_to_each(node: Node) -> None:
+    _, shares = shares_of(9)
+    relays = Relays()
+    relays.connect(node.peers("a", "b"))
+    assert ways(relays, shares[:2]) == [("a", "b")]
+    parcel = joined(NAMES[:2], shares[:2])
+    for weights_N in (torch.rand(18), torch.rand(18, dtype=torch.float64)):
+        question = named(parcel.forward({"layer": 3}, torch.randn(9, 2), weights_N, "trunk"), MEMBERS[:2])
+        assert sum(map(len, encode(question))) <= parcel.num_bytes(row_bytes=8)
+    node.links["a"].max_bytes = parcel.num_bytes(row_bytes=8)
+    assert ways(relays, shares[:2]) == [("a", "b")]
+    node.links["a"].max_bytes -= 1
+    assert ways(relays, shares[:2]) == [("a",), ("b",)]
 
 
 def test_another_relay_serves_where_the_first_is_lost(node: Node) -> None:

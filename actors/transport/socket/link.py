@@ -49,7 +49,7 @@ class SocketLink(Link):
         super().__init__(peer)
         on_this_host = address.host_id == host_id() and os.path.exists(address.ipc.removeprefix("ipc://"))
         self.kind = "socket/ipc" if on_this_host else "socket/tcp"
-        self._max_bytes = max_bytes
+        self.max_bytes = self._max_bytes = max_bytes
         self._line: Line | None = None
         self._arrived: deque[Frames] = deque()
         self._ended = ""
