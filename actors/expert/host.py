@@ -43,10 +43,10 @@ from actors.trunk.layout import Layout, ModelLayout, layout_of
 from actors.trunk.source import ModelSource
 from actors.values import Address
 
-_CHANGE_NOTHING = frozenset(
-    ("forward", "backward", "prepare", "reduce", "fence", "status", "echo", "export_layer", "arrange", "play")
-)
-"""Questions that leave weights as they are."""
+_CHANGE_WEIGHTS = frozenset(("commit", "place", "retire", "load"))
+"""Questions that change weights or move them: they wait for what is being played. No others may: the next pass, of the
+same version and placement, would wait for them, and two routers' passes for each other where two actors began them in
+different orders."""
 
 
 def _no_peers(name: str, address: Address) -> Any:
@@ -154,11 +154,15 @@ class ExpertHost:
         def handle() -> Message:
             self._admission.wait(question)
             with self.state.lock, self._before_updates(question):
-                if question.op not in _CHANGE_NOTHING:
+                if question.op in _CHANGE_WEIGHTS and not self._is_repeated(question):
                     self.playing.settle()
                 return handler(question)
 
         return answered(self.name, peer, question, handle)
+
+    def _is_repeated(self, question: Message) -> bool:
+        """A commit that is done already: every router sends it, over each of its links."""
+        return question.op == "commit" and question.fields.get("step") == self.version
 
     def _before_updates(self, question: Message) -> AbstractContextManager[None]:
         """Of what is made beside it: a router waits for these answers."""

@@ -1,7 +1,7 @@
 """Passes that are captured together with a router's: both replay their graphs at once, and tokens go from the one to
 the other and back in every layer without a word about them (`actors.transport.payload.contract.Way`).
 
-    router   arrange {rows, ...}  ->  pass 7          once
+    router   arrange {rows, epoch, ...}  ->  pass 7   once
              play {pass 7, version}  ->  played       then both launch
              layer 0 tokens  =>  experts  =>  sums    on the devices alone
              layer 1 ...
@@ -11,10 +11,16 @@ so; then the router plays to the end with those that have begun, and sends the t
 
 On the device a pass waits for what was begun here before it, and nothing waits for a pass but what changes weights: a
 training forward that did could keep another actor from its part of the very same pass.
+
+A pass whose router dies in the middle never ends by itself. As a rule the thread that serves the links sees the link
+end, and ends the way; but it may just be waiting for the device, and that for an update behind this very pass. So
+passes have a deadline, which a thread of its own watches.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +37,8 @@ from actors.moe.static import StaticPart, static_experts
 from actors.transport.message import DTYPES, Message
 from actors.transport.payload.contract import Way
 
+logger = logging.getLogger(__name__)
+
 MAX_PASSES = 8
 """Of a link; the oldest goes."""
 MAX_LINKS = 4
@@ -38,6 +46,7 @@ MAX_LINKS = 4
 DROP_TIMEOUT_S = 10.0
 """For what is under way on a link that has ended."""
 _POLL_S = 1e-3
+WATCH_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,8 @@ class _Player:
         self.ended: Any = torch.cuda.Event()
         self.is_begun = False
         """Whether anything was played, so that `ended` is meant."""
+        self.begun_at = 0.0
+        """The last time, a `time.monotonic` value."""
 
     def is_done(self) -> bool:
         return not self.is_begun or bool(self.ended.query())
@@ -76,17 +87,20 @@ class Playing:
         self._players: dict[int, _Player] = {}
         """By `id` of the way, which is kept with it."""
         self._last = 0
+        self._watch: threading.Thread | None = None
+        self._is_closed = threading.Event()
 
     # -- what a router asks -------------------------------------------------------------------------------------------
 
     def arrange(self, question: Message) -> Message:
-        """`experts`: of each layer, which this host is to compute. Answers the number of the pass; 0: as things are
-        here, none can be captured."""
+        """`experts`: of each layer, which this host is to compute by the placement of `epoch`. Answers the number of
+        the pass; 0: as things are here, none can be captured."""
         fields: Any = question.fields
         way = question.via.way() if question.via is not None else None
         weights = self._state.at_rest()
         shape = self._shape(fields)
-        if way is None or way.is_over or weights is None or not shape.is_aligned:
+        is_placed = fields.get("epoch") == self._state.copies.placement.epoch
+        if way is None or way.is_over or weights is None or not is_placed or not shape.is_aligned:
             return Message("ok", {"pass": 0})
         player = self._player(way)
         if player is None:
@@ -119,10 +133,14 @@ class Playing:
         if not is_fit or player is None or wanted is None or player.way.is_over:
             return Message("ok", {"played": False})
         player.stream.wait_stream(torch.cuda.current_stream(state.quarters.device))
+        player.begun_at = time.monotonic()  # first: who watches it must not take it for the one before
         with torch.cuda.stream(player.stream):
             wanted.graph.replay()
             player.ended.record(player.stream)
         player.is_begun = True
+        if self._watch is None:
+            self._watch = threading.Thread(target=self._end_late, name=f"passes-{state.name}", daemon=True)
+            self._watch.start()
         return Message("ok", {"played": True})
 
     # -- beside other work --------------------------------------------------------------------------------------------
@@ -134,8 +152,18 @@ class Playing:
                 torch.cuda.current_stream(self._state.quarters.device).wait_event(player.ended)
 
     def close(self) -> None:
+        self._is_closed.set()
         for player in list(self._players.values()):
             self._drop(player)
+
+    def _end_late(self) -> None:
+        """Without the host's lock, which may be held by who waits for them."""
+        timeout_s = self._state.exchange.timeout_s
+        while not self._is_closed.wait(min(WATCH_EVERY_S, timeout_s)):
+            for player in list(self._players.values()):
+                if not player.is_done() and time.monotonic() - player.begun_at > timeout_s and not player.way.is_over:
+                    logger.warning("a pass has not ended in %.0f s: its way is given up", timeout_s)
+                    player.way.end()
 
     def _player(self, way: Way) -> _Player | None:
         """None where there are too many already."""

@@ -74,7 +74,9 @@ def _sums_of_all(part: StaticPart, x_TD: Tensor, ids_TK: Tensor, weights_TK: Ten
         return out if bias is None else out + bias.unsqueeze(1)
 
     out_RTD = project(stack._activate(project(x_TD, stack._in)), stack._out)
-    return (out_RTD * weights_TR.t().unsqueeze(2)).sum(0)
+    weights_RT1 = weights_TR.t().unsqueeze(2)
+    # Of an expert that nobody chose these may be beyond what the dtype has numbers for, and zero times that is NaN.
+    return (out_RTD * weights_RT1).masked_fill(weights_RT1 == 0, 0).sum(0)
 
 
 def _sums_of_pairs(part: StaticPart, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:

@@ -146,6 +146,8 @@ def _taken_apart(question: Message) -> Bundle:
     members = tuple(Member(str(name), Address(*map(str, address))) for name, *address in told["members"])
     if not members or len(sizes) != len(members) or op not in ("forward", "backward"):
         raise ValueError(f"{op!r} with {len(sizes)} parts for {len(members)} actors")
+    if max(sizes) > len(question.tensors[0]):  # before memory is taken: an index is short, a row is not
+        raise ValueError(f"{max(sizes)} rows for one actor, of {len(question.tensors[0])}")
     if op == "backward":
         grad_y_UD, row = question.tensors
         row_M = row.split(sizes)

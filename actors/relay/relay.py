@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -67,11 +67,13 @@ class Relay(Rounds):
         # An answer that was taken may have left others behind it, which no poller sees any more.
         is_busy = any(asker.has_news for asker in askers)
         is_opening = any(asker.is_opening for asker in askers)
-        if self._inbox.wait(0 if is_busy else LOOK_AGAIN_MS if is_opening else 100):
+        ready = self._inbox.wait(0 if is_busy else LOOK_AGAIN_MS if is_opening else 100)
+        if ready:
             self._take_in()
         for sender, asker in list(self._askers.items()):
             for answer in asker.answers():
                 self._inbox.answer(sender, answer)
+            asker.look_at_idle(ready)
             if asker.is_idle:
                 self._askers.pop(sender).close()
 
@@ -123,7 +125,7 @@ class _Asker:
         depends on another that is open, and one that waits for a frozen actor must not hold up the rest."""
         self._open: list[_Errand] = []
         self.has_news = False
-        """Whether a neighbour's answer came in the last round."""
+        """Whether a neighbour said something in the last round, be it to a question that had been looked at before."""
         self._used = time.monotonic()
 
     def ask(self, question_id: int, bundle: Bundle) -> None:
@@ -141,11 +143,21 @@ class _Asker:
 
     def answers(self) -> list[Message]:
         """Goes on with what is open, without waiting. -> answers, with the ids of their questions."""
-        self.has_news = False
+        before = self._num_received
         done = [*self._begin_waiting(), *self._look_at_open()]
+        self.has_news = self._num_received != before
         if done:
             self._used = time.monotonic()
         return done
+
+    def look_at_idle(self, ready: Collection[object]) -> None:
+        """Reads links that no open question reads, where there is news: late answers, which nobody wants, and the ends
+        of their actors. Unread it would wake the relay again and again."""
+        in_use = {id(link) for errand in self._open for link in errand.awaited()}
+        wanted = {member for errand in self._waiting for member in errand.bundle.members}
+        for member, neighbour in list(self._neighbours.items()):
+            if member not in wanted and neighbour.is_gone(ready, in_use):
+                self._neighbours.pop(member).close()
 
     def close(self) -> None:
         for neighbour in self._neighbours.values():
@@ -153,6 +165,10 @@ class _Asker:
         self._neighbours.clear()
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _num_received(self) -> int:
+        return sum(neighbour.num_received for neighbour in self._neighbours.values())
 
     def _begin_waiting(self) -> list[Message]:
         done: list[Message] = []
@@ -187,7 +203,7 @@ class _Asker:
         done: list[Message] = []
         for errand in list(self._open):
             try:
-                self.has_news = errand.look() or self.has_news
+                errand.look()
                 if not errand.is_complete:
                     continue
                 done.append(errand.answer(self._name))
@@ -239,6 +255,11 @@ class _Neighbour:
         return True
 
     @property
+    def num_received(self) -> int:
+        """Messages that it has sent."""
+        return 0 if self._link is None else self._link.traffic.messages_received
+
+    @property
     def link(self) -> Link:
         assert self._link is not None, "it is open"
         return self._link
@@ -246,6 +267,20 @@ class _Neighbour:
     def is_over(self, ended: Link | None) -> bool:
         """Whether it is this link that has ended."""
         return ended is not None and self._link is ended
+
+    def is_gone(self, ready: Collection[object], in_use: Collection[int]) -> bool:
+        """Whether it could not be opened, or there is news of it and that is its end. `in_use`: `id` of links that are
+        left alone."""
+        if self.error is not None:
+            return True
+        if not self.is_open or id(self.link) in in_use or not any(pollable in ready for pollable in self._watched):
+            return False
+        try:
+            self.link.check()
+        except Exception as error:  # what it said may be unreadable
+            logger.info("the relay's link to %s is over: %s", self._member.name, error)
+            return True
+        return False
 
     def close(self) -> None:
         with self._changing:
@@ -303,9 +338,12 @@ class _Errand:
     def is_complete(self) -> bool:
         return len(self.answers) == len(self.pending)
 
-    def look(self) -> bool:
-        """Whether an answer has come. `_Failed` where none will."""
-        num_before = len(self.answers)
+    def awaited(self) -> list[Link]:
+        """That answers are still to come over."""
+        return [pending.link for number, pending in enumerate(self.pending) if number not in self.answers]
+
+    def look(self) -> None:
+        """Takes answers that have come. `_Failed` where one will not."""
         for number, (member, pending) in enumerate(zip(self.bundle.members, self.pending, strict=True)):
             if number in self.answers:
                 continue
@@ -316,7 +354,6 @@ class _Errand:
                     raise LinkTimeout("no answer to its node's relay before the deadline", peer=member.name)
             except Exception as error:
                 raise _Failed(member.name, _known(member.name, error), pending.link) from error
-        return len(self.answers) > num_before
 
     def answer(self, name: str) -> Message:
         """To the router."""

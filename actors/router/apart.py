@@ -45,7 +45,12 @@ class ExpertsApart:
             return
         # With the epoch it is known who holds what.
         placement = self._dispatcher.epoch, tuple(ways)
-        yield Standing(placement, list(ways.values()), lambda: Ensemble(self._dispatcher, ways, held, self._device))
+        yield Standing(
+            placement,
+            list(ways.values()),
+            lambda: Ensemble(self._dispatcher, ways, held, self._device),
+            lambda: any(way.is_over for way in ways.values()),
+        )
 
     def _ways(self) -> dict[str, Way]:
         """Empty unless every actor is there and has one."""
@@ -94,7 +99,8 @@ class Ensemble:
         shape = LayerShape(num_tokens, width, top_k, x_TD.dtype, weights_TK.dtype)
         self._num_layers = num_layers
         self._bytes_N, self._sums_TD = shape.room(self._device), torch.empty_like(x_TD)
-        fields = {"rows": shape.num_tokens, "top_k": shape.top_k, "weight_dtype": NAMES[shape.weight_dtype]}
+        sizes = {"rows": shape.num_tokens, "top_k": shape.top_k, "weight_dtype": NAMES[shape.weight_dtype]}
+        fields = {**sizes, "epoch": self._epoch}
         for name, experts in self._shares.items():
             question = Message("arrange", {**fields, "experts": list(experts)})
             (answer,) = self._dispatcher.links.answers([self._dispatcher.links.start(name, question)])
@@ -123,7 +129,10 @@ class Ensemble:
         """Everybody has launched their part. False where somebody has not, and those that have are through."""
         fields = {"version": self._dispatcher.purpose.min_version, "epoch": self._epoch}
         asked = {name: self._asked(name, {**fields, "pass": number}) for name, number in self._numbers.items()}
-        begun = [name for name, question in asked.items() if question is not None and self._has_begun(question)]
+        deadline = time.monotonic() + self._dispatcher.links.timeout_s
+        begun = [
+            name for name, question in asked.items() if question is not None and self._has_begun(question, deadline)
+        ]
         if len(begun) < len(asked):
             self._play_out(begun)
         return len(begun) == len(asked)
@@ -135,9 +144,9 @@ class Ensemble:
             logger.info("%s does not play: %s", name, error)
             return None
 
-    def _has_begun(self, question: Pending) -> bool:
+    def _has_begun(self, question: Pending, deadline: float) -> bool:
         try:
-            return bool(question.result(self._dispatcher.links.timeout_s).fields["played"])
+            return bool(question.result(max(0.001, deadline - time.monotonic())).fields["played"])
         except MoeClusterError as error:
             logger.info("%s does not play: %s", question.link.peer, error)
             if isinstance(error, LinkTimeout):
@@ -169,8 +178,16 @@ class Ensemble:
             if lost is not None and now - started > self._dispatcher.links.timeout_s + ABORT_TIMEOUT_S:
                 break
             time.sleep(POLL_S)
+        # Whoever was cut off by another thread since then has left the device going on without what it waited for.
+        if lost is None:
+            lost = self._ended()
         if lost is not None:
             raise lost
+
+    def _ended(self) -> PeerLost | None:
+        """The first whose way is over."""
+        over = (name for name, way in self._ways.items() if way.is_over)
+        return next((PeerLost("the way to it has ended", peer=name) for name in over), None)
 
     def _look(self, waited_s: float) -> MoeClusterError | None:
         """The first that is gone. Its link is closed, which ends what waits for it on the device."""

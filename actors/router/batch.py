@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from actors.errors import StepAborted
+from actors.errors import PeerLost, StepAborted
 from actors.router.prompt import Computed, PromptRun, Wish
 from actors.router.sampling import choose_each
 from actors.router.served import Served
@@ -170,10 +170,11 @@ class Batch:
     def step(self) -> None:
         """Another token of every stream that is read. An error ends them all."""
         try:
-            with self.served.guard(1, self._slots.pasts) as used_version, torch.no_grad():
-                tokens = [stream.last_token for stream in self.streams]
-                logits_BV = self._forward(self.served.model(), self._slots, tokens)
-                version = used_version()
+            try:
+                logits_BV, version = self._forwarded()
+            except PeerLost as error:  # in the middle; what was written to the slots is written again
+                logger.info("a step is computed once more: %s", error)
+                logits_BV, version = self._forwarded()
             tokens = self._chosen(logits_BV, self.streams)
         except Exception as error:
             self.fail(error)
@@ -182,6 +183,12 @@ class Batch:
             if stream.is_read:  # of one that is not, the same is computed again
                 self._slots.lengths[slot] += 1
                 stream.give(token, version)
+
+    def _forwarded(self) -> tuple[Tensor, int]:
+        """Logits after the streams' last tokens, and the version that they are of."""
+        with self.served.guard(1, self._slots.pasts) as used_version, torch.no_grad():
+            tokens = [stream.last_token for stream in self.streams]
+            return self._forward(self.served.model(), self._slots, tokens), used_version()
 
     @staticmethod
     def _chosen(logits_BV: Tensor, streams: Sequence[Stream]) -> list[int]:

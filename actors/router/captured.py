@@ -77,6 +77,8 @@ class Standing:
     parts: Sequence[object]
     """What must be the very same for a graph to hold: weights of each layer's stacks, or the ways to their actors."""
     inside: Callable[[], Inside]
+    is_over: Callable[[], bool] = lambda: False
+    """Whether one of those parts has ended: what holds it is to let go of it."""
 
     def is_as(self, other: Standing) -> bool:
         if self.placement != other.placement:
@@ -178,6 +180,11 @@ class CapturedStep:
         return (
             self._model() is model and slots.generation == self._generation and _places(self._tensors) == self._places
         )
+
+    @property
+    def is_over(self) -> bool:
+        """Whether what its graph goes through has ended, which waits for the graph's end in its turn."""
+        return self._standing is not None and self._standing.is_over()
 
     def has(self, standing: Standing | None) -> bool:
         """Whether the experts are, too."""
@@ -306,6 +313,8 @@ class CapturedForward:
     def __call__(self, model: PreTrainedModel, slots: Slots, tokens: Sequence[int]) -> Tensor:
         if self._given_up:
             return plain_forward(model, slots, tokens)
+        if any(step.is_over for step in self._steps.values()):
+            self._forget_whole()
         with self._experts.holding() as standing:
             self._calm += 1
             step = self._step(model, slots, tokens, standing)
@@ -371,6 +380,9 @@ class CapturedForward:
             self._forget_whole()
             return None
         except Exception as error:  # whatever a family does that a graph cannot hold
+            if whole and standing is not None and standing.is_over():  # or what the end of a way does to a capture
+                self._forget_whole()
+                return None
             if self._must:
                 raise
             logger.warning("decoding goes on uncaptured: %s", error)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from actors.errors import NonFinite, ProtocolError, StepAborted
+from actors.errors import NonFinite, PeerLost, ProtocolError, StepAborted
 from actors.moe.dispatch import HolderTable, Share
 from actors.moe.fp8 import Payload
 from actors.router.backlog import Backlog
@@ -66,6 +67,8 @@ class Dispatcher:
         self._backlog = Backlog(num_layers)
         self._in_step: dict[str, int] = {}
         """Step of the last training answer that came over an actor's own link."""
+        self._to_come: list[tuple[str, Event, torch.device]] = []
+        """Actors whose tensors a device may still be waiting for, what tells that they will not come, the device."""
         self.current = Pass()
         """What is computed now. Where several passes are in flight, whose turn it is sets it."""
         self.while_away: Meanwhile = nothing
@@ -113,6 +116,7 @@ class Dispatcher:
         """Before each pass through the layers."""
         if not purpose.pin:  # what is pinned must not depend, by a rounding, on how holders share the work
             self._backlog.refresh_after_a_pass(self._names)
+        self._to_come.clear()
         self.current = Pass(purpose, max(purpose.min_version, purpose.step - 1), self._backlog.by_name())
 
     def _build_table(self) -> None:
@@ -137,6 +141,7 @@ class Dispatcher:
         """The sending half: every actor that is needed has its part. `receive` is the other."""
         now = self.current
         shares, finite = self._plan(ids_TK, weights_TK)
+        self._check_whole()  # the plan has waited for all that was before it
         if not finite:
             raise NonFinite(f"gate scores of layer {layer} are not finite", step=now.purpose.step)
         if now.purpose.keep and layer not in now.counted:
@@ -145,6 +150,20 @@ class Dispatcher:
         self._backlog.visit()
         weights_N = weights_TK.reshape(-1)
         return Sent(layer, shares, self._ask(layer, shares, x_TD, weights_N), x_TD, ids_TK, weights_N)
+
+    def finish(self) -> None:
+        """After the last layer, before what came of it is used. `PeerLost` where it is of tensors that never came: the
+        wait for an actor that dies, or is cut off, ends on the device with whatever is in the memory."""
+        for device in {device for _, _, device in self._to_come}:
+            torch.cuda.current_stream(device).synchronize()
+        self._check_whole()
+
+    def _check_whole(self) -> None:
+        came, self._to_come = self._to_come, []
+        for name, over, _ in came:
+            if over.is_set():
+                self.links.close_some([name])  # so that it is opened again, or known to be gone, before the next try
+                raise PeerLost("it ended before its answer was here", peer=name)
 
     def receive(self, sent: Sent) -> Tensor:
         """The weighted sums [T, D]."""
@@ -168,7 +187,7 @@ class Dispatcher:
 
     def _parcels(self, shares: Sequence[Share], like_TD: Tensor) -> list[Parcel]:
         row_bytes = like_TD.shape[1] * like_TD.element_size()
-        return self.links.relays.parcels(self._names, shares, row_bytes, self.links.lost, self._may_relay)
+        return self.links.relays.parcels(self._names, shares, row_bytes, self.links.unreachable, self._may_relay)
 
     def _may_relay(self, name: str) -> bool:
         """A step's first tokens go over the actor's own link, behind the last commit, which nobody has waited for: what
@@ -186,10 +205,13 @@ class Dispatcher:
     def _take(self, asked: Sequence[Asked], x_TD: Tensor, ids_TK: Tensor, y_TD: Tensor) -> list[Share]:
         answers = self.links.answers([each.pending for each in asked])
         left: list[Share] = []
-        for parcel, answer in zip((each.parcel for each in asked), answers, strict=True):
-            if answer is None:
+        for each, answer in zip(asked, answers, strict=True):
+            parcel = each.parcel
+            if answer is None or each.pending is None:
                 left += parcel.shares
                 continue
+            if (over := each.pending.link.over) is not None:
+                self._to_come.append((each.pending.link.peer, over, x_TD.device))
             (part,) = _tensors(answer, 1, parcel.names)
             _expect(part, (len(parcel.tokens_T), x_TD.shape[1]), x_TD.dtype, parcel.names)
             for name, share, told in zip(parcel.names, parcel.shares, parcel.told(answer), strict=True):

@@ -70,6 +70,11 @@ class Links(Mapping[str, Link]):
         """Actors that are rerouted around."""
         return frozenset(self._lost)
 
+    @property
+    def unreachable(self) -> frozenset[str]:
+        """Those, and actors that whoever asks finds lost."""
+        return frozenset(self._lost.union(name for name, link in self._links.items() if link.is_cut or link.closed))
+
     def kinds(self) -> dict[str, str]:
         """By actor, and over whose relay tokens reach it, if over one. From any thread."""
         ways = self.relays.ways()

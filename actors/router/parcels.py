@@ -18,7 +18,11 @@ from actors.moe.fp8 import Payload, packed
 from actors.relay.bundle import bundled
 from actors.router.rows import rows_of
 from actors.transport.contract import Pending
-from actors.transport.message import Message
+from actors.transport.message import MAX_HEADER_BYTES, Message
+
+INDEX_BYTES = 4
+PAIR_BYTES = INDEX_BYTES + 8
+"""With its weight."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,12 @@ class Parcel:
     def num_saved(self) -> int:
         """Rows that do not cross, which would if every share had a way of its own."""
         return sum(len(share.tokens_T) for share in self.shares) - len(self.tokens_T)
+
+    def num_bytes(self, row_bytes: int) -> int:
+        """At most, of a question with several shares."""
+        rows = sum(len(row_R) for row_R in self.row_M)
+        pairs = sum(len(share.token_P) for share in self.shares)
+        return len(self.tokens_T) * row_bytes + rows * INDEX_BYTES + pairs * PAIR_BYTES + MAX_HEADER_BYTES
 
     def forward(self, fields: Mapping[str, Any], x_TD: Tensor, weights_N: Tensor, payload: Payload) -> Message:
         """The question with this part of the layer's tokens."""

@@ -68,6 +68,7 @@ class PinnedModel:
             self._dispatcher.begin(purpose)
             try:
                 yield lambda: version
+                self._dispatcher.finish()
             except (StepAborted, LinkError):
                 self._check()
                 self._is_linked = False  # the next one looks whether those that are lost are back

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from actors.errors import LinkError, LinkTimeout, PeerLost
 from actors.moe.dispatch import Share
 from actors.relay.bundle import Member, named, raise_if_failed
 from actors.router.parcels import Parcel, alone, joined
-from actors.router.roster import Peer, Relaying
+from actors.router.roster import LinkOpener, Peer, Relaying
 from actors.transport.contract import CUT_NOTICED_S, Link, Pending
 from actors.transport.message import Message
 
@@ -32,6 +35,7 @@ class Relays:
         """By actor whose relay it leads to."""
         self._failed: set[str] = set()
         """Nodes."""
+        self._opening: tuple[str, Future[Link]] | None = None
 
     # -- actors come and go -------------------------------------------------------------------------------------------
 
@@ -53,6 +57,8 @@ class Relays:
 
     def cut(self, names: Collection[str]) -> None:
         """From any thread."""
+        if (opening := self._opening) is not None and opening[0] in names:
+            opening[1].cancel()
         for name in names:
             if (link := self._links.get(name)) is not None:
                 link.cut()
@@ -79,21 +85,22 @@ class Relays:
         lost: Collection[str],
         may_relay: Callable[[str], bool],
     ) -> list[Parcel]:
-        """`names[a]`: actor number a. `row_bytes` of a token. Each actor has a way of its own that `may_relay` says no
-        to, and each of a node with which too little would be saved."""
+        """`names[a]`: actor number a. `row_bytes` of a token. Each actor has a way of its own that is lost, so that
+        its own link tells it, or that `may_relay` says no to, and each of a node with which too little would be saved.
+        """
         if not self._peers:
             return [alone(names[share.actor], share) for share in shares]
         by_way: dict[object, list[Share]] = {}
         for share in shares:
             name = names[share.actor]
             peer = self._peers.get(name)
-            relayed = peer is not None and peer.node not in self._failed and may_relay(name)
+            relayed = peer is not None and peer.node not in self._failed and name not in lost and may_relay(name)
             by_way.setdefault(peer.node if peer is not None and relayed else share.actor, []).append(share)
         parcels: list[Parcel] = []
         for together in by_way.values():
             own = [names[share.actor] for share in together]
             parcel = joined(own, together) if len(together) > 1 else None
-            if parcel is not None and self._is_worth_it(parcel, row_bytes) and self._open(parcel, lost):
+            if parcel is not None and self._may_cross(parcel, row_bytes, lost):
                 parcels.append(parcel)
             else:
                 parcels += [alone(name, share) for name, share in zip(own, together, strict=True)]
@@ -103,7 +110,7 @@ class Relays:
         """Of a parcel of several shares, as `parcels` has made it. `direct`: the actors' own links, which are cut when
         nobody is to wait for these actors. `PeerLost` names the actor whose relay it is."""
         node = self._peers[parcel.names[0]].node
-        link = next(self._links[name] for name in self._of_node(node) if name in self._links)
+        link = self._link_to(node)
         members = [Member(name, self._peers[name].address) for name in parcel.names]
 
         def note_failure(error: LinkError) -> None:
@@ -122,8 +129,20 @@ class Relays:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
+    def _may_cross(self, parcel: Parcel, row_bytes: int, lost: Collection[str]) -> bool:
+        return self._is_worth_it(parcel, row_bytes) and self._open(parcel, lost) and self._fits(parcel, row_bytes)
+
     def _is_worth_it(self, parcel: Parcel, row_bytes: int) -> bool:
         return parcel.num_saved * row_bytes >= self._peers[parcel.names[0]].worth_bytes
+
+    def _fits(self, parcel: Parcel, row_bytes: int) -> bool:
+        """Shares that do one by one may not together."""
+        limit = self._link_to(self._peers[parcel.names[0]].node).max_bytes
+        return limit is None or parcel.num_bytes(row_bytes) <= limit
+
+    def _link_to(self, node: str) -> Link:
+        """That is open."""
+        return next(self._links[name] for name in self._of_node(node) if name in self._links)
 
     def _of_node(self, node: str) -> list[str]:
         return sorted(name for name, peer in self._peers.items() if peer.node == node)
@@ -137,12 +156,38 @@ class Relays:
         for other in self._of_node(node):
             self.close([other])
         try:
-            self._links[name] = self._peers[name].open()
+            self._links[name] = self._opened(name)
         except LinkError as error:
             logger.warning("actors of node %s are asked directly, since its relay cannot be reached: %s", node, error)
             self._failed.add(node)
             return False
         return True
+
+    def _opened(self, name: str) -> Link:
+        """By a thread of its own, since it is in the middle of a layer: a frozen actor may be cut off meanwhile."""
+        opening: Future[Link] = Future()
+        self._opening = name, opening
+        opener = self._peers[name].open
+        threading.Thread(target=_open_for, args=(opening, opener), name=f"reach-{name}", daemon=True).start()
+        try:
+            return opening.result()
+        except CancelledError:
+            raise PeerLost("it was cut off", peer=name) from None
+        finally:
+            self._opening = None
+
+
+def _open_for(opening: Future[Link], open_link: LinkOpener) -> None:
+    try:
+        link = open_link()
+    except Exception as error:
+        with suppress(InvalidStateError):
+            opening.set_exception(error)
+        return
+    try:
+        opening.set_result(link)
+    except InvalidStateError:  # nobody wants it any more
+        link.close()
 
 
 @dataclass(frozen=True)

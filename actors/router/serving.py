@@ -132,8 +132,7 @@ class Serving:
 
     def close(self) -> None:
         self._engine.stop()
-        for link in list(self._dispatcher.links.values()):
-            link.cut()  # the step at hand may wait for an actor that is frozen
+        self._dispatcher.links.cut(list(self._dispatcher.links))  # the step at hand may wait for one that is frozen
         self._engine.close()
         self._dispatcher.links.close()
         self.pins.close()
@@ -187,6 +186,7 @@ class Serving:
             purpose = Purpose(min_version=version, sequence_length=sequence_length, pasts=pasts, max_behind=max_behind)
             self._dispatcher.begin(purpose)
             yield lambda: self._dispatcher.used_version
+            self._dispatcher.finish()
 
     def reach(self) -> None:
         """Open links, over which every expert actor has confirmed the last commit. Inside `reading` or `stopped`."""

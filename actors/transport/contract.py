@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from threading import Event
 from typing import Any
 
 from actors.errors import LinkTimeout, MoeClusterError, PeerLost
@@ -71,6 +72,8 @@ class Link(abc.ABC):
     """Shared half of every implementation: ids, answers out of order, traffic counters."""
 
     kind: str = ""
+    max_bytes: int | None = None
+    """Of a message with its header. None: any number."""
 
     def __init__(self, peer: str) -> None:
         self.peer = peer
@@ -129,6 +132,11 @@ class Link(abc.ABC):
     @property
     def way(self) -> Way | None:
         """To the peer's device, for tensors without headers; None if there is none."""
+        return None
+
+    @property
+    def over(self) -> Event | None:
+        """Of its carrier, which see: of tensors that come on the device. None where there are none."""
         return None
 
     @property

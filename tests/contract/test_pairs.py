@@ -10,9 +10,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
@@ -50,17 +51,21 @@ class Mute:
     def abort(self):
         pass
 
+def mute(carrier):
+    there, here = carrier._ends
+    carrier._ends = Mute(there), here
+
 if len(sys.argv) > 1:
     address = Address(**json.loads(sys.argv[1]))
     link = SocketLink("peer", address, name="child", max_bytes=1 << 24, timeout_s=60, payload=settings)
     link.call(Message("x", {}, (torch.ones(1 << 16),)), 60)
-    link._line.carrier._out = Mute(link._line.carrier._out)
+    mute(link._line.carrier)
     link.start(Message("x", {}, (torch.ones(1 << 16),)))
 else:
     def handle(peer, question):
         if question.op == "mute":
             for line in server._inbox._attachments._lines.values():
-                line.carrier._out = Mute(line.carrier._out)
+                mute(line.carrier)
         return Message("ok", {}, question.tensors)
     server = SocketServer("child", handle, max_bytes=1 << 24, payload=settings)
     server.start()
@@ -190,3 +195,76 @@ def test_a_peer_that_does_not_come_is_no_pair(monkeypatch: pytest.MonkeyPatch) -
     while os.path.exists(directory):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+class Mark:
+    """Of the device's way through what it was given."""
+
+    is_through = False
+
+    def query(self) -> bool:
+        return self.is_through
+
+
+class OnDevice(GlooPair):
+    """As with a GPU nobody waits on the host, once the ends have met."""
+
+    is_ordered = True
+
+    def __init__(self) -> None:
+        self.marks: list[Mark] = []
+        self.have_met = False
+
+    def settle(self, work: Any, is_over: Callable[[], bool]) -> None:
+        if not self.have_met:
+            super().settle(work, is_over)
+
+    def mark(self) -> Mark:
+        self.marks.append(Mark())
+        return self.marks[-1]
+
+
+@pytest.fixture
+def on_device() -> Iterator[tuple[PairCarrier, PairCarrier, OnDevice]]:
+    """Both ends, and the second one's device."""
+    backends = OnDevice(), OnDevice()
+    first, second = (PairCarrier(PAIR, "stranger", rank, backend) for rank, backend in enumerate(backends))
+    second.meet(first.offer(), [])
+    first.meet(second.offer(), [])
+    second._built()
+    for backend in backends:
+        backend.have_met = True
+    yield first, second, backends[1]
+    first.close()
+    second.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_an_index_that_never_comes_is_one_of_something(
+    on_device: tuple[PairCarrier, PairCarrier, OnDevice], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When its peer ends the device goes on with the memory as it is."""
+    _, second, device = on_device
+    monkeypatch.setattr(device, "room", lambda shape, dtype: torch.full(shape, 1 << 30, dtype=dtype))
+    assert not second.take(dtype, (QUARTER,), (1,)).any()
+
+
+def test_the_device_has_a_deadline_for_a_payload(
+    on_device: tuple[PairCarrier, PairCarrier, OnDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host goes on, perhaps to wait for the device: nobody looks at the link then."""
+    monkeypatch.setattr("actors.transport.payload.pair.LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr("actors.transport.payload.pair.TAKE_TIMEOUT_S", 0.3)
+    first, second, device = on_device
+    over = second.over
+    assert over is not None
+    for number in (1, 2):
+        assert first.put(torch.ones(QUARTER)) == (number,)
+        second.take(torch.float32, (QUARTER,), (number,))
+        device.marks[-1].is_through = True
+        assert not over.wait(0.5), "what came in time ends nothing"
+    second.take(torch.float32, (QUARTER,), (3,))
+    assert len(second._coming) == 1
+    assert over.wait(SOON_S)
+    with pytest.raises(PeerLost, match="stranger"):
+        second.take(torch.float32, (QUARTER,), (4,))

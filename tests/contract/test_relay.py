@@ -6,6 +6,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +16,8 @@ from torch import Tensor
 from actors.errors import InvalidInput, LinkTimeout, PeerLost, ProtocolError, RemoteError, StepAborted
 from actors.moe.fp8 import Payload
 from actors.optim import OptimizerSettings
-from actors.relay.bundle import Member, bundled, named, raise_if_failed
-from actors.relay.relay import Relay
+from actors.relay.bundle import Bundle, Member, bundled, named, raise_if_failed
+from actors.relay.relay import Relay, _Asker
 from actors.router.dispatcher import Dispatcher
 from actors.router.halves import routed
 from actors.router.passes import Purpose
@@ -242,6 +244,18 @@ def test_an_actor_that_is_cut_off_keeps_nobody_waiting(source: ModelSource, free
         assert local.router.state.requests.links.lost == {freezes}
 
 
+@pytest.mark.parametrize("freezes", ["expert-0", "expert-1"], ids=["the relay", "its neighbour"])
+def test_an_actor_that_was_cut_off_before_is_not_tried_again(source: ModelSource, freezes: str) -> None:
+    """A frozen process still takes connections: who opens a link to its relay waits in vain."""
+    with cluster(source, 4, links="socket", nodes=NODES, redundancy=2) as local:
+        whole = forwarded(local)
+        num_opened = len(local.relayed_over)
+        local.cut(freezes)
+        torch.testing.assert_close(forwarded(local), whole, rtol=1e-12, atol=1e-12)
+        assert freezes not in local.relayed_over[num_opened:]
+        assert local.router.state.requests.links.lost == {freezes}
+
+
 def test_a_run_in_which_an_actor_dies_has_the_losses_of_one_without(
     source: ModelSource, direct: tuple[list[float], Tensor]
 ) -> None:
@@ -440,6 +454,11 @@ def test_a_neighbour_has_a_deadline() -> None:
 
 MALFORMED: dict[str, Callable[[Message], Message]] = {
     "unknown operation": lambda q: Message("forward", q.fields, q.tensors),
+    "rows of one actor that come twice": lambda q: Message(
+        q.op,
+        {**q.fields, "sizes": [1, 3]},
+        (q.tensors[0], torch.tensor([1, 0, 1, 1], dtype=torch.int32), *q.tensors[2:]),
+    ),
     "too many rows": lambda q: Message(q.op, {**q.fields, "sizes": [1, 9]}, q.tensors),
     "a row that is not there": lambda q: Message(q.op, q.fields, (q.tensors[0], q.tensors[1] + 7, *q.tensors[2:])),
     "a row below the first": lambda q: Message(q.op, q.fields, (q.tensors[0], q.tensors[1] - 2, *q.tensors[2:])),
@@ -486,6 +505,86 @@ def test_it_is_for_those_who_hold_the_keys() -> None:
             assert link.call(question_for(members_of(actors)), 20).op == "ok"
         with pytest.raises(PeerLost, match="handshake"), asking(relay):
             pass
+
+
+def by_hand(relay: Relay) -> None:
+    """From now on its rounds are the caller's."""
+    relay._stop.set()
+    relay._thread.join(10)
+    assert not relay._thread.is_alive()
+
+
+def rounds_until(relay: Relay, is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < deadline
+        relay._round()
+
+
+@pytest.mark.parametrize("other_is_asked", [False, True])
+def test_an_actor_that_ends_when_nothing_is_wanted_of_it_is_forgotten(other_is_asked: bool) -> None:
+    """Whoever is gone for good is not asked again, and its end would wake the relay in every round."""
+    with node() as ((relay,), (first, second)), asking(relay) as link:
+        link.call(question_for([first.member, second.member]), 20)
+        by_hand(relay)
+        (asker,) = relay._askers.values()
+        with first.held:
+            if other_is_asked:
+                asker.ask(99, Bundle.of(question_for([first.member, second.member])))
+                rounds_until(relay, lambda: bool(asker._open and asker._open[0].answers))
+            second.stop()
+            rounds_until(relay, lambda: list(asker._neighbours) == [first.member])
+            assert len(asker._open) == other_is_asked
+            assert not relay._inbox.wait(0)
+
+
+def test_a_late_answer_that_nobody_wants_is_read() -> None:
+    """Of one actor, after another has refused."""
+    with node() as ((relay,), (first, second)), asking(relay) as link:
+        link.call(question_for([first.member, second.member]), 20)
+        (asker,) = relay._askers.values()
+        late = asker._neighbours[second.member].link
+        num_before = late.traffic.messages_received
+        first.refuses = True
+        with second.held:
+            with pytest.raises(StepAborted):
+                raise_if_failed(link.call(question_for([first.member, second.member]), 20))
+            by_hand(relay)
+        rounds_until(relay, lambda: late.traffic.messages_received > num_before)
+        assert not relay._inbox.wait(0)
+
+
+class Scripted(Link):
+    """Says what is next at each look: an answer to the question of this id, or nothing."""
+
+    def __init__(self, says: list[int | None]) -> None:
+        super().__init__("a0")
+        self._says = says
+
+    def _send(self, question: Message) -> None:
+        pass
+
+    def _receive(self, deadline: float) -> Message:
+        number = self._says.pop(0) if self._says else None
+        if number is None:
+            raise LinkTimeout("nothing", peer=self.peer)
+        return Message("ok", {}, (torch.ones(1, 3),), number)
+
+
+def test_an_answer_that_came_after_its_question_was_looked_at_is_not_slept_over() -> None:
+    """The look at the second question takes it in, and no poller knows of it any more."""
+    link = Scripted([None, 1, None])
+    inbox: Any = SimpleNamespace(watch=lambda pollables: None, unwatch=lambda pollables: None)
+    asker = _Asker("a0", lambda name, address: link, inbox, 20.0)
+    member = Member("a0", Address("here", "", ""))
+    for number in (98, 99):
+        asker.ask(number, Bundle.of(question_for([member])))
+    deadline = time.monotonic() + 10
+    while asker.is_opening and time.monotonic() < deadline:
+        assert asker.answers() == []
+    assert asker.has_news
+    assert [answer.id for answer in asker.answers()] == [98]
+    assert not asker.has_news
 
 
 def test_links_that_nobody_uses_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,9 @@ class FakeWay(Way):
     def wait(self) -> None:
         """Of what was sent or received, which is through."""
 
+    def end(self) -> None:
+        self.is_ended = True
+
     def when_over(self, drop: Callable[[], None]) -> None:
         pass
 

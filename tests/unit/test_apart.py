@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,6 +90,36 @@ def test_nobody_waits_for_ever(dispatched: Dispatched, monkeypatch: pytest.Monke
     with pytest.raises(LinkTimeout, match="has not played"):
         ensemble(dispatched).finish(Done(Quiet("never")))
     assert all(link.closed for link in dispatched.links.values())
+
+
+def test_those_who_are_silent_have_one_deadline(dispatched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    dispatched.links.timeout_s, dispatched.purpose = 0.5, SimpleNamespace(min_version=0)
+    asked = ensemble(dispatched)
+    asked._numbers = dict.fromkeys(dispatched.links, 1)
+    deadlines: list[float] = []
+
+    def wait(link: Quiet, deadline: float) -> Message:
+        deadlines.append(deadline)
+        time.sleep(max(0.0, deadline - time.monotonic()))
+        raise LinkTimeout("nothing", peer=link.peer)
+
+    monkeypatch.setattr(Quiet, "_receive", wait)
+    assert not asked.begin()
+    assert len(deadlines) == 2
+    assert deadlines[1] - deadlines[0] < 0.25
+    assert all(link.closed for link in dispatched.links.values())
+
+
+def test_what_the_device_gives_without_a_peer_that_was_cut_off_counts_nothing(dispatched: Any) -> None:
+    """The end of its way ends the wait of the device, between two looks."""
+    ways = {name: FakeWay.pair()[0] for name in dispatched.links}
+    cut = Ensemble(dispatched, ways, {"a": [0], "b": [1]}, torch.device("cpu"))
+    ways["b"].is_ended = True
+    done = Quiet("c")
+    done.close()
+    with pytest.raises(PeerLost) as caught:
+        cut.finish(Done(done))
+    assert caught.value.peer == "b"
 
 
 def test_what_is_done_is_not_looked_after(dispatched: Dispatched) -> None:

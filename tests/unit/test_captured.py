@@ -31,6 +31,10 @@ class Step:
         self.shape, self.is_whole = (rows, length), standing is not None
         self._of, self._standing = (model, slots.generation), standing
 
+    @property
+    def is_over(self) -> bool:
+        return self._standing is not None and self._standing.is_over()
+
     def is_of(self, model: Any, slots: Slots) -> bool:
         return self._of == (model, slots.generation)
 
@@ -47,10 +51,12 @@ class Here:
     def __init__(self) -> None:
         self.weights: Weights | None = {}
         self.epoch = 0
+        self.is_over = False
 
     @contextmanager
     def holding(self) -> Iterator[Standing | None]:
-        yield None if self.weights is None else Standing(self.epoch, [self.weights], _not_asked)
+        is_here = self.weights is not None
+        yield Standing(self.epoch, [self.weights], _not_asked, lambda: self.is_over) if is_here else None
 
 
 def _not_asked() -> Any:
@@ -137,6 +143,33 @@ def test_experts_that_move_are_left_out_until_they_rest(monkeypatch: pytest.Monk
     assert kinds(12)[-1] is True
     here.weights = None  # not all of them are here any more
     assert kinds(1) == [False]
+
+
+def test_graphs_go_with_what_they_hold_though_nothing_comes_in_its_place() -> None:
+    """The end of a communicator waits for every graph that holds it."""
+    here = Here()
+    forward, model, slots = CapturedForward(here), nn.Module(), slots_of(5)
+    settle(forward, model, slots)
+    here.weights = None  # elsewhere, where no graph reaches
+    is_replayed(forward, model, slots)
+    assert any(step.is_whole for step in forward._steps.values()), "they may come back"
+    here.is_over = True
+    is_replayed(forward, model, slots)
+    assert not any(step.is_whole for step in forward._steps.values())
+
+
+@pytest.mark.parametrize("must", [False, True])
+def test_a_capture_that_fails_since_its_peers_end_is_made_again(monkeypatch: pytest.MonkeyPatch, must: bool) -> None:
+    monkeypatch.setattr(captured, "SETTLED_AFTER", 10)
+    here = Here()
+    forward, model, slots = CapturedForward(here, must=must), nn.Module(), slots_of(5)
+    here.is_over = True
+    monkeypatch.setattr(Step, "failure", RuntimeError("the communicator was aborted"))
+    assert not any(is_replayed(forward, model, slots) for _ in range(SEEN_BEFORE + 1))
+    here.is_over = False
+    monkeypatch.setattr(Step, "failure", None)
+    assert [is_replayed(forward, model, slots) for _ in range(30)][-1]
+    assert any(step.is_whole for step in forward._steps.values())
 
 
 def test_a_family_that_cannot_be_captured_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@ it; and which way a share takes. No sockets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import pytest
@@ -28,7 +30,7 @@ from actors.router.parcels import Parcel, alone, joined
 from actors.router.relays import RelayedPending, Relays
 from actors.router.roster import Peer, Relaying
 from actors.transport.contract import Link
-from actors.transport.message import Message
+from actors.transport.message import Message, encode
 from actors.values import Address
 
 WIDTH = 6
@@ -120,6 +122,9 @@ def test_an_error_is_that_of_the_actors_own_link(error: MoeClusterError) -> None
 # -- which way ---------------------------------------------------------------------------------------------------------
 
 
+NODE_OF = {"a": "far", "b": "far", "c": "away"}
+
+
 class Node:
     """Two nodes: `a` and `b` on one, `c` on another, with relays whose links are told here."""
 
@@ -127,17 +132,17 @@ class Node:
         self.opened: list[str] = []
         self.links: dict[str, FakeLink] = {}
         self.dead: set[str] = set()
+        self.frozen: dict[str, threading.Event] = {}
 
-    def peers(self, *names: str, worth_bytes: int = 0) -> dict[str, Peer]:
-        relaying = {
-            name: Relaying("far" if name in "ab" else "away", ADDRESS, self._opener(name), worth_bytes)
-            for name in names
-        }
+    def peers(self, *names: str, worth_bytes: int = 0, node_of: Mapping[str, str] = NODE_OF) -> dict[str, Peer]:
+        relaying = {name: Relaying(node_of[name], ADDRESS, self._opener(name), worth_bytes) for name in names}
         return {name: Peer(lambda name=name: FakeLink(name), relaying=relaying[name]) for name in names}  # type: ignore[misc]
 
     def _opener(self, name: str) -> Callable[[], Link]:
         def open_link() -> Link:
             self.opened.append(name)
+            if name in self.frozen:
+                assert self.frozen[name].wait(20)
             if name in self.dead:
                 raise PeerLost("dead", peer=name)
             self.links[name] = FakeLink(name)
@@ -199,15 +204,30 @@ def test_too_little_saved_is_not_worth_it(node: Node) -> None:
     assert ways(relays, shares[:2], row_bytes=8) == [("a", "b")]
 
 
-def test_another_relay_serves_where_the_first_is_lost(node: Node) -> None:
+def test_what_is_too_much_for_one_message_is_sent_to_each(node: Node) -> None:
     _, shares = shares_of(9)
     relays = Relays()
     relays.connect(node.peers("a", "b"))
-    ways(relays, shares[:2])
-    assert ways(relays, shares[:2], lost={"a"}) == [("a", "b")]
+    assert ways(relays, shares[:2]) == [("a", "b")]
+    parcel = joined(NAMES[:2], shares[:2])
+    for weights_N in (torch.rand(18), torch.rand(18, dtype=torch.float64)):
+        question = named(parcel.forward({"layer": 3}, torch.randn(9, 2), weights_N, "trunk"), MEMBERS[:2])
+        assert sum(map(len, encode(question))) <= parcel.num_bytes(row_bytes=8)
+    node.links["a"].max_bytes = parcel.num_bytes(row_bytes=8)
+    assert ways(relays, shares[:2]) == [("a", "b")]
+    node.links["a"].max_bytes -= 1
+    assert ways(relays, shares[:2]) == [("a",), ("b",)]
+
+
+def test_another_relay_serves_where_the_first_is_lost(node: Node) -> None:
+    _, shares = shares_of(9)
+    relays = Relays()
+    relays.connect(node.peers("a", "b", "c", node_of=dict.fromkeys(NAMES, "far")))
+    assert ways(relays, shares) == [("a", "b", "c")]
+    assert ways(relays, shares, lost={"a"}) == [("a",), ("b", "c")]
     assert node.opened == ["a", "b"]
     assert node.links["a"].closed
-    relays.connect(node.peers("b"))
+    relays.connect(node.peers("b", "c", node_of=dict.fromkeys(NAMES, "far")))
     assert not node.links["b"].closed
     relays.close()
     assert node.links["b"].closed
@@ -236,7 +256,7 @@ def links(node: Node) -> Links:
 
 def parcel_of(links: Links) -> Parcel:
     _, shares = shares_of(9)
-    return links.relays.parcels(NAMES, shares, 8, links.lost, lambda name: True)[0]
+    return links.relays.parcels(NAMES, shares, 8, links.unreachable, lambda name: True)[0]
 
 
 def asked(links: Links) -> RelayedPending:
@@ -260,6 +280,30 @@ def test_nobody_waits_for_an_actor_that_is_cut_off(links: Links, name: str) -> N
     links.cut([name])
     assert links.answers([pending], timeout_s=60.0) == [None]
     assert links.lost == {name}
+
+
+def test_who_was_cut_off_is_asked_over_its_own_link_alone(node: Node, links: Links) -> None:
+    parcel_of(links)
+    links.cut(["a"])
+    assert parcel_of(links).names == ("a",)
+    assert node.opened == ["a"]
+    assert links.start("a", Message("forward")) is None
+
+
+def test_nobody_waits_for_the_relay_of_an_actor_that_is_cut_off(node: Node, links: Links) -> None:
+    """While its link is being opened, as that of a frozen process is for the whole deadline."""
+    frozen, found = node.frozen.setdefault("a", threading.Event()), list[Parcel]()
+    asking = threading.Thread(target=lambda: found.append(parcel_of(links)))
+    asking.start()
+    while not node.opened:
+        assert asking.is_alive()
+    links.cut(["a"])
+    asking.join(10)
+    assert [parcel.names for parcel in found] == [("a",)]
+    frozen.set()
+    until = time.monotonic() + 10
+    while "a" not in node.links or not node.links["a"].closed:
+        assert time.monotonic() < until, "what came of it after all is closed"
 
 
 def test_an_actor_that_its_relay_has_lost_is_lost_alone(node: Node, links: Links) -> None:
@@ -310,6 +354,7 @@ def test_who_does_not_reroute_is_told_who_is_gone(node: Node) -> None:
     assert caught.value.peer == "b"
     assert (links["a"].closed, links["b"].closed) == (False, True)
     links.relays.try_all()
+    assert links.reopen() == []
     node.links["a"].is_dead = True
     with pytest.raises(PeerLost) as caught:
         links.start_parcel(parcel_of(links), Message("relay", {"op": "forward"}))

@@ -54,3 +54,23 @@ def test_it_is_the_sum_over_the_stacks(
         expected_TD += stack(x_TD, work, keep=False)[0].detach()
     with torch.no_grad():
         torch.testing.assert_close(static_experts(parts, x_TD, ids_TK, weights_TK), expected_TD)
+
+
+@pytest.mark.parametrize("has_kernel", [False, True])
+def test_an_expert_that_overflows_is_none_of_those_tokens_that_did_not_choose_it(
+    has_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(static, "_has_kernel", lambda x_TD: has_kernel)
+    generator = torch.Generator().manual_seed(3)
+    x_TD, weights_TK = torch.randn(5, 32, generator=generator), torch.rand(5, 2, generator=generator)
+    ids_TK = torch.tensor([[0, 1], [1, 0], [0, 4], [5, 1], [4, 5]])  # and not 6, 7, 2 or 3
+    stacks = stacks_of("mixtral")
+    with torch.no_grad():
+        for is_wild in (False, True):
+            if is_wild:
+                stacks[1][0].weights["down_proj"][0] = 1e38
+            parts = [StaticPart.of(stack, {e: row for row, e in enumerate(own)}, NUM_EXPERTS) for stack, own in stacks]
+            y_TD = static_experts(parts, x_TD, ids_TK, weights_TK)
+            if not is_wild:
+                expected_TD = y_TD
+    torch.testing.assert_close(y_TD, expected_TD)

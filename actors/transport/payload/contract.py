@@ -14,6 +14,7 @@ import abc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from threading import Event
 from typing import Any, Literal, Protocol
 
 import torch
@@ -49,6 +50,7 @@ SOCKET_ONLY = PayloadSettings("socket")
 
 class Way(abc.ABC):
     """Tensors straight from one process to the other without a word about them, since both know what comes next.
+    `PeerLost` once it is over.
 
     Calls return at once: they take their place in the current CUDA stream, and a graph can hold them. Both ends must
     make the same ones in the same order; what a carrier sends between them counts too.
@@ -68,9 +70,13 @@ class Way(abc.ABC):
         """Into a tensor that is contiguous."""
 
     @abc.abstractmethod
+    def end(self) -> None:
+        """This end gives it up. Any thread; does not wait."""
+
+    @abc.abstractmethod
     def when_over(self, drop: Callable[[], None]) -> None:
-        """`drop` is called then, in any thread: it must let go of every graph that holds a call of this way, for which
-        the end of the communicator waits."""
+        """`drop` is called then, in another thread than this, also if it is over already: it must let go of every graph
+        that holds a call of this way, for which the end of the communicator waits. More than once may happen."""
 
 
 class Arrival(Protocol):
@@ -118,6 +124,12 @@ class Carrier(abc.ABC):
 
     def hear(self, tickets: Sequence[int]) -> None:
         """Counterpart of `told`."""
+
+    @property
+    def over(self) -> Event | None:
+        """Set when tensors that it gave may never come to hold what they should: they come on the device, where the
+        current stream waits for them, and the end of the carrier ends that wait. None where they are there at once."""
+        return None
 
     def way(self) -> Way | None:
         """For tensors that need no header. None where there is none."""

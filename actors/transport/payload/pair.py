@@ -15,8 +15,10 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -35,6 +37,8 @@ BUILD_TIMEOUT_S = 30.0
 TAKE_TIMEOUT_S = 30.0
 """A payload whose header is here is on its way: one that takes longer will not come."""
 ABORT_NOTICED_S = 0.02
+LOOK_EVERY_S = 1.0
+"""Whether the device still waits for a payload."""
 NCCL_CHANNELS = 16
 """Of a communicator, at most: each has buffers of its own on the GPU. A layer of 128 tokens of 7168 takes 66 us there
 and back in a graph with 16 of them, 89 with 8, 115 with 4, between two H200. With 4 a communicator took 262 MiB (torch
@@ -62,6 +66,11 @@ class PairBackend(ABC):
     @abstractmethod
     def settle(self, work: Any, is_over: Callable[[], bool]) -> None:
         """Until what was received may be used. RuntimeError if the peer is gone, or it `is_over`."""
+
+    def mark(self) -> Any:
+        """What tells, by `query`, that what was received last is there, or that nobody waits for it any more. None
+        where `settle` waits."""
+        return None
 
     @abstractmethod
     def is_gone(self, work: Any) -> bool:
@@ -141,6 +150,11 @@ class NcclPair(PairBackend):
     def settle(self, work: Any, is_over: Callable[[], bool]) -> None:
         work.wait()
 
+    def mark(self) -> Any:
+        mark = torch.cuda.Event()
+        mark.record(torch.cuda.current_stream(self._device))
+        return mark
+
 
 class PairCarrier(Carrier):
     """The link's end is rank 0, the server's rank 1. A place is the number of the payload in its direction.
@@ -160,6 +174,9 @@ class PairCarrier(Carrier):
         self._num_going_bytes = 0
         self._num_sent = self._num_taken = 0
         self._taken: list[int] = []
+        self._coming: deque[Any] = deque()
+        """Marks of what was received; who uses the link drops those that are through."""
+        self._watch: threading.Thread | None = None
         self._ends: tuple[Any, Any] | None = None
         """Communicators for what is sent and for what comes; read once where both are used, since another thread may
         end them."""
@@ -210,6 +227,10 @@ class PairCarrier(Carrier):
         if (ends := self._built()) is None:
             raise PeerLost("the way of its payloads has ended", peer=self._peer)
         room = self._backend.room(shape, dtype)
+        if not dtype.is_floating_point:
+            # Should it never come, the device goes on with what is here. Where Triton does not work, an index out of
+            # range would end every computation of this process.
+            room.zero_()
         try:
             work = ends[1].recv([_bytes_of(room)], 1 - self._rank, 0)
             self._backend.settle(work, self._is_over.is_set)
@@ -217,7 +238,31 @@ class PairCarrier(Carrier):
             self.abort()
             raise PeerLost(f"its payload did not come: {error}", peer=self._peer) from None
         self._taken.append(self._num_taken)
+        self._have_watched(self._backend.mark())
         return room
+
+    def _have_watched(self, mark: Any) -> None:
+        """Whoever waits for the device may be the one that would see the link end, and waits for ever then."""
+        if mark is None:
+            return
+        while self._coming and self._coming[0].query():
+            self._coming.popleft()
+        self._coming.append(mark)
+        if self._watch is None:
+            self._watch = threading.Thread(target=self._end_late, name=f"payloads-{self._peer}", daemon=True)
+            self._watch.start()
+
+    def _end_late(self) -> None:
+        first, since = None, 0.0
+        while not self._is_over.wait(LOOK_EVERY_S):
+            found = next(iter(self._coming.copy()), None)
+            if found is None or found.query():
+                first = None
+            elif found is not first:
+                first, since = found, time.monotonic()
+            elif time.monotonic() - since > TAKE_TIMEOUT_S:
+                logger.warning("a payload of %s has not come in %.0f s", self._peer, TAKE_TIMEOUT_S)
+                self.abort()
 
     def told(self) -> list[int]:
         told, self._taken = self._taken[:MAX_TOLD], self._taken[MAX_TOLD:]
@@ -233,9 +278,13 @@ class PairCarrier(Carrier):
                 self._going.pop(ticket, None)
                 self._num_going_bytes -= sent[0].numel() * sent[0].element_size()
 
+    @property
+    def over(self) -> threading.Event | None:
+        return self._is_over if self._backend.is_ordered else None
+
     def way(self) -> Way | None:
         if self._way is None and self._backend.is_ordered and (ends := self._built()) is not None:
-            self._way = PairWay(*ends, self._peer, 1 - self._rank, self._is_over)
+            self._way = PairWay(*ends, self._peer, 1 - self._rank, self._is_over, self.abort)
         return self._way
 
     def abort(self) -> None:
@@ -300,9 +349,11 @@ class PairCarrier(Carrier):
 
 
 class PairWay(Way):
-    def __init__(self, there: Any, here: Any, peer: str, rank: int, ended: threading.Event) -> None:
-        """`there` and `here`: communicators; `rank`: of the peer; `ended`: of the carrier."""
-        self._out, self._in, self._peer, self._rank, self._ended = there, here, peer, rank, ended
+    def __init__(
+        self, there: Any, here: Any, peer: str, rank: int, ended: threading.Event, end: Callable[[], None]
+    ) -> None:
+        """`there` and `here`: communicators; `rank`: of the peer; `ended` and `end`: of the carrier."""
+        self._out, self._in, self._peer, self._rank, self._ended, self._end = there, here, peer, rank, ended, end
         self._drops: list[Callable[[], None]] = []
 
     @property
@@ -310,17 +361,24 @@ class PairWay(Way):
         return self._ended.is_set()
 
     def send(self, tensor: Tensor) -> Arrival:
-        arrival: Arrival = self._known(self._out).send([_bytes_of(tensor)], self._rank, 0)
+        communicator = self._known(self._out)
+        with self._until_over():
+            arrival: Arrival = communicator.send([_bytes_of(tensor)], self._rank, 0)
         return arrival
 
     def receive(self, room: Tensor) -> Arrival:
-        arrival: Arrival = self._known(self._in).recv([_bytes_of(room)], self._rank, 0)
+        communicator = self._known(self._in)
+        with self._until_over():
+            arrival: Arrival = communicator.recv([_bytes_of(room)], self._rank, 0)
         return arrival
+
+    def end(self) -> None:
+        self._end()
 
     def when_over(self, drop: Callable[[], None]) -> None:
         self._drops.append(drop)
-        if self.is_over:
-            drop()
+        if self.is_over:  # perhaps since a moment ago, and who calls may hold what `drop` waits for
+            threading.Thread(target=drop, name="let-go", daemon=True).start()
 
     def let_go(self) -> None:
         """Of all graphs, once the communicators are being ended."""
@@ -333,8 +391,21 @@ class PairWay(Way):
 
     def _known(self, communicator: Any) -> Any:
         if communicator is None:
-            raise PeerLost("the way to it has ended", peer=self._peer)
+            raise self._lost()
         return communicator
+
+    @contextlib.contextmanager
+    def _until_over(self) -> Iterator[None]:
+        """What an ended communicator says is that the peer is lost; another thread may end it at any moment."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not self.is_over:
+                raise
+            raise self._lost() from error
+
+    def _lost(self) -> PeerLost:
+        return PeerLost("the way to it has ended", peer=self._peer)
 
 
 def _abort(communicator: Any) -> None:

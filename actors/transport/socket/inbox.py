@@ -70,9 +70,9 @@ class Inbox:
         for pollable in pollables:
             self._poller.unregister(pollable)
 
-    def wait(self, timeout_ms: int) -> bool:
-        """Until something has come, or the time is over. -> whether something has."""
-        return bool(self._poller.poll(timeout_ms))
+    def wait(self, timeout_ms: int) -> set[Any]:
+        """Until something has come, or the time is over. -> where; empty if nothing has."""
+        return {pollable for pollable, _ in self._poller.poll(timeout_ms)}
 
     def has_something(self) -> bool:
         """Without waiting."""

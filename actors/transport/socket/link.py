@@ -6,6 +6,7 @@ import os
 import time
 import uuid
 from collections import deque
+from threading import Event
 from typing import Any
 
 import zmq
@@ -48,7 +49,7 @@ class SocketLink(Link):
         super().__init__(peer)
         on_this_host = address.host_id == host_id() and os.path.exists(address.ipc.removeprefix("ipc://"))
         self.kind = "socket/ipc" if on_this_host else "socket/tcp"
-        self._max_bytes = max_bytes
+        self.max_bytes = self._max_bytes = max_bytes
         self._line: Line | None = None
         self._arrived: deque[Frames] = deque()
         self._ended = ""
@@ -89,6 +90,10 @@ class SocketLink(Link):
     @property
     def way(self) -> Way | None:
         return None if self._line is None or self.closed else self._line.carrier.way()
+
+    @property
+    def over(self) -> Event | None:
+        return None if self._line is None else self._line.carrier.over
 
     @property
     def _carrier(self) -> Carrier | None:
