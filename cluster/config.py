@@ -134,9 +134,10 @@ class LinksConfig:
     which is guarded by its directory's access rights otherwise; off: neither."""
     max_message_bytes: int = 1 << 30
     payload: Literal["auto", "socket", "shm", "cuda_ipc", "nccl"] = "auto"
-    """Which way large tensors go. auto: `shm`, host memory that both ends share, where they are on one host, else the
-    socket. Any other: this way or not at all. `cuda_ipc` (on one GPU) and `nccl` (between the GPUs of one host) are for
-    links between routers and experts; all others are as with auto then."""
+    """Which way large tensors go. auto: where both ends are on one host `cuda_ipc`, memory of their GPUs that each
+    shows the other, or `shm`, host memory that both share, else the socket. Any other: this way or not at all.
+    `cuda_ipc` and `nccl` (between two GPUs of one host) are for links between routers and experts; all others are as
+    with auto then."""
     dispatch: Literal["trunk", "fp8"] = "trunk"
     """How tokens travel to the experts: in the trunk's dtype, or as FP8 with a scale a token, about 2.6 % off and half
     of bfloat16's bytes. Sums and gradients travel in the trunk's dtype either way."""

@@ -1,5 +1,6 @@
-"""A layer's tokens to an expert actor on another GPU and back, without the experts' computation: over an `nccl` link as
-question and answer (`nccl_pair_128x7168`), and inside the graphs of a captured step (`captured_layer`).
+"""A layer's tokens to an expert actor on another GPU and back, without the experts' computation: as question and answer
+over a link as its ends choose it (`nccl_pair_128x7168`) and over an `nccl` link (`nccl_link_128x7168`), and inside the
+graphs of a captured step (`captured_layer`).
 
 The measure is NCCL's own: two `all_to_all_single` between the same two GPUs, with as many bytes to the other each way.
 `ray_call_128x7168`: the same question as a Ray actor call, through the host's memory as there is no other way for it.
@@ -9,8 +10,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -23,6 +25,7 @@ from actors.transport.message import Message
 from actors.transport.payload.contract import PayloadSettings, Way
 from actors.transport.socket import SocketLink, SocketServer
 from cluster.bench.payload import other_process, started
+from actors.values import Address
 from cluster.bench.result import Row, interleaved, time_row
 
 _dist: Any = torch.distributed
@@ -41,26 +44,26 @@ def gpu_pair_rows(rounds: int, ray_call: Callable[[Message], Message]) -> list[R
         return []
     rounds = max(rounds, MIN_ROUNDS)
     with tempfile.TemporaryDirectory() as directory, other_process(_serve, directory) as parent:
-        link = SocketLink(
-            "echo",
-            started(parent),
-            name="bench",
-            max_bytes=MAX_BYTES,
-            timeout_s=TIMEOUT_S,
-            payload=PayloadSettings("nccl", "cuda:0"),
-        )
-        try:
+        address = started(parent)
+        with ExitStack() as stack:
+            links = [_opened(address, PayloadSettings(wish, "cuda:0"), stack) for wish in ("auto", "nccl")]
             with torch.cuda.device(0), torch.no_grad():
-                return _rows(rounds, link, _Pair(directory, 0), ray_call)
-        finally:
-            link.close()
+                return _rows(rounds, *links, _Pair(directory, 0), ray_call)
 
 
-def _rows(rounds: int, link: SocketLink, pair: _Pair, ray_call: Callable[[Message], Message]) -> list[Row]:
+def _opened(address: Address, payload: PayloadSettings, stack: ExitStack) -> SocketLink:
+    link = SocketLink("echo", address, name="bench", max_bytes=MAX_BYTES, timeout_s=TIMEOUT_S, payload=payload)
+    stack.callback(link.close)
+    return link
+
+
+def _rows(
+    rounds: int, link: SocketLink, nccl_link: SocketLink, pair: _Pair, ray_call: Callable[[Message], Message]
+) -> list[Row]:
     question = Message("echo", {}, _tensors())
     on_host = Message("echo", {}, tuple(tensor.cpu() for tensor in question.tensors))
 
-    def over_link() -> None:
+    def over(link: SocketLink) -> None:
         for _ in range(CALLS_A_ROUND):
             link.call(question, TIMEOUT_S)
             torch.cuda.synchronize()
@@ -80,15 +83,17 @@ def _rows(rounds: int, link: SocketLink, pair: _Pair, ray_call: Callable[[Messag
         pending.result(TIMEOUT_S)
 
     ray_call(on_host)
-    seconds = interleaved({"link": over_link, "nccl": all_to_all, "ray": by_ray}, rounds, 2)
+    candidates = {"link": partial(over, link), "nccl link": partial(over, nccl_link), "nccl": all_to_all, "ray": by_ray}
+    seconds = interleaved(candidates, rounds, 2)
     each = {name: [s / CALLS_A_ROUND for s in values] for name, values in seconds.items()}
     ray = [s / (CALLS_A_ROUND // 10) for s in seconds["ray"]]
     peer = "all_to_all_single there and back"
     rows = [
         time_row("nccl_pair_128x7168", "us", 1e6, each["link"], peer, each["nccl"]),
+        time_row("nccl_link_128x7168", "us", 1e6, each["nccl link"], peer, each["nccl"]),
         time_row("ray_call_128x7168", "us", 1e6, each["link"], "Ray actor call", ray),
     ]
-    with _captured(link) as replay:
+    with _captured(nccl_link) as replay:
         seconds = interleaved({"captured": replay, "nccl": all_to_all}, rounds, 2)
     captured = [s / LAYERS for s in seconds["captured"]]
     nccl = [s / CALLS_A_ROUND for s in seconds["nccl"]]
@@ -199,7 +204,7 @@ class _Echo:
 def _serve(parent: Connection, directory: str) -> None:
     torch.cuda.set_device(1)
     echo = _Echo(directory)
-    server = SocketServer("echo", echo.handle, max_bytes=MAX_BYTES, payload=PayloadSettings("nccl", "cuda:1"))
+    server = SocketServer("echo", echo.handle, max_bytes=MAX_BYTES, payload=PayloadSettings("auto", "cuda:1"))
     server.start()
     parent.send(server.address)
     parent.poll(None)  # until the parent closes it, or ends

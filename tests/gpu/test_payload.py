@@ -25,8 +25,12 @@ pytestmark = pytest.mark.gpu
 
 MAX_BYTES = 1 << 28
 REGION_BYTES = 8 << 20
-KINDS = {"cuda_ipc": ("cuda:0", "cuda:0"), "nccl": ("cuda:0", "cuda:1")}
-"""Where the link's end computes, and the server's."""
+WAYS = {
+    "one_gpu": ("cuda_ipc", "cuda:0", "cuda:0"),
+    "two_gpus": ("cuda_ipc", "cuda:0", "cuda:1"),
+    "nccl": ("nccl", "cuda:0", "cuda:1"),
+}
+"""Kind of the carrier; where the link's end computes, and the server's."""
 SLOW_CYCLES = 200_000_000
 """Of a kernel that does nothing: a tenth of a second."""
 
@@ -70,24 +74,24 @@ def opened(address: Address, payload: PayloadSettings) -> SocketLink:
 
 
 @contextmanager
-def echoing(kind: str) -> Iterator[tuple[BaseProcess, Callable[[], SocketLink]]]:
+def echoing(way: str) -> Iterator[tuple[BaseProcess, Callable[[], SocketLink]]]:
     """A process, and what opens a link to it."""
-    here, there = KINDS[kind]
+    kind, here, there = WAYS[way]
     with process(serve_echo, settings(kind, there)) as (child, address):
         yield child, lambda: opened(address, settings(kind, here))
 
 
-@pytest.fixture(params=list(KINDS), scope="module")
-def kind(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=list(WAYS), scope="module")
+def way(request: pytest.FixtureRequest) -> str:
     found: str = request.param
-    if torch.cuda.device_count() < 2 and found == "nccl":
-        pytest.skip("NCCL refuses two ranks on one GPU")
+    if torch.cuda.device_count() < 2 and "cuda:1" in WAYS[found]:
+        pytest.skip("needs a second GPU")
     return found
 
 
 @pytest.fixture(scope="module")
-def open_link(kind: str) -> Iterator[Callable[[], SocketLink]]:
-    with echoing(kind) as (_, open_link):
+def open_link(way: str) -> Iterator[Callable[[], SocketLink]]:
+    with echoing(way) as (_, open_link):
         yield open_link
 
 
@@ -100,10 +104,8 @@ def link(open_link: Callable[[], SocketLink]) -> Iterator[SocketLink]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.uint8])
 @pytest.mark.parametrize("shape", [(3, 5), (0, 5), (), (700, 64)])
-def test_tensors_come_back_as_they_went(
-    link: SocketLink, kind: str, dtype: torch.dtype, shape: tuple[int, ...]
-) -> None:
-    assert link.kind == f"socket/ipc+{kind}"
+def test_tensors_come_back_as_they_went(link: SocketLink, way: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    assert link.kind == f"socket/ipc+{WAYS[way][0]}"
     tensor = (torch.randn(shape, device="cuda") * 100).to(dtype)
     (got,) = link.call(Message("echo", {}, (tensor,)), 60).tensors
     assert torch.equal(got.to("cuda"), tensor)
@@ -162,9 +164,9 @@ def test_closed_links_give_their_memory_back(open_link: Callable[[], SocketLink]
 
 
 @pytest.mark.parametrize("computing", [False, True])
-def test_a_killed_peer_is_named_and_another_takes_its_place(kind: str, computing: bool) -> None:
+def test_a_killed_peer_is_named_and_another_takes_its_place(way: str, computing: bool) -> None:
     tensor = torch.ones(1 << 18, device="cuda")
-    with echoing(kind) as (child, open_link):
+    with echoing(way) as (child, open_link):
         link = open_link()
         link.call(Message("echo", {}, (tensor,)), 60)
         if computing:  # its answer is here, and what computes it is not done
@@ -177,15 +179,44 @@ def test_a_killed_peer_is_named_and_another_takes_its_place(kind: str, computing
         assert time.monotonic() - started < 5
         link.close()
     torch.cuda.synchronize()  # whatever came, this GPU waits for nobody who is dead
-    with echoing(kind) as (_, open_link):
+    with echoing(way) as (_, open_link):
         link = open_link()
         assert torch.equal(link.call(Message("echo", {}, (tensor,)), 60).tensors[0].cuda(), tensor)
         link.close()
 
 
-def test_ends_that_do_not_share_a_gpu_cannot_be_made_to() -> None:
+def test_ends_without_a_gpu_cannot_be_made_to() -> None:
     with (
         process(serve_echo, PayloadSettings("cuda_ipc", "cpu")) as (_, address),
-        pytest.raises(InvalidInput, match="same GPU"),
+        pytest.raises(InvalidInput, match="compute on GPUs"),
     ):
         opened(address, PayloadSettings("cuda_ipc", "cuda:0"))
+
+
+def test_what_a_process_has_sent_outlives_it() -> None:
+    """Its memory is mapped here; nothing of it may go, or change, before it was copied out."""
+    with echoing("two_gpus" if torch.cuda.device_count() > 1 else "one_gpu") as (child, open_link):
+        link = open_link()
+        tensor = torch.arange(1 << 18, device="cuda")
+        pending = [link.start(Message("echo", {}, (tensor + number,))) for number in range(8)]
+        assert pending[-1].result(60).fields["devices"]
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGKILL)
+        child.join(10)
+        for number, each in enumerate(pending[:-1]):  # all have come to this end before the last one
+            assert torch.equal(each.result(60).tensors[0].cuda(), tensor + number)
+        link.close()
+    torch.cuda.synchronize()
+
+
+def test_by_itself_a_link_goes_through_the_gpus_memory() -> None:
+    device = f"cuda:{torch.cuda.device_count() - 1}"
+    with process(serve_echo, PayloadSettings("auto", device)) as (_, address):
+        link = opened(address, PayloadSettings("auto", "cuda:0"))
+        assert link.kind == "socket/ipc+cuda_ipc"
+        tensor = torch.randn(3 << 20, device="cuda")  # more than its first region
+        for _ in range(3):
+            answer = link.call(Message("echo", {}, (tensor, tensor[:7])), 60)
+            assert answer.fields["devices"] == ["cuda", "cuda"]
+            assert torch.equal(answer.tensors[0].to("cuda:0"), tensor)
+        link.close()

@@ -20,31 +20,35 @@ def of(end: End, wish: str) -> End:
 
 
 @pytest.mark.parametrize(
-    ("here", "there", "on_one_host", "kind"),
+    ("here", "there", "on_one_host", "kinds"),
     [
-        (CPU, OTHER_CPU, True, "shm"),
-        (CPU, CPU, True, "shm"),
-        (CPU, OTHER_CPU, False, "socket"),
-        (GPU, SAME_GPU, True, "shm"),
-        (of(GPU, "cuda_ipc"), SAME_GPU, True, "cuda_ipc"),
-        (GPU, OTHER_GPU, True, "shm"),
-        (GPU, OTHER_CPU, True, "shm"),
-        (GPU, SAME_GPU, False, "socket"),
-        (of(GPU, "socket"), SAME_GPU, True, "socket"),
-        (GPU, of(SAME_GPU, "shm"), True, "shm"),
-        (of(GPU, "nccl"), OTHER_GPU, True, "nccl"),
-        (CPU, End(), True, "socket"),
+        (CPU, OTHER_CPU, True, ("shm",)),
+        (CPU, CPU, True, ("shm",)),
+        (CPU, OTHER_CPU, False, ()),
+        (GPU, SAME_GPU, True, ("cuda_ipc", "shm")),
+        (GPU, OTHER_GPU, True, ("cuda_ipc", "shm")),
+        (GPU, End("auto", 1, "gpu-1"), True, ("shm",)),
+        (GPU, OTHER_CPU, True, ("shm",)),
+        (GPU, OTHER_GPU, False, ()),
+        (of(GPU, "cuda_ipc"), OTHER_GPU, True, ("cuda_ipc",)),
+        (of(GPU, "socket"), SAME_GPU, True, ()),
+        (GPU, of(SAME_GPU, "shm"), True, ("shm",)),
+        (of(GPU, "nccl"), OTHER_GPU, True, ("nccl",)),
+        (CPU, End(), True, ()),
     ],
 )
-def test_the_kind_follows_from_where_the_ends_are(here: End, there: End, on_one_host: bool, kind: str) -> None:
-    assert choose(here, there, on_one_host=on_one_host) == kind
+def test_the_kind_follows_from_where_the_ends_are(
+    here: End, there: End, on_one_host: bool, kinds: tuple[str, ...]
+) -> None:
+    assert choose(here, there, on_one_host=on_one_host) == kinds
 
 
 @pytest.mark.parametrize(
     ("here", "there", "on_one_host", "why"),
     [
         (of(CPU, "shm"), of(OTHER_CPU, "shm"), False, "different hosts"),
-        (of(CPU, "cuda_ipc"), of(OTHER_CPU, "cuda_ipc"), True, "same GPU"),
+        (of(CPU, "cuda_ipc"), of(OTHER_CPU, "cuda_ipc"), True, "compute on GPUs"),
+        (of(GPU, "cuda_ipc"), of(OTHER_CPU, "cuda_ipc"), True, "compute on GPUs"),
         (of(GPU, "cuda_ipc"), of(GPU, "cuda_ipc"), True, "one process"),
         (of(GPU, "nccl"), of(SAME_GPU, "nccl"), True, "two GPUs"),
         (of(CPU, "shm"), of(OTHER_CPU, "socket"), True, "other end wants socket"),

@@ -44,19 +44,20 @@ def attach(
 
     `InvalidInput` where a kind is demanded that cannot be; whatever else fails is said in the log.
     """
-    kind = choose(End.of(settings), there, on_one_host=on_one_host)
-    if kind == "socket":
-        return None
-    try:
-        connection, carrier = _attach(link, kind, settings, timeout_s)
-    except (PeerLost, LinkTimeout):
-        raise
-    except (OSError, RuntimeError, MoeClusterError) as error:
-        if settings.wish == kind:
-            raise InvalidInput(f"{link.peer}: {error}", field="links.payload", value=kind, remedy="use auto") from error
-        logger.warning("payloads from and to %s cross the socket: %r", link.peer, error)
-        return None
-    return Line(connection, carrier, link.peer, takes_messages=takes_messages)
+    for kind in choose(End.of(settings), there, on_one_host=on_one_host):
+        try:
+            connection, carrier = _attach(link, kind, settings, timeout_s)
+        except (PeerLost, LinkTimeout):
+            raise
+        except (OSError, RuntimeError, MoeClusterError) as error:
+            if settings.wish == kind:
+                raise InvalidInput(
+                    f"{link.peer}: {error}", field="links.payload", value=kind, remedy="use auto"
+                ) from error
+            logger.warning("payloads from and to %s go another way than %s: %r", link.peer, kind, error)
+        else:
+            return Line(connection, carrier, link.peer, takes_messages=takes_messages)
+    return None
 
 
 def _attach(link: Link, kind: str, settings: PayloadSettings, timeout_s: float) -> tuple[socket.socket, Carrier]:

@@ -42,23 +42,24 @@ class End:
             raise ProtocolError(f"malformed end of a link {fields!r}", peer=peer) from None
 
 
-def choose(here: End, there: End, *, on_one_host: bool) -> str:
-    """Kind of the carrier, or `socket`. `InvalidInput` where a kind is demanded and cannot be.
+def choose(here: End, there: End, *, on_one_host: bool) -> tuple[str, ...]:
+    """Kinds of carriers, the best first; none where payloads cross the socket. `InvalidInput` where a kind is demanded
+    and cannot be.
 
-    Two ends on one host share the host's memory. `cuda_ipc` and `nccl` are for who asks for them.
+    Two ends on one host share memory of their GPUs, where both have one, or of the host. `nccl` is for who asks for it.
     """
     wishes = {here.wish, there.wish} - {"auto"}
     if wishes == {"socket"}:
-        return "socket"
+        return ()
     possible = {kind: _hindrance(kind, here, there, on_one_host) for kind in ("cuda_ipc", "shm", "nccl", "gloo")}
     if not wishes:
-        return "socket" if possible["shm"] else "shm"
+        return tuple(kind for kind in ("cuda_ipc", "shm") if not possible[kind])
     wish = here.wish if here.wish != "auto" else there.wish
     other = (wishes - {wish}) or {""}
     why = f"the other end wants {other.pop()}" if len(wishes) > 1 else possible.get(wish, "there is no such kind")
     if why:
         raise InvalidInput(why, field="links.payload", value=wish, remedy="use auto")
-    return wish
+    return (wish,)
 
 
 def new_carrier(kind: str, settings: PayloadSettings, peer: str, rank: int) -> Carrier:
@@ -81,8 +82,8 @@ def _hindrance(kind: str, here: End, there: End, on_one_host: bool) -> str:
     if not on_one_host:
         return "the two ends are on different hosts"
     if kind == "cuda_ipc":
-        if not here.gpu or here.gpu != there.gpu:
-            return "the two ends do not compute on the same GPU"
+        if not here.gpu or not there.gpu:
+            return "the two ends do not compute on GPUs"
         return "both ends are in one process" if here.pid == there.pid else ""
     if kind == "nccl" and (not here.gpu or not there.gpu or here.gpu == there.gpu):
         return "the two ends do not compute on two GPUs"

@@ -38,10 +38,10 @@ class PayloadSettings:
     """Where this end computes, e.g. `cuda` or `cuda:1`."""
     region_bytes: int = 256 << 20
     """Of host memory that each end may fill with tensors that the peer still reads; memory is taken as it is used."""
-    gpu_region_bytes: int = 64 << 20
-    """The same on a GPU, where it is taken when the link is opened."""
+    gpu_region_bytes: int = 512 << 20
+    """The same on a GPU, where memory that was taken is kept as long as the link is open."""
     carry_from_bytes: int = 1 << 16
-    """Smaller tensors cross the socket."""
+    """Smaller tensors cross the socket, but for those of `cuda_ipc`."""
 
 
 AUTO = PayloadSettings()
@@ -109,9 +109,6 @@ class Carrier(abc.ABC):
 
     def ship(self) -> None:
         """All tensors of a message were put, and its header follows."""
-
-    def withdraw(self, places: Sequence[Place]) -> None:
-        """Of a message whose header was not sent after all."""
 
     @abc.abstractmethod
     def take(self, dtype: torch.dtype, shape: Sequence[int], place: Sequence[int]) -> Tensor:

@@ -1,4 +1,5 @@
-"""GPU memory that another process on the same GPU can map: allocated by the driver itself, beside torch's allocator.
+"""GPU memory that another process of this host can map, also where it does not see this GPU among its own devices:
+allocated by the driver itself, beside torch's allocator.
 
 torch can share its own tensors, but then it keeps a count of the readers in /dev/shm and frees nothing of a reader that
 was killed. Here a handle is 64 bytes, and memory goes when its owner gives it back.
@@ -51,7 +52,7 @@ class GpuMemory:
         return cls(pointer.value, size_bytes, device, is_own=False)
 
     def handle(self) -> bytes:
-        """For another process on this GPU."""
+        """For another process of this host, whose GPU is this one or reaches it."""
         shown = _Handle()
         with _current(self._device) as cuda:
             _check(cuda.cuIpcGetMemHandle(ctypes.byref(shown), ctypes.c_uint64(self._pointer)), "share memory")

@@ -214,11 +214,6 @@ class PairCarrier(Carrier):
         self._num_going_bytes += num_bytes
         return (self._num_sent,)
 
-    def withdraw(self, places: Sequence[Place]) -> None:
-        """What has gone cannot come back, and the peer would take it for the next."""
-        if places:
-            self.abort()
-
     def take(self, dtype: torch.dtype, shape: Sequence[int], place: Sequence[int]) -> Tensor:
         self._num_taken += 1
         if list(place) != [self._num_taken] or math.prod(shape) == 0:

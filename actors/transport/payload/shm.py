@@ -76,9 +76,6 @@ class ShmCarrier(Carrier):
             room.copy_(tensor.detach())
         return ticket, start
 
-    def withdraw(self, places: Sequence[Place]) -> None:
-        self.hear([place[0] for place in places])
-
     def take(self, dtype: torch.dtype, shape: Sequence[int], place: Sequence[int]) -> Tensor:
         theirs = self._theirs
         ticket, part = span(dtype, shape, place, 0 if theirs is None else len(theirs), self._peer)
