@@ -24,8 +24,8 @@ from actors.moe.layer_bytes import LayerShape, from_bytes, to_bytes
 from actors.transport.message import Message
 from actors.transport.payload.contract import PayloadSettings, Way
 from actors.transport.socket import SocketLink, SocketServer
-from cluster.bench.payload import other_process, started
 from actors.values import Address
+from cluster.bench.payload import other_process, started
 from cluster.bench.result import Row, interleaved, time_row
 
 _dist: Any = torch.distributed
