@@ -23,6 +23,7 @@ from actors.router.prompt import Computed, PromptRun, Wish
 from actors.router.sampling import choose_each
 from actors.router.served import Served
 from actors.router.slots import Slots
+from actors.trunk.shared import Meanwhile, nothing
 from actors.values import Sampling, TokenEvent
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,13 @@ class Forward(Protocol):
     def __call__(self, model: PreTrainedModel, slots: Slots, tokens: Sequence[int]) -> Tensor:
         """The streams' next tokens -> logits [B, V] after them. Keys and values go to the slots, whose lengths stay."""
         ...
+
+
+class Launched:
+    """The half of a forward that is launched whole, and during which the host has time."""
+
+    meanwhile: Meanwhile = staticmethod(nothing)
+    """To be called as soon as the device computes, and before anything else that takes time."""
 
 
 def plain_forward(model: PreTrainedModel, slots: Slots, tokens: Sequence[int]) -> Tensor:
@@ -74,6 +82,7 @@ class Stream:
         self.last_token = -1
         self._budget, self._end_ids = budget, end_ids
         self._num_tokens = 0
+        self._untold: list[TokenEvent] = []
         self._events: queue.SimpleQueue[TokenEvent | Exception] = queue.SimpleQueue()
         self._on_read: Callable[[], None] = lambda: None
 
@@ -88,15 +97,22 @@ class Stream:
         return self._events.qsize() < AHEAD
 
     def give(self, token: int, version: int) -> None:
+        """Its next token, which the reader hears of with `tell`."""
         self._num_tokens += 1
         self.last_token = token
         is_end = token in self._end_ids
         reason = "end_of_text" if is_end else "length" if self._num_tokens == self._budget else ""
         self.ended = bool(reason)
-        self._events.put(TokenEvent(token, version, reason))
+        self._untold.append(TokenEvent(token, version, reason))
+
+    def tell(self) -> None:
+        for event in self._untold:
+            self._events.put(event)
+        self._untold.clear()
 
     def fail(self, error: Exception) -> None:
         self.ended = True
+        self.tell()
         self._events.put(error)
 
     def is_wanted(self) -> bool:
@@ -135,6 +151,12 @@ class Batch:
         prompts that are computed at a time; 0: all."""
         self.served = served
         self.streams: list[Stream] = []
+        self._untold: list[Stream] = []
+        """Whose readers have not heard of their last tokens: waking many readers takes as long as launching a step, so
+        that they are woken while the next one is computed."""
+        self._is_launched = isinstance(forward, Launched)
+        if isinstance(forward, Launched):
+            forward.meanwhile = self.tell
         self._slots, self._forward, self._last_only = slots, forward, dict(last_only)
         self._prompt_chunk = prompt_chunk
 
@@ -157,6 +179,7 @@ class Batch:
         for row, (stream, token) in enumerate(zip(streams, tokens, strict=True)):
             if not stream.ended:
                 stream.give(token, computed.version)
+                stream.tell()
             if not stream.ended:
                 try:
                     self._slots.add(computed.cache, computed.pasts, len(stream.prompt), row)
@@ -183,6 +206,15 @@ class Batch:
             if stream.is_read:  # of one that is not, the same is computed again
                 self._slots.lengths[slot] += 1
                 stream.give(token, version)
+                self._untold.append(stream)
+        if not self._is_launched:
+            self.tell()
+
+    def tell(self) -> None:
+        """Readers hear of all tokens."""
+        for stream in self._untold:
+            stream.tell()
+        self._untold.clear()
 
     def _forwarded(self) -> tuple[Tensor, int]:
         """Logits after the streams' last tokens, and the version that they are of."""
@@ -206,6 +238,8 @@ class Batch:
                 last = self.streams.pop()
                 if slot < len(self.streams):
                     self.streams[slot] = last
+        if not self.streams:  # and no other step
+            self.tell()
 
     @property
     def is_read(self) -> bool:
@@ -323,6 +357,7 @@ class DecodeLoop:
                 if self._has_work():
                     self._is_resting = False
                     return True
+                self._tell_all()
                 is_idle = not any(batch.streams for batch in self._batches)
                 if not self._changed.wait(self._linger_s) and is_idle and not self._has_work():
                     break
@@ -347,12 +382,15 @@ class DecodeLoop:
             if joining := [stream for stream in self._take_like(first, most) if stream.is_wanted()]:
                 self._joining = batch.join(joining)
         if self._joining is not None:
+            self._tell_all()
             self._joining.advance()
             self._joining = None if self._joining.is_over else self._joining
         for batch in self._batches:
             if batch.is_read:
                 batch.step()
                 batch.drop_ended()
+            else:
+                batch.tell()
         lasting = [batch for batch in self._batches if batch.served.is_lasting]
         joined = None if self._joining is None else self._joining.batch
         self._batches = [batch for batch in self._batches if batch.streams or batch is joined] or lasting[:1]
@@ -374,12 +412,17 @@ class DecodeLoop:
         self._batches.append(batch)
         return batch
 
+    def _tell_all(self) -> None:
+        for batch in self._batches:
+            batch.tell()
+
     def _fail_all(self, error: Exception) -> None:
         """Raises nothing, or whoever reads a stream would wait for a thread that is gone. Slots are not touched: a GPU
         on which something has failed may fail at all that follows."""
         if self._joining is not None:
             self._joining.fail(error)
             self._joining = None
+        self._tell_all()
         for stream in [stream for batch in self._batches for stream in batch.streams]:
             stream.fail(error)
         self._batches = []

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from actors.errors import LinkTimeout, NonFinite, PeerLost
-from actors.router.batch import plain_forward
+from actors.router.batch import Launched, plain_forward
 from actors.router.slots import BLOCK, Slots, Window
 from actors.trunk.model import is_experts
 from actors.trunk.shared import Meanwhile, nothing
@@ -190,26 +190,28 @@ class CapturedStep:
         """Whether the experts are, too."""
         return standing is not None and self._standing is not None and self._standing.is_as(standing)
 
-    def run(self, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """-> logits [B, V] of these rows, until the next run. `Moved` where experts are not as they were."""
+    def run(self, tokens: Sequence[int], lengths: Sequence[int], meanwhile: Meanwhile = nothing) -> Tensor:
+        """-> logits [B, V] of these rows, until the next run. `Moved` where experts are not as they were. Calls
+        `meanwhile` while the device computes."""
         rows = len(tokens)
         self._put(tokens, lengths)
         self._slots.window = Window(self._input_2B[1, :rows], self.length)
         if self._inside is not None:
-            self._run_whole(self._inside)
+            self._run_whole(self._inside, meanwhile)
         else:
-            self._run_parts(rows)
+            self._run_parts(rows, meanwhile)
         if self._finite_B is not None and not bool(self._finite_B[:rows].all()):
             raise NonFinite("gate scores are not finite", step=0)
         return self._logits_BV[:rows]
 
-    def _run_parts(self, rows: int) -> None:
+    def _run_parts(self, rows: int, meanwhile: Meanwhile) -> None:
         for graph, call in zip(self._graphs, [*self._calls, None], strict=True):
             graph.replay()
+            meanwhile()
             if call is not None:
                 call.make(rows)
 
-    def _run_whole(self, inside: Inside) -> None:
+    def _run_whole(self, inside: Inside, meanwhile: Meanwhile) -> None:
         # What is launched here after others have begun must wait for nothing that may wait for them: not for what other
         # threads put into this thread's stream meanwhile.
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -218,6 +220,7 @@ class CapturedStep:
         with torch.cuda.stream(self._stream):
             self._graphs[0].replay()
             self._done.record(self._stream)
+        meanwhile()
         inside.finish(self._done)
         torch.cuda.current_stream().wait_stream(self._stream)
 
@@ -294,7 +297,7 @@ class CapturedStep:
         return output_TD
 
 
-class CapturedForward:
+class CapturedForward(Launched):
     """A batch's forward: captured at shapes that come again and again, as long as nothing moves; else launched.
 
     `must`: a capture that fails is an error instead of a reason to go on without.
@@ -312,7 +315,7 @@ class CapturedForward:
 
     def __call__(self, model: PreTrainedModel, slots: Slots, tokens: Sequence[int]) -> Tensor:
         if self._given_up:
-            return plain_forward(model, slots, tokens)
+            return self._plain(model, slots, tokens)
         if any(step.is_over for step in self._steps.values()):
             self._forget_whole()
         with self._experts.holding() as standing:
@@ -326,11 +329,15 @@ class CapturedForward:
                     self._forget_whole()
                     step = None
         # Not inside: here the actors are asked.
-        return plain_forward(model, slots, tokens) if step is None else self._replay(step, slots, tokens)
+        return self._plain(model, slots, tokens) if step is None else self._replay(step, slots, tokens)
+
+    def _plain(self, model: PreTrainedModel, slots: Slots, tokens: Sequence[int]) -> Tensor:
+        self.meanwhile()
+        return plain_forward(model, slots, tokens)
 
     def _replay(self, step: CapturedStep, slots: Slots, tokens: Sequence[int]) -> Tensor:
         self.num_replays += 1
-        return step.run(tokens, slots.lengths)
+        return step.run(tokens, slots.lengths, self.meanwhile)
 
     def _step(
         self, model: PreTrainedModel, slots: Slots, tokens: Sequence[int], standing: Standing | None
@@ -372,6 +379,7 @@ class CapturedForward:
             return None
         del self._seen[key]
         rows, length, whole = key
+        self.meanwhile()
         while len(self._steps) >= MAX_STEPS:
             del self._steps[next(iter(self._steps))]
         try:

@@ -46,9 +46,10 @@ def gpu_pair_rows(rounds: int, ray_call: Callable[[Message], Message]) -> list[R
     with tempfile.TemporaryDirectory() as directory, other_process(_serve, directory) as parent:
         address = started(parent)
         with ExitStack() as stack:
-            links = [_opened(address, PayloadSettings(wish, "cuda:0"), stack) for wish in ("auto", "nccl")]
+            link = _opened(address, PayloadSettings("auto", "cuda:0"), stack)
+            nccl_link = _opened(address, PayloadSettings("nccl", "cuda:0"), stack)
             with torch.cuda.device(0), torch.no_grad():
-                return _rows(rounds, *links, _Pair(directory, 0), ray_call)
+                return _rows(rounds, link, nccl_link, _Pair(directory, 0), ray_call)
 
 
 def _opened(address: Address, payload: PayloadSettings, stack: ExitStack) -> SocketLink:
@@ -83,7 +84,12 @@ def _rows(
         pending.result(TIMEOUT_S)
 
     ray_call(on_host)
-    candidates = {"link": partial(over, link), "nccl link": partial(over, nccl_link), "nccl": all_to_all, "ray": by_ray}
+    candidates: dict[str, Callable[[], None]] = {
+        "link": partial(over, link),
+        "nccl link": partial(over, nccl_link),
+        "nccl": all_to_all,
+        "ray": by_ray,
+    }
     seconds = interleaved(candidates, rounds, 2)
     each = {name: [s / CALLS_A_ROUND for s in values] for name, values in seconds.items()}
     ray = [s / (CALLS_A_ROUND // 10) for s in seconds["ray"]]

@@ -14,6 +14,7 @@ from actors.moe.experts import Weights
 from actors.router import captured
 from actors.router.captured import MAX_STEPS, SEEN_BEFORE, CapturedForward, Nowhere, Standing
 from actors.router.slots import BLOCK, Layout, Slots
+from actors.trunk.shared import Meanwhile
 
 PLAIN = torch.zeros(1, 4)
 
@@ -41,7 +42,7 @@ class Step:
     def has(self, standing: Standing | None) -> bool:
         return standing is not None and self._standing is not None and self._standing.is_as(standing)
 
-    def run(self, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    def run(self, tokens: Sequence[int], lengths: Sequence[int], meanwhile: Meanwhile) -> Tensor:
         return torch.ones(len(tokens), 4)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from actors.router.batch import Batch, DecodeLoop, Stream
+from actors.router.batch import AHEAD, Batch, DecodeLoop, Launched, Stream
 from actors.router.served import Served
 from actors.values import Sampling
 
@@ -67,22 +67,38 @@ def forward(model: object, slots: Slots, tokens: Sequence[int]) -> torch.Tensor:
     return torch.zeros(len(tokens), VOCABULARY)
 
 
+class OnADevice(Launched):
+    """`forward`, launched. `told`: of the first stream, what its reader had heard of before and after each launch."""
+
+    def __init__(self) -> None:
+        self.first: Stream | None = None
+        self.told: list[tuple[int, int]] = []
+
+    def __call__(self, model: object, slots: Slots, tokens: Sequence[int]) -> torch.Tensor:
+        before = self._num_told()
+        self.meanwhile()
+        self.told.append((before, self._num_told()))
+        return forward(model, slots, tokens)
+
+    def _num_told(self) -> int:
+        return 0 if self.first is None else self.first._events.qsize()
+
+
 class Bench:
     """A loop whose first batch has these slots; those after it are whole."""
 
-    def __init__(self, slots: Slots) -> None:
-        self._slots = [slots]
+    def __init__(self, slots: Slots, new_forward: Callable[[], Any] = lambda: forward) -> None:
+        self._slots, self._new_forward = [slots], new_forward
         self.loop = DecodeLoop(self._new_batch, linger_s=0.01)
         self.pool = ThreadPoolExecutor(2)
 
     def _new_batch(self, served: Served) -> Batch:
         slots: Any = self._slots.pop() if self._slots else Slots()
-        step: Any = forward
-        return Batch(served, slots, step, {})
+        return Batch(served, slots, self._new_forward(), {})
 
-    def read(self, served: Served) -> list[int]:
+    def read(self, served: Served, num_tokens: int = 3) -> list[int]:
         """In time, or not at all."""
-        stream = Stream(served, [1, 2], Sampling(max_tokens=3), 3, frozenset())
+        stream = Stream(served, [1, 2], Sampling(max_tokens=num_tokens), num_tokens, frozenset())
         return [event.token for event in self.pool.submit(lambda: list(self.loop.run(stream))).result(WAIT_S)]
 
     def until_it_rests(self) -> None:
@@ -100,6 +116,7 @@ def no_room() -> None:
     raise RuntimeError("no memory")
 
 
+@pytest.mark.parametrize("new_forward", [lambda: forward, OnADevice], ids=["at_once", "launched"])
 @pytest.mark.parametrize(
     ("slots", "first"),
     [
@@ -108,8 +125,10 @@ def no_room() -> None:
         (Slots(remove=RuntimeError("no memory")), served()),
     ],
 )
-def test_a_stream_whose_slot_breaks_ends_and_the_next_is_served(slots: Slots, first: Served) -> None:
-    with closing(Bench(slots)) as bench:
+def test_a_stream_whose_slot_breaks_ends_and_the_next_is_served(
+    slots: Slots, first: Served, new_forward: Callable[[], Any]
+) -> None:
+    with closing(Bench(slots, new_forward)) as bench:
         if "remove" in slots.faults:  # after its last token, and again for whoever clears up after that
             assert bench.read(first) == [0, 0, 0]
         else:
@@ -117,3 +136,46 @@ def test_a_stream_whose_slot_breaks_ends_and_the_next_is_served(slots: Slots, fi
                 bench.read(first)
         bench.until_it_rests()  # whoever waits when something breaks is told of it, too
         assert bench.read(served()) == [0, 0, 0]
+
+
+def batch_of(num_streams: int, step: Any) -> tuple[Batch, list[Stream]]:
+    slots: Any = Slots()
+    batch = Batch(served(), slots, step, {})
+    batch.streams = [Stream(served(), [1, 2], Sampling(max_tokens=3), 3, frozenset()) for _ in range(num_streams)]
+    slots.lengths = [2] * num_streams
+    return batch, list(batch.streams)
+
+
+def test_tokens_of_a_launched_step_are_told_while_the_next_is_computed() -> None:
+    step = OnADevice()
+    batch, (step.first, *_) = batch_of(2, step)
+    for _ in range(3):
+        batch.step()
+    assert step.told == [(0, 0), (0, 1), (1, 2)]
+    batch.drop_ended()  # there is no other step to tell of the last ones
+    assert step.first._events.qsize() == 3
+    batch, (first,) = batch_of(1, forward)
+    batch.step()
+    assert first._events.qsize() == 1, "while a forward is computed the host has no time"
+
+
+def test_an_error_comes_behind_the_tokens_before_it() -> None:
+    batch, streams = batch_of(2, OnADevice())
+    batch.step()
+    batch.fail(RuntimeError("gone"))
+    for stream in streams:
+        reader = stream.read(lambda: True, lambda: None)
+        assert next(reader).token == 0
+        with pytest.raises(RuntimeError, match="gone"):
+            next(reader)
+
+
+def test_launched_streams_are_whole_also_where_their_readers_are_slow() -> None:
+    with closing(Bench(Slots(), OnADevice)) as bench:
+        assert bench.read(served(), 3 * AHEAD) == [0] * (3 * AHEAD)
+        stream = Stream(served(), [1, 2], Sampling(max_tokens=3 * AHEAD), 3 * AHEAD, frozenset())
+        reader = bench.loop.run(stream)
+        assert next(reader).token == 0
+        bench.until_it_rests()  # since nobody reads
+        assert stream._events.qsize() >= AHEAD - 1
+        assert len(list(bench.pool.submit(lambda: list(reader)).result(WAIT_S))) == 3 * AHEAD - 1
