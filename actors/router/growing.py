@@ -23,7 +23,16 @@ from actors.moe.settings import MODEL_GATE, GateSettings
 from actors.router.passes import Purpose
 from actors.router.routing import Opening, Routing
 from actors.trunk.load import blanks
-from actors.trunk.model import ModelSource, RemoteExperts, Skeleton, connect, is_experts, second_view, skeleton
+from actors.trunk.model import (
+    ModelSource,
+    RemoteExperts,
+    Skeleton,
+    connect,
+    is_experts,
+    second_view,
+    serving_view,
+    skeleton,
+)
 from actors.trunk.shared import Meanwhile, nothing
 from actors.values import Growth, Placement
 
@@ -187,7 +196,7 @@ class Grower:
         return GrownTrunk(
             self._blueprint,
             trunk,
-            second_view(source, trunk),
+            serving_view(source, trunk),
             routing,
             self._births,
             self._rows,

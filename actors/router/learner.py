@@ -21,7 +21,7 @@ from actors.router.routing import Opening, Routing
 from actors.snapshots import copy_all, moments, set_moments
 from actors.trunk.checkpoint import CheckpointReader
 from actors.trunk.load import load_trunk, load_weights
-from actors.trunk.model import ModelSource, second_view, skeleton
+from actors.trunk.model import ModelSource, serving_view, skeleton
 
 _OPTIMIZER = "optimizer."
 """Prefix of the moments' names in a snapshot."""
@@ -38,7 +38,7 @@ class Learner:
         self.source, self.gate = source, gate
         self.skeleton = skeleton(source)
         self.trunk: PreTrainedModel = load_trunk(source, self.skeleton, device)
-        self.view: PreTrainedModel = second_view(source, self.trunk)
+        self.view: PreTrainedModel = serving_view(source, self.trunk)
         settings = base_settings(source, gate, self.skeleton.num_experts)
         self.routing = Routing(self.trunk, self.skeleton, settings, source.seed)
         if source.path is not None and source.num_experts is None:
@@ -119,7 +119,7 @@ class Learner:
         blueprint = Blueprint(self.source, self.skeleton, settings) if is_same else self.blueprint(num_experts)
         trunk = {n.removeprefix(_TRUNK): t for n, t in tensors.items() if n.startswith(_TRUNK)}
         gates = {n.removeprefix(_ROUTING): t for n, t in tensors.items() if n.startswith(_ROUTING)}
-        view = second_view(blueprint.source, self.trunk, trunk)
+        view = serving_view(blueprint.source, self.trunk, trunk)
         routing = Routing(view, blueprint.skeleton, blueprint.gate, blueprint.source.seed)
         copy_all(routing.tensors(), {n: t for n, t in gates.items() if not n.startswith(_OPENING)})
         return view, routing
@@ -171,7 +171,7 @@ class Learner:
             trunk = blank_trunk(blueprint, self.trunk)
             routing = Routing(trunk, blueprint.skeleton, blueprint.gate, blueprint.source.seed)
             routing.balance = self.routing.balance
-            self._put_on(blueprint, trunk, second_view(blueprint.source, trunk), routing)
+            self._put_on(blueprint, trunk, serving_view(blueprint.source, trunk), routing)
 
     def _put_on(self, blueprint: Blueprint, trunk: PreTrainedModel, view: PreTrainedModel, routing: Routing) -> None:
         self.source, self.skeleton = blueprint.source, blueprint.skeleton

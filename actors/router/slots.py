@@ -21,6 +21,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from actors.moe.gating import GatePast
+from actors.trunk import latents
 
 BLOCK = 128
 """Positions that memory grows by, at least."""
@@ -51,7 +52,7 @@ def layout_of(model: PreTrainedModel) -> Layout | None:
         else:
             return None
     by_type = _takes_masks_by_type(model)
-    if not windows or attention not in ("eager", "sdpa") or (len(set(windows)) > 1 and not by_type):
+    if not windows or attention not in ("eager", "sdpa", latents.NAME) or (len(set(windows)) > 1 and not by_type):
         return None
     return Layout(tuple(windows), by_type, attention == "eager")
 

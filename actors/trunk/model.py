@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from actors.errors import CheckpointError, InvalidInput
+from actors.trunk.latents import attend_to_latents
 from actors.trunk.shared import Meanwhile, nothing, shared_of, watch
 from actors.trunk.source import DTYPES as DTYPES
 from actors.trunk.source import ModelSource as ModelSource
@@ -237,10 +238,9 @@ def connect(trunk: PreTrainedModel, remotes: list[RemoteExperts]) -> None:
 def second_view(
     source: ModelSource, trunk: PreTrainedModel, instead: Mapping[str, Tensor] | None = None
 ) -> PreTrainedModel:
-    """Another module tree over the same parameters and buffers, in eval mode.
-
-    Serving runs it beside training: module flags and connections differ, weights are the same memory. `instead`:
-    tensors by name that take the place of the trunk's, e.g. gates of another number of experts, which `source` names.
+    """Another module tree over the same parameters and buffers, in eval mode: module flags and connections differ,
+    weights are the same memory. `instead`: tensors by name that take the place of the trunk's, e.g. gates of another
+    number of experts, which `source` names.
     """
     view = empty_trunk(source)
     state = trunk.state_dict(keep_vars=True)
@@ -253,6 +253,13 @@ def second_view(
         view.get_submodule(module_name)._buffers[buffer_name] = buffers[name]
     view.tie_weights()
     return view.eval()
+
+
+def serving_view(
+    source: ModelSource, trunk: PreTrainedModel, instead: Mapping[str, Tensor] | None = None
+) -> PreTrainedModel:
+    """`second_view`, for forwards without gradients alone."""
+    return attend_to_latents(second_view(source, trunk, instead))
 
 
 def config_json(config: PretrainedConfig) -> str:
