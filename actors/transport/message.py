@@ -62,6 +62,11 @@ class Message:
     def num_bytes(self) -> int:
         return sum(map(_num_bytes, self.tensors))
 
+    @property
+    def num_host_bytes(self) -> int:
+        """Of those in the host's memory."""
+        return sum(_num_bytes(tensor) for tensor in self.tensors if not tensor.is_cuda)
+
 
 def encode(message: Message, carrier: Carrier | None = None) -> list[bytes | memoryview]:
     """Message -> frames. Tensor frames are views: the caller keeps the tensors unchanged until they are sent."""

@@ -19,6 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from actors.errors import CheckpointError, InvalidInput
 from actors.trunk.latents import attend_to_latents
+from actors.trunk.norms import fuse_norms
 from actors.trunk.shared import Meanwhile, nothing, shared_of, watch
 from actors.trunk.source import DTYPES as DTYPES
 from actors.trunk.source import ModelSource as ModelSource
@@ -259,7 +260,7 @@ def serving_view(
     source: ModelSource, trunk: PreTrainedModel, instead: Mapping[str, Tensor] | None = None
 ) -> PreTrainedModel:
     """`second_view`, for forwards without gradients alone."""
-    return attend_to_latents(second_view(source, trunk, instead))
+    return fuse_norms(attend_to_latents(second_view(source, trunk, instead)))
 
 
 def config_json(config: PretrainedConfig) -> str:

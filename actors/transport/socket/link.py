@@ -31,6 +31,10 @@ _GONE = (
     | curve.HANDSHAKE_FAILED
 )
 
+SPIN_S = 2e-4
+"""How long an asker looks for the answer to tensors of a GPU before its thread goes to sleep; waking it takes as long
+as the way of a layer's tokens there and back."""
+
 
 class SocketLink(Link):
     """One DEALER. Opening waits for the peer's answer to `hello`, so an open link has a living peer."""
@@ -53,6 +57,8 @@ class SocketLink(Link):
         self._line: Line | None = None
         self._arrived: deque[Frames] = deque()
         self._ended = ""
+        self._is_soon = False
+        """Whether the next answer may be here within `SPIN_S`."""
         self._socket = Socket(zmq.DEALER, max_bytes, keys)
         self._socket.raw.setsockopt(zmq.RECONNECT_IVL, -1)  # a dead peer stays dead; its successor gets a new link
         if keys is not None and (keys.on_ipc or not on_this_host):
@@ -101,6 +107,7 @@ class SocketLink(Link):
 
     def _send(self, question: Message) -> None:
         self._check_size(question.num_bytes)  # before anything is on its way
+        self._is_soon = question.num_host_bytes < question.num_bytes
         frames = encode(question, self._carrier)
         self._check_size(sum(len(f) for f in frames))
         rest = frames if self._line is None else self._line.send(frames)
@@ -128,8 +135,7 @@ class SocketLink(Link):
             if self._arrived:
                 return self._decoded(self._arrived.popleft())
             wait_s = 0.0 if self._ended else min(deadline - time.monotonic(), CUT_NOTICED_S)
-            wait_ms = max(0, int(wait_s * 1e3 + 0.999))
-            ready = dict(self._poller.poll(wait_ms))
+            ready = self._poll(wait_s)
             is_over = bool(self._ended or self._monitor in ready)
             if self._line is not None and self._line.fileno() in ready:
                 try:
@@ -144,6 +150,14 @@ class SocketLink(Link):
                 raise self._lost(otherwise="the connection ended")
             if not self._arrived and time.monotonic() >= deadline:
                 raise LinkTimeout("no answer before the deadline", peer=self.peer)
+
+    def _poll(self, wait_s: float) -> dict[Any, int]:
+        until = time.monotonic() + min(wait_s, SPIN_S)
+        while self._is_soon:
+            if found := self._poller.poll(0):
+                return dict(found)
+            self._is_soon = time.monotonic() < until
+        return dict(self._poller.poll(max(0, int(wait_s * 1e3 + 0.999))))
 
     def _decoded(self, frames: Frames) -> Message:
         try:

@@ -27,7 +27,7 @@ SPIN_S = 1e-4
 that follow each other come back in 0.23 instead of 0.35 ms, others as before."""
 SPIN_BELOW_BYTES = 1 << 19
 """After a longer question or answer it sleeps at once: copying the next one alone takes the peer that time, and it may
-need this very core for it."""
+need this very core for it. Tensors of a GPU do not count."""
 
 
 class SocketServer(Rounds):
@@ -100,7 +100,7 @@ class SocketServer(Rounds):
             return
         if answer is None:
             answer = self._handle(sender, question)
-        self._is_next_soon = max(question.num_bytes, answer.num_bytes) < SPIN_BELOW_BYTES
+        self._is_next_soon = max(question.num_host_bytes, answer.num_host_bytes) < SPIN_BELOW_BYTES
         del question  # so that this very answer tells what of it nobody reads any more
         self._inbox.answer(sender, answer)
 
