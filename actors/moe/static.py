@@ -21,8 +21,6 @@ from actors.moe.passes import kernels_for
 FEW_TOKENS = 256
 """Up to so many, a kernel of ours reads the experts' weights once and takes the tokens' rows where they are. Both
 products of 64 experts of 2048 x 1408 for 32 (128) tokens, top-6: 0.25 (0.30) ms against 0.37 (0.38) of grouped_mm."""
-FEW_PAIRS = 2048
-"""Up to so many, comparing each with each sorts them sooner than a sort does."""
 
 
 @dataclass(frozen=True)
@@ -84,24 +82,13 @@ def _sums_of_all(part: StaticPart, x_TD: Tensor, ids_TK: Tensor, weights_TK: Ten
 def _sums_of_pairs(part: StaticPart, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     num_tokens, top_k = ids_TK.shape
     row_N = part.row_E[ids_TK.reshape(-1)]
-    order_N = _order(row_N)
-    sorted_N = row_N.index_select(0, order_N)
-    ends_R = (row_N <= part.range_R.unsqueeze(1)).sum(1, dtype=torch.int32)
+    sorted_N, order_N = torch.sort(row_N, stable=True)
+    ends_R = torch.searchsorted(sorted_N, part.range_R, right=True, out_int32=True)
     out_ND = _outputs(part, x_TD, _Pairs(sorted_N, order_N, ends_R, top_k))
     weighted_ND = out_ND * weights_TK.reshape(-1).index_select(0, order_N).unsqueeze(1)
     # Rows behind the last offset were not computed: what is there may be anything.
     weighted_ND = weighted_ND.masked_fill((sorted_N == len(part.range_R)).unsqueeze(1), 0)
     return torch.empty_like(weighted_ND).index_copy_(0, order_N, weighted_ND).view(num_tokens, top_k, -1).sum(1)
-
-
-def _order(row_N: Tensor) -> Tensor:
-    """As a stable sort gives it."""
-    if len(row_N) > FEW_PAIRS:
-        return torch.sort(row_N, stable=True).indices
-    number_N = torch.arange(len(row_N), device=row_N.device)
-    key_N = row_N * len(row_N) + number_N
-    rank_N = (key_N < key_N.unsqueeze(1)).sum(1)
-    return torch.empty_like(number_N).index_copy_(0, rank_N, number_N)
 
 
 @dataclass(frozen=True)

@@ -63,9 +63,9 @@ class Message:
         return sum(map(_num_bytes, self.tensors))
 
     @property
-    def num_host_bytes(self) -> int:
-        """Of those in the host's memory."""
-        return sum(_num_bytes(tensor) for tensor in self.tensors if not tensor.is_cuda)
+    def is_of_gpu(self) -> bool:
+        """Whether a tensor is on one."""
+        return any(tensor.is_cuda for tensor in self.tensors)
 
 
 def encode(message: Message, carrier: Carrier | None = None) -> list[bytes | memoryview]:

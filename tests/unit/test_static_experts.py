@@ -7,7 +7,7 @@ import torch
 
 from actors.moe import static
 from actors.moe.experts import ExpertStack, Work
-from actors.moe.static import FEW_PAIRS, StaticPart, _order, static_experts
+from actors.moe.static import StaticPart, static_experts
 from actors.trunk.init import initial_experts
 from actors.trunk.model import ModelSource, skeleton
 from tests.families import FAMILIES
@@ -74,9 +74,3 @@ def test_an_expert_that_overflows_is_none_of_those_tokens_that_did_not_choose_it
             if not is_wild:
                 expected_TD = y_TD
     torch.testing.assert_close(y_TD, expected_TD)
-
-
-@pytest.mark.parametrize("num_pairs", [1, 6, 192, FEW_PAIRS, FEW_PAIRS + 1])
-def test_pairs_are_ordered_as_by_a_stable_sort(num_pairs: int) -> None:
-    row_N = torch.randint(0, 9, (num_pairs,), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(_order(row_N), torch.sort(row_N, stable=True).indices)

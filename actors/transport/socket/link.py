@@ -20,7 +20,7 @@ from actors.transport.payload.attach import attach
 from actors.transport.payload.choice import End
 from actors.transport.payload.contract import AUTO, Carrier, PayloadSettings, Way
 from actors.transport.payload.line import Frames, Line
-from actors.transport.socket.zeromq import Socket, host_id, in_clear_text
+from actors.transport.socket.zeromq import SPIN_ON_GPU_S, Socket, host_id, in_clear_text
 from actors.values import Address
 
 _GONE = (
@@ -30,10 +30,6 @@ _GONE = (
     | zmq.EVENT_MONITOR_STOPPED
     | curve.HANDSHAKE_FAILED
 )
-
-SPIN_S = 2e-4
-"""How long an asker looks for the answer to tensors of a GPU before its thread goes to sleep; waking it takes as long
-as the way of a layer's tokens there and back."""
 
 
 class SocketLink(Link):
@@ -58,7 +54,7 @@ class SocketLink(Link):
         self._arrived: deque[Frames] = deque()
         self._ended = ""
         self._is_soon = False
-        """Whether the next answer may be here within `SPIN_S`."""
+        """Whether the next answer may be here within `SPIN_ON_GPU_S`."""
         self._socket = Socket(zmq.DEALER, max_bytes, keys)
         self._socket.raw.setsockopt(zmq.RECONNECT_IVL, -1)  # a dead peer stays dead; its successor gets a new link
         if keys is not None and (keys.on_ipc or not on_this_host):
@@ -107,7 +103,7 @@ class SocketLink(Link):
 
     def _send(self, question: Message) -> None:
         self._check_size(question.num_bytes)  # before anything is on its way
-        self._is_soon = question.num_host_bytes < question.num_bytes
+        self._is_soon = question.is_of_gpu
         frames = encode(question, self._carrier)
         self._check_size(sum(len(f) for f in frames))
         rest = frames if self._line is None else self._line.send(frames)
@@ -152,7 +148,7 @@ class SocketLink(Link):
                 raise LinkTimeout("no answer before the deadline", peer=self.peer)
 
     def _poll(self, wait_s: float) -> dict[Any, int]:
-        until = time.monotonic() + min(wait_s, SPIN_S)
+        until = time.monotonic() + min(wait_s, SPIN_ON_GPU_S)
         while self._is_soon:
             if found := self._poller.poll(0):
                 return dict(found)

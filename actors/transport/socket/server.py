@@ -14,6 +14,7 @@ from actors.transport.message import Message, error_answer
 from actors.transport.payload.contract import AUTO, PayloadSettings
 from actors.transport.socket.inbox import Inbox, Question
 from actors.transport.socket.rounds import Rounds
+from actors.transport.socket.zeromq import SPIN_ON_GPU_S
 from actors.transport.turns import SERVING_WEIGHT, Lane, Turns
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ SPIN_S = 1e-4
 that follow each other come back in 0.23 instead of 0.35 ms, others as before."""
 SPIN_BELOW_BYTES = 1 << 19
 """After a longer question or answer it sleeps at once: copying the next one alone takes the peer that time, and it may
-need this very core for it. Tensors of a GPU do not count."""
+need this very core for it."""
 
 
 class SocketServer(Rounds):
@@ -64,8 +65,8 @@ class SocketServer(Rounds):
         self._turns: Turns[Question] = Turns(serving_weight)
         self._is_busy = False
         """Whether there was work in the last round."""
-        self._is_next_soon = True
-        """Whether the next question may be here within `SPIN_S`."""
+        self._spin_s = SPIN_S
+        """How long the next question is looked for."""
 
     def _round(self) -> None:
         """Takes in what has come, handles one question."""
@@ -77,7 +78,7 @@ class SocketServer(Rounds):
         started = time.monotonic()
         self._serve_one()
         self.busy_s += time.monotonic() - started
-        if not self._turns and self._is_next_soon:
+        if not self._turns:
             self._spin()
         self._is_busy = True
 
@@ -100,7 +101,10 @@ class SocketServer(Rounds):
             return
         if answer is None:
             answer = self._handle(sender, question)
-        self._is_next_soon = max(question.num_host_bytes, answer.num_host_bytes) < SPIN_BELOW_BYTES
+        if question.is_of_gpu:
+            self._spin_s = SPIN_ON_GPU_S
+        else:
+            self._spin_s = SPIN_S if max(question.num_bytes, answer.num_bytes) < SPIN_BELOW_BYTES else 0.0
         del question  # so that this very answer tells what of it nobody reads any more
         self._inbox.answer(sender, answer)
 
@@ -132,7 +136,7 @@ class SocketServer(Rounds):
             return True
 
     def _spin(self) -> None:
-        until = time.monotonic() + SPIN_S
+        until = time.monotonic() + self._spin_s
         while not self._inbox.has_something() and time.monotonic() < until:
             pass
 

@@ -20,11 +20,13 @@ warnings.filterwarnings("ignore", message="The given buffer is not writable")
 COPY_BELOW_BYTES = 1 << 16
 """Smaller frames are copied into zmq: cheaper than tracking a shared buffer."""
 
-
 PIECE_BYTES = 1 << 18
 """Of a frame at most where links are secured: libzmq holds strangers to that before it knows who they are."""
 HANDSHAKE_MS = 10_000
 """For whoever connects to say who it is."""
+SPIN_ON_GPU_S = 4e-4
+"""How long either end looks for what comes next before its thread goes to sleep, where tensors of a GPU cross: waking
+it takes as long as a layer's tokens there and back. 128 tokens of 7168 there and back: 0.34 ms instead of 0.54."""
 
 
 class Socket:
