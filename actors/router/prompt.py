@@ -7,6 +7,7 @@ of the whole prompt. All chunks see one version: the prompt holds updates off fr
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -18,9 +19,14 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from actors.errors import StepAborted
+from actors.errors import PeerLost, StepAborted
 from actors.moe.gating import GatePast
 from actors.router.served import Served
+
+logger = logging.getLogger(__name__)
+
+MAX_BEGUN = 2
+"""How often a prompt is begun at most, where an actor is lost in a way that only its end tells."""
 
 
 def can_be_chunked(model: PreTrainedModel) -> bool:
@@ -72,11 +78,16 @@ class PromptRun:
     def __post_init__(self) -> None:
         self._length = len(self.prompts_BS[0])
         self._chunk = self.chunk or self._length
+        self._num_begun = 0
+        self._begin()
+        self._hold = self.served.hold() if self._length > self._chunk else None
+
+    def _begin(self) -> None:
+        self._num_begun += 1
         self._done = 0
         self._cache: Cache | None = None
         self._pasts = self.served.new_pasts()
         self._versions: list[int] = []
-        self._hold = self.served.hold() if self._length > self._chunk else None
 
     @property
     def is_awaited(self) -> bool:
@@ -85,6 +96,15 @@ class PromptRun:
 
     def advance(self) -> None:
         """Another chunk. An error is final."""
+        try:
+            self._advance()
+        except PeerLost as error:  # when the chunk was through, and what was kept of it counts nothing
+            if self._num_begun == MAX_BEGUN:
+                raise
+            logger.info("a prompt begins anew: %s", error)
+            self._begin()
+
+    def _advance(self) -> None:
         end = min(self._done + self._chunk, self._length)
         ids_BS = torch.tensor([prompt[self._done : end] for prompt in self.prompts_BS])
         with self.served.guard(ids_BS.shape[1], self._pasts) as used_version, torch.no_grad():

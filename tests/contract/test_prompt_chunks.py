@@ -12,7 +12,7 @@ from contextlib import closing
 import pytest
 import torch
 
-from actors.errors import MoeClusterError, StepAborted
+from actors.errors import MoeClusterError, PeerLost, StepAborted
 from actors.moe.settings import GateSettings
 from actors.optim import OptimizerSettings
 from actors.router.batch import Batch
@@ -120,6 +120,32 @@ def test_gates_that_look_at_earlier_tokens_see_those_of_earlier_chunks() -> None
         torch.testing.assert_close(chunked.logits_BV, whole.logits_BV, rtol=1e-9, atol=1e-9)
         assert chunked.pasts is not None
         assert chunked.pasts[0].length == 41
+
+
+@pytest.mark.parametrize("lost_at", [1, 3])
+def test_a_prompt_begins_anew_where_a_chunk_counts_nothing(lost_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with cluster(source(dtype="float64"), gate=GateSettings(kind="top_k", attention=True)) as local:
+        begin(local)
+        train(local, 2)
+        expected = end_of(local, CHUNK)
+        dispatcher = local.router.serving._dispatcher
+        finish, losing = dispatcher.finish, [number == lost_at for number in range(1, 40)]
+
+        def lose() -> None:
+            if losing.pop(0):
+                raise PeerLost("its answer never came", peer="expert-0")
+            finish()
+
+        monkeypatch.setattr(dispatcher, "finish", lose)
+        found = end_of(local, CHUNK)
+        assert torch.equal(found.logits_BV, expected.logits_BV)
+        assert found.pasts is not None
+        assert found.pasts[0].length == 41
+        losing[:] = [True] * 40
+        with pytest.raises(PeerLost, match="never came"):
+            end_of(local, CHUNK)
+        assert len(losing) == 38
+        assert local.router.serving._gate._holds == 0
 
 
 @pytest.mark.parametrize("decode_batch", MODES.values(), ids=MODES)
