@@ -126,6 +126,17 @@ def decode(frames: Sequence[Any], *, peer: str, max_bytes: int, carrier: Carrier
     return Message(op, fields, tensors, number)
 
 
+def id_of(frames: Sequence[Any]) -> int:
+    """Of a message that may be unreadable otherwise, so that its asker can be told. 0 where there is none."""
+    if not frames or len(frames[0]) > MAX_HEADER_BYTES:
+        return 0
+    try:
+        number = msgpack.unpackb(frames[0])[1]
+    except (ValueError, TypeError, LookupError, msgpack.UnpackException):
+        return 0
+    return number if type(number) is int and number > 0 else 0
+
+
 def _are_integers(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int for value in values)
 

@@ -20,7 +20,7 @@ from actors.errors import InvalidInput, LinkTimeout, PeerLost, ProtocolError, Re
 from actors.transport.contract import Link
 from actors.transport.faulty import Fault, FaultyLink
 from actors.transport.local import LocalLink
-from actors.transport.message import Message, decode, encode, error_answer
+from actors.transport.message import Message, decode, encode, error_answer, id_of
 from actors.transport.payload.contract import SOCKET_ONLY, PayloadSettings
 from actors.transport.socket import SocketLink, SocketServer
 from actors.values import Address
@@ -172,6 +172,21 @@ def test_too_large_a_message_is_refused_before_it_is_sent() -> None:
         assert link.call(Message("echo"), 5).op == "ok"
 
 
+@pytest.mark.parametrize("on_tcp", [False, True])
+def test_an_asker_hears_at_once_that_its_question_could_not_be_read(on_tcp: bool) -> None:
+    server = SocketServer("peer", echo, max_bytes=MAX_BYTES // 2, payload=SOCKET_ONLY)
+    server.start()
+    address = over_tcp(server.address) if on_tcp else server.address
+    link = SocketLink("peer", address, name="r", max_bytes=MAX_BYTES, timeout_s=5, payload=SOCKET_ONLY)
+    started = time.monotonic()
+    with pytest.raises(RemoteError, match="exceeds"):
+        link.call(Message("echo", {}, (torch.zeros(MAX_BYTES // 2 + 1, dtype=torch.uint8),)), 60)
+    assert time.monotonic() - started < 30
+    assert link.call(Message("echo"), 5).op == "ok"
+    link.close()
+    server.stop()
+
+
 def test_nobody_listens() -> None:
     started = time.monotonic()
     with pytest.raises((PeerLost, LinkTimeout), match="nobody"):
@@ -263,6 +278,24 @@ BAD_FRAMES = {
 def test_malformed_frames_make_a_protocol_error(what: str) -> None:
     with pytest.raises(ProtocolError, match="stranger"):
         decode(BAD_FRAMES[what], peer="stranger", max_bytes=MAX_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("frames", "number"),
+    [
+        ([header(1, 7, "x", {}, [])], 7),
+        ([header(2, 7, "x")], 7),
+        ([header(1, -7)], 0),
+        ([header(1, "7")], 0),
+        ([header(1)], 0),
+        ([b"\x07"], 0),
+        ([b"\xc1"], 0),
+        ([], 0),
+        ([header(1, 7, "x" * (1 << 16))], 0),
+    ],
+)
+def test_the_number_of_what_cannot_be_read(frames: list[bytes], number: int) -> None:
+    assert id_of(frames) == number
 
 
 def test_the_server_outlives_a_stranger() -> None:

@@ -16,7 +16,7 @@ import zmq
 from actors.errors import LinkError, ProtocolError
 from actors.transport import curve
 from actors.transport.curve import LinkKeys
-from actors.transport.message import Message, decode, encode, error_answer
+from actors.transport.message import Message, decode, encode, error_answer, id_of
 from actors.transport.payload.attach import Attachments
 from actors.transport.payload.contract import PayloadSettings
 from actors.transport.payload.line import Frames
@@ -108,7 +108,7 @@ class Inbox:
             question = replace(question, via=carrier)
         except LinkError as error:
             logger.warning("refused a message: %s", error)
-            self.answer(sender, error_answer(error))
+            self.answer(sender, error_answer(error, id_of(frames)))
             return
         if question.id <= self._last_id.get(sender, 0):
             logger.warning("dropped a duplicate of message %d from %s", question.id, peer)
