@@ -74,10 +74,13 @@ def straggler_rows(*, rounds: int, shape: Shape | None = None, advance: Advance 
     with torch_threads(1), _fleet(shape, copies=False) as plain, _fleet(shape, copies=True) as copied:
         for number in range(rounds):
             for fleet, copy in zip((plain, copied), COPIES, strict=True):
+                found: dict[str, list[float]] = {}
                 for factor, staleness in ways(copy):
                     advance(f"stragglers{copy}, round {number}")
                     rate = fleet.rate(staleness, Brake(factor=factor))
-                    rates.setdefault(f"{factor:.0f}x_s{staleness}{copy}", []).append(rate)
+                    found.setdefault(f"{factor:.0f}x_s{staleness}{copy}", []).append(rate)
+                for name, several in found.items():
+                    rates.setdefault(name, []).append(statistics.mean(several))
                 for staleness in STALENESS if number < PAUSE_ROUNDS else ():
                     advance(f"a pause{copy}, s = {staleness}")
                     rates.setdefault(f"pause_s{staleness}{copy}", []).append(fleet.rate_with_a_pause(staleness))
