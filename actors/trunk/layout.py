@@ -1,7 +1,8 @@
 """What an expert actor has to know of the model, as plain data: no module, no config, nothing of transformers.
 
-Whoever has the model on the meta device tells it (`layout_of`). Only weights that come from a family's directory or
-from a seed take the family's own code; those of peers and of our checkpoints do not.
+Whoever has the model on the meta device tells it (`layout_of`). Only weights that come from a family's directory take
+the family's own code, and those from a seed where it has no name in `actors.trunk.draws` how they are drawn; those of
+peers and of our checkpoints do not.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from actors.moe.form import ExpertForm, form_of
+from actors.trunk.draws import Draw, draws_of
 from actors.trunk.source import DTYPES
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ class LayerLayout:
     parts: tuple[tuple[str, tuple[int, ...]], ...]
     """Parameter name and shape of one expert's part."""
     template: ExpertForm
+    draws: tuple[Draw, ...] | None = None
+    """What fresh experts are filled by; None: only the family's own code does it."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(self.parts)
@@ -49,14 +53,20 @@ class ModelLayout:
     def dtype(self) -> torch.dtype:
         return DTYPES[self.dtype_name]
 
+    @property
+    def knows_draws(self) -> bool:
+        """Whether fresh experts of every layer can be drawn by it."""
+        return all(layer.draws is not None for layer in self.layers)
+
 
 def layout_of(skeleton: Skeleton) -> ModelLayout | None:
     """None for a family whose experts compute something that has no name in `actors.moe.form`."""
     layers = []
-    for layer in skeleton.layers:
+    for layer, draws in zip(skeleton.layers, draws_of(skeleton), strict=True):
         form = form_of(layer.template, skeleton.dtype)
         if form is None:
             return None
-        layers.append(LayerLayout(layer.name, layer.num_experts, tuple(layer.shapes().items()), form))
+        parts = tuple(layer.shapes().items())
+        layers.append(LayerLayout(layer.name, layer.num_experts, parts, form, draws))
     dtype_name = next(name for name, dtype in DTYPES.items() if dtype == skeleton.dtype)
     return ModelLayout(dtype_name, skeleton.num_experts, tuple(layers))

@@ -207,7 +207,7 @@ class Crew:
     def create_experts(self, count: int, avoid: Collection[str] = (), *, read_model: bool = False) -> dict[str, Any]:
         """Does not wait for their processes. -> actor -> what its node's id will be told by, once it has found one.
 
-        `read_model`: their groups come from a model directory or a seed, and not from others.
+        `read_model`: their groups come from a model directory, and not from a seed or from others.
         """
         names = self._factory.expert_names(count)
         handles = self._factory.experts(names, {*self.leaving, *avoid}, read_model=read_model)

@@ -47,7 +47,7 @@ class ExpertWorker:
     """Holds an `ExpertHost` and serves its links from threads of their own; Ray calls only look after it."""
 
     def __init__(self, name: str, config: ClusterConfig, read_model: bool = False) -> None:
-        """`read_model`: its groups will come from a model directory or a seed, which takes transformers."""
+        """`read_model`: its groups will come from a model directory, which takes transformers."""
         import_torch(config.experts.threads)
         if read_model:
             import_transformers()

@@ -2,7 +2,7 @@
 
 torch and transformers take seconds to import, so only the actors themselves do it, all at the same time: whoever starts
 them imports these modules without. transformers is for routers; an expert actor imports it only where its groups come
-from a model directory or a seed, at the start of a cluster.
+from a model directory, at the start of a cluster.
 """
 
 from __future__ import annotations
