@@ -7,8 +7,9 @@ peers and of our checkpoints do not.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -57,6 +58,26 @@ class ModelLayout:
     def knows_draws(self) -> bool:
         """Whether fresh experts of every layer can be drawn by it."""
         return all(layer.draws is not None for layer in self.layers)
+
+    def to_json(self) -> str:
+        """For whoever passes it on and has no torch, without which this class cannot be imported."""
+        return json.dumps(asdict(self))
+
+
+def layout_from_json(text: str) -> ModelLayout:
+    """Of `ModelLayout.to_json`."""
+    values = json.loads(text)
+    return ModelLayout(**{**values, "layers": tuple(_layer_of(layer) for layer in values["layers"])})
+
+
+def _layer_of(values: dict[str, Any]) -> LayerLayout:
+    draws = values["draws"]
+    changed = {
+        "parts": tuple((name, tuple(shape)) for name, shape in values["parts"]),
+        "template": ExpertForm(**values["template"]),
+        "draws": None if draws is None else tuple(Draw(d["parameter"], d["fill"], tuple(d["numbers"])) for d in draws),
+    }
+    return LayerLayout(**{**values, **changed})
 
 
 def layout_of(skeleton: Skeleton) -> ModelLayout | None:
