@@ -27,7 +27,7 @@ class Service:
 @contextmanager
 def served(config: ClusterConfig) -> Iterator[Service]:
     """Ready when entered; on leaving the front drains first, then every process that was started has ended."""
-    check_front(config.front)  # before twenty seconds of start-up, not after
+    check_front(config.front)  # before ten seconds of start-up, not after
     with launched(config) as running, fronted(running.backend, config.front, config.ray.start_timeout_s) as target:
         yield Service(target, running)
 

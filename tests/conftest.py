@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import cluster  # noqa: F401 - what it sets must be set before gRPC is imported
@@ -51,8 +52,22 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[CapturedForward]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = mixed(items)
     if torch.cuda.is_available():
         return
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def mixed(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Files that start clusters, evenly among the others: they wait for most of their time, and one of two workers has
+    both cores for its computing then. The last files of a run are short ones."""
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    clusters = [path for path in files if path.parent.name == "integration"]
+    others = [path for path in files if path.parent.name != "integration"]
+    places = {path: number * len(others) / len(clusters) for number, path in enumerate(clusters)}
+    places |= {path: number + 0.5 for number, path in enumerate(others)}
+    return [item for path in sorted(files, key=places.__getitem__) for item in files[path]]

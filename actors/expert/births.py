@@ -16,11 +16,12 @@ from torch import Tensor
 
 from actors.expert.holdings import Holdings
 from actors.moe.growth import perturbed
-from actors.trunk.init import drawn_from, initial_experts
+from actors.trunk.draws import drawn_from
+from actors.trunk.init import initial_experts
 from actors.values import Growth, Placement
 
 if TYPE_CHECKING:
-    from actors.trunk.model import Skeleton
+    from actors.trunk.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,11 @@ def evenly_spread(placement: Placement, num_new: int) -> dict[int, int]:
 
 
 def give_birth(
-    holdings: Holdings, family: Callable[[], Skeleton], group_size: int, births: Births, groups: Sequence[int]
+    holdings: Holdings, fresh: Callable[[], Layout], group_size: int, births: Births, groups: Sequence[int]
 ) -> None:
     """Makes these new groups, to be held next. One that is here already, from a growth that failed, is made anew.
 
-    `family`: the model, which is asked for only to draw fresh ones.
+    `fresh`: what fresh ones are drawn by, asked for only then.
     """
     for group in groups:
         if group in holdings:
@@ -84,7 +85,7 @@ def give_birth(
         for layer in range(len(holdings.stacks)):
             tensors, updates = holdings.read(births.source_of[group], layer)
             if births.growth.mode == "fresh":
-                drawn = initial_experts(family(), layer, [group], group_size, births.growth.seed)
+                drawn = initial_experts(fresh(), layer, [group], group_size, births.growth.seed)
                 made = _fresh(tensors, [drawn[name] for name in holdings.stacks[layer].names])
             else:
                 with drawn_from(births.growth.seed, layer, group):

@@ -13,6 +13,7 @@ from actors.expert.residency import Quarters, beside_a_cache
 from actors.optim import OptimizerSettings
 from actors.staleness import check_staleness
 from actors.trunk.init import initial_experts
+from actors.trunk.layout import Layout, ModelLayout
 from actors.trunk.source import ModelSource
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 
 class Family:
-    """The model as transformers has it: what weights are drawn and read by. Imported when it is asked for, and not
-    before: an actor whose groups come from others never does."""
+    """The model as transformers has it: what weights are read by, and drawn where a layout does not say how. Imported
+    when it is asked for, and not before: an actor whose groups come from others never does."""
 
     def __init__(self, source: ModelSource) -> None:
         self._source = source
@@ -41,7 +42,7 @@ class HoldingsLoader:
     def __init__(self, source: ModelSource, quarters: Quarters, family: Family) -> None:
         self._source = source
         self.quarters = quarters
-        self.family = family
+        self._family = family
         self.is_own: Callable[[int], bool] = lambda group: True
         """Whether nobody else has to update a group alike, at the time of the call."""
 
@@ -50,21 +51,33 @@ class HoldingsLoader:
         if check_staleness(settings.staleness) and self.quarters.cache is not None:
             raise beside_a_cache()
 
+    def fresh(self) -> Layout:
+        """What fresh experts are drawn by: the layout, or transformers where that does not know."""
+        layout = self.quarters.layout
+        return layout if isinstance(layout, ModelLayout) and layout.knows_draws else self._family()
+
     def load(self, groups: Sequence[int], path: str | None = None) -> Holdings:
         """As the model's directory has them, or as a seed gives them where there is none. `path`: another directory of
         the same architecture."""
         source = self._source if path is None else ModelSource(path=path, dtype=self._source.dtype)
-        return Holdings(self.quarters, groups, self._of_family(source) if groups else self._zeros, self.is_own)
+        return Holdings(self.quarters, groups, self._weights_of(source) if groups else self._zeros, self.is_own)
 
-    def _of_family(self, source: ModelSource) -> LoadLayer:
+    def _weights_of(self, source: ModelSource) -> LoadLayer:
+        return self._of_directory(source.path) if source.path else self._of_seed(source.seed)
+
+    def _of_seed(self, seed: int) -> LoadLayer:
+        def load_layer(layer: int, groups: Sequence[int]) -> Mapping[str, Tensor]:
+            return initial_experts(self.fresh(), layer, groups, self.quarters.group_size, seed)
+
+        return load_layer
+
+    def _of_directory(self, path: str) -> LoadLayer:
         from actors.trunk.checkpoint import CheckpointReader
 
-        model, size = self.family(), self.quarters.group_size
-        reader = CheckpointReader(source.path, model) if source.path else None
+        model, size = self._family(), self.quarters.group_size
+        reader = CheckpointReader(path, model)
 
         def load_layer(layer: int, groups: Sequence[int]) -> Mapping[str, Tensor]:
-            if reader is None:
-                return initial_experts(model, layer, groups, size, source.seed)
             experts = [g * size + i for g in groups for i in range(size)]
             return reader.expert_tensors(model.layers[layer].name, experts)
 

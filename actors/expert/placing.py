@@ -103,7 +103,7 @@ class Placing:
         state = self._state
         born = [group for group in wanted if births is not None and group in births.source_of]
         if births is not None:
-            give_birth(state.holdings, state.loader.family, state.group_size, births, born)
+            give_birth(state.holdings, state.loader.fresh, state.group_size, births, born)
         self._await_arrivals([g for g in wanted if g in state.holdings.arriving and g not in born], version, run)
         state.holdings.hold(wanted)
         for group in wanted:

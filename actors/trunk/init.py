@@ -6,53 +6,37 @@ draws the same weights.
 
 from __future__ import annotations
 
-import copy
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from actors.trunk.draws import blank_experts, drawn_from, let_family_draw, replay
+from actors.trunk.layout import Layout, ModelLayout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from actors.trunk.model import Skeleton
 
-_drawing = threading.RLock()
+def initial_experts(model: Layout, layer: int, groups: Sequence[int], group_size: int, seed: int) -> dict[str, Tensor]:
+    """Stacked parameters [len(groups) * group_size, ...] of one layer, drawn as the family's `_init_weights` does it.
 
-
-@contextmanager
-def drawn_from(*seed: int) -> Iterator[None]:
-    """torch's global generator seeded by a tuple inside, as it was before outside. One thread at a time: it is the
-    process's only one."""
-    mixed = 0
-    for part in seed:
-        mixed = (mixed * 1_000_003 + part + 1) % (1 << 62)
-    with _drawing, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(mixed)
-        yield
-
-
-def initial_experts(
-    skeleton: Skeleton, layer: int, groups: Sequence[int], group_size: int, seed: int
-) -> dict[str, Tensor]:
-    """Stacked parameters [len(groups) * group_size, ...] of one layer, drawn by the family's `_init_weights`."""
-    parts = [_initial_group(skeleton, layer, group, group_size, seed) for group in groups]
+    `model`: one that `knows_draws`, or the family's own.
+    """
+    parts = [_initial_group(model, layer, group, group_size, seed) for group in groups]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _initial_group(skeleton: Skeleton, layer: int, group: int, group_size: int, seed: int) -> dict[str, Tensor]:
-    module: Any = copy.copy(skeleton.layers[layer].template)
-    parameters = {
-        name: nn.Parameter(torch.zeros(group_size, *shape, dtype=skeleton.dtype))
-        for name, shape in skeleton.layers[layer].shapes().items()
-    }
-    module._parameters = parameters
-    module.num_experts = group_size
+def _initial_group(model: Layout, layer: int, group: int, group_size: int, seed: int) -> dict[str, Tensor]:
+    parameters = blank_experts(model, layer, group_size)
     with drawn_from(seed, layer, group), torch.no_grad():
-        skeleton.model._init_weights(module)
+        if isinstance(model, ModelLayout):
+            draws = model.layers[layer].draws
+            assert draws is not None
+            replay(draws, parameters)
+        else:
+            let_family_draw(model, layer, parameters)
     return {name: p.detach() for name, p in parameters.items()}
 
 

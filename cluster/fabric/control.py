@@ -113,7 +113,7 @@ class ControlWorker:
     def _begin(self) -> None:
         experts = self._config.experts
         # Beside the router's, which takes as long.
-        processes = self._crew.create_experts(experts.actors, read_model=True)
+        processes = self._crew.create_experts(experts.actors, read_model=bool(self._config.model.path))
         model = origin = self._crew.start_router()
         vault = Vault(self._config, origin)
         found = vault.newest() if self._config.checkpoint.resume else None

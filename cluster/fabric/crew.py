@@ -32,7 +32,6 @@ from cluster.placement.placement import ActorSlot
 
 if TYPE_CHECKING:
     from actors.transport.curve import LinkKeys
-    from actors.trunk.layout import ModelLayout
     from cluster.checkpoint.store import Found
 
 logger = logging.getLogger(__name__)
@@ -78,8 +77,8 @@ class Crew:
         """Expert actors that were ended, their nodes, and what tells that the process is gone."""
         self.num_experts = 0
         """Of every MoE layer, for a model that has grown; 0: as the config says."""
-        self._layouts: dict[int, ModelLayout | None] = {}
-        """By `num_experts`."""
+        self._layouts: dict[int, str | None] = {}
+        """By `num_experts`, as JSON: to import what they are made of takes a second and more."""
 
     @cached_property
     def link_keys(self) -> LinkKeys | None:
@@ -207,7 +206,7 @@ class Crew:
     def create_experts(self, count: int, avoid: Collection[str] = (), *, read_model: bool = False) -> dict[str, Any]:
         """Does not wait for their processes. -> actor -> what its node's id will be told by, once it has found one.
 
-        `read_model`: their groups come from a model directory or a seed, and not from others.
+        `read_model`: their groups come from a model directory, and not from a seed or from others.
         """
         names = self._factory.expert_names(count)
         handles = self._factory.experts(names, {*self.leaving, *avoid}, read_model=read_model)
@@ -229,7 +228,7 @@ class Crew:
                 self._experts[name] = contact
                 self._lookout.watch(name, self._handles[name])
 
-    def _layout(self) -> ModelLayout | None:
+    def _layout(self) -> str | None:
         """Of the model, asked of the router once. Without an answer expert actors find out for themselves, which takes
         them longer."""
         with self._lock:

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from actors.transport.message import Message
     from actors.transport.socket import SocketServer
     from actors.transport.turns import Lane
-    from actors.trunk.layout import ModelLayout
     from cluster.checkpoint.manifest import Shard
     from cluster.checkpoint.memory import Holder, KeptDraft, Told, Way
     from cluster.checkpoint.store import Draft, Found
@@ -47,7 +46,7 @@ class ExpertWorker:
     """Holds an `ExpertHost` and serves its links from threads of their own; Ray calls only look after it."""
 
     def __init__(self, name: str, config: ClusterConfig, read_model: bool = False) -> None:
-        """`read_model`: its groups will come from a model directory or a seed, which takes transformers."""
+        """`read_model`: its groups will come from a model directory, which takes transformers."""
         import_torch(config.experts.threads)
         if read_model:
             import_transformers()
@@ -62,16 +61,16 @@ class ExpertWorker:
         node: str = ray.get_runtime_context().get_node_id()
         return node
 
-    def load(
-        self, groups: Sequence[int], num_experts: int, keys: LinkKeys | None, layout: ModelLayout | None
-    ) -> ExpertContact:
+    def load(self, groups: Sequence[int], num_experts: int, keys: LinkKeys | None, layout: str | None) -> ExpertContact:
         """Takes the weights of its groups and begins to serve. Without groups it is there for those that arrive.
 
         `num_experts` of every layer, for a model that has grown; 0: as the config says. `keys`: of the cluster's links,
-        where they are secured. `layout`: of that model, so that nobody has to import transformers here to find out.
+        where they are secured. `layout`: of that model, as JSON, so that nobody has to import transformers here to find
+        out.
         """
         from actors.expert.host import ExpertHost
         from actors.moe.cache import CacheSettings
+        from actors.trunk.layout import layout_from_json
         from cluster.fabric.source import model_source
 
         self._keys, experts = keys, self._config.experts
@@ -85,7 +84,7 @@ class ExpertWorker:
             timeout_s=self._config.router.request_timeout_s,
             cache=CacheSettings(experts.expert_cache_size, experts.cache_dir) if experts.expert_cache_size else None,
             max_pairs=experts.max_pairs,
-            layout=layout,
+            layout=None if layout is None else layout_from_json(layout),
         )
         host = self._host
         host.updates.brake = brake_of(os.environ)

@@ -16,19 +16,21 @@ from typing import Any
 
 import ray
 from ray._private import services
-from ray._private.state import available_resources_per_node
+from ray._private.state import GlobalState, available_resources_per_node
 from ray.cluster_utils import Cluster
 
 from cluster.config import ClusterConfig, RayConfig
 from cluster.errors import FailedPrecondition, StartupError
 from cluster.fabric.keeper import NodeKeeper, started_node
-from cluster.fabric.options import EXPERT_RESOURCE, NODE_LABEL, ROUTER_RESOURCE, ZONE_LABEL
+from cluster.fabric.options import EXPERT_RESOURCE, NODE_LABEL, ROUTER_RESOURCE, WAITING, ZONE_LABEL
 
 logger = logging.getLogger(__name__)
 
 DATA_CPUS = 2
 """Logical CPUs of the embedded head: Ray Data reads and tokenises there, nothing else asks for CPUs."""
 OBJECT_STORE_BYTES = 128 << 20
+LOOK_EVERY_S = 0.05
+"""For a node that is being started."""
 
 
 @contextmanager
@@ -89,13 +91,17 @@ def _start_head(config: ClusterConfig) -> Cluster:
         "resources": {ROUTER_RESOURCE: config.router.max_actors},
         "labels": {NODE_LABEL: "head"},
         "include_dashboard": False,
+        # Nobody reads what these would tell, and each is a process that imports Ray before the first node starts.
+        "include_log_monitor": False,
+        "no_monitor": True,  # of Ray's autoscaler
         "object_store_memory": OBJECT_STORE_BYTES,
         "gcs_server_port": 0,
         # By default every head asks for the same port; where another cluster's holds it, the start takes seconds more.
         "dashboard_agent_listen_port": 0,
     }
     try:
-        return Cluster(initialize_head=True, head_node_args=head)
+        with _without_api_server():
+            return Cluster(initialize_head=True, head_node_args=head)
     except Exception as error:  # Ray raises no class of its own here
         raise StartupError(f"Ray's head node did not start: {error}") from error
 
@@ -144,24 +150,42 @@ def _connect(address: str | None) -> None:
 
 @contextmanager
 def _patience(timeout_s: float) -> Iterator[None]:
-    """Ray gives a node that it starts 30 s to appear, which a machine that does much else may not keep."""
+    """Ray gives a node that it starts 30 s to appear, which a machine that does much else may not keep. And it looks
+    once a second."""
     ask = services.get_node
 
     def ask_until_there(address: str, node_id: str) -> Any:
         deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                return ask(address, node_id)
-            except RuntimeError:  # it is not there yet
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(0.1)
+        while not _is_known(address, node_id) and time.monotonic() < deadline:
+            time.sleep(LOOK_EVERY_S)
+        return ask(address, node_id)  # RuntimeError if it is not there
 
     services.get_node = ask_until_there
     try:
         yield
     finally:
         services.get_node = ask
+
+
+def _is_known(address: str, node_id: str) -> bool:
+    """Whether a node has told Ray's head at this address that it is there."""
+    state = GlobalState()
+    state._initialize_global_state(services._get_gcs_client_options(address))
+    try:
+        return any(node["NodeID"] == node_id for node in state.node_table())
+    finally:
+        state.disconnect()
+
+
+@contextmanager
+def _without_api_server() -> Iterator[None]:
+    """Ray starts the dashboard's server without a dashboard, too, for usage statistics alone, and waits for it."""
+    start = services.start_api_server
+    services.start_api_server = lambda *args, **kwargs: (None, None)  # as where it did not start, which is no error
+    try:
+        yield
+    finally:
+        services.start_api_server = start
 
 
 @contextmanager
@@ -184,6 +208,7 @@ def _isolate() -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Ray gives its workers the lowest priority; here they are the service, and Ray's own processes would go first.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.update(WAITING)
 
 
 def node_names() -> dict[str, str]:

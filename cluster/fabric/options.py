@@ -27,6 +27,8 @@ COORDINATOR, ROUTER = "coordinator", "router-0"
 TRAIN, SERVE, FILES, CONTROL = "train", "serve", "files", "control"
 """Concurrency groups of a router actor, the last one of an expert actor too: there nothing takes long, since an actor
 that does not say how it is for some seconds counts as frozen, and is killed."""
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Waiting threads sleep: a spinning one would take the core of another actor."""
 WATCH = "watch"
 """One of the coordinator: calls that wait for news. Any number of watchers may keep its threads, and no others."""
 
@@ -65,7 +67,7 @@ def expert_options(config: ClusterConfig) -> dict[str, Any]:
         "max_restarts": 0,
         "max_concurrency": 16,  # groups arrive, however many, while a snapshot is written
         "concurrency_groups": {CONTROL: 8},
-        "runtime_env": {"env_vars": thread_env(config.experts.threads)},
+        **_own_env(config, config.experts.threads),
     }
 
 
@@ -77,10 +79,17 @@ def router_options(config: ClusterConfig) -> dict[str, Any]:
         "resources": {ROUTER_RESOURCE: 1},
         "max_restarts": 0,
         "concurrency_groups": {TRAIN: 1, SERVE: config.router.max_sessions + 8, FILES: 8, CONTROL: 8},
-        "runtime_env": {"env_vars": thread_env(config.router.threads)},
+        **_own_env(config, config.router.threads),
     }
 
 
+def _own_env(config: ClusterConfig, threads: int) -> dict[str, Any]:
+    """A process that is this actor's from the beginning: in another one of Ray's torch may have been imported already.
+    Embedded, all of them have what counts from us (`nodes.connected`), and one that is there will do: for one with an
+    environment of its own Python imports Ray twice."""
+    return {} if config.ray.mode == "embedded" else {"runtime_env": {"env_vars": thread_env(threads)}}
+
+
 def thread_env(threads: int) -> dict[str, str]:
-    """Intra-op threads of one actor. Waiting threads sleep: a spinning one would take the core of another actor."""
-    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    """Intra-op threads of one actor."""
+    return {"OMP_NUM_THREADS": str(threads), **WAITING}

@@ -59,7 +59,6 @@ if TYPE_CHECKING:
     from actors.transport.contract import Link
     from actors.transport.curve import LinkKeys
     from actors.transport.message import Message
-    from actors.trunk.layout import ModelLayout
     from cluster.checkpoint.manifest import Shard
     from cluster.checkpoint.memory import Holder, KeptDraft, Told, Way
     from cluster.checkpoint.store import Draft, Found
@@ -95,13 +94,14 @@ class RouterWorker:
         return model_facts(self._config, num_experts)
 
     @ray.method(concurrency_group=CONTROL)
-    def layout(self, num_experts: int) -> ModelLayout | None:
-        """What expert actors have to know of the model; None if they have to see for themselves."""
+    def layout(self, num_experts: int) -> str | None:
+        """What expert actors have to know of the model, as JSON; None if they have to see for themselves."""
         from actors.trunk.layout import layout_of
         from actors.trunk.model import skeleton
         from cluster.fabric.source import model_source
 
-        return layout_of(skeleton(model_source(self._config, num_experts)))
+        layout = layout_of(skeleton(model_source(self._config, num_experts)))
+        return None if layout is None else layout.to_json()
 
     @ray.method(concurrency_group=CONTROL)
     def load(

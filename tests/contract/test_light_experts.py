@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from actors.optim import OptimizerSettings
 from actors.router.roster import Peer, Roster
 from actors.transport.socket import SocketLink
+from actors.trunk.init import initial_experts
 from actors.trunk.layout import ModelLayout, layout_of
 from actors.trunk.model import ModelSource, skeleton
 from actors.values import Address, Placement
@@ -35,6 +37,7 @@ import_torch(1)
 from actors.expert.host import ExpertHost
 from actors.moe.form import ExpertForm
 from actors.transport.socket import SocketLink, SocketServer
+from actors.trunk.draws import Draw
 from actors.trunk.layout import LayerLayout, ModelLayout
 from actors.trunk.source import ModelSource
 from actors.values import Address
@@ -108,6 +111,43 @@ def test_an_expert_actor_that_takes_over_has_not_imported_transformers() -> None
             losses += train(local, BATCHES[2:])
             assert light.end() & HEAVY == set()
     assert losses == expected
+
+
+SEEDED = """
+import json, sys
+from actors.expert.host import ExpertHost
+from actors.moe.form import ExpertForm
+from actors.trunk.draws import Draw
+from actors.trunk.layout import LayerLayout, ModelLayout
+from actors.trunk.source import ModelSource
+layout, groups = eval(sys.argv[1])
+source = ModelSource(values={"model_type": "nobody reads this"}, seed=5, dtype="float64")
+host = ExpertHost("light", source, groups, group_size=2, layout=layout)
+def weights_of(group, layer):
+    tensors, _ = host.state.holdings.read(group, layer)  # each weight with its two moments
+    names = host.state.holdings.stacks[layer].names
+    return {name: tensor.tolist() for name, tensor in zip(names, tensors[::3], strict=True)}
+weights = [weights_of(group, layer) for group in groups for layer in range(len(layout.layers))]
+print(json.dumps([weights, sorted({name.partition(".")[0] for name in sys.modules})]))
+"""
+
+
+def test_weights_from_a_seed_are_the_same_without_transformers() -> None:
+    source, groups = replace(SOURCE, seed=5), (1, 2)
+    model = skeleton(source)
+    told = repr((layout_of(model), groups))
+    done = subprocess.run(
+        [sys.executable, "-c", SEEDED, told], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+    assert done.returncode == 0, done.stderr
+    weights, modules = json.loads(done.stdout)
+    expected = []
+    for group in groups:
+        for layer in range(len(model.layers)):
+            drawn = initial_experts(model, layer, [group], 2, seed=5)
+            expected.append({name: tensor.tolist() for name, tensor in drawn.items()})
+    assert weights == expected
+    assert HEAVY & set(modules) == set()
 
 
 def test_whoever_starts_actors_imports_their_edges_without_what_only_they_need() -> None:

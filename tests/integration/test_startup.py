@@ -39,11 +39,18 @@ def test_a_placement_that_cannot_be_is_named(overrides: dict[str, object], text:
 
 def test_an_embedded_cluster_runs_beside_another() -> None:
     other = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
     try:
         config = load_cluster(find_config("local_cpu"), {"model": "tiny", "experts.group_size": 2, "front.port": 0})
         with launched(config) as running:
             assert ray.get_runtime_context().gcs_address != other.address
             assert asyncio.run(running.backend.status(timeout_s=10)).ready
+            started = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
+            assert any("raylet" in process.name() for process in started)
+            unread = ("dashboard.py", "monitor.py")  # Ray's own, for people who do not look at an embedded cluster
+            assert not [
+                process for process in started if any(argument.endswith(unread) for argument in process.cmdline())
+            ]
         assert other.head_node is not None
         assert not other.head_node.dead_processes(), "the other cluster is left alone"
     finally:

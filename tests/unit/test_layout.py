@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +12,9 @@ from torch import Tensor
 
 from actors.moe.experts import ExpertStack
 from actors.moe.form import ExpertForm, form_of
-from actors.trunk.layout import layout_of
+from actors.trunk.draws import draws_of
+from actors.trunk.init import initial_experts
+from actors.trunk.layout import layout_from_json, layout_of
 from actors.trunk.model import DTYPES, ModelSource, skeleton
 from tests.families import FAMILIES
 from tests.unit.test_experts import SKEWS, make
@@ -29,7 +30,7 @@ def test_the_layout_of_every_family_says_what_its_modules_do(family: str, dtype:
     assert [(layer.name, layer.shapes()) for layer in layout.layers] == [
         (layer.name, layer.shapes()) for layer in model.layers
     ]
-    assert json.loads(json.dumps(asdict(layout)))  # nothing in it but plain values
+    assert layout_from_json(layout.to_json()) == layout
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
@@ -47,6 +48,45 @@ def test_a_stack_computes_the_same_bits_with_the_form_as_with_the_module(family:
         stack.accumulate(part)
         found.append([y_TD, grad_x_TD, grad_weight_P, *(stack.gradient(name) for name in stack.names)])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fresh_experts_are_the_same_bits_by_the_layout_as_by_the_family(family: str, dtype: str) -> None:
+    model = skeleton(ModelSource(values={"model_type": family, **FAMILIES[family]}, dtype=dtype))
+    layout = layout_of(model)
+    assert layout is not None
+    assert layout.knows_draws
+    for layer in range(len(model.layers)):
+        ours, theirs = (initial_experts(known, layer, [0, 3], 2, seed=7) for known in (layout, model))
+        assert list(ours) == list(theirs)
+        assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == model.dtype for name in ours)
+        assert any(tensor.any() for tensor in ours.values())
+
+
+def one_by_one(module: Any) -> None:
+    for expert in module.gate_up_proj:
+        expert.normal_()
+
+
+def other_for_many(module: Any) -> None:
+    module.gate_up_proj.normal_(0.0, 1.0 / len(module.gate_up_proj))
+
+
+def orthogonal(module: Any) -> None:
+    torch.nn.init.orthogonal_(module.down_proj)
+
+
+@pytest.mark.parametrize("draw", [one_by_one, other_for_many, orthogonal])
+def test_weights_drawn_in_a_way_without_a_name_are_left_to_the_family(
+    draw: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = skeleton(ModelSource(values={"model_type": "deepseek_v3", **FAMILIES["deepseek_v3"]}))
+    monkeypatch.setattr(type(model.model), "_init_weights", lambda self, module: draw(module))
+    assert draws_of(model) == [None, None]
+    layout = layout_of(model)
+    assert layout is not None
+    assert not layout.knows_draws
 
 
 class Strange:
