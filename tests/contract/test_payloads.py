@@ -24,6 +24,7 @@ import torch
 from actors.errors import InvalidInput, LinkTimeout, PeerLost, ProtocolError
 from actors.transport.curve import LinkKeys
 from actors.transport.message import Message, decode, encode
+from actors.transport.payload import attach
 from actors.transport.payload.contract import AUTO, SOCKET_ONLY, PayloadSettings
 from actors.transport.payload.shm import ShmCarrier
 from actors.transport.socket import SocketLink, SocketServer
@@ -396,3 +397,43 @@ def test_places_outside_of_the_memory_are_refused(place: object) -> None:
         decode(frames, peer="stranger", max_bytes=1 << 10, carrier=theirs)
     ours.close()
     theirs.close()
+
+
+@pytest.mark.parametrize("rank", [0, 1], ids=["link", "server"])
+@pytest.mark.parametrize("fails_at", ["__init__", "meet"])
+def test_where_the_best_way_fails_the_next_is_taken(fails_at: str, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[int] = []
+
+    class Failing(ShmCarrier):
+        def __init__(self, settings: PayloadSettings, peer: str, own_rank: int) -> None:
+            super().__init__(settings, peer)
+            self._rank = own_rank
+            self._fail("__init__")
+
+        def meet(self, *shown: Any) -> None:
+            super().meet(*shown)
+            self._fail("meet")
+
+        def _fail(self, where: str) -> None:
+            if (where, self._rank) == (fails_at, rank):
+                raise RuntimeError("this GPU does not reach that one")
+
+        def close(self) -> None:
+            super().close()
+            closed.append(self._rank)
+
+    def new_carrier(kind: str, settings: PayloadSettings, peer: str, own_rank: int) -> ShmCarrier:
+        return Failing(settings, peer, own_rank) if kind == "cuda_ipc" else ShmCarrier(settings, peer)
+
+    monkeypatch.setattr(attach, "new_carrier", new_carrier)
+    monkeypatch.setattr(attach, "choose", lambda *ends, on_one_host: ("cuda_ipc", "shm"))
+    tensor = torch.arange(1 << 16)
+    with serving(payload=AUTO) as server:
+        for number in range(20):
+            link = opened(server.address, AUTO)
+            assert link.kind == "socket/ipc+shm"
+            answer = link.call(Message("next", {"n": number}, (tensor,)), WAIT_S)
+            assert torch.equal(answer.tensors[0], tensor + 1)
+            link.close()
+    if fails_at == "meet":
+        assert sorted(closed) == [0] * 20 + [1] * 20
