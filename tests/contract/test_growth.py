@@ -16,6 +16,7 @@ from actors.errors import InvalidInput, LinkError
 from actors.moe.settings import BalanceSettings, GateSettings
 from actors.optim import OptimizerSettings
 from actors.reference import Reference
+from actors.router import placing
 from actors.router.router import Router
 from actors.transport.contract import Link
 from actors.transport.faulty import Fault, FaultyLink
@@ -274,7 +275,10 @@ def test_new_groups_move_to_an_actor_that_joins(source: ModelSource) -> None:
 
 
 @pytest.mark.parametrize("kind", ["drop_question", "drop_answer", "close"])
-def test_a_growth_that_fails_in_the_middle_has_not_been(source: ModelSource, kind: str) -> None:
+def test_a_growth_that_fails_in_the_middle_has_not_been(
+    source: ModelSource, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placing, "BIRTH_FACTOR", 1.5)  # the experts of a small model are there at once
     with trained(source, links="socket") as still:
         expected = train(still, 4)
     scripted: list[FaultyLink] = []
