@@ -84,7 +84,6 @@ class Stream:
         self._num_tokens = 0
         self._untold: list[TokenEvent] = []
         self._events: queue.SimpleQueue[TokenEvent | Exception] = queue.SimpleQueue()
-        self._on_read: Callable[[], None] = lambda: None
 
     @property
     def position(self) -> int:
@@ -154,7 +153,6 @@ class Batch:
         self._untold: list[Stream] = []
         """Whose readers have not heard of their last tokens: waking many readers takes as long as launching a step, so
         that they are woken while the next one is computed."""
-        self._is_launched = isinstance(forward, Launched)
         if isinstance(forward, Launched):
             forward.meanwhile = self.tell
         self._slots, self._forward, self._last_only = slots, forward, dict(last_only)
@@ -207,7 +205,7 @@ class Batch:
                 self._slots.lengths[slot] += 1
                 stream.give(token, version)
                 self._untold.append(stream)
-        if not self._is_launched:
+        if not isinstance(self._forward, Launched):
             self.tell()
 
     def tell(self) -> None:

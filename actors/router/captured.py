@@ -190,7 +190,7 @@ class CapturedStep:
         """Whether the experts are, too."""
         return standing is not None and self._standing is not None and self._standing.is_as(standing)
 
-    def run(self, tokens: Sequence[int], lengths: Sequence[int], meanwhile: Meanwhile = nothing) -> Tensor:
+    def run(self, tokens: Sequence[int], lengths: Sequence[int], meanwhile: Meanwhile) -> Tensor:
         """-> logits [B, V] of these rows, until the next run. `Moved` where experts are not as they were. Calls
         `meanwhile` while the device computes."""
         rows = len(tokens)

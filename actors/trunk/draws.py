@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from actors.errors import InvalidInput
+
 if TYPE_CHECKING:
     from actors.trunk.layout import Layout
     from actors.trunk.model import Skeleton
@@ -35,6 +37,11 @@ class Draw:
     """A name in `FILLS`."""
     numbers: tuple[float, ...]
     """Its arguments."""
+
+    def __post_init__(self) -> None:
+        """It comes from another process, and says what is called here."""
+        if self.fill not in FILLS:
+            raise InvalidInput("fills no tensor", field="draws.fill", value=self.fill)
 
 
 _drawing = threading.RLock()

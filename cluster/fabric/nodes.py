@@ -156,8 +156,9 @@ def _patience(timeout_s: float) -> Iterator[None]:
 
     def ask_until_there(address: str, node_id: str) -> Any:
         deadline = time.monotonic() + timeout_s
-        while not _is_known(address, node_id) and time.monotonic() < deadline:
-            time.sleep(LOOK_EVERY_S)
+        with _state_of(address) as state:
+            while time.monotonic() < deadline and all(node["NodeID"] != node_id for node in state.node_table()):
+                time.sleep(LOOK_EVERY_S)
         return ask(address, node_id)  # RuntimeError if it is not there
 
     services.get_node = ask_until_there
@@ -167,12 +168,13 @@ def _patience(timeout_s: float) -> Iterator[None]:
         services.get_node = ask
 
 
-def _is_known(address: str, node_id: str) -> bool:
-    """Whether a node has told Ray's head at this address that it is there."""
+@contextmanager
+def _state_of(address: str) -> Iterator[GlobalState]:
+    """What Ray's head at this address knows, e.g. of the nodes that have told it that they are there."""
     state = GlobalState()
     state._initialize_global_state(services._get_gcs_client_options(address))
     try:
-        return any(node["NodeID"] == node_id for node in state.node_table())
+        yield state
     finally:
         state.disconnect()
 

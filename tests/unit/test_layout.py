@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from actors.errors import InvalidInput
 from actors.moe.experts import ExpertStack
 from actors.moe.form import ExpertForm, form_of
-from actors.trunk.draws import draws_of
+from actors.trunk.draws import Draw, draws_of
 from actors.trunk.init import initial_experts
 from actors.trunk.layout import layout_from_json, layout_of
 from actors.trunk.model import DTYPES, ModelSource, skeleton
@@ -87,6 +88,11 @@ def test_weights_drawn_in_a_way_without_a_name_are_left_to_the_family(
     layout = layout_of(model)
     assert layout is not None
     assert not layout.knows_draws
+
+
+def test_what_fills_no_tensor_is_not_called() -> None:
+    with pytest.raises(InvalidInput, match="apply_"):
+        Draw("down_proj", "apply_", ())
 
 
 class Strange:
