@@ -76,6 +76,8 @@ def divided(held: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
 class Ensemble:
     """The actors that compute the experts of one captured step, each its own."""
 
+    is_here = False
+
     def __init__(
         self, dispatcher: Dispatcher, ways: Mapping[str, Way], held: Mapping[str, Sequence[int]], device: torch.device
     ) -> None:

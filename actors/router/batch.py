@@ -50,6 +50,15 @@ class Launched:
     meanwhile: Meanwhile = staticmethod(nothing)
     """To be called as soon as the device computes, and before anything else that takes time."""
 
+    def chain(
+        self, model: PreTrainedModel, slots: Slots, tokens: Sequence[int], goes_on: Callable[[], bool]
+    ) -> Iterator[list[int]]:
+        """The likeliest token after each stream's last one, then the one after that, and so on: the device begins a
+        step before the host knows what the one before has given. `goes_on` is asked before each, when of the one before
+        nobody knows yet; whoever iterates counts `slots.lengths` up as tokens come. Gives nothing, or ends, where the
+        next step cannot be launched like this."""
+        yield from ()
+
 
 def plain_forward(model: PreTrainedModel, slots: Slots, tokens: Sequence[int]) -> Tensor:
     window = slots.begin()
@@ -94,6 +103,13 @@ class Stream:
     def is_read(self) -> bool:
         """Whether its reader keeps up."""
         return self._events.qsize() < AHEAD
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether, as far as is known before its next token is, one more comes after that."""
+        is_last = self._num_tokens + 1 >= self._budget
+        has_room = self._events.qsize() + len(self._untold) + 2 < AHEAD
+        return has_room and not (is_last or self.ended or self.closed or self.sampling.temperature)
 
     def give(self, token: int, version: int) -> None:
         """Its next token, which the reader hears of with `tell`."""
@@ -188,41 +204,59 @@ class Batch:
                     raise
                 self.streams.append(stream)
 
-    def step(self) -> None:
-        """Another token of every stream that is read. An error ends them all."""
+    def step(self, is_alone: Callable[[], bool] = lambda: False) -> None:
+        """Another token of every stream that is read, and then more for as long as the batch `is_alone`. An error ends
+        them all."""
         try:
             try:
-                logits_BV, version = self._forwarded()
+                self._step(is_alone)
             except PeerLost as error:  # in the middle; what was written to the slots is written again
                 logger.info("a step is computed once more: %s", error)
-                logits_BV, version = self._forwarded()
-            tokens = self._chosen(logits_BV, self.streams)
+                self._step(is_alone)
         except Exception as error:
             self.fail(error)
-            return
+
+    def _step(self, is_alone: Callable[[], bool]) -> None:
+        with self.served.guard(1, self._slots.pasts) as used_version, torch.no_grad():
+            model, is_first = self.served.model(), True
+            for tokens in self._chain(model, is_alone):
+                self._give(tokens, used_version())
+                is_first = False
+            if not is_first:
+                return
+            logits_BV, version = self._forward(model, self._slots, self._last_tokens()), used_version()
+        self._give(self._chosen(logits_BV, self.streams), version)
+
+    def _chain(self, model: PreTrainedModel, is_alone: Callable[[], bool]) -> Iterator[list[int]]:
+        """Of the step that comes and those that follow before anybody else has their turn."""
+
+        def goes_on() -> bool:
+            return is_alone() and not self.served.is_awaited() and all(stream.goes_on for stream in self.streams)
+
+        if isinstance(self._forward, Launched) and all(stream.goes_on for stream in self.streams):
+            yield from self._forward.chain(model, self._slots, self._last_tokens(), goes_on)
+
+    def _give(self, tokens: Sequence[int], version: int) -> None:
         for slot, (stream, token) in enumerate(zip(self.streams, tokens, strict=True)):
-            if stream.is_read:  # of one that is not, the same is computed again
+            if stream.is_read and not stream.ended:  # of one that is not read, the same is computed again
                 self._slots.lengths[slot] += 1
                 stream.give(token, version)
                 self._untold.append(stream)
         if not isinstance(self._forward, Launched):
             self.tell()
 
+    def _last_tokens(self) -> list[int]:
+        return [stream.last_token for stream in self.streams]
+
+    @staticmethod
+    def _chosen(logits_BV: Tensor, streams: Sequence[Stream]) -> list[int]:
+        return choose_each(logits_BV, [stream.sampling for stream in streams], [stream.position for stream in streams])
+
     def tell(self) -> None:
         """Readers hear of all tokens."""
         for stream in self._untold:
             stream.tell()
         self._untold.clear()
-
-    def _forwarded(self) -> tuple[Tensor, int]:
-        """Logits after the streams' last tokens, and the version that they are of."""
-        with self.served.guard(1, self._slots.pasts) as used_version, torch.no_grad():
-            tokens = [stream.last_token for stream in self.streams]
-            return self._forward(self.served.model(), self._slots, tokens), used_version()
-
-    @staticmethod
-    def _chosen(logits_BV: Tensor, streams: Sequence[Stream]) -> list[int]:
-        return choose_each(logits_BV, [stream.sampling for stream in streams], [stream.position for stream in streams])
 
     def fail(self, error: Exception) -> None:
         for stream in self.streams:
@@ -385,13 +419,17 @@ class DecodeLoop:
             self._joining = None if self._joining.is_over else self._joining
         for batch in self._batches:
             if batch.is_read:
-                batch.step()
+                batch.step(self._is_alone)
                 batch.drop_ended()
             else:
                 batch.tell()
         lasting = [batch for batch in self._batches if batch.served.is_lasting]
         joined = None if self._joining is None else self._joining.batch
         self._batches = [batch for batch in self._batches if batch.streams or batch is joined] or lasting[:1]
+
+    def _is_alone(self) -> bool:
+        """Whether one batch is all there is to do."""
+        return len(self._batches) == 1 and self._joining is None and not (self._waiting or self._is_closed)
 
     def _take_like(self, first: Stream, most: int) -> list[Stream]:
         """Those that wait whose prompts can be computed with that of the first, which is among them."""

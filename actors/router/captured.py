@@ -14,6 +14,7 @@ them (another view, more room in the slots, copies of weights) is noticed before
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -51,6 +52,9 @@ class Done(Protocol):
 class Inside(Protocol):
     """The experts of one captured step, as its graph computes them."""
 
+    is_here: bool
+    """Whether their weights are this process's, so that what changes them has to come after a replay."""
+
     def arrange(self, num_layers: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> bool:
         """Before it is captured; tensors as those of each layer. False where it cannot be now."""
         ...
@@ -64,7 +68,7 @@ class Inside(Protocol):
         ...
 
     def finish(self, done: Done) -> None:
-        """After it was launched. An error where what it gives counts nothing."""
+        """Until it is `done`, after it was launched. An error where what it gives counts nothing."""
         ...
 
 
@@ -136,6 +140,32 @@ class _Call:
         self.output_TD[:rows].copy_(y_TD)
 
 
+class Replay:
+    """Of a captured step with its experts: one that the device has begun, or will when it is through with the last."""
+
+    def __init__(self, inside: Inside, done: torch.cuda.Event, told_2B: Tensor) -> None:
+        self._inside, self._done, self._told_2B = inside, done, told_2B
+
+    def wait(self) -> None:
+        """`PeerLost`, `LinkTimeout`: what it gives counts nothing."""
+        self._inside.finish(self._done)
+        self._done.synchronize()
+
+    def tokens(self, num_rows: int) -> list[int]:
+        """The likeliest next token of each row, once it is there."""
+        self.wait()
+        tokens: list[int]
+        tokens, are_finite = self._told_2B[:, :num_rows].tolist()
+        if not all(are_finite):
+            raise NonFinite("gate scores are not finite", step=0)
+        return tokens
+
+    def abandon(self) -> None:
+        """Nobody wants to know what it gives."""
+        with contextlib.suppress(PeerLost, LinkTimeout):
+            self.wait()
+
+
 class CapturedStep:
     """One forward of up to `num_rows` streams over `length` positions, on a CUDA device."""
 
@@ -161,12 +191,14 @@ class CapturedStep:
         self._input_2B = torch.zeros(2, num_rows, dtype=torch.int64, device=device)
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._calls: list[_Call] = []
-        self._finite: list[Tensor] = []
-        self._finite_B: Tensor | None = None
-        """Whether all layers' gates gave the row finite weights; only where experts are computed inside."""
+        self._weights_TK: list[Tensor] = []
+        """Of each layer's gate; only where experts are computed inside."""
+        self._told_2B = torch.zeros(2, num_rows, dtype=torch.int64, device=device)
+        """Of each row its likeliest next token, and whether all gates gave it finite weights; likewise."""
+        self._heard_2B = [torch.zeros(2, num_rows, dtype=torch.int64, pin_memory=device.type == "cuda") for _ in "ab"]
+        """The same on the host, of a step and of the one before, which may still be read."""
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
-        self._done = torch.cuda.Event()
         self._put(tokens, slots.lengths)
         self._capture(model)
 
@@ -194,14 +226,14 @@ class CapturedStep:
         """-> logits [B, V] of these rows, until the next run. `Moved` where experts are not as they were. Calls
         `meanwhile` while the device computes."""
         rows = len(tokens)
-        self._put(tokens, lengths)
         self._slots.window = Window(self._input_2B[1, :rows], self.length)
-        if self._inside is not None:
-            self._run_whole(self._inside, meanwhile)
+        if self.is_whole:
+            replay = self.launch(tokens, lengths)
+            meanwhile()
+            replay.tokens(rows)
         else:
+            self._put(tokens, lengths)
             self._run_parts(rows, meanwhile)
-        if self._finite_B is not None and not bool(self._finite_B[:rows].all()):
-            raise NonFinite("gate scores are not finite", step=0)
         return self._logits_BV[:rows]
 
     def _run_parts(self, rows: int, meanwhile: Meanwhile) -> None:
@@ -211,18 +243,26 @@ class CapturedStep:
             if call is not None:
                 call.make(rows)
 
-    def _run_whole(self, inside: Inside, meanwhile: Meanwhile) -> None:
+    def launch(self, tokens: Sequence[int] = (), lengths: Sequence[int] = ()) -> Replay:
+        """Of a whole step. Without `tokens`: each row goes on with the likeliest one after the last launch, which need
+        not be through. `Moved` as in `run`."""
+        assert self._inside is not None
+        if tokens:
+            self._put(tokens, lengths)
         # What is launched here after others have begun must wait for nothing that may wait for them: not for what other
         # threads put into this thread's stream meanwhile.
         self._stream.wait_stream(torch.cuda.current_stream())
-        if not inside.begin():
-            raise Moved
+        self._heard_2B.reverse()
+        done = torch.cuda.Event()
         with torch.cuda.stream(self._stream):
+            if not self._inside.begin():
+                raise Moved
             self._graphs[0].replay()
-            self._done.record(self._stream)
-        meanwhile()
-        inside.finish(self._done)
-        torch.cuda.current_stream().wait_stream(self._stream)
+            self._heard_2B[0].copy_(self._told_2B, non_blocking=True)
+            done.record(self._stream)
+        if self._inside.is_here:
+            torch.cuda.current_stream().wait_event(done)
+        return Replay(self._inside, done, self._heard_2B[0])
 
     def _put(self, tokens: Sequence[int], lengths: Sequence[int]) -> None:
         """Rows that are not used write to the beginning of slots that are free."""
@@ -242,7 +282,8 @@ class CapturedStep:
                 self._begin()
                 try:
                     self._logits_BV = self._forward(model)
-                    self._finite_B = torch.stack(self._finite).all(dim=0) if self._finite else None
+                    if self._inside is not None:
+                        self._conclude()
                 finally:
                     self._graphs[-1].capture_end()
         torch.cuda.synchronize()
@@ -257,6 +298,15 @@ class CapturedStep:
             use_cache=True,
         ).logits[:, -1]
         return logits_BV
+
+    def _conclude(self) -> None:
+        """What the host is told of the step, and what the next one begins with unless it is told something else."""
+        token_B = self._logits_BV.argmax(dim=-1)
+        finite_B = torch.isfinite(torch.stack(self._weights_TK)).all(dim=2).all(dim=0)
+        self._weights_TK.clear()
+        self._told_2B.copy_(torch.stack((token_B, finite_B.to(token_B.dtype))))
+        self._input_2B[0].copy_(token_B)
+        self._input_2B[1].add_(1)
 
     def _begin(self) -> None:
         self._graphs.append(torch.cuda.CUDAGraph())
@@ -288,7 +338,7 @@ class CapturedStep:
         /,
     ) -> Tensor:
         if self._inside is not None:
-            self._finite.append(torch.isfinite(weights_TK).all(dim=1))
+            self._weights_TK.append(weights_TK)
             return self._inside.layer(layer, x_TD, ids_TK, weights_TK, meanwhile)
         self._graphs[-1].capture_end()
         output_TD = torch.zeros_like(x_TD)
@@ -331,6 +381,45 @@ class CapturedForward(Launched):
         # Not inside: here the actors are asked.
         return self._plain(model, slots, tokens) if step is None else self._replay(step, slots, tokens)
 
+    def chain(
+        self, model: PreTrainedModel, slots: Slots, tokens: Sequence[int], goes_on: Callable[[], bool]
+    ) -> Iterator[list[int]]:
+        key = *self._shape(slots), True
+        replay = self._launched(key, model, slots, tokens)
+        try:
+            while replay is not None:
+                current, replay = replay, None
+                if max(slots.lengths) + 2 <= key[1] and goes_on():
+                    replay = self._launched(key, model, slots)
+                self.meanwhile()
+                yield current.tokens(len(slots.lengths))
+        except (PeerLost, LinkTimeout) as error:
+            logger.info("a captured step is computed as usual: %r", error)
+            self._forget_whole()
+        finally:
+            if replay is not None:
+                replay.abandon()
+
+    def _launched(
+        self, key: tuple[int, int, bool], model: PreTrainedModel, slots: Slots, tokens: Sequence[int] = ()
+    ) -> Replay | None:
+        """Of the step that was captured for this, see `CapturedStep.launch`. None where it was not, or cannot be
+        replayed as things are."""
+        if (step := self._steps.get(key)) is None:
+            return None
+        with self._experts.holding() as standing:
+            if not step.has(standing) or not step.is_of(model, slots):
+                return None
+            try:
+                replay = step.launch(tokens, slots.lengths)
+            except Moved:
+                self._forget_whole()
+                return None
+        self._calm += 1
+        self.num_replays += 1
+        self._steps[key] = self._steps.pop(key)
+        return replay
+
     def _plain(self, model: PreTrainedModel, slots: Slots, tokens: Sequence[int]) -> Tensor:
         self.meanwhile()
         return plain_forward(model, slots, tokens)
@@ -343,11 +432,8 @@ class CapturedForward(Launched):
         self, model: PreTrainedModel, slots: Slots, tokens: Sequence[int], standing: Standing | None
     ) -> CapturedStep | None:
         """What was captured for these shapes, or is now; None to go without."""
-        rows, length = _power_of_2(len(slots.lengths)), _power_of_2(max(slots.lengths) + 1, BLOCK)
-        slots.reserve(rows, length)
-        rows, length = min(rows, slots.room[0]), min(length, slots.room[1])
         whole = standing is not None and self._calm > SETTLED_AFTER
-        key = rows, length, whole
+        key = *self._shape(slots), whole
         step = self._steps.pop(key, None)
         if step is not None and step.is_whole and not step.has(standing):
             del step
@@ -360,6 +446,13 @@ class CapturedForward(Launched):
         if step is not None:
             self._steps[key] = step
         return step
+
+    @staticmethod
+    def _shape(slots: Slots) -> tuple[int, int]:
+        """Rows and positions of a step, for which there is room then."""
+        rows, length = _power_of_2(len(slots.lengths)), _power_of_2(max(slots.lengths) + 1, BLOCK)
+        slots.reserve(rows, length)
+        return min(rows, slots.room[0]), min(length, slots.room[1])
 
     def _forget_whole(self) -> None:
         """What is captured with experts that have moved, which nobody else may keep either."""

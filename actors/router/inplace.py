@@ -19,6 +19,8 @@ from actors.trunk.shared import Meanwhile
 class InPlace:
     """Inside one graph."""
 
+    is_here = True
+
     def __init__(self, parts: Sequence[Sequence[StaticPart]]) -> None:
         """`parts` of each layer."""
         self._parts = parts

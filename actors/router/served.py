@@ -28,6 +28,8 @@ class Served:
     """For one session."""
     hold: Callable[[], Hold] = Hold
     """Begins what is one version over several forwards. Asked for outside of `guard`."""
+    is_awaited: Callable[[], bool] = lambda: False
+    """Whether somebody waits for a guard to be left."""
     key: Hashable = field(default_factory=object)
     """Sessions of equal keys may share a forward."""
     is_lasting: bool = False

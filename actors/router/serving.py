@@ -147,6 +147,7 @@ class Serving:
             guard,
             lambda: self._learner.routing.new_pasts(),
             self._gate.hold,
+            lambda: self._gate.is_awaited or self._lock.num_waiting > 0,
             key,
             is_lasting=True,
         )

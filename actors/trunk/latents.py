@@ -81,5 +81,5 @@ def _scores(query_BHR: Tensor, keys_BSR: Tensor) -> Tensor:
 def _masked(scores_BHS: Tensor, mask_B1S: Tensor) -> Tensor:
     """`mask_B1S`: which are looked at, or what is added to the scores."""
     if mask_B1S.dtype == torch.bool:
-        return scores_BHS.masked_fill_(~mask_B1S, -torch.inf)
+        return torch.where(mask_B1S, scores_BHS, -torch.inf)
     return scores_BHS.add_(mask_B1S)

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from actors.errors import CheckpointError, InvalidInput
+from actors.trunk.gates import fuse_gates
 from actors.trunk.latents import attend_to_latents
 from actors.trunk.norms import fuse_norms
 from actors.trunk.shared import Meanwhile, nothing, shared_of, watch
@@ -260,7 +261,7 @@ def serving_view(
     source: ModelSource, trunk: PreTrainedModel, instead: Mapping[str, Tensor] | None = None
 ) -> PreTrainedModel:
     """`second_view`, for forwards without gradients alone."""
-    return fuse_norms(attend_to_latents(second_view(source, trunk, instead)))
+    return fuse_gates(fuse_norms(attend_to_latents(second_view(source, trunk, instead))))
 
 
 def config_json(config: PretrainedConfig) -> str:

@@ -97,14 +97,18 @@ def test_a_group_that_moves_is_computed_where_it_is(forwards: list[CapturedForwa
 def test_who_has_begun_with_others_who_do_not_is_played_to_the_end(
     forwards: list[CapturedForward], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Now and then the second actor refuses."""
+    """Now and then the second actor refuses, also when a step before it is under way."""
     refused: list[Message] = []
+    num_asked = 0
     before = Playing.play
 
     def play(self: Playing, question: Message) -> Message:
-        if self._state.name == "expert-1" and len(refused) < 3:
-            refused.append(question)
-            return Message("ok", {"played": False})
+        nonlocal num_asked
+        if self._state.name == "expert-1":
+            num_asked += 1
+            if num_asked in (1, 5, 11):
+                refused.append(question)
+                return Message("ok", {"played": False})
         return before(self, question)
 
     monkeypatch.setattr(Playing, "play", play)

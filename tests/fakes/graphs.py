@@ -57,15 +57,7 @@ class FakeGraph:
         if stream is None or not any(func is _call for func, *_ in self._recorder.operations):
             self._replay()
             return
-        before = stream.thread
-
-        def run() -> None:
-            if before is not None:
-                before.join(TIMEOUT_S)
-            self._replay()
-
-        stream.thread = threading.Thread(target=run, daemon=True)
-        stream.thread.start()
+        stream.then(self._replay)
 
     @torch.no_grad()
     def _replay(self) -> None:
@@ -122,11 +114,13 @@ class FakeWay(Way):
         pass
 
     def _do(self, what: Callable[[], None]) -> FakeWay:
-        recorder = getattr(_here, "recorder", None)
-        if recorder is None:
-            what()
-        else:
+        recorder, stream = getattr(_here, "recorder", None), getattr(_here, "stream", None)
+        if recorder is not None:
             recorder.operations.append((_call, (what,), {}, None))
+        elif stream is not None:
+            stream.then(what)
+        else:
+            what()
         return self
 
 
@@ -136,30 +130,61 @@ class FakeStream:
     def __init__(self, device: object = None) -> None:
         self.thread: threading.Thread | None = None
 
+    def then(self, what: Callable[[], object]) -> None:
+        """In a thread, once what is under way here is through."""
+        before = self.thread
+
+        def run() -> None:
+            if before is not None:
+                before.join(TIMEOUT_S)
+            what()
+
+        self.thread = threading.Thread(target=run, daemon=True)
+        self.thread.start()
+
     def wait_stream(self, other: FakeStream) -> None:
         if other.thread is not None:
             other.thread.join(TIMEOUT_S)
 
     def wait_event(self, event: FakeEvent) -> None:
-        self.wait_stream(event.stream)
+        event.synchronize()
 
 
 class FakeEvent:
     def __init__(self) -> None:
-        self.stream = FakeStream()
+        self.thread: threading.Thread | None = None
 
     def record(self, stream: FakeStream) -> None:
-        self.stream = stream
+        self.thread = stream.thread
 
     def query(self) -> bool:
-        return self.stream.thread is None or not self.stream.thread.is_alive()
+        return self.thread is None or not self.thread.is_alive()
+
+    def synchronize(self) -> None:
+        if self.thread is not None:
+            self.thread.join(TIMEOUT_S)
+
+
+class _Behind(TorchDispatchMode):
+    """A copy comes after what its stream has still to do."""
+
+    def __init__(self, stream: FakeStream) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten.copy_.default or self._stream.thread is None:
+            return func(*args, **(kwargs or {}))
+        self._stream.then(lambda: func(*args, **(kwargs or {})))
+        return args[0]
 
 
 @contextmanager
 def _stream(stream: FakeStream) -> Iterator[None]:
     _here.stream = stream
     try:
-        yield
+        with _Behind(stream):
+            yield
     finally:
         _here.stream = None
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from actors.errors import PeerLost
 from actors.moe.experts import Weights
 from actors.router import captured
-from actors.router.captured import MAX_STEPS, SEEN_BEFORE, CapturedForward, Nowhere, Standing
+from actors.router.captured import MAX_STEPS, SEEN_BEFORE, CapturedForward, Moved, Nowhere, Standing
 from actors.router.slots import BLOCK, Layout, Slots
 from actors.trunk.shared import Meanwhile
 
@@ -45,6 +47,37 @@ class Step:
     def run(self, tokens: Sequence[int], lengths: Sequence[int], meanwhile: Meanwhile) -> Tensor:
         return torch.ones(len(tokens), 4)
 
+    launches: ClassVar[list[Launch]] = []
+    faults: ClassVar[dict[int, Exception]] = {}
+    """By number of the launch, at once or when its tokens are asked for."""
+
+    def launch(self, tokens: Sequence[int], lengths: Sequence[int]) -> Launch:
+        number = len(self.launches)
+        if isinstance(fault := self.faults.get(number), Moved):
+            raise fault
+        self.launches.append(Launch(number, list(tokens), list(lengths), fault))
+        return self.launches[-1]
+
+
+@dataclass
+class Launch:
+    """Gives its number as every row's token."""
+
+    number: int
+    input: list[int]
+    lengths: list[int]
+    fault: Exception | None
+    is_over = False
+
+    def tokens(self, num_rows: int) -> list[int]:
+        self.is_over = True
+        if self.fault is not None:
+            raise self.fault
+        return [self.number] * num_rows
+
+    def abandon(self) -> None:
+        self.is_over = True
+
 
 class Here:
     """One layer with one stack, whose weights a test may change."""
@@ -69,6 +102,8 @@ def _without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captured, "CapturedStep", Step)
     monkeypatch.setattr(captured, "plain_forward", lambda model, slots, tokens: PLAIN)
     monkeypatch.setattr(Step, "failure", None)
+    monkeypatch.setattr(Step, "launches", [])
+    monkeypatch.setattr(Step, "faults", {})
 
 
 def slots_of(*lengths: int) -> Slots:
@@ -183,3 +218,81 @@ def test_a_family_that_cannot_be_captured_goes_on_without(monkeypatch: pytest.Mo
     monkeypatch.setattr(Step, "failure", RuntimeError("waits for the device"))
     with pytest.raises(RuntimeError, match="waits for the device"):
         settle(must, model, slots)
+
+
+# -- steps that are launched one behind the other ---------------------------------------------------------------------
+
+
+def chained(forward: CapturedForward, model: Any, slots: Slots, most: int) -> list[list[int]]:
+    """What `most` steps give, or as many as there are; counted up as a batch does."""
+    found: list[list[int]] = []
+    left = iter(range(most - 1))
+    with closing(forward.chain(model, slots, [7] * len(slots.lengths), lambda: next(left, None) is not None)) as chain:
+        for tokens in chain:
+            assert len(Step.launches) in (len(found) + 1, len(found) + 2), "at most one is ahead"
+            slots.lengths = [length + 1 for length in slots.lengths]
+            found.append(tokens)
+    assert all(launch.is_over for launch in Step.launches)
+    return found
+
+
+def whole(*lengths: int) -> tuple[CapturedForward, Any, Slots, Here]:
+    """Captured with its experts, for these lengths."""
+    here = Here()
+    forward, model, slots = CapturedForward(here), nn.Module(), slots_of(*lengths)
+    settle(forward, model, slots)
+    return forward, model, slots, here
+
+
+def test_a_step_is_begun_before_the_tokens_of_the_one_before_are_known() -> None:
+    forward, model, slots, _ = whole(5, 9)
+    order: list[str] = []
+    forward.meanwhile = lambda: order.append(f"{len(Step.launches)} launched")
+    assert chained(forward, model, slots, 3) == [[0, 0], [1, 1], [2, 2]]
+    assert order == ["2 launched", "3 launched", "3 launched"], "readers are woken while the device has work"
+    assert [launch.input for launch in Step.launches] == [[7, 7], [], []]
+    assert Step.launches[0].lengths == [5, 9]
+    assert forward.num_replays == 1 + 3
+
+
+def test_a_chain_ends_where_the_graph_looks_at_no_more_positions() -> None:
+    forward, model, slots, _ = whole(BLOCK - 3)
+    assert len(chained(forward, model, slots, 10)) == 3
+    assert slots.lengths == [BLOCK]
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_chain_ends_where_somebody_has_moved(at: int) -> None:
+    forward, model, slots, _ = whole(5)
+    Step.faults[at] = Moved()
+    assert chained(forward, model, slots, 4) == [[0]][:at]
+    assert not forward._steps, "what has moved is captured anew"
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_what_follows_a_step_that_was_lost_counts_nothing(at: int) -> None:
+    forward, model, slots, _ = whole(5)
+    Step.faults[at] = PeerLost("killed by the test", peer="expert-1")
+    assert chained(forward, model, slots, 9) == [[0]][:at]
+    assert len(Step.launches) == at + 2
+    assert not forward._steps
+
+
+def test_a_chain_is_of_what_was_captured_with_its_experts() -> None:
+    without = CapturedForward(Nowhere())
+    model, slots = nn.Module(), slots_of(5)
+    settle(without, model, slots)
+    assert chained(without, model, slots, 2) == []
+    forward, model, slots, here = whole(5)
+    assert chained(forward, nn.Module(), slots, 2) == []
+    here.weights = None
+    assert chained(forward, model, slots, 2) == []
+
+
+def test_whoever_goes_away_leaves_nothing_under_way() -> None:
+    forward, model, slots, _ = whole(5)
+    chain = forward.chain(model, slots, [7], lambda: True)
+    assert next(chain) == [0]
+    assert [launch.is_over for launch in Step.launches] == [True, False]
+    chain.close()  # type: ignore[attr-defined]
+    assert all(launch.is_over for launch in Step.launches)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from actors.router.batch import AHEAD, Batch, DecodeLoop, Launched, Stream
 from actors.router.served import Served
-from actors.values import Sampling
+from actors.values import Sampling, TokenEvent
 
 WAIT_S = 10.0
 VOCABULARY = 4
@@ -46,6 +47,7 @@ class Slots:
 
     def remove(self, slot: int) -> None:
         self._raise("remove")
+        self.lengths[slot] = self.lengths[-1]
         self.lengths.pop()
 
     def _raise(self, what: str) -> None:
@@ -179,3 +181,75 @@ def test_launched_streams_are_whole_also_where_their_readers_are_slow() -> None:
         bench.until_it_rests()  # since nobody reads
         assert stream._events.qsize() >= AHEAD - 1
         assert len(list(bench.pool.submit(lambda: list(reader)).result(WAIT_S))) == 3 * AHEAD - 1
+
+
+class Chained(Launched):
+    """Steps that follow each other as long as they may: 0, 0, ... and at last `end`."""
+
+    def __init__(self, end_at: int = 1 << 30) -> None:
+        self._end_at = end_at
+        self.lengths: list[int] = []
+        """Of the chains, in steps; 0: one that was computed as usual."""
+
+    def __call__(self, model: object, slots: Slots, tokens: Sequence[int]) -> torch.Tensor:
+        self.lengths.append(0)
+        self.meanwhile()
+        return forward(model, slots, tokens)
+
+    def chain(
+        self, model: object, slots: Any, tokens: Sequence[int], goes_on: Callable[[], bool]
+    ) -> Iterator[list[int]]:
+        self.lengths.append(0)
+        ahead = True
+        while ahead:
+            ahead = goes_on()
+            self.lengths[-1] += 1
+            self.meanwhile()
+            yield [3 if slots.lengths[0] == self._end_at else 0] * len(slots.lengths)
+
+
+def test_likely_tokens_come_in_one_chain() -> None:
+    step = Chained()
+    with closing(Bench(Slots(), lambda: step)) as bench:
+        assert bench.read(served(), 20) == [0] * 20
+    assert step.lengths == [19], "the first is of the prompt"
+
+
+def test_nothing_comes_behind_the_end_of_a_text() -> None:
+    step = Chained(end_at=6)
+    batch, (first, other) = batch_of(2, step)
+    for stream in (first, other):
+        stream._budget = 100
+    other._end_ids, first._end_ids = frozenset(), frozenset({3})
+    batch.step(lambda: True)
+    batch.drop_ended()
+    batch.tell()
+    told = [[stream._events.get() for _ in range(stream._events.qsize())] for stream in (first, other)]
+    assert [[event.token for event in events] for events in told] == [[0] * 4 + [3], [0] * 4 + [3, 0]]
+    assert told[0][-1].finish_reason == "end_of_text"
+    assert batch.streams == [other]
+    assert batch._slots.lengths == [8]
+
+
+@pytest.mark.parametrize("reason", ["others", "update", "closed", "temperature", "reader"])
+def test_a_chain_gives_way(reason: str) -> None:
+    step = Chained()
+    batch, (first, other) = batch_of(2, step)
+    for stream in (first, other):
+        stream._budget = 100
+    if reason == "update":
+        batch.served = replace(batch.served, is_awaited=lambda: True)
+    if reason == "closed":
+        other.closed = True
+    if reason == "temperature":
+        other.sampling = Sampling(max_tokens=100, temperature=1.0)
+    if reason == "reader":
+        for _ in range(AHEAD - 2):
+            other._events.put(TokenEvent(0, 0, ""))
+    batch.step(lambda: reason != "others")
+    assert step.lengths == ([1] if reason in ("others", "update") else [0])
+    assert batch._slots.lengths == [3, 3]
+    if reason in ("others", "update"):
+        batch.served = served()
+        batch.step(lambda: len(step.lengths) < 2 or step.lengths[1] < 4)
+        assert step.lengths == [1, 5]
