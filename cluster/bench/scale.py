@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
@@ -91,7 +91,7 @@ def bench_scale(config: ClusterConfig, *, rounds: int, progress: Callable[[str],
         experts = replace(config.experts, actors=first, max_actors=most, min_actors=1, group_size=1)
         progress(f"starting {first} expert actors")
         with served(replace(for_streams(config), experts=experts)) as service:
-            rows += _ways(service.target, [first, *targets] * rounds, progress)
+            rows += _ways(service.target, counts_of(first, targets, rounds), progress)
     return Report("scale", rows)
 
 
@@ -103,6 +103,11 @@ def for_streams(config: ClusterConfig) -> ClusterConfig:
         router=replace(config.router, decode_batch=config.router.decode_batch or NUM_STREAMS),
         front=OWN_FRONT,
     )
+
+
+def counts_of(first: int, targets: Sequence[int], rounds: int) -> list[int]:
+    """Of expert actors, one after the other: each another than the one before."""
+    return [count for count, _ in itertools.groupby([first, *targets] * rounds)]
 
 
 def _ways(target: str, counts: list[int], progress: Callable[[str], None]) -> list[Row]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cluster.backend import Operation, OperationState
-from cluster.bench.scale import NUM_STREAMS, Seen, Streams, for_streams, rows_of
+from cluster.bench.scale import NUM_STREAMS, Seen, Streams, counts_of, for_streams, rows_of
 from cluster.configfile import find_config, load_cluster
 
 
@@ -46,3 +46,8 @@ def test_streams_share_forwards_unless_the_config_says_how_many_do() -> None:
     assert for_streams(load_cluster(config)).router.decode_batch == NUM_STREAMS
     assert for_streams(load_cluster(config, {"router.decode_batch": 1})).router.decode_batch == 1
     assert load_cluster(config).router.max_sessions >= NUM_STREAMS, "more of them would wait"
+
+
+def test_every_way_leads_to_another_number_of_actors() -> None:
+    assert counts_of(2, (3, 2), 2) == [2, 3, 2, 3, 2]
+    assert counts_of(4, (8, 6), 2) == [4, 8, 6, 4, 8, 6]
