@@ -7,7 +7,6 @@ equals the owner's bit for bit, weights and moments.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 from actors.errors import LinkTimeout, StepAborted
 from actors.expert.exchange import Exchange
 from actors.expert.holdings import Holdings
+from actors.fairlock import FairLock
 from actors.optim import OptimizerSettings
 from actors.transport.contract import Link
 from actors.transport.message import Message
@@ -38,10 +38,11 @@ class Arrivals:
     def __init__(self, exchange: Exchange, holdings: Callable[[], Holdings]) -> None:
         self._exchange, self._holdings = exchange, holdings
         self._arriving: dict[int, _Arrival] = {}
+        self._turn = FairLock()
+        """One group at a time waits for the host's lock: a question to the host then waits for one piece of a group,
+        however many arrive."""
 
-    def bring(
-        self, lock: threading.Lock, group: int, owner: str, address: Address, here: Address, timeout_s: float
-    ) -> int:
+    def bring(self, lock: FairLock, group: int, owner: str, address: Address, here: Address, timeout_s: float) -> int:
         """-> bytes that came. On an error nothing of the group is left here."""
         deadline = time.monotonic() + timeout_s
         num_bytes = 0
@@ -55,8 +56,11 @@ class Arrivals:
                 fields = {"group": group, "layer": layer, "follower": self._exchange.name, "address": astuple(here)}
                 answer = _ask(link, Message("follow", fields), deadline)
                 num_bytes += answer.num_bytes
-                with lock:
-                    self._write(arrival, group, layer, answer)
+                with self._turn:
+                    if layer == 0:
+                        self._widen(lock)
+                    with lock:
+                        self._write(arrival, group, layer, answer)
         except BaseException:
             with lock:
                 if self._arriving.get(group) is arrival:  # else it was given up, and may be on its way again
@@ -71,11 +75,27 @@ class Arrivals:
         if self._arriving.get(group) is not arrival or arrival.run not in (None, fields["run"]):
             raise StepAborted(f"group {group} was given up on its way: another job began, or another placement")
         if arrival.run is None:
+            self._holdings().reserve(group, OptimizerSettings(**fields["optimizer"]), len(self.coming))
             arrival.run = int(fields["run"])
-            self._holdings().reserve(group, OptimizerSettings(**fields["optimizer"]))
         self._holdings().write(group, layer, answer.tensors, int(fields["updates"]))
         arrival.versions[layer] = int(fields["version"])
         self.catch_up()
+
+    def _widen(self, lock: FairLock) -> None:
+        """Room for all that are to come, layer by layer: what takes long of it beside the host's questions."""
+        with lock:
+            holdings = self._holdings()
+            num_places = holdings.places_with(len(self.coming))
+            is_wanted = num_places > holdings.places_with(0)
+        for layer in range(len(holdings.stacks)) if is_wanted else ():
+            room = holdings.room_for(layer, num_places)
+            with lock:
+                self._holdings().widen(layer, num_places, room)
+
+    @property
+    def coming(self) -> list[int]:
+        """Groups that have no place yet."""
+        return [group for group, arrival in self._arriving.items() if arrival.run is None]
 
     def catch_up(self) -> None:
         """Makes every update that has come."""

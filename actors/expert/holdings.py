@@ -399,12 +399,12 @@ class Holdings:
             tensors += [parameter, *(held.optimizer.moments(layer, name) or (zeros, zeros))]
         return tensors, held.optimizer.updates(layer)
 
-    def reserve(self, group: int, settings: OptimizerSettings) -> None:
-        """A place for a group that is about to arrive."""
+    def reserve(self, group: int, settings: OptimizerSettings, coming: int = 1) -> None:
+        """A place for a group that is about to arrive, the first of so many."""
         self.settings = settings
         if group in self._in_state("leaving"):
             self.free(group)
-        self.make_room(1)
+        self.make_room(coming)
         self._residency.train()
         self._places[self._places.index(None)] = group
         self._groups[group] = self._new_group(group)
@@ -417,6 +417,19 @@ class Holdings:
             self._residency.resize(len(self._places) + missing)  # first: it may find no room
             self._places += [None] * missing
             self._rebind()
+
+    def places_with(self, count: int) -> int:
+        """Places that there will be with as many free ones."""
+        return len(self._places) + max(0, count - self._places.count(None))
+
+    def room_for(self, layer: int, num_places: int) -> list[Tensor]:
+        """For `widen`. From any thread, as long as no other makes room."""
+        return self._residency.room_for(layer, num_places)
+
+    def widen(self, layer: int, num_places: int, room: Sequence[Tensor]) -> None:
+        """One layer is ready for so many places: `make_room` then finds little left to do."""
+        self._residency.widen(layer, num_places, room)
+        self._rebind_layer(layer)
 
     def write(self, group: int, layer: int, tensors: Sequence[Tensor], updates: int) -> None:
         """Counterpart of `read`."""
@@ -485,11 +498,14 @@ class Holdings:
 
     def _rebind(self) -> None:
         """The stacks lie elsewhere now; parameters stay the same objects, as the optimizers know them."""
+        for layer in range(len(self.stacks)):
+            self._rebind_layer(layer)
+
+    def _rebind_layer(self, layer: int) -> None:
         for number, group in self._groups.items():
             place = self._places.index(number)
-            for layer, parameters in enumerate(group.parameters):
-                for name, parameter in parameters.items():
-                    parameter.data = self._residency.weight(place, layer, name)
+            for name, parameter in group.parameters[layer].items():
+                parameter.data = self._residency.weight(place, layer, name)
 
 
 def _keys(layer: int, expert: int, names: Sequence[str]) -> list[ExpertKey]:

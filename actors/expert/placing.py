@@ -45,7 +45,7 @@ class Placing:
         thread; raises nothing that is an answer."""
         # Two hosts that ask each other must not wait for each other's locks; between prepare and commit the weights
         # are about to change by a sum that has been sent already.
-        if not self._state.lock.acquire(timeout=0.05):
+        if not self._state.lock.acquire(timeout_s=0.05):
             return Message("busy")
         try:
             return Message("busy") if self._state.step.prepared is not None else self._follow(question)
@@ -67,7 +67,7 @@ class Placing:
 
     def take_updates(self) -> None:
         """In the exchange's thread. A busy host does it itself later."""
-        if self._state.lock.acquire(blocking=False):
+        if self._state.lock.acquire(timeout_s=0):
             try:
                 self._state.arrivals.catch_up()
             finally:

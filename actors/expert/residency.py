@@ -62,6 +62,12 @@ class Residency(Protocol):
     def resize(self, num_places: int) -> None:
         """Room for more, also in the middle of a step. Views are others afterwards. After an error nothing changed."""
 
+    def room_for(self, layer: int, num_places: int) -> list[Tensor]:
+        """Of one layer, to make `resize` shorter by `widen`; may be empty. From any thread."""
+
+    def widen(self, layer: int, num_places: int, room: Sequence[Tensor]) -> None:
+        """One layer has the room that `resize` will make. Its views are others afterwards."""
+
     def keep(self, places: Sequence[int]) -> None:
         """Gives up all other places, between two steps. Views are others afterwards."""
 
@@ -132,6 +138,12 @@ class OnDevice:
     def resize(self, num_places: int) -> None:
         for stack in self.stacks:
             stack.resize(num_places * self._size)
+
+    def room_for(self, layer: int, num_places: int) -> list[Tensor]:
+        return self.stacks[layer].room_for(num_places * self._size)
+
+    def widen(self, layer: int, num_places: int, room: Sequence[Tensor]) -> None:
+        self.stacks[layer].resize(num_places * self._size, room)
 
     def keep(self, places: Sequence[int]) -> None:
         for stack in self.stacks:
@@ -225,6 +237,12 @@ class Cached:
             Home(self._store, shapes, self._layout.dtype, f"expert group {place + 1} of {num_places} here")
             for place in range(here, num_places)
         ]
+
+    def room_for(self, layer: int, num_places: int) -> list[Tensor]:
+        return []
+
+    def widen(self, layer: int, num_places: int, room: Sequence[Tensor]) -> None:
+        """Homes lie apart, and are made without a copy of the others."""
 
     def keep(self, places: Sequence[int]) -> None:
         for place in set(range(len(self._homes))) - set(places):

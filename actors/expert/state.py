@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from actors.expert.loader import HoldingsLoader
 from actors.expert.pins import KeptVersions
 from actors.expert.transaction import Transaction
 from actors.expert.updates import Updates
+from actors.fairlock import FairLock
 from actors.moe.experts import Weights
 
 
@@ -29,8 +29,9 @@ class State:
         self.loader = loader
         loader.is_own = self.is_own
         self.quarters = loader.quarters
-        self.lock = threading.Lock()
-        """Held around every question and every control call."""
+        self.lock = FairLock()
+        """Held around every question and every control call. Fair, or a question would wait for all of a group that
+        arrives, and not for the piece of it at hand."""
         self.version = version
         self.run = 0
         """Number of the job whose moments these are."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from actors.errors import InvalidInput
 from actors.moe.form import ExpertForm
+from actors.moe.gradient import gradient_of
 from actors.moe.grouped import Counts, add_bias, add_grouped_outer, add_grouped_sum, grouped_mm
 from actors.moe.passes import order_by_token
 
@@ -248,9 +249,28 @@ class ExpertStack(nn.Module):
             if (grad := self._parameter(name).grad) is not None:
                 grad.zero_()
 
-    def resize(self, num_experts: int) -> None:
-        """Room for more experts behind those that are here; also in the middle of a step."""
-        self._rebuild(lambda old: torch.cat((old, old.new_zeros(num_experts - len(old), *old.shape[1:]))))
+    def resize(self, num_experts: int, room: Sequence[Tensor] = ()) -> None:
+        """Room for more experts behind those that are here; also in the middle of a step. `room`: of `room_for`, where
+        it was asked for; what does not fit is not used."""
+        spare = list(room)
+
+        def extended(old: Tensor) -> Tensor:
+            shape = (num_experts, *old.shape[1:])
+            at = next((i for i, tensor in enumerate(spare) if tensor.shape == shape), None)
+            if at is None:
+                return torch.cat((old, old.new_zeros(num_experts - len(old), *old.shape[1:])))
+            new = spare.pop(at)
+            new[: len(old)] = old
+            return new
+
+        if num_experts > self.num_experts:
+            self._rebuild(extended)
+
+    def room_for(self, num_experts: int) -> list[Tensor]:
+        """Memory for `resize`, all zeros: from any thread, since to touch new memory takes several times as long as to
+        copy what is to be there."""
+        tensors = [t for p in self.parameters() for t in (p, p.grad) if t is not None]
+        return [t.detach().new_zeros(num_experts, *t.shape[1:]) for t in tensors]
 
     def keep(self, experts: Sequence[int]) -> None:
         """Gives up all but these; between two steps, since what is saved counts by the old numbers."""
@@ -357,7 +377,7 @@ class ExpertStack(nn.Module):
             bias_PD = add_bias(torch.zeros_like(grad_rows_PD), bias, counts_E)
             grad_weight_P += (grad_rows_PD * bias_PD).sum(1, dtype=wide)
         scale_P1 = work.weight_P.unsqueeze(1).to(grad_rows_PD.dtype)
-        (grad_pre_PH,) = torch.autograd.grad(saved.act_PI, saved.pre_PH, unweighted_PI.mul_(scale_P1))
+        grad_pre_PH = gradient_of(saved.act_PI, saved.pre_PH, unweighted_PI.mul_(scale_P1))
         grad_pre_PH = grad_pre_PH.contiguous()
         self._add_rows(grad_x_TD, work, self._project_back(weights, self._in, grad_pre_PH, counts_E))
         later = WeightGradients(saved, grad_pre_PH, grad_rows_PD.mul_(scale_P1))

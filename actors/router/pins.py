@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from actors.errors import LinkError, StepAborted, VersionGone
+from actors.fairlock import FairLock
 from actors.moe.fp8 import Payload
 from actors.moe.gating import GatePast
 from actors.router.dispatcher import Dispatcher
@@ -21,7 +22,6 @@ from actors.router.learner import Learner
 from actors.router.passes import Purpose
 from actors.router.roster import Peer
 from actors.router.served import Served
-from actors.router.turns import FairLock
 from actors.trunk.model import connect
 from actors.values import Pinned, VersionChoice
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.errors import InvalidInput
+from actors.fairlock import FairLock
 from actors.losses import token_losses
 from actors.moe.gating import GatePast
 from actors.moe.settings import MODEL_GATE
@@ -26,7 +27,6 @@ from actors.router.passes import Purpose
 from actors.router.pins import PinnedModels
 from actors.router.prompt import can_be_chunked
 from actors.router.served import Served
-from actors.router.turns import FairLock
 from actors.router.versions import VersionGate
 from actors.values import NEWEST, Sampling, TokenEvent, VersionChoice
 

@@ -4,7 +4,8 @@ Each row is a way, e.g. 2 -> 3 actors: longest wait of a step for a switch of pl
 of any stream while it lasts beside the same while nothing changes, time to prepare in the background.
 
 More actors on the same cores make a token slower for as long as they are there. So nothing changes once before and once
-after each way, and the longer of the two times is what the way is compared with.
+after each way, and the longer of the two times is what the way is compared with. The streams share their forwards, as
+they would where so many are expected, unless the config says how many do.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
@@ -89,10 +90,24 @@ def bench_scale(config: ClusterConfig, *, rounds: int, progress: Callable[[str],
         most = max(first, *targets)
         experts = replace(config.experts, actors=first, max_actors=most, min_actors=1, group_size=1)
         progress(f"starting {first} expert actors")
-        ray = replace(config.ray, start_timeout_s=START_TIMEOUT_S)
-        with served(replace(config, ray=ray, experts=experts, front=OWN_FRONT)) as service:
-            rows += _ways(service.target, [first, *targets] * rounds, progress)
+        with served(replace(for_streams(config), experts=experts)) as service:
+            rows += _ways(service.target, counts_of(first, targets, rounds), progress)
     return Report("scale", rows)
+
+
+def for_streams(config: ClusterConfig) -> ClusterConfig:
+    """For all of them at once."""
+    return replace(
+        config,
+        ray=replace(config.ray, start_timeout_s=START_TIMEOUT_S),
+        router=replace(config.router, decode_batch=config.router.decode_batch or NUM_STREAMS),
+        front=OWN_FRONT,
+    )
+
+
+def counts_of(first: int, targets: Sequence[int], rounds: int) -> list[int]:
+    """Of expert actors, one after the other: each another than the one before."""
+    return [count for count, _ in itertools.groupby([first, *targets] * rounds)]
 
 
 def _ways(target: str, counts: list[int], progress: Callable[[str], None]) -> list[Row]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 _PIDFD_GETFD = 438
 """Its number on every architecture; neither libc nor Python have it by name."""
-_LINK = re.compile(r".*/moe-[^/]+/(link|line)")
+_LINK = re.compile(r".*/moe\.[^/]+/(link|line)")
 """Where a `SocketServer` listens, for zmq and for lines."""
 
 

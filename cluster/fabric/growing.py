@@ -9,6 +9,7 @@ import time
 from actors.errors import LinkError, StepAborted
 from actors.values import Grown, Growth
 from cluster.backend import Operation
+from cluster.control.model import ModelFacts
 from cluster.errors import FailedPrecondition, Unavailable
 from cluster.fabric.calls import call, is_death
 from cluster.fabric.changes import Changes, Report
@@ -17,6 +18,7 @@ from cluster.fabric.crew import Crew
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.options import ROUTER
 from cluster.fabric.routers import Routers
+from cluster.fabric.standing import RouterStanding
 from cluster.fabric.underway import UnderWay
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,8 @@ GROW_TIMEOUT_S = 3600.0
 ATTEMPTS = 5
 """Of one growth: a death in the middle undoes the attempt, and the next finds the placement without the dead."""
 AGAIN_S = 1.0
+TOLD_WITHIN_S = 60.0
+"""By a leader that lives and could not be reached: how its growth ended."""
 
 
 class Growing:
@@ -96,6 +100,9 @@ class Growing:
             if not is_death(error):
                 raise
             return self._found_out(growth, leader, error)
+        return self._noted(growth, grown)
+
+    def _noted(self, growth: Growth, grown: Grown) -> Grown:
         self._crew.num_experts = growth.num_experts
         with self._state.changing() as coordinator:
             has_lost = coordinator.grown(grown.placement, grown.num_parameters, time.time())
@@ -105,15 +112,35 @@ class Growing:
         return grown
 
     def _found_out(self, growth: Growth, leader: str, error: Unavailable) -> Grown:
-        """This leader died and has not said what came of it: all have grown, as whoever leads next has told the
-        coordinator, or nobody. Raises the error then."""
-        promotion = self._routers.after(leader, error)
+        """This leader has not said what came of it: all have grown, as whoever leads next has told the coordinator, or
+        nobody. Raises the error then."""
+        try:
+            promotion = self._routers.after(leader, error)
+        except Unavailable:
+            return self._told_by(growth, leader, error)
         if promotion.placement.num_experts != growth.num_experts:
             raise error
         return Grown(promotion.placement, promotion.num_parameters, "", 0.0, 0.0)
 
+    def _told_by(self, growth: Growth, leader: str, error: Unavailable) -> Grown:
+        """It leads on: only its answer was lost. Asked again it would refuse what it has done."""
+        deadline = time.monotonic() + TOLD_WITHIN_S
+        while self._crew.leader == leader:
+            try:
+                router = self._crew.router
+                standing: RouterStanding | None = call(leader, router.standing.remote(), GROW_TIMEOUT_S)
+                if standing is None or standing.placement.num_experts != growth.num_experts:
+                    break
+                facts: ModelFacts = call(leader, router.facts.remote(growth.num_experts), PREPARE_TIMEOUT_S)
+                return self._noted(growth, Grown(standing.placement, facts.num_parameters, "", 0.0, 0.0))
+            except Unavailable:
+                if time.monotonic() >= deadline:
+                    break
+                time.sleep(AGAIN_S)
+        raise error
+
 
 def _sentence(grown: Grown) -> str:
     if not grown.way:
-        return "done; the router that led died before it could say more"
+        return "done; the router that led was gone before it could say more"
     return f"{grown.way}: {grown.moved_share:.2%} of the tried gate weight went to other experts"

@@ -67,7 +67,7 @@ class Lookout:
     def leave(self, name: str) -> Any:
         """It is watched no more. -> what tells that its process is gone; None if it was not watched, or has died."""
         with self._lock:
-            for table in (self._handles, self._pings, self._busy, self._queues, self._pins):
+            for table in (self._handles, self._pings, self._links, self._busy, self._queues, self._pins):
                 table.pop(name, None)  # type: ignore[attr-defined]
             self._heartbeats.forget(name)
             return self._deaths.pop(name, None)
@@ -130,7 +130,8 @@ class Lookout:
                 logger.info("no vitals of %s: %s", name, error)
                 continue
             self._heartbeats.answered(name, now)
-            self._links |= vitals.get("links", {})
+            links = vitals.get("links", {})
+            self._links |= {other: kind for other, kind in links.items() if other in self._handles}
             self._note_load(name, vitals, now)
             if name == leader:
                 signs.dead |= {n: f"left out by {name}" for n in vitals["left_out"] if n in self._deaths}

@@ -52,8 +52,8 @@ class Routers:
         self._max_actors = config.max_actors
         self._promote_timeout_s = promote_timeout_s(config)
         self._term = term
-        self._promotions: dict[str, Promotion] = {}
-        """By the name of the router that was promoted."""
+        self._promoted: tuple[str, Promotion] | None = None
+        """The router that was promoted last."""
         self._promoting: threading.Thread | None = None
         self._turn = threading.Lock()
         """Of who changes the number of routers."""
@@ -99,8 +99,9 @@ class Routers:
         deadline = time.monotonic() + NOTICED_S + self._promote_timeout_s
         while time.monotonic() < deadline:
             now = self._crew.leader
-            if now and now != leader and now in self._promotions:
-                return self._promotions[now]
+            promoted = self._promoted
+            if promoted is not None and now == promoted[0] != leader:
+                return promoted[1]
             if not self._crew.routers() or (now == leader and time.monotonic() > noticed_by):
                 break
             time.sleep(LOOK_EVERY_S)
@@ -119,14 +120,14 @@ class Routers:
                     logger.error("%s cannot lead: %s", heir, error)
                     self._changes.bury(heir, f"it could not take the lead: {error}")
                     continue
-                self._promotions[heir] = promotion
+                self._promoted = heir, promotion
                 self._note_growth(promotion)
                 try:
                     self._crew.lead(heir)
                 except Unavailable as error:
                     logger.error("%s has just been promoted: %s", heir, error)
                     continue
-                logger.warning("%s leads from version %d on", heir, self._promotions[heir].version)
+                logger.warning("%s leads from version %d on", heir, promotion.version)
                 with self._state.reading() as coordinator:
                     placement = coordinator.placement
                 if not placement.missing:

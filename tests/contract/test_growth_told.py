@@ -41,7 +41,7 @@ def death() -> Unavailable:
 
 class Crew:
     """Routers whose remote calls give functions, which `call` calls. `dies`: leaders end at a growth, before or after
-    all have grown."""
+    all have grown, or (`unheard`) live on and only their answer is lost, or (`unasked`) the question."""
 
     def __init__(self, *dies: str) -> None:
         self.names = [f"r{number}" for number in range(len(dies) + 1)]
@@ -50,6 +50,8 @@ class Crew:
         self.dies = list(dies)
         self.asked: list[str] = []
         self.saved = 0
+        self.unreachable = 0
+        """Questions after the growth that are lost as well."""
 
     @property
     def router(self) -> Any:
@@ -62,6 +64,8 @@ class Crew:
             prepare_growth=SimpleNamespace(remote=lambda growth: lambda: None),
             adopt=SimpleNamespace(remote=lambda placement, contacts: lambda: 0.0),
             grow=SimpleNamespace(remote=lambda growth: lambda: self._grow(name)),
+            standing=SimpleNamespace(remote=lambda: self._standing),
+            facts=SimpleNamespace(remote=lambda num_experts: lambda: replace(MODEL, num_parameters=100 * num_experts)),
             promote=SimpleNamespace(remote=lambda others, term: lambda: Promotion(7, None, self.placement, 1600)),
         )
 
@@ -70,13 +74,21 @@ class Crew:
         if self.placement is GROWN:
             raise InvalidInput("the model has 16 experts a layer, and experts are only added", field="num_experts")
         when = self.dies.pop(0) if self.dies else ""
-        if when != "before":
+        if when not in ("before", "unasked"):
             self.placement = GROWN
+        if when in ("unheard", "unasked"):
+            raise death()
         if when:
             self.names.remove(name)
             self.leader = ""
             raise death()
         return Grown(GROWN, 1600, "split", 0.25, 0.0)
+
+    def _standing(self) -> Any:
+        if self.unreachable > 0:
+            self.unreachable -= 1
+            raise death()
+        return SimpleNamespace(placement=self.placement)
 
     def routers(self) -> dict[str, Any]:
         return {name: (name, self._handle(name)) for name in self.names}
@@ -121,7 +133,7 @@ def test_all_have_grown_when_the_leader_dies_before_it_has_said_so() -> None:
     crew = Crew("after")
     operation, coordinator = grown(crew)
     assert (operation.state, operation.error) == (OperationState.SUCCEEDED, "")
-    assert "died before it could say more" in operation.message
+    assert "gone before it could say more" in operation.message
     status = coordinator.status()
     assert (status.num_experts, status.num_parameters, len(status.owners)) == (16, 1600, 8)
     assert crew.num_experts == 16, "routers and expert actors that start now are of this model"
@@ -135,6 +147,23 @@ def test_nobody_had_grown_and_the_next_leader_does_it(then: str) -> None:
     assert operation.state == OperationState.SUCCEEDED
     assert crew.asked == ["r0", "r1"]
     assert coordinator.status().num_experts == crew.num_experts == 16
+
+
+@pytest.mark.parametrize("unreachable", [0, 2])
+@pytest.mark.parametrize("lost", ["unheard", "unasked"])
+def test_a_leader_that_lives_is_asked_what_came_of_it(
+    monkeypatch: pytest.MonkeyPatch, lost: str, unreachable: int
+) -> None:
+    """Ray could not reach it for a moment: it has grown, and would refuse to do it again, or has never heard of it."""
+    monkeypatch.setattr(routers_module, "NOTICED_S", 0.05)
+    crew = Crew(lost)
+    crew.unreachable = unreachable
+    operation, coordinator = grown(crew)
+    assert (operation.state, operation.error) == (OperationState.SUCCEEDED, "")
+    assert crew.asked == (["r0"] if lost == "unheard" else ["r0", "r0"])
+    assert coordinator.status().num_experts == crew.num_experts == 16
+    assert coordinator.status().num_parameters == 1600
+    assert crew.leader == "r0"
 
 
 def test_without_an_heir_nobody_can_tell(monkeypatch: pytest.MonkeyPatch) -> None:

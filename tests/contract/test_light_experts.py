@@ -28,7 +28,7 @@ SOURCE = ModelSource(values={"model_type": "deepseek_v3", **FAMILIES["deepseek_v
 BATCHES = [torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(t)) for t in range(4)]
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 60.0
-HEAVY = {"transformers", "tokenizers", "ray", "grpc", "pandas", "pyarrow", "matplotlib", "rich", "tensorboard"}
+HEAVY = {"transformers", "tokenizers", "ray", "grpc", "pandas", "pyarrow", "matplotlib", "rich", "tensorboard", "sympy"}
 
 WORKER = """
 import json, sys

@@ -189,7 +189,7 @@ def test_a_peer_that_does_not_come_is_no_pair(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ProtocolError, match="nobody"):
         alone.meet({}, [])
     assert alone.put(torch.ones(QUARTER)) is None
-    directory = alone._directory
+    directory = os.path.dirname(alone.offer()["store"])
     alone.close()
     deadline = time.monotonic() + SOON_S
     while os.path.exists(directory):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -15,6 +16,7 @@ import torch
 from actors.errors import LinkError, StepAborted
 from actors.expert.arrivals import Arrivals
 from actors.expert.exchange import Exchange
+from actors.fairlock import FairLock
 from actors.optim import OptimizerSettings
 from actors.transport.message import Message
 from actors.values import Address
@@ -31,16 +33,32 @@ class Holdings:
         self.stacks = (0, 1)
         self.arriving: tuple[int, ...] = ()
         self.written: list[int] = []
+        self.free_places = 0
+        self.on_room: Callable[[], None] = lambda: None
 
-    def reserve(self, group: int, settings: OptimizerSettings) -> None:
-        self.arriving = (group,)
+    def places_with(self, count: int) -> int:
+        return 3 + max(0, count - self.free_places)
+
+    def room_for(self, layer: int, num_places: int) -> list[Any]:
+        self.on_room()
+        return [layer, num_places]
+
+    def widen(self, layer: int, num_places: int, room: list[Any]) -> None:
+        assert room == [layer, num_places]
+        self.free_places = num_places - 3
+
+    def reserve(self, group: int, settings: OptimizerSettings, coming: int = 1) -> None:
+        assert self.free_places >= coming, "room is made before, for all at once"
+        self.free_places -= 1
+        self.arriving += (group,)
 
     def write(self, group: int, layer: int, tensors: object, updates: int) -> None:
         assert group in self.arriving
         self.written.append(layer)
 
     def free(self, group: int) -> None:
-        self.arriving, self.written = (), []
+        self.arriving, self.written = tuple(g for g in self.arriving if g != group), []
+        self.free_places += 1
 
 
 def link(answer: Callable[[int], Message]) -> Any:
@@ -76,7 +94,7 @@ def test_one_that_was_given_up_does_not_take_the_next_with_it() -> None:
 
     links = [link(meanwhile), link(late)]
     exchange = Exchange("expert-1", lambda name, address: links.pop(), timeout_s=1.0)
-    arrivals, lock = Arrivals(exchange, lambda: holdings), threading.Lock()
+    arrivals, lock = Arrivals(exchange, lambda: holdings), FairLock()
     bring = lambda: arrivals.bring(lock, 5, "owner", HERE, HERE, WAIT_S)  # noqa: E731
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(bring)
@@ -99,3 +117,43 @@ def test_updates_of_a_group_that_nobody_waits_for_are_dropped() -> None:
     exchange.forget_updates(5)
     exchange.handle("owner", update(5, 3))
     assert exchange.update(5, 0, 3) is None
+
+
+def test_a_question_comes_between_whatever_arrives() -> None:
+    """Room for all groups is made at once, and not while the host is held; then piece by piece, one group after the
+    other."""
+    holdings, lock = Holdings(), FairLock()
+    is_held, made = threading.Event(), []
+
+    def on_room() -> None:
+        assert lock.acquire(timeout_s=0), "the host is free while memory is touched"
+        lock.release()
+        made.append(len(holdings.arriving))
+
+    def one_after_the_other(layer: int) -> Message:
+        assert is_held.wait(WAIT_S)
+        return LAYER
+
+    holdings.on_room = on_room
+    exchange = Exchange("expert-1", lambda name, address: link(one_after_the_other), timeout_s=1.0)
+    as_holdings: Any = holdings
+    arrivals, groups = Arrivals(exchange, lambda: as_holdings), range(5)
+    with ThreadPoolExecutor(len(groups)) as pool:
+        brought = [pool.submit(arrivals.bring, lock, group, "owner", HERE, HERE, WAIT_S) for group in groups]
+        until(lambda: len(arrivals.behind(groups, 3, 1)) == len(arrivals.coming) == len(groups))
+        with lock:  # as a question does
+            is_held.set()
+            until(lambda: lock.num_waiting > 0)
+            time.sleep(0.05)
+            assert lock.num_waiting == 1, "one of them is before the next question, not all"
+        for future in brought:
+            future.result(WAIT_S)
+    assert made == [0, 0], "once for both layers, before the first of five"
+    assert sorted(holdings.arriving) == list(groups)
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)

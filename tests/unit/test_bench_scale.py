@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from cluster.backend import Operation, OperationState
-from cluster.bench.scale import Seen, Streams, rows_of
+from cluster.bench.scale import NUM_STREAMS, Seen, Streams, counts_of, for_streams, rows_of
+from cluster.configfile import find_config, load_cluster
 
 
 def test_a_stream_that_waits_for_its_next_token_counts_before_it_gets_it() -> None:
@@ -38,3 +39,15 @@ def test_a_way_is_compared_with_the_slower_of_the_times_before_and_after_it() ->
     assert (median_gap.value, median_gap.peer_value) == (1125, 950)
     failed = rows["failed_requests_4_to_8"]
     assert (failed.value, failed.unit) == (3, "of 13"), "those that failed right after it are the change's too"
+
+
+def test_streams_share_forwards_unless_the_config_says_how_many_do() -> None:
+    config = find_config("local_cpu")
+    assert for_streams(load_cluster(config)).router.decode_batch == NUM_STREAMS
+    assert for_streams(load_cluster(config, {"router.decode_batch": 1})).router.decode_batch == 1
+    assert load_cluster(config).router.max_sessions >= NUM_STREAMS, "more of them would wait"
+
+
+def test_every_way_leads_to_another_number_of_actors() -> None:
+    assert counts_of(2, (3, 2), 2) == [2, 3, 2, 3, 2]
+    assert counts_of(4, (8, 6), 2) == [4, 8, 6, 4, 8, 6]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from actors.errors import InvalidInput
 from actors.moe.experts import ExpertStack, Work
+from actors.moe.gradient import gradient_of
 from actors.trunk.model import ModelSource, skeleton
 from tests.families import FAMILIES
 
@@ -152,3 +153,34 @@ def test_memory_of_a_skewed_load_is_bounded() -> None:
     assert saved is not None
     assert saved.activations is None
     assert saved.x_TD is x_TD
+
+
+def test_room_that_was_made_before_is_what_room_made_now_is() -> None:
+    template, tensors, work, x_TD = make("gpt_oss", SKEWS["some experts idle"])
+    stacks = [ExpertStack(template, {n: t.clone() for n, t in tensors.items()}) for _ in range(2)]
+    for stack in stacks:
+        y_TD, saved = stack(x_TD, work, keep=True)
+        _, _, part = stack.backward(saved, torch.ones_like(y_TD))
+        assert part is not None
+        stack.accumulate(part)
+    prepared = stacks[0].room_for(E + 4)
+    stacks[0].resize(E + 4, [torch.ones(1), *reversed(prepared)])
+    stacks[1].resize(E + 4)
+    for mine, theirs in zip(stacks[0].parameters(), stacks[1].parameters(), strict=True):
+        assert len(mine) == E + 4
+        assert torch.equal(mine, theirs)
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        assert torch.equal(mine.grad, theirs.grad)
+        assert bool(mine.grad.any())
+        assert {mine.data_ptr(), mine.grad.data_ptr()} <= {tensor.data_ptr() for tensor in prepared}
+    stacks[0].resize(E)
+    assert stacks[0].num_experts == E + 4, "it makes room, and gives none back"
+
+
+def test_gradient_of_is_that_of_autograd() -> None:
+    x_TD = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    y_TD, grad_TD = x_TD.exp() * x_TD, torch.randn(5, 3, dtype=torch.float64)
+    (expected_TD,) = torch.autograd.grad(y_TD, x_TD, grad_TD, retain_graph=True)
+    with torch.no_grad():
+        assert torch.equal(gradient_of(y_TD, x_TD, grad_TD), expected_TD)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
-from actors.router.turns import FairLock
+from actors.fairlock import FairLock
 
 WAIT_S = 10.0
 
@@ -50,3 +51,40 @@ def test_it_is_free_again_after_an_error() -> None:
         pass
     with lock:
         assert lock.num_waiting == 0
+
+
+def test_who_gives_up_waiting_is_passed_over() -> None:
+    lock, order = FairLock(), []
+    assert lock.acquire()
+    assert not lock.acquire(timeout_s=0), "who does not wait does not queue either"
+    assert lock.num_waiting == 0
+
+    def use() -> None:
+        with lock:
+            order.append(1)
+
+    with ThreadPoolExecutor(2) as pool:
+        impatient = pool.submit(lock.acquire, 0.05)
+        until(1, lock)
+        patient = pool.submit(use)
+        assert impatient.result(WAIT_S) is False
+        assert lock.num_waiting == 1
+        assert not order
+        lock.release()
+        patient.result(WAIT_S)
+    assert order == [1]
+    assert lock.acquire(timeout_s=0), "it is free again"
+
+
+def test_what_is_handed_over_as_the_time_ends_is_not_lost() -> None:
+    class Late(FairLock):
+        """Its holder lets go when whoever waits has just stopped to."""
+
+        def _leave(self, mine: threading.Lock) -> bool:
+            self.release()
+            return super()._leave(mine)
+
+    late = Late()
+    late.acquire()
+    assert late.acquire(timeout_s=0.01)
+    assert not late.acquire(timeout_s=0), "it has a holder"

@@ -251,3 +251,17 @@ def test_a_step_that_nobody_can_tell_of_is_an_error(monkeypatch: pytest.MonkeyPa
     router.begin_run(OptimizerConfig())
     with pytest.raises(MoeClusterError, match="step to version 4"):
         router.train_step([[[1, 2]]], lr=1e-3, clip_norm=1.0)
+
+
+def test_of_promotions_the_last_alone_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits asks for the leader of now. Each has a whole placement and a step's report."""
+    cast = Cast(a=promotion(7), b=promotion(9))
+    routers = of(cast, monkeypatch)
+    promoted(routers)
+    assert cast.leader == "a"
+    del cast.left["a"]
+    cast.leader = ""
+    promoted(routers)
+    assert cast.leader == "b"
+    assert routers.after("a", Unavailable("gone")) == promotion(9)
+    assert routers._promoted == ("b", promotion(9))

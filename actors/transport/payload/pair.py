@@ -12,8 +12,6 @@ import contextlib
 import logging
 import math
 import os
-import shutil
-import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -28,6 +26,7 @@ from torch import Tensor
 
 from actors.errors import PeerLost, ProtocolError
 from actors.transport.payload.contract import MAX_TOLD, Arrival, Carrier, PayloadSettings, Place, Way
+from actors.transport.rundir import RunDirectory
 
 _dist: Any = torch.distributed
 """Its stubs lack what is used here."""
@@ -167,7 +166,7 @@ class PairCarrier(Carrier):
         self._peer, self._rank, self._backend = peer, rank, backend
         self._from_bytes = settings.carry_from_bytes
         self._max_bytes = settings.region_bytes if backend.kind == "gloo" else settings.gpu_region_bytes
-        self._directory = tempfile.mkdtemp(prefix="moe-pair-") if rank == 0 else ""
+        self._directory = RunDirectory() if rank == 0 else None
         self._going: dict[int, tuple[Tensor, Any]] = {}
         self._there: set[int] = set()
         """Of those, what the peer has taken: on a GPU that is still to be done."""
@@ -185,13 +184,13 @@ class PairCarrier(Carrier):
         self._way: PairWay | None = None
 
     def offer(self) -> Mapping[str, Any]:
-        return {"store": os.path.join(self._directory, "store")} if self._directory else {}
+        return {"store": os.path.join(self._directory.path, "store")} if self._directory else {}
 
     def meet(self, offer: Mapping[str, Any], descriptors: Sequence[int]) -> None:
         """Rank 0 waits until both are there; rank 1 has others to serve meanwhile."""
         for descriptor in descriptors:
             os.close(descriptor)
-        path = os.path.join(self._directory, "store") if self._rank == 0 else str(offer["store"])
+        path = os.path.join(self._directory.path, "store") if self._directory else str(offer["store"])
         self._building = threading.Thread(target=self._build, args=(path,), name="pair", daemon=True)
         self._building.start()
         if self._rank == 0 and self._built() is None:
@@ -329,7 +328,7 @@ class PairCarrier(Carrier):
                 _abort(communicator)
         self._going.clear()  # before the communicators go, which still know of what was being sent
         if self._directory:
-            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory.remove()
 
     @staticmethod
     def _end_way(way: PairWay, ends: Sequence[Any]) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -20,6 +17,7 @@ from actors.transport.message import Message, decode, encode, error_answer, id_o
 from actors.transport.payload.attach import Attachments
 from actors.transport.payload.contract import PayloadSettings
 from actors.transport.payload.line import Frames
+from actors.transport.rundir import RunDirectory
 from actors.transport.socket.zeromq import Socket, host_id, in_clear_text
 from actors.values import Address
 
@@ -35,9 +33,9 @@ class Inbox:
 
     def __init__(self, name: str, host: str, max_bytes: int, keys: LinkKeys | None, payload: PayloadSettings) -> None:
         self._name, self._max_bytes = name, max_bytes
-        self._directory = tempfile.mkdtemp(prefix="moe-")  # which nobody else may enter: mode 0700
+        self._directory = RunDirectory()  # which nobody else may enter
         self._socket = Socket(zmq.ROUTER, max_bytes, keys)
-        ipc = f"ipc://{self._directory}/link"
+        ipc = f"ipc://{self._directory.path}/link"
         if keys is not None and keys.on_ipc:
             curve.secure_server(self._socket.raw, keys)
         self._socket.raw.bind(ipc)
@@ -45,7 +43,7 @@ class Inbox:
             curve.secure_server(self._socket.raw, keys)
         port = self._socket.raw.bind_to_random_port(f"tcp://{host}")
         self.address = Address(host_id(), ipc, f"tcp://{host}:{port}")
-        self._attachments = Attachments(payload, self._directory, takes_messages=in_clear_text(keys))
+        self._attachments = Attachments(payload, self._directory.path, takes_messages=in_clear_text(keys))
         self._poller = zmq.Poller()
         self._poller.register(self._socket.raw, zmq.POLLIN)
         self._poller.register(self._attachments.fileno(), zmq.POLLIN)
@@ -54,10 +52,7 @@ class Inbox:
     def close(self) -> None:
         self._attachments.close()
         self._socket.close()
-        with contextlib.suppress(OSError):
-            os.unlink(f"{self._directory}/link")
-        with contextlib.suppress(OSError):
-            os.rmdir(self._directory)
+        self._directory.remove()
 
     # -- questions ----------------------------------------------------------------------------------------------------
 

@@ -20,21 +20,38 @@ class FairLock:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    def __enter__(self) -> None:
+    def acquire(self, timeout_s: float = -1) -> bool:
+        """Whether it is the caller's now: it waits for at most so long, for ever if negative."""
         with self._guard:
             if not self._taken:
                 self._taken = True
-                return
+                return True
+            if timeout_s == 0:
+                return False
             mine = threading.Lock()
             mine.acquire()
             self._waiting.append(mine)
-        mine.acquire()  # until it is handed over; nobody comes between
+        return mine.acquire(timeout=timeout_s) or not self._leave(mine)  # handed over; nobody comes between
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def release(self) -> None:
         with self._guard:
             if self._waiting:
                 self._waiting.popleft().release()
             else:
                 self._taken = False
+
+    def _leave(self, mine: threading.Lock) -> bool:
+        """False if it has been handed over meanwhile."""
+        with self._guard:
+            if mine not in self._waiting:
+                return False
+            self._waiting.remove(mine)
+            return True
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
