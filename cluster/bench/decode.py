@@ -47,6 +47,8 @@ MODEL: dict[str, Any] = {
 }
 """That of `one_gpu`, but for its first layer, which has experts too: 3.6 B parameters."""
 TIMEOUT_S = 120.0
+WARMUPS = 4
+"""Until every shape of batch that comes by, also those of its beginning, has been captured."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def bench_generate(
             "ours": partial(stream_all, router, prompts_BS, extent.num_tokens),
             "theirs": _plain(source, dtype, prompts_BS, extent.num_tokens, device),
         }
-        seconds = interleaved(candidates, rounds, warmups=2)
+        seconds = interleaved(candidates, rounds, warmups=WARMUPS)
     tokens = extent.num_streams * extent.num_tokens
     case = f"generate_b{extent.num_streams}" + ("_two_gpus" if expert_device else "")
     return rate_row(case, "tokens/s", tokens, seconds["ours"], "generate", seconds["theirs"])
