@@ -175,9 +175,9 @@ def test_a_batch_makes_a_step_between_chunks(monkeypatch: pytest.MonkeyPatch, ho
     happened: list[str] = []
     step = Batch.step
 
-    def noted(self: Batch) -> None:
+    def noted(self: Batch, is_alone: Callable[[], bool]) -> None:
         happened.append("step")
-        step(self)
+        step(self, is_alone)
 
     monkeypatch.setattr(Batch, "step", noted)
     with cluster(source(), decode_batch=4, prompt_chunk=CHUNK) as local:
