@@ -68,6 +68,8 @@ class Coordinator:
         self.health = Health(self._fleet, redundancy)
         self.is_returning = False
         """Everybody is on the way back to a checkpoint: no job begins before it is known which of its steps it has."""
+        self.importing = ""
+        """The model directory of the import that is under way; empty if none is."""
 
     @property
     def model(self) -> ModelFacts:
@@ -257,10 +259,14 @@ class Coordinator:
         self._model.forget_load()
         self.jobs.go_back(steps, message, now)
 
-    def imported(self) -> None:
-        """The weights are those of another directory now."""
+    def begin_import(self, directory: str) -> None:
+        """Until `end_import` some weights may be of this directory, and the others still those of before."""
+        self.importing = directory
         self.health.is_pristine = False
         self._model.forget_load()
+
+    def end_import(self) -> None:
+        self.importing = ""
 
     # --- Changes that are asked for ------------------------------------------------------------------------------
 

@@ -64,6 +64,8 @@ class Journal:
     actors: tuple[Process, ...] = ()
     leaving: tuple[LeavingNode, ...] = ()
     """Nodes that have been emptied and are to be taken away."""
+    importing: str = ""
+    """The model directory of an import that was under way; empty if none was."""
 
     @property
     def essence(self) -> Journal:
@@ -95,6 +97,7 @@ class Journal:
             "ledger": json.loads(ledger.to_json()),
             "actors": [dataclasses.asdict(actor) for actor in self.actors],
             "leaving": [dataclasses.asdict(node) for node in self.leaving],
+            "importing": self.importing,
         }
         return json.dumps(values, allow_nan=False, indent=1).encode()
 
@@ -102,7 +105,7 @@ class Journal:
     def from_json(cls, data: bytes, source: str) -> Journal:
         """What `to_json` gave. `InvalidInput` that names the `source`, and what in it cannot be right."""
         read = _Reader(source)
-        values = read.document(data)
+        values = {"importing": "", **read.document(data)}  # files of before had none
         read.keys(values, _KEYS, "")
         if values["format"] != FORMAT:
             raise read.error(f"is not {FORMAT}", "format", values["format"])
@@ -126,10 +129,12 @@ class Journal:
             entries=Ledger.from_json(json.dumps(values["ledger"])).entries(),
             actors=tuple(read.record(Process, row, "actors") for row in read.rows(values, "actors")),
             leaving=tuple(read.record(LeavingNode, row, "leaving") for row in read.rows(values, "leaving")),
+            importing=read.value(values, "importing", str),
         )
 
 
-_PLAIN = ("format", "cluster", "written_s", "is_pristine", "wanted", "next_number", "wanted_routers", "next_router")
+_COUNTS = ("wanted", "next_number", "wanted_routers", "next_router")
+_PLAIN = ("format", "cluster", "written_s", "is_pristine", "importing", *_COUNTS)
 _LISTS = ("jobs", "operations", "actors", "leaving")
 _KEYS = frozenset((*_PLAIN, *_LISTS, "origin", "model", "placement", "ledger"))
 

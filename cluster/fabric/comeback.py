@@ -189,6 +189,25 @@ def link_keys_of(found: Survivors) -> LinkKeys | None:
     raise Unavailable("no actor tells the keys of the links")
 
 
+def import_again(found: Survivors, directory: str, timeout_s: float) -> str:
+    """An import was under way when the coordinator died. The leader may have ended it, or died as well, with some
+    expert actors at the new weights: it is repeated. -> why that could not be, so that the weights may be of both;
+    empty if they are those of the directory."""
+    leader, _ = found.routers[found.leader]
+    everybody = [handle for handle, _ in (*found.routers.values(), *found.experts.values())]
+    ref = leader.replace_weights.remote(directory)
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and not ray.wait([ref], timeout=1.0)[0]:
+        _ping(everybody)
+    try:
+        call(found.leader, ref, 1.0)
+    except MoeClusterError as error:
+        logger.error("the import of %s was cut off, and cannot be repeated: %s", directory, error)
+        return f"the import of {directory} was cut off by a death: {error}"
+    logger.warning("the import of %s was under way, and has been repeated", directory)
+    return ""
+
+
 def end_all(cluster: str) -> None:
     """Every actor of a cluster whose coordinator cannot do it any more."""
     for handle in _handles(cluster).values():
@@ -201,13 +220,16 @@ def come_back(config: ClusterConfig, cluster: str, crew: Crew, journal_name: str
     journal = read_journal(vault_url(config), journal_name)
     if journal is not None and journal.cluster != cluster:
         journal = None  # of a life before, which had nothing to do with these actors
-    found = find_survivors(cluster, journal, promote_timeout_s(config.router))
+    found, mixed = find_survivors(cluster, journal, promote_timeout_s(config.router)), ""
     if not found.leader and not found.experts:
         return None
+    if journal is not None and journal.importing and found.leader:
+        mixed = import_again(found, journal.importing, config.ray.start_timeout_s)
+        found = find_survivors(cluster, journal, promote_timeout_s(config.router))
     keys = link_keys_of(found)
     origin, model = _facts(config, crew, found, journal)
     vault = Vault(config, origin)
-    findings = weigh(found, journal, model, config.experts.group_size, saved=bool(vault.all()))
+    findings = weigh(found, journal, model, config.experts.group_size, saved=bool(vault.all()), mixed=mixed)
     wanted = _wanted(config, found, journal)
     kept = worth_keeping(found, findings, wanted.experts)
     coordinator = _coordinator(config, model, findings, journal)

@@ -331,10 +331,15 @@ class ControlWorker:
             coordinator.jobs.require_idle("a model cannot be imported")
         call(ROUTER, self._crew.router.check_same_architecture.remote(str(directory)), timeout_s)
         with self._state.changing() as coordinator:
-            coordinator.imported()
+            coordinator.begin_import(str(directory))
         self._at.keeper.write_now()  # before it is true: whoever comes back must not take them for untouched
         self._at.snapshots.forget()
-        self._replace_weights(directory, timeout_s)
+        try:
+            self._replace_weights(directory, timeout_s)
+        finally:
+            with self._state.changing() as coordinator:
+                coordinator.end_import()
+            self._at.keeper.write_now()  # before the first step: it must not be undone by importing once more
         self._at.checkpoints.after_change()
         return self.status()
 

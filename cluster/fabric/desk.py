@@ -134,4 +134,5 @@ def journal_of(coordinator: Coordinator, cluster: str, origin: ModelFacts, wante
         entries=past.entries,
         actors=crew.processes(),
         leaving=tuple(LeavingNode(node_id, name) for node_id, name in sorted(wanted.leaving.items())),
+        importing=coordinator.importing,
     )

@@ -34,15 +34,18 @@ class Findings:
     """Unix time at which the coordinator was last heard of."""
 
 
-def weigh(found: Survivors, journal: Journal | None, model: ModelFacts, group_size: int, *, saved: bool) -> Findings:
-    """`journal`: of this cluster, if it could be read. `saved`: whether there is a checkpoint."""
+def weigh(
+    found: Survivors, journal: Journal | None, model: ModelFacts, group_size: int, *, saved: bool, mixed: str = ""
+) -> Findings:
+    """`journal`: of this cluster, if it could be read. `saved`: whether there is a checkpoint. `mixed`: why the actors'
+    weights do not belong together, so that none can be kept; empty if they do."""
     placement = _placement(found, journal, model.num_experts // group_size, group_size)
     run, version = _position(found)
     lost = {}
     for name in placement.actors:
         if name not in found.experts:
             lost[name] = "died while the coordinator was away"
-        elif flaw := _flaw(found.experts[name][1], placement, run, version):
+        elif flaw := mixed or _flaw(found.experts[name][1], placement, run, version):
             lost[name] = flaw
     heard_s = [expert.heard_s for _, expert in found.experts.values()]
     heard_s += [router.heard_s for _, router in found.routers.values()]

@@ -22,7 +22,7 @@ from cluster.fabric import comeback
 from cluster.fabric import control as control_module
 from cluster.fabric import crew as crew_module
 from cluster.fabric.attaching import check_same
-from cluster.fabric.comeback import find_survivors, link_keys_of
+from cluster.fabric.comeback import find_survivors, import_again, link_keys_of
 from cluster.fabric.contacts import ExpertContact, RouterContact
 from cluster.fabric.control import ControlWorker
 from cluster.fabric.crew import Crew, Survivors
@@ -191,6 +191,7 @@ class Stage:
             "promote": promote,
             "ping": lambda: noted("ping", self.answers[key] if isinstance(self.answers[key], Exception) else None),
             "link_keys": lambda: noted("link_keys", self.answers[key]),
+            "replace_weights": lambda path: noted(f"replace_weights {path}", FATES.get(name)),
         }
         return SimpleNamespace(name=name, **{m: SimpleNamespace(remote=remote) for m, remote in remotes.items()})
 
@@ -210,7 +211,7 @@ class Stage:
 
 
 FATES: dict[str, Any] = {}
-"""What comes of a promotion."""
+"""What comes of a promotion, or an import."""
 SILENT = Unavailable("frozen")
 REPLICAS = {
     f"router_{number}": router(f"router-{number}", leads=False, following=Following(None, Course(0, 0)))
@@ -294,6 +295,26 @@ def test_the_keys_are_those_of_any_actor_that_tells(monkeypatch: pytest.MonkeyPa
     assert told_by(router_0=None, expert_0=None, expert_1=None) is None
     with pytest.raises(Unavailable, match="tells the keys"):
         told_by(router_0=SILENT, expert_0=SILENT, expert_1=SILENT)
+
+
+def test_an_import_that_was_cut_off_is_repeated_at_whoever_leads(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(monkeypatch, router_0=router(), expert_0=WHOLE[0][1], expert_1=WHOLE[1][1])
+    found = stage.find()
+    stage.calls.clear()
+    stage.waits = iter([False])
+    assert import_again(found, "/models/other", 30.0) == ""
+    pings = [f"{name} ping" for name in ("router-0", "expert-0", "expert-1")]
+    assert stage.calls == ["router-0 replace_weights /models/other", *pings]
+
+
+def test_weights_of_both_models_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The import cannot be repeated: what is left comes from a checkpoint, or does not come back."""
+    stage = Stage(monkeypatch, router_0=router(), expert_0=WHOLE[0][1], expert_1=WHOLE[1][1])
+    monkeypatch.setitem(FATES, "router-0", InvalidInput("is gone", field="path"))
+    reason = import_again(stage.find(), "/models/other", 30.0)
+    assert "the import of /models/other was cut off" in reason
+    lost = weigh(survivors(*WHOLE), JOURNAL, MODEL, 2, saved=True, mixed=reason).lost
+    assert lost == dict.fromkeys(("expert-0", "expert-1"), reason)
 
 
 def test_a_crew_goes_on_with_those_that_were_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,7 +428,7 @@ def test_an_import_is_written_down_before_the_first_weight_is_touched(
     )
     worker._seat = SimpleNamespace(
         state=Guarded(coordinator),
-        keeper=SimpleNamespace(write_now=lambda: told.append(coordinator.health.is_pristine)),
+        keeper=SimpleNamespace(write_now=lambda: told.append((coordinator.health.is_pristine, coordinator.importing))),
         snapshots=SimpleNamespace(forget=lambda: told.append("forgotten")),
         checkpoints=SimpleNamespace(after_change=lambda: told.append("saved")),
         pins=SimpleNamespace(all=lambda: ()),
@@ -422,4 +443,5 @@ def test_an_import_is_written_down_before_the_first_weight_is_touched(
     monkeypatch.setattr(control_module, "call", call)
     worker.import_model("model", 10.0)
     again = ["another leads after router-0"] if dies else []
-    assert told == ["checked", False, "forgotten", *again, "replaced", "saved"]
+    written = (False, str(tmp_path / "model"))
+    assert told == ["checked", written, "forgotten", *again, "replaced", (False, ""), "saved"]

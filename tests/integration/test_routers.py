@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from actors.errors import MoeClusterError
 from cluster.backend import ActorStatus, JobEvent, JobState, OperationState, SamplingParams
 from cluster.config import BatchConfig, OptimizerConfig
 from cluster.service.client import Client
@@ -28,10 +32,15 @@ SAMPLING = SamplingParams(max_tokens=120, temperature=0.8, top_p=0.95, seed=7)
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("s")
+
+
+@pytest.fixture(scope="module")
+def client(root: Path) -> Iterator[Client]:
     # The family's own gate computes in float32, where a product depends on how many tokens are in it.
     values = {"router.actors": 1, "router.max_actors": 3, "checkpoint.every_steps": 0, "model.gate.kind": "top_k"}
-    with running(config_in(tmp_path_factory.mktemp("s"), **values)) as client:
+    with running(config_in(root, **values)) as client:
         client.export_model("same")
         yield client
 
@@ -158,3 +167,44 @@ def test_the_coordinator_and_the_leader_die_at_once(client: Client, alone: list[
     wait_for_routers(client, 2)
     assert leader.id not in routers(client)
     assert "coordinator_restart" in [entry.kind for entry in client.ledger().entries]
+
+
+def test_both_die_in_an_import(client: Client, root: Path) -> None:
+    """Some expert actors have the new weights then and the next leader's trunk is the old one: never are both in use
+    together once the coordinator is back."""
+    scale(client, 2)
+    client.import_model("same")
+    expected = client.score("def main(").logprobs
+    finish(client, client.submit_job(STEADY).id)
+    last = [actor for actor in client.status().actors if actor.role == "expert"][-1]
+    os.kill(last.pid, signal.SIGSTOP)  # the import waits for it, and the others have loaded
+    thread = threading.Thread(target=try_import, args=(client,), daemon=True)
+    thread.start()
+    wait_for_import(root)
+    time.sleep(0.5)
+    victim, leader = coordinator(), next(iter(routers(client).values()))
+    os.kill(leader.pid, signal.SIGKILL)
+    victim.kill()
+    os.kill(last.pid, signal.SIGCONT)
+    thread.join(WAIT_S)
+    wait_for_routers(client, 2)
+    assert leader.id not in routers(client)
+    assert client.score("def main(").logprobs == pytest.approx(expected, rel=1e-9)
+    assert json.loads(journal(root).read_text())["importing"] == ""
+
+
+def try_import(client: Client) -> None:
+    with suppress(MoeClusterError):
+        client.import_model("same")
+
+
+def journal(root: Path) -> Path:
+    (file,) = root.rglob("journal*.json")
+    return file
+
+
+def wait_for_import(root: Path) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not json.loads(journal(root).read_text())["importing"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -42,11 +42,18 @@ JOURNAL = Journal(
     entries=(Entry(3, "actor_death", "expert-2", 7.0, 7.25, message="killed"),),
     actors=(Process("router-0", "n0", 11), Process("expert-0", "n1", 12)),
     leaving=(LeavingNode("n2", "node-2"),),
+    importing="/models/other",
 )
 
 
 def test_what_was_written_comes_back() -> None:
     assert Journal.from_json(JOURNAL.to_json(), "here") == JOURNAL
+
+
+def test_a_journal_of_before_knows_no_import() -> None:
+    document = json.loads(JOURNAL.to_json())
+    del document["importing"]
+    assert Journal.from_json(json.dumps(document).encode(), "here") == replace(JOURNAL, importing="")
 
 
 def changed(path: tuple[Any, ...], value: object) -> bytes:
@@ -83,6 +90,7 @@ def changed(path: tuple[Any, ...], value: object) -> bytes:
         (changed(("operations", 0, "id"), 3), "here: operations: are not ids"),
         (changed(("ledger", "entries", 0, "kind"), "storm"), "is no kind of disturbance"),
         (changed(("actors", 0, "pid"), None), r"here: actors\.pid"),
+        (changed(("importing",), 1), "here: importing: is not of type str"),
     ],
 )
 def test_what_cannot_be_is_named(data: bytes, text: str) -> None:
