@@ -22,7 +22,7 @@ from ray.cluster_utils import Cluster
 from cluster.config import ClusterConfig, RayConfig
 from cluster.errors import FailedPrecondition, StartupError
 from cluster.fabric.keeper import NodeKeeper, started_node
-from cluster.fabric.options import EXPERT_RESOURCE, NODE_LABEL, ROUTER_RESOURCE, WAITING, ZONE_LABEL
+from cluster.fabric.options import EXPERT_RESOURCE, FRUGAL, NODE_LABEL, ROUTER_RESOURCE, ZONE_LABEL
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ def _isolate() -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Ray gives its workers the lowest priority; here they are the service, and Ray's own processes would go first.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    os.environ.update(WAITING)
+    os.environ.update(FRUGAL)
 
 
 def node_names() -> dict[str, str]:

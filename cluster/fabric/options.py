@@ -27,8 +27,9 @@ COORDINATOR, ROUTER = "coordinator", "router-0"
 TRAIN, SERVE, FILES, CONTROL = "train", "serve", "files", "control"
 """Concurrency groups of a router actor, the last one of an expert actor too: there nothing takes long, since an actor
 that does not say how it is for some seconds counts as frozen, and is killed."""
-WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Waiting threads sleep: a spinning one would take the core of another actor."""
+FRUGAL = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_ARENA_MAX": "2"}
+"""Waiting threads sleep: a spinning one would take the core of another actor. And glibc does not give each of the
+hundred threads that Ray and gRPC start in a process an arena of its own, whose free memory no other thread uses."""
 WATCH = "watch"
 """One of the coordinator: calls that wait for news. Any number of watchers may keep its threads, and no others."""
 
@@ -92,4 +93,4 @@ def _own_env(config: ClusterConfig, threads: int) -> dict[str, Any]:
 
 def thread_env(threads: int) -> dict[str, str]:
     """Intra-op threads of one actor."""
-    return {"OMP_NUM_THREADS": str(threads), **WAITING}
+    return {"OMP_NUM_THREADS": str(threads), **FRUGAL}
