@@ -1,6 +1,6 @@
 """The message that crosses a link, and its wire form: a msgpack header frame, then raw tensor frames. No pickle.
 
-Header: `[version, id, op, fields, [[dtype, shape], ...]]`, e.g. `[1, 7, "forward", {}, [["float32", [64, 256]]]]`.
+Header: `[version, id, op, fields, [[dtype, shape], ...]]`, e.g. `[2, 7, "forward", {}, [["float32", [64, 256]]]]`.
 Each tensor is a frame of its own, so that large ones are never copied; the tensors of a small message share one frame,
 each padded to `ALIGN_BYTES`, since a frame costs more than the copy. Where the link has a carrier, a tensor that it
 brings has no frame, but its place as the third part of its description, and what `told` gives ends the header.
@@ -23,7 +23,7 @@ from actors.errors import InvalidInput, MoeClusterError, NonFinite, ProtocolErro
 if TYPE_CHECKING:
     from actors.transport.payload.contract import Carrier
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 MAX_HEADER_BYTES = 64 << 10
 MAX_TENSORS = 16
 MAX_DIMS = 8

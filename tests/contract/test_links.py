@@ -20,7 +20,7 @@ from actors.errors import InvalidInput, LinkTimeout, PeerLost, ProtocolError, Re
 from actors.transport.contract import Link
 from actors.transport.faulty import Fault, FaultyLink
 from actors.transport.local import LocalLink
-from actors.transport.message import Message, decode, encode, error_answer, id_of
+from actors.transport.message import WIRE_VERSION, Message, decode, encode, error_answer, id_of
 from actors.transport.payload.contract import SOCKET_ONLY, PayloadSettings
 from actors.transport.socket import SocketLink, SocketServer
 from actors.values import Address
@@ -253,20 +253,20 @@ BAD_FRAMES = {
     "nothing": [],
     "no msgpack": [b"\xc1\xff\xfe"],
     "a number": [b"\x07"],
-    "cut short": [header(1, 1, "x", {}, [])[:-3]],
-    "another version": [header(2, 1, "x", {}, [])],
-    "no fields": [header(1, 1, "x", [])],
-    "op is a number": [header(1, 1, 5, {}, [])],
-    "id is a text": [header(1, "1", "x", {}, [])],
-    "tensor without a frame": [header(1, 1, "x", {}, [["float32", [2]]])],
-    "shape and bytes differ": [header(1, 1, "x", {}, [["float32", [9]]]), b"1234"],
-    "negative size": [header(1, 1, "x", {}, [["float32", [-1]]]), b"1234"],
-    "huge shape": [header(1, 1, "x", {}, [["float32", [99999999999999]]]), b""],
-    "unknown dtype": [header(1, 1, "x", {}, [["object", [1]]]), b"1"],
-    "spec is a number": [header(1, 1, "x", {}, [7]), b"1"],
-    "shared frame too short": [header(1, 1, "x", {}, [["uint8", [16]], ["uint8", [16]]]), b"x" * 31],
-    "shared frame too long": [header(1, 1, "x", {}, [["uint8", [16]], ["uint8", [3]]]), b"x" * 64],
-    "shared frame, huge shape": [header(1, 1, "x", {}, [["uint8", [1 << 39]], ["uint8", [3]]]), b"x" * 64],
+    "cut short": [header(WIRE_VERSION, 1, "x", {}, [])[:-3]],
+    "another version": [header(WIRE_VERSION + 1, 1, "x", {}, [])],
+    "no fields": [header(WIRE_VERSION, 1, "x", [])],
+    "op is a number": [header(WIRE_VERSION, 1, 5, {}, [])],
+    "id is a text": [header(WIRE_VERSION, "1", "x", {}, [])],
+    "tensor without a frame": [header(WIRE_VERSION, 1, "x", {}, [["float32", [2]]])],
+    "shape and bytes differ": [header(WIRE_VERSION, 1, "x", {}, [["float32", [9]]]), b"1234"],
+    "negative size": [header(WIRE_VERSION, 1, "x", {}, [["float32", [-1]]]), b"1234"],
+    "huge shape": [header(WIRE_VERSION, 1, "x", {}, [["float32", [99999999999999]]]), b""],
+    "unknown dtype": [header(WIRE_VERSION, 1, "x", {}, [["object", [1]]]), b"1"],
+    "spec is a number": [header(WIRE_VERSION, 1, "x", {}, [7]), b"1"],
+    "shared frame too short": [header(WIRE_VERSION, 1, "x", {}, [["uint8", [16]], ["uint8", [16]]]), b"x" * 31],
+    "shared frame too long": [header(WIRE_VERSION, 1, "x", {}, [["uint8", [16]], ["uint8", [3]]]), b"x" * 64],
+    "shared frame, huge shape": [header(WIRE_VERSION, 1, "x", {}, [["uint8", [1 << 39]], ["uint8", [3]]]), b"x" * 64],
     "deep nesting": [b"\x91" * 5000],
     "claims a huge array": [b"\xdd\xff\xff\xff\xff"],
     "too many frames": [b"\x90"] * 30,
@@ -283,15 +283,15 @@ def test_malformed_frames_make_a_protocol_error(what: str) -> None:
 @pytest.mark.parametrize(
     ("frames", "number"),
     [
-        ([header(1, 7, "x", {}, [])], 7),
+        ([header(WIRE_VERSION, 7, "x", {}, [])], 7),
         ([header(2, 7, "x")], 7),
-        ([header(1, -7)], 0),
-        ([header(1, "7")], 0),
+        ([header(WIRE_VERSION, -7)], 0),
+        ([header(WIRE_VERSION, "7")], 0),
         ([header(1)], 0),
         ([b"\x07"], 0),
         ([b"\xc1"], 0),
         ([], 0),
-        ([header(1, 7, "x" * (1 << 16))], 0),
+        ([header(WIRE_VERSION, 7, "x" * (1 << 16))], 0),
     ],
 )
 def test_the_number_of_what_cannot_be_read(frames: list[bytes], number: int) -> None:

@@ -17,16 +17,17 @@ import secrets
 import select
 import socket
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Generic
 
 from actors.errors import InvalidInput, LinkTimeout, MoeClusterError, PeerLost, ProtocolError
 from actors.transport.contract import Link
 from actors.transport.message import Message, error_answer
 from actors.transport.payload.choice import End, choose, new_carrier
 from actors.transport.payload.contract import Carrier, PayloadSettings
-from actors.transport.payload.line import Frames, Line
+from actors.transport.payload.line import Frames, Item, Line
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +39,17 @@ _MET = b"met"
 
 
 def attach(
-    link: Link, settings: PayloadSettings, there: End, *, on_one_host: bool, takes_messages: bool, timeout_s: float
-) -> Line | None:
-    """Of an open link whose peer has told its end. None: payloads cross the socket. `takes_messages` as of a `Line`.
+    link: Link,
+    settings: PayloadSettings,
+    there: End,
+    read: Callable[[Carrier, Frames], Item | None],
+    *,
+    on_one_host: bool,
+    takes_messages: bool,
+    timeout_s: float,
+) -> Line[Item] | None:
+    """Of an open link whose peer has told its end. None: payloads cross the socket. `read` (which also gets the line's
+    carrier) and `takes_messages` as of a `Line`.
 
     `InvalidInput` where a kind is demanded that cannot be; whatever else fails is said in the log.
     """
@@ -56,7 +65,7 @@ def attach(
                 ) from error
             logger.warning("payloads from and to %s go another way than %s: %r", link.peer, kind, error)
         else:
-            return Line(connection, carrier, link.peer, takes_messages=takes_messages)
+            return Line(connection, carrier, link.peer, partial(read, carrier), takes_messages=takes_messages)
     return None
 
 
@@ -86,17 +95,25 @@ class _Begun:
     offer: Mapping[str, Any]
 
 
-class Attachments:
+class Attachments(Generic[Item]):
     """The server's end: a line and a carrier for each link that has them. Of one thread."""
 
-    def __init__(self, settings: PayloadSettings, directory: str, *, takes_messages: bool) -> None:
-        self._settings, self._takes_messages = settings, takes_messages
+    def __init__(
+        self,
+        settings: PayloadSettings,
+        directory: str,
+        read: Callable[[bytes, Carrier, Frames], Item | None],
+        *,
+        takes_messages: bool,
+    ) -> None:
+        """`read`, of the sender, its carrier and the frames, and `takes_messages` as of a `Line`."""
+        self._settings, self._read, self._takes_messages = settings, read, takes_messages
         self._path = os.path.join(directory, "line")
         self._begun: OrderedDict[bytes, _Begun] = OrderedDict()
         self._strangers: dict[int, socket.socket] = {}
         """By descriptor: connections that have not shown a token yet."""
         self._senders: dict[int, bytes] = {}
-        self._lines: dict[bytes, Line] = {}
+        self._lines: dict[bytes, Line[Item]] = {}
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.setblocking(False)
         self._listener.bind(self._path)
@@ -112,7 +129,7 @@ class Attachments:
         """For the answer to `hello`."""
         return End.of(self._settings).fields()
 
-    def of(self, sender: bytes) -> Line | None:
+    def of(self, sender: bytes) -> Line[Item] | None:
         return self._lines.get(sender)
 
     def begin(self, sender: bytes, question: Message) -> Message:
@@ -134,13 +151,18 @@ class Attachments:
             self._begun.popitem(last=False)[1].carrier.close()
         return Message("ok", {"token": token, "line": self._path, "offer": dict(carrier.offer())})
 
+    @property
+    def look_out_until(self) -> float:
+        """The latest of the lines, of which see."""
+        return max((line.look_out_until for line in self._lines.values()), default=0.0)
+
     def is_ready(self) -> bool:
         """Whether there is something to `look` at."""
         return bool(self._events.poll(0))
 
-    def look(self) -> list[tuple[bytes, Frames]]:
-        """What has happened at the lines: messages, by sender. Does not wait."""
-        messages: list[tuple[bytes, Frames]] = []
+    def look(self) -> list[Item]:
+        """What has happened at the lines: messages. Does not wait."""
+        messages = list[Item]()
         for descriptor, _ in self._events.poll(0):
             if descriptor == self._listener.fileno():
                 self._accept()
@@ -149,7 +171,7 @@ class Attachments:
             else:
                 sender = self._senders[descriptor]
                 try:
-                    messages += [(sender, frames) for frames in self._lines[sender].receive()]
+                    messages += self._lines[sender].receive()
                 except (EOFError, ProtocolError):
                     self._unwatch(descriptor)
                     del self._senders[descriptor]
@@ -202,7 +224,8 @@ class Attachments:
             self._unwatch(connection.fileno())
             connection.close()
             return
-        line = Line(connection, begun.carrier, _name(begun.sender), takes_messages=self._takes_messages)
+        read = partial(self._read, begun.sender, begun.carrier)
+        line = Line(connection, begun.carrier, _name(begun.sender), read, takes_messages=self._takes_messages)
         self._senders[connection.fileno()], self._lines[begun.sender] = begun.sender, line
 
     def _unwatch(self, descriptor: int) -> None:

@@ -107,13 +107,21 @@ class Carrier(abc.ABC):
     def put(self, tensor: Tensor) -> Place | None:
         """Sends one tensor, which nobody changes (contract of Message); None if this one is to cross the socket."""
 
+    @property
+    def is_late(self) -> bool:
+        """Whether something of what was put is not at its place before `finish`."""
+        return False
+
+    def finish(self) -> None:
+        """Everything is at its place afterwards."""
+
     def ship(self) -> None:
         """All tensors of a message were put, and its header follows."""
 
     @abc.abstractmethod
     def take(self, dtype: torch.dtype, shape: Sequence[int], place: Sequence[int]) -> Tensor:
         """What the peer put there, read-only. Called once for each place, in the order of the headers. `ProtocolError`
-        for one that cannot be, `PeerLost` where it will not come."""
+        for one that cannot be, `PeerLost` where it will not come. The peer may still be about to `finish` it."""
 
     def told(self) -> list[int]:
         """For the next header: tickets of the peer that it may forget, at most `MAX_TOLD`."""

@@ -25,6 +25,9 @@ from actors.errors import ProtocolError
 from actors.transport.payload.contract import MAX_TOLD, Carrier, PayloadSettings, Place, span
 from actors.transport.payload.slots import Slots
 
+LATE_FROM_BYTES = 1 << 20
+"""Tensors of the host of so many bytes are copied when their header has gone: the peer wakes up and reads it meanwhile,
+which takes as long as copying half a megabyte."""
 KEEP_BYTES = 64 << 20
 """Memory beyond this goes back to the system whenever a region is wholly free."""
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -38,6 +41,8 @@ class ShmCarrier(Carrier):
         self._peer, self._from_bytes = peer, settings.carry_from_bytes
         self._slots, self._leases = Slots(settings.region_bytes), _Leases()
         self._theirs: mmap.mmap | None = None
+        self._left: list[tuple[Tensor, int, Tensor]] = []
+        """What `finish` is to copy: the region, where in it, and what. Who closes the link meanwhile unmaps nothing."""
         file = os.memfd_create("moe-link", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(file, settings.region_bytes)
@@ -68,13 +73,23 @@ class ShmCarrier(Carrier):
         if region is None or num_bytes < self._from_bytes or (slot := self._slots.take(num_bytes)) is None:
             return None
         ticket, start = slot
-        if tensor.is_cpu and tensor.is_contiguous():
-            # One thread's copy: torch would divide it among all of its threads, and wait for the last to wake up.
-            ctypes.memmove(region.data_ptr() + start, tensor.data_ptr(), num_bytes)
-        else:
+        if not (tensor.is_cpu and tensor.is_contiguous()):
             room = region[start : start + num_bytes].view(tensor.dtype).view(tensor.shape)
             room.copy_(tensor.detach())
+        elif num_bytes < LATE_FROM_BYTES:
+            _copy(region, start, tensor)
+        else:
+            self._left.append((region, start, tensor))
         return ticket, start
+
+    @property
+    def is_late(self) -> bool:
+        return bool(self._left)
+
+    def finish(self) -> None:
+        left, self._left = self._left, []
+        for region, start, tensor in left:
+            _copy(region, start, tensor)
 
     def take(self, dtype: torch.dtype, shape: Sequence[int], place: Sequence[int]) -> Tensor:
         theirs = self._theirs
@@ -124,6 +139,11 @@ class _Leases:
     def ended(self) -> list[int]:
         """Since the last call, at most `MAX_TOLD`."""
         return [self._ended.popleft() for _ in range(min(len(self._ended), MAX_TOLD))]
+
+
+def _copy(region: Tensor, start: int, tensor: Tensor) -> None:
+    """By one thread: torch would divide it among all of its threads, and wait for the last to wake up."""
+    ctypes.memmove(region.data_ptr() + start, tensor.data_ptr(), tensor.numel() * tensor.element_size())
 
 
 def _read_only(file: int) -> int:

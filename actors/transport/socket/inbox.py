@@ -10,12 +10,12 @@ from typing import Any
 
 import zmq
 
-from actors.errors import LinkError, ProtocolError
+from actors.errors import ProtocolError
 from actors.transport import curve
 from actors.transport.curve import LinkKeys
 from actors.transport.message import Message, decode, encode, error_answer, id_of
 from actors.transport.payload.attach import Attachments
-from actors.transport.payload.contract import PayloadSettings
+from actors.transport.payload.contract import Carrier, PayloadSettings
 from actors.transport.payload.line import Frames
 from actors.transport.rundir import RunDirectory
 from actors.transport.socket.zeromq import Socket, host_id, in_clear_text
@@ -43,7 +43,7 @@ class Inbox:
             curve.secure_server(self._socket.raw, keys)
         port = self._socket.raw.bind_to_random_port(f"tcp://{host}")
         self.address = Address(host_id(), ipc, f"tcp://{host}:{port}")
-        self._attachments = Attachments(payload, self._directory.path, takes_messages=in_clear_text(keys))
+        self._attachments = Attachments(payload, self._directory.path, self._read, takes_messages=in_clear_text(keys))
         self._poller = zmq.Poller()
         self._poller.register(self._socket.raw, zmq.POLLIN)
         self._poller.register(self._attachments.fileno(), zmq.POLLIN)
@@ -77,10 +77,14 @@ class Inbox:
         """In zmq, where messages wait until they are taken."""
         return self._socket.has_message
 
-    def from_lines(self) -> Iterator[Question]:
+    @property
+    def look_out_until(self) -> float:
+        """A `time.monotonic` value: until then it is not worth while to sleep, as a question lacks but its tensors."""
+        return self._attachments.look_out_until
+
+    def from_lines(self) -> list[Question]:
         """All that has come over lines. What cannot be read is answered here."""
-        for sender, frames in self._attachments.look():
-            yield from self._read(sender, frames)
+        return self._attachments.look()
 
     def from_zmq(self) -> Iterator[Question]:
         """The next message in zmq, and those that were waiting for it. Only if `has_message`."""
@@ -88,33 +92,33 @@ class Inbox:
         # A link that has given up its line sends messages without numbers: its line's end was there before them.
         yield from self.from_lines()
         line = self._attachments.of(sender)
+        if line is None:
+            found = self._read(sender, None, frames)
+            yield from [found] if found is not None else []
+            return
         try:
-            messages = [frames] if line is None else line.arrived(frames)
+            yield from line.arrived(frames)
         except ProtocolError as error:
             logger.warning("refused a message: %s", error)
-            return
-        for message in messages:
-            yield from self._read(sender, message)
 
-    def _read(self, sender: bytes, frames: Frames) -> Iterator[Question]:
-        """The question, unless it cannot be read or has been here before."""
-        peer, line = sender.decode(errors="replace"), self._attachments.of(sender)
+    def _read(self, sender: bytes, carrier: Carrier | None, frames: Frames) -> Question | None:
+        """None if it cannot be read, or has been here before."""
+        peer = sender.decode(errors="replace")
         try:
-            carrier = line.carrier if line is not None else None
             question = decode(frames, peer=peer, max_bytes=self._max_bytes, carrier=carrier)
             question = replace(question, via=carrier)
-        except LinkError as error:
+        except Exception as error:  # a GPU without memory, say: those before and after it must not be lost
             logger.warning("refused a message: %s", error)
             self.answer(sender, error_answer(error, id_of(frames)))
-            return
+            return None
         if question.id <= self._last_id.get(sender, 0):
             logger.warning("dropped a duplicate of message %d from %s", question.id, peer)
-            return
+            return None
         self._last_id[sender] = question.id
         self._last_id.move_to_end(sender)
         if len(self._last_id) > MAX_REMEMBERED_LINKS:
             self._last_id.popitem(last=False)
-        yield sender, question
+        return sender, question
 
     # -- answers ------------------------------------------------------------------------------------------------------
 

@@ -32,6 +32,10 @@ _GONE = (
 )
 
 
+_Answer = Message | Exception
+"""Or why it cannot be read."""
+
+
 class SocketLink(Link):
     """One DEALER. Opening waits for the peer's answer to `hello`, so an open link has a living peer."""
 
@@ -50,8 +54,8 @@ class SocketLink(Link):
         on_this_host = address.host_id == host_id() and os.path.exists(address.ipc.removeprefix("ipc://"))
         self.kind = "socket/ipc" if on_this_host else "socket/tcp"
         self.max_bytes = self._max_bytes = max_bytes
-        self._line: Line | None = None
-        self._arrived: deque[Frames] = deque()
+        self._line: Line[_Answer] | None = None
+        self._arrived: deque[_Answer] = deque()
         self._ended = ""
         self._is_soon = False
         """Whether the next answer may be here within `SPIN_ON_GPU_S`."""
@@ -79,7 +83,9 @@ class SocketLink(Link):
         hello = self.call(Message("hello", {"name": name}), timeout_s)
         end = End.told(hello.fields.get("end"), self.peer)
         clear = in_clear_text(keys)
-        self._line = attach(self, payload, end, on_one_host=on_this_host, takes_messages=clear, timeout_s=timeout_s)
+        self._line = attach(
+            self, payload, end, self._read, on_one_host=on_this_host, takes_messages=clear, timeout_s=timeout_s
+        )
         if self._line is not None:
             self.kind += f"+{self._line.carrier.kind}"
             self._poller.register(self._line.fileno(), zmq.POLLIN)
@@ -129,18 +135,19 @@ class SocketLink(Link):
             if self.closed or self.is_cut:
                 raise PeerLost("the link is closed", peer=self.peer)
             if self._arrived:
-                return self._decoded(self._arrived.popleft())
+                return self._handed_on(self._arrived.popleft())
             wait_s = 0.0 if self._ended else min(deadline - time.monotonic(), CUT_NOTICED_S)
             ready = self._poll(wait_s)
             is_over = bool(self._ended or self._monitor in ready)
             if self._line is not None and self._line.fileno() in ready:
                 try:
                     self._arrived += self._line.receive()
+                    is_over = False  # before the line has been read to its end
                 except EOFError:
                     is_over = True
             if self._socket.raw in ready:
                 frames = self._socket.receive()
-                self._arrived += [frames] if self._line is None else self._line.arrived(frames)
+                self._arrived += [self._read(None, frames)] if self._line is None else self._line.arrived(frames)
             elif is_over and not self._arrived:
                 self._abort_carrier()
                 raise self._lost(otherwise="the connection ended")
@@ -148,19 +155,27 @@ class SocketLink(Link):
                 raise LinkTimeout("no answer before the deadline", peer=self.peer)
 
     def _poll(self, wait_s: float) -> dict[Any, int]:
-        until = time.monotonic() + min(wait_s, SPIN_ON_GPU_S)
-        while self._is_soon:
+        now = time.monotonic()
+        until = self._line.look_out_until if self._line is not None else 0.0
+        until = min(now + wait_s, now + SPIN_ON_GPU_S if self._is_soon else until)
+        while time.monotonic() < until:
             if found := self._poller.poll(0):
                 return dict(found)
-            self._is_soon = time.monotonic() < until
+        self._is_soon = False
         return dict(self._poller.poll(max(0, int(wait_s * 1e3 + 0.999))))
 
-    def _decoded(self, frames: Frames) -> Message:
+    def _read(self, carrier: Carrier | None, frames: Frames) -> _Answer:
         try:
-            return decode(frames, peer=self.peer, max_bytes=self._max_bytes, carrier=self._carrier)
-        except PeerLost:
-            self.is_cut = True  # what follows would be read in the place of what is missing
-            raise
+            return decode(frames, peer=self.peer, max_bytes=self._max_bytes, carrier=carrier)
+        except Exception as error:  # a GPU without memory, say: those before and after it must not be lost
+            return error
+
+    def _handed_on(self, answer: _Answer) -> Message:
+        if isinstance(answer, Message):
+            return answer
+        # What follows one that was lost would be read in the place of what is missing.
+        self.is_cut |= isinstance(answer, PeerLost)
+        raise answer
 
     def _abort_carrier(self) -> None:
         if self._line is not None:

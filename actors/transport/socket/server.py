@@ -73,13 +73,13 @@ class SocketServer(Rounds):
         busy = self._answer_kept() or self._is_busy
         self._take_in(0 if busy or self._turns else LOOK_AGAIN_MS if self._kept else 100)
         if not self._turns:
-            self._is_busy = busy and self._idle()
+            self._is_busy = self._spin(self._inbox.look_out_until) or (busy and self._idle())
             return
         started = time.monotonic()
         self._serve_one()
         self.busy_s += time.monotonic() - started
         if not self._turns:
-            self._spin()
+            self._spin(time.monotonic() + self._spin_s)
         self._is_busy = True
 
     def _take_in(self, timeout_ms: int) -> None:
@@ -135,10 +135,12 @@ class SocketServer(Rounds):
             logger.exception("%s cannot tell whether it can begin with %s", self.name, question.op)
             return True
 
-    def _spin(self) -> None:
-        until = time.monotonic() + self._spin_s
-        while not self._inbox.has_something() and time.monotonic() < until:
-            pass
+    def _spin(self, until: float) -> bool:
+        """Whether something has come by then."""
+        while time.monotonic() < until:
+            if self._inbox.has_something():
+                return True
+        return False
 
 
 @dataclass(frozen=True, eq=False)
