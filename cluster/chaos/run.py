@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from actors.errors import MoeClusterError
-from cluster.backend import ActorStatus, JobState, OperationState
+from cluster.backend import ActorStatus, JobState, Operation, OperationState
 from cluster.chaos import schedule
 from cluster.chaos.cuts import cut_links
 from cluster.chaos.record import PHASES, Look, Phase, Record, Span, Strike, Vitals
@@ -327,10 +327,11 @@ class _Disturbed:
         return "" if is_there else f"taken for dead though {though}"
 
     def _scale(self, target: int) -> str:
-        """Waits for it. -> what went wrong."""
+        """Waits for it, and before for another change that is under way. -> what went wrong."""
+        deadline = time.monotonic() + HEAL_TIMEOUT_S
         try:
-            operation = self._client.scale(target)
-            deadline = time.monotonic() + HEAL_TIMEOUT_S
+            while (operation := self._asked_to_scale(target, deadline)) is None:
+                self._look("scale")
             while not operation.state.is_final and time.monotonic() < deadline:
                 self._look("scale")
                 operation = self._client.operation(operation.id)
@@ -340,6 +341,15 @@ class _Disturbed:
             self._wanted = target
             return ""
         return f"scaling to {target} {operation.state.value}: {operation.error or operation.message}"
+
+    def _asked_to_scale(self, target: int, deadline: float) -> Operation | None:
+        """None while the cluster is busy with another change."""
+        try:
+            return self._client.scale(target)
+        except FailedPrecondition:
+            if time.monotonic() >= deadline:
+                raise
+            return None
 
     # -- looking ------------------------------------------------------------------------------------------------------
 
