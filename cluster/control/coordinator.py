@@ -260,7 +260,11 @@ class Coordinator:
         self.jobs.go_back(steps, message, now)
 
     def begin_import(self, directory: str) -> None:
-        """Until `end_import` some weights may be of this directory, and the others still those of before."""
+        """Until `end_import` some weights may be of this directory and the others those of before, and no job begins.
+        `FailedPrecondition` while one is there, or another import."""
+        self.jobs.require_idle("a model cannot be imported")
+        if self.importing:
+            raise FailedPrecondition(f"{self.importing} is being imported; wait for its end")
         self.importing = directory
         self.health.is_pristine = False
         self._model.forget_load()
@@ -310,7 +314,7 @@ class Coordinator:
         if (self.placement.missing or self.health.is_router_lost) and not self.health.can_return:
             self.jobs.give_up_waiting(self.health.message(), now)
         self.jobs.forget_old()
-        if self.health.is_ready and not self.is_returning:
+        if self.health.is_ready and not self.is_returning and not self.importing:
             self.jobs.start_next(now)
         decisions = list(self._decisions)
         self._decisions.clear()

@@ -19,7 +19,7 @@ from cluster.control.journal import Journal
 from cluster.control.model import ModelFacts
 from cluster.control.past import Past
 from cluster.errors import Unavailable
-from cluster.fabric.calls import call
+from cluster.fabric.calls import call, is_death
 from cluster.fabric.checkpoints import Vault, vault_url
 from cluster.fabric.crew import Crew, Survivors
 from cluster.fabric.desk import Known, Wanted
@@ -189,19 +189,24 @@ def link_keys_of(found: Survivors) -> LinkKeys | None:
     raise Unavailable("no actor tells the keys of the links")
 
 
-def import_again(found: Survivors, directory: str, timeout_s: float) -> str:
+def import_again(found: Survivors, directory: str) -> str:
     """An import was under way when the coordinator died. The leader may have ended it, or died as well, with some
     expert actors at the new weights: it is repeated. -> why that could not be, so that the weights may be of both;
-    empty if they are those of the directory."""
+    empty if they are those of the directory. `Unavailable` if the leader dies or freezes: the next one is to do it."""
     leader, _ = found.routers[found.leader]
     everybody = [handle for handle, _ in (*found.routers.values(), *found.experts.values())]
     ref = leader.replace_weights.remote(directory)
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline and not ray.wait([ref], timeout=1.0)[0]:
+    while not ray.wait([ref], timeout=1.0)[0]:  # a large model takes minutes
         _ping(everybody)
+        try:
+            call(found.leader, leader.ping.remote(), ANSWER_S)
+        except MoeClusterError as error:
+            raise Unavailable(f"{found.leader} does not answer while it imports {directory}: {error}") from error
     try:
-        call(found.leader, ref, 1.0)
+        call(found.leader, ref, ANSWER_S)
     except MoeClusterError as error:
+        if is_death(error):
+            raise
         logger.error("the import of %s was cut off, and cannot be repeated: %s", directory, error)
         return f"the import of {directory} was cut off by a death: {error}"
     logger.warning("the import of %s was under way, and has been repeated", directory)
@@ -224,7 +229,7 @@ def come_back(config: ClusterConfig, cluster: str, crew: Crew, journal_name: str
     if not found.leader and not found.experts:
         return None
     if journal is not None and journal.importing and found.leader:
-        mixed = import_again(found, journal.importing, config.ray.start_timeout_s)
+        mixed = import_again(found, journal.importing)
         found = find_survivors(cluster, journal, promote_timeout_s(config.router))
     keys = link_keys_of(found)
     origin, model = _facts(config, crew, found, journal)

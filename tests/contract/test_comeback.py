@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
-from actors.errors import InvalidInput, StepAborted
+from actors.errors import InvalidInput, PeerLost, StepAborted
 from actors.values import Address, Course, Placement, StepReport
 from cluster.backend import Job, JobState
 from cluster.config import ClusterConfig, JobConfig, ModelConfig, StorageConfig
@@ -302,16 +303,32 @@ def test_an_import_that_was_cut_off_is_repeated_at_whoever_leads(monkeypatch: py
     found = stage.find()
     stage.calls.clear()
     stage.waits = iter([False])
-    assert import_again(found, "/models/other", 30.0) == ""
+    assert import_again(found, "/models/other") == ""
     pings = [f"{name} ping" for name in ("router-0", "expert-0", "expert-1")]
-    assert stage.calls == ["router-0 replace_weights /models/other", *pings]
+    assert stage.calls == ["router-0 replace_weights /models/other", *pings, "router-0 ping"]
+
+
+def test_a_leader_that_dies_in_it_leaves_it_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(monkeypatch, router_0=router(), expert_0=WHOLE[0][1])
+    found = stage.find()
+    death = Unavailable("the router is not there")
+    death.__cause__ = RayActorError()
+    monkeypatch.setitem(FATES, "router-0", death)
+    monkeypatch.setattr(comeback.ray, "wait", lambda refs, **options: (refs, []))
+    with pytest.raises(Unavailable):
+        import_again(found, "/models/other")
+    monkeypatch.setattr(comeback.ray, "wait", lambda refs, **options: ([], refs))
+    stage.answers["router_0"] = SILENT
+    with pytest.raises(Unavailable, match="router-0 does not answer while it imports"):
+        import_again(found, "/models/other")
 
 
 def test_weights_of_both_models_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """The import cannot be repeated: what is left comes from a checkpoint, or does not come back."""
     stage = Stage(monkeypatch, router_0=router(), expert_0=WHOLE[0][1], expert_1=WHOLE[1][1])
     monkeypatch.setitem(FATES, "router-0", InvalidInput("is gone", field="path"))
-    reason = import_again(stage.find(), "/models/other", 30.0)
+    monkeypatch.setattr(comeback.ray, "wait", lambda refs, **options: (refs, []))
+    reason = import_again(stage.find(), "/models/other")
     assert "the import of /models/other was cut off" in reason
     lost = weigh(survivors(*WHOLE), JOURNAL, MODEL, 2, saved=True, mixed=reason).lost
     assert lost == dict.fromkeys(("expert-0", "expert-1"), reason)
@@ -406,19 +423,24 @@ def test_any_other_difference_is_named(wanted: ClusterConfig, text: str) -> None
         check_same(CONFIG, wanted)
 
 
-@pytest.mark.parametrize("dies", [False, True])
+@pytest.mark.parametrize("dies", ["nobody", "leader", "expert actor", "last copy"])
 def test_an_import_is_written_down_before_the_first_weight_is_touched(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dies: bool
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dies: str
 ) -> None:
-    """A coordinator that dies after it is not to be followed by one that takes the weights for the model's own, nor a
-    leader that dies in the middle by one with half of them."""
+    """A coordinator that dies after it is not to be followed by one that takes the weights for the model's own, nor is
+    anybody else's death in the middle to leave half of them."""
     told: list[object] = []
     coordinator = Coordinator(MODEL, PLACEMENT)
     worker: Any = object.__new__(ControlWorker)
     worker._config = replace(CONFIG, storage=StorageConfig(root=str(tmp_path)))
     death = Unavailable("the router is not there")
     death.__cause__ = RayActorError()
-    answers = [death, "replaced"] if dies else ["replaced"]
+    answers = {
+        "nobody": ["replaced"],
+        "leader": [death, "replaced"],
+        "expert actor": [PeerLost("its process died", peer="expert-0"), "replaced"],
+        "last copy": ["replaced", "replaced"],
+    }[dies]
     worker._crew = SimpleNamespace(
         leader="router-0",
         router=SimpleNamespace(
@@ -439,9 +461,17 @@ def test_an_import_is_written_down_before_the_first_weight_is_touched(
         if isinstance(ref, Exception):
             raise ref
         told.append(ref)
+        if dies == "last copy" and len(answers) == 1:
+            coordinator.is_returning = True  # what was loaded is what comes from a checkpoint now
+            threading.Timer(0.1, back).start()
+
+    def back() -> None:
+        with worker._seat.state.changing():
+            coordinator.is_returning = False
 
     monkeypatch.setattr(control_module, "call", call)
+    monkeypatch.setattr(control_module, "RETRY_S", 0.01)
     worker.import_model("model", 10.0)
-    again = ["another leads after router-0"] if dies else []
+    again = {"leader": ["another leads after router-0"], "last copy": ["replaced"]}.get(dies, [])
     written = (False, str(tmp_path / "model"))
     assert told == ["checked", written, "forgotten", *again, "replaced", (False, ""), "saved"]

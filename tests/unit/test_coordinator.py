@@ -605,13 +605,22 @@ def test_a_load_of_another_model_is_refused_and_the_step_not_counted(coordinator
 def test_an_import_waits_for_the_job_and_begins_a_new_window(coordinator: Coordinator) -> None:
     job_id = start(coordinator)
     with pytest.raises(FailedPrecondition, match="while job-1 is running"):
-        coordinator.jobs.require_idle("a model cannot be imported")
+        coordinator.begin_import("/models/a")
     commit_loads(coordinator, job_id, [[[1] * 8] * 2])
     coordinator.jobs.failed(job_id, "x", 2.0)
-    coordinator.jobs.require_idle("a model cannot be imported")
-    coordinator.imported()
+    coordinator.begin_import("/models/a")
     assert coordinator.status().load_LE == ()
     assert coordinator.load_report().window_steps == 0
+
+
+def test_during_an_import_no_job_begins_nor_another_import(coordinator: Coordinator) -> None:
+    coordinator.begin_import("/models/a")
+    with pytest.raises(FailedPrecondition, match="/models/a is being imported"):
+        coordinator.begin_import("/models/b")
+    job_id = coordinator.jobs.submit(SHORT, "a", 1.0).id
+    assert coordinator.step(1.0) == []
+    coordinator.end_import()
+    assert coordinator.step(1.0) == [StartJob(job_id, SHORT)]
 
 
 # --- Long runs -----------------------------------------------------------------------------------------------------
