@@ -126,6 +126,24 @@ def decode(frames: Sequence[Any], *, peer: str, max_bytes: int, carrier: Carrier
     return Message(op, fields, tensors, number)
 
 
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands for a message: those before and after it must not be lost with it."""
+
+    error: Exception
+    """A `LinkError`, or what a GPU without memory raises, say."""
+    id: int
+    """0 where it has none."""
+
+
+def decode_or_not(frames: Sequence[Any], *, peer: str, max_bytes: int, carrier: Carrier | None) -> Message | Unreadable:
+    try:
+        return decode(frames, peer=peer, max_bytes=max_bytes, carrier=carrier)
+    except Exception as error:
+        # Without its traceback, whose frames would keep what was being read, and with it room at the peer.
+        return Unreadable(error.with_traceback(None), id_of(frames))
+
+
 def id_of(frames: Sequence[Any]) -> int:
     """Of a message that may be unreadable otherwise, so that its asker can be told. 0 where there is none."""
     if not frames or len(frames[0]) > MAX_HEADER_BYTES:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from actors.transport.message import Message
+from actors.errors import ProtocolError
+from actors.transport.message import Message, Unreadable, encode
 from actors.transport.payload import shm
 from actors.transport.payload.contract import AUTO
 from actors.transport.payload.line import LOOK_OUT_S, Line
@@ -36,20 +37,35 @@ class Carrier:
         self.is_late = False
         self.finished += 1
 
+    def hear(self, tickets: list[int]) -> None:
+        pass
+
 
 class Ends:
-    """Both ends of a line, and what the one that receives has read."""
+    """Both ends of a line."""
 
     def __init__(self) -> None:
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.carrier: Any = Carrier()
-        self.read: list[bytes] = []
-        self.sends: Line[bytes] = Line(here, self.carrier, "there", bytes, takes_messages=True)  # type: ignore[arg-type]
-        self.receives: Line[bytes] = Line(there, self.carrier, "here", self._read, takes_messages=True)
+        self.sends = Line(here, self.carrier, "there", max_bytes=1 << 20, takes_messages=True)
+        self.receives = Line(there, self.carrier, "here", max_bytes=1 << 20, takes_messages=True)
 
-    def _read(self, frames: list[Any]) -> bytes:
-        self.read.append(bytes(frames[0]))
-        return self.read[-1]
+    @property
+    def ahead(self) -> str:
+        """What has been read and may lack tensors."""
+        message = self.receives._ahead
+        return message.op if isinstance(message, Message) else ""
+
+    def received(self) -> list[str]:
+        return ops(self.receives.receive())
+
+
+def frames(op: str, *tensors: torch.Tensor) -> Any:
+    return encode(Message(op, {}, tensors))
+
+
+def ops(messages: list[Any]) -> list[str]:
+    return [message.op for message in messages]
 
 
 @pytest.fixture
@@ -60,73 +76,82 @@ def ends() -> Iterator[Ends]:
         line._connection.close()
 
 
-def send_half(ends: Ends, frame: bytes) -> Any:
+def send_half(ends: Ends, op: str) -> Any:
     """The message goes ahead; what is called later sends the rest."""
     follow_up = ends.sends._follow_up
     ends.sends._follow_up = lambda: None  # type: ignore[method-assign]
     ends.carrier.is_late = True
-    assert ends.sends.send([frame]) is None
+    assert ends.sends.send(frames(op)) is None
     ends.sends._follow_up = follow_up  # type: ignore[method-assign]
     return follow_up
 
 
 def test_it_is_read_at_once_and_handed_on_when_it_is_there(ends: Ends) -> None:
-    follow_up = send_half(ends, b"one")
+    follow_up = send_half(ends, "one")
     before = time.monotonic()
-    assert ends.receives.receive() == []
-    assert ends.read == [b"one"]
+    assert ends.received() == []
+    assert ends.ahead == "one"
     assert before + LOOK_OUT_S <= ends.receives.look_out_until <= time.monotonic() + LOOK_OUT_S
     assert ends.carrier.finished == 0
     assert follow_up() is None
     assert ends.carrier.finished == 1
-    assert ends.receives.receive() == [b"one"]
+    assert ends.received() == ["one"]
     assert ends.receives.look_out_until == 0.0
 
 
 def test_what_is_complete_goes_in_one_piece(ends: Ends) -> None:
-    assert ends.sends.send([b"one"]) is None
-    assert ends.receives.receive() == [b"one"]
-    assert ends.receives.receive() == []
+    assert ends.sends.send(frames("one")) is None
+    assert ends.received() == ["one"]
+    assert ends.received() == []
     assert ends.carrier.finished == 0
 
 
 def test_the_next_one_says_as_well_that_all_of_it_is_there(ends: Ends) -> None:
     """A sender begins nothing new before it has finished: were the word lost, this would do."""
-    send_half(ends, b"one")
+    send_half(ends, "one")
     ends.carrier.is_late = False
-    ends.sends.send([b"two"])
-    assert ends.receives.receive() == []
-    assert ends.receives.receive() == [b"one", b"two"]
+    ends.sends.send(frames("two"))
+    assert ends.received() == []
+    assert ends.received() == ["one", "two"]
 
 
 def test_one_after_the_other_goes_ahead(ends: Ends) -> None:
-    for frame in (b"one", b"two", b"three"):
+    for op in ("one", "two", "three"):
         ends.carrier.is_late = True
-        ends.sends.send([frame])
-    received = [ends.receives.receive() for _ in range(6)]
-    assert received == [[], [b"one"], [], [b"two"], [], [b"three"]]
+        ends.sends.send(frames(op))
+    assert [ends.received() for _ in range(6)] == [[], ["one"], [], ["two"], [], ["three"]]
 
 
 def test_a_full_line_sends_the_word_the_other_way(ends: Ends) -> None:
     """It is numbered as a message is, and may be there before what went ahead."""
-    send_half(ends, b"one")
+    send_half(ends, "one")
     ends.sends._say = lambda parts: False  # type: ignore[method-assign]
-    rest = ends.sends._follow_up()
-    assert rest is not None
-    long = ends.sends.send([b"two"])
+    word = ends.sends._follow_up()
+    assert word is not None
+    long = ends.sends.send(frames("two"))
     assert long is not None
-    assert ends.receives.arrived(rest) == []
+    assert ends.receives.arrived(word) == []
     assert ends.receives.arrived(long) == []
-    assert ends.receives.receive() == [b"one", b"two"]
-    assert ends.read == [b"one", b"two"]
+    assert ends.received() == ["one", "two"]
 
 
 def test_what_does_not_fit_the_line_is_complete_before_it_crosses(ends: Ends) -> None:
     ends.carrier.is_late = True
-    rest = ends.sends.send([bytes(1 << 16)])
+    rest = ends.sends.send(frames("long", torch.zeros(1 << 14)))
     assert rest is not None
     assert ends.carrier.finished == 1
-    assert ends.receives.arrived(rest) == [bytes(1 << 16)]
+    assert ops(ends.receives.arrived(rest)) == ["long"]
+
+
+def test_what_cannot_be_read_takes_nothing_along(ends: Ends) -> None:
+    send_half(ends, "one")
+    ends.carrier.is_late = False
+    ends.sends.send([b"\xc1"])
+    ends.sends.send(frames("three"))
+    found = [message for _ in range(3) for message in ends.receives.receive()]
+    assert [getattr(message, "op", "") for message in found] == ["one", "", "three"]
+    assert isinstance(found[1], Unreadable)
+    assert isinstance(found[1].error, ProtocolError)
 
 
 # Over links.

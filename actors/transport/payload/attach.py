@@ -17,17 +17,16 @@ import secrets
 import select
 import socket
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Generic
+from typing import Any
 
 from actors.errors import InvalidInput, LinkTimeout, MoeClusterError, PeerLost, ProtocolError
 from actors.transport.contract import Link
 from actors.transport.message import Message, error_answer
 from actors.transport.payload.choice import End, choose, new_carrier
 from actors.transport.payload.contract import Carrier, PayloadSettings
-from actors.transport.payload.line import Frames, Item, Line
+from actors.transport.payload.line import Arrived, Line
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +41,14 @@ def attach(
     link: Link,
     settings: PayloadSettings,
     there: End,
-    read: Callable[[Carrier, Frames], Item | None],
     *,
     on_one_host: bool,
+    max_bytes: int,
     takes_messages: bool,
     timeout_s: float,
-) -> Line[Item] | None:
-    """Of an open link whose peer has told its end. None: payloads cross the socket. `read` (which also gets the line's
-    carrier) and `takes_messages` as of a `Line`.
+) -> Line | None:
+    """Of an open link whose peer has told its end. None: payloads cross the socket. `max_bytes` and `takes_messages` as
+    of a `Line`.
 
     `InvalidInput` where a kind is demanded that cannot be; whatever else fails is said in the log.
     """
@@ -65,7 +64,7 @@ def attach(
                 ) from error
             logger.warning("payloads from and to %s go another way than %s: %r", link.peer, kind, error)
         else:
-            return Line(connection, carrier, link.peer, partial(read, carrier), takes_messages=takes_messages)
+            return Line(connection, carrier, link.peer, max_bytes=max_bytes, takes_messages=takes_messages)
     return None
 
 
@@ -95,25 +94,18 @@ class _Begun:
     offer: Mapping[str, Any]
 
 
-class Attachments(Generic[Item]):
+class Attachments:
     """The server's end: a line and a carrier for each link that has them. Of one thread."""
 
-    def __init__(
-        self,
-        settings: PayloadSettings,
-        directory: str,
-        read: Callable[[bytes, Carrier, Frames], Item | None],
-        *,
-        takes_messages: bool,
-    ) -> None:
-        """`read`, of the sender, its carrier and the frames, and `takes_messages` as of a `Line`."""
-        self._settings, self._read, self._takes_messages = settings, read, takes_messages
+    def __init__(self, settings: PayloadSettings, directory: str, *, max_bytes: int, takes_messages: bool) -> None:
+        """`max_bytes` and `takes_messages` as of a `Line`."""
+        self._settings, self._max_bytes, self._takes_messages = settings, max_bytes, takes_messages
         self._path = os.path.join(directory, "line")
         self._begun: OrderedDict[bytes, _Begun] = OrderedDict()
         self._strangers: dict[int, socket.socket] = {}
         """By descriptor: connections that have not shown a token yet."""
         self._senders: dict[int, bytes] = {}
-        self._lines: dict[bytes, Line[Item]] = {}
+        self._lines: dict[bytes, Line] = {}
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.setblocking(False)
         self._listener.bind(self._path)
@@ -129,7 +121,7 @@ class Attachments(Generic[Item]):
         """For the answer to `hello`."""
         return End.of(self._settings).fields()
 
-    def of(self, sender: bytes) -> Line[Item] | None:
+    def of(self, sender: bytes) -> Line | None:
         return self._lines.get(sender)
 
     def begin(self, sender: bytes, question: Message) -> Message:
@@ -160,9 +152,9 @@ class Attachments(Generic[Item]):
         """Whether there is something to `look` at."""
         return bool(self._events.poll(0))
 
-    def look(self) -> list[Item]:
-        """What has happened at the lines: messages. Does not wait."""
-        messages = list[Item]()
+    def look(self) -> list[tuple[bytes, Arrived]]:
+        """What has happened at the lines: messages, by sender. Does not wait."""
+        messages: list[tuple[bytes, Arrived]] = []
         for descriptor, _ in self._events.poll(0):
             if descriptor == self._listener.fileno():
                 self._accept()
@@ -171,7 +163,7 @@ class Attachments(Generic[Item]):
             else:
                 sender = self._senders[descriptor]
                 try:
-                    messages += self._lines[sender].receive()
+                    messages += [(sender, message) for message in self._lines[sender].receive()]
                 except (EOFError, ProtocolError):
                     self._unwatch(descriptor)
                     del self._senders[descriptor]
@@ -224,8 +216,13 @@ class Attachments(Generic[Item]):
             self._unwatch(connection.fileno())
             connection.close()
             return
-        read = partial(self._read, begun.sender, begun.carrier)
-        line = Line(connection, begun.carrier, _name(begun.sender), read, takes_messages=self._takes_messages)
+        line = Line(
+            connection,
+            begun.carrier,
+            _name(begun.sender),
+            max_bytes=self._max_bytes,
+            takes_messages=self._takes_messages,
+        )
         self._senders[connection.fileno()], self._lines[begun.sender] = begun.sender, line
 
     def _unwatch(self, descriptor: int) -> None:

@@ -14,10 +14,11 @@ from __future__ import annotations
 import socket
 import struct
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from actors.errors import ProtocolError
+from actors.transport.message import Message, Unreadable, decode_or_not
 from actors.transport.payload.contract import Carrier
 
 SHORT_BYTES = 1 << 15
@@ -35,34 +36,25 @@ _AHEAD = 1 << 31
 """Beside the number of frames: the message goes ahead of its tensors."""
 _RECEIVE_BYTES = SHORT_BYTES + 1024
 Frames = list[Any]
-Item = TypeVar("Item")
-"""What a message is read as."""
+Arrived = Message | Unreadable
 
 
-class Line(Generic[Item]):
-    """One end of it, of the thread that uses the link.
-
-    `read`: what becomes of a message's frames, called in the order sent; None of one that nobody is to have. Raises
-    nothing. `takes_messages`: they may cross the line in clear text.
-    """
+class Line:
+    """One end of it, of the thread that uses the link. `max_bytes`: of a message. `takes_messages`: they may cross the
+    line in clear text."""
 
     def __init__(
-        self,
-        connection: socket.socket,
-        carrier: Carrier,
-        peer: str,
-        read: Callable[[Frames], Item | None],
-        *,
-        takes_messages: bool,
+        self, connection: socket.socket, carrier: Carrier, peer: str, *, max_bytes: int, takes_messages: bool
     ) -> None:
         connection.setblocking(False)
         self.carrier = carrier
         self.look_out_until = 0.0
         """A `time.monotonic` value: until then it is not worth while to sleep."""
-        self._connection, self._peer, self._read, self._takes_messages = connection, peer, read, takes_messages
+        self._connection, self._peer = connection, peer
+        self._max_bytes, self._takes_messages = max_bytes, takes_messages
         self._num_sent = self._num_received = 0
         self._early: dict[int, Frames] = {}
-        self._ahead: Item | None = None
+        self._ahead: Arrived | None = None
         """The last one received, if it may lack tensors."""
         self._num_whole = 0
         """Messages up to this number are there with all of their tensors."""
@@ -85,7 +77,7 @@ class Line(Generic[Item]):
         self.carrier.finish()
         return [_NUMBER.pack(self._num_sent), *frames]
 
-    def receive(self) -> list[Item]:
+    def receive(self) -> list[Arrived]:
         """The messages that are next after what has come on the line. EOFError when the other end is gone."""
         try:
             said = self._connection.recv(_RECEIVE_BYTES)
@@ -105,10 +97,10 @@ class Line(Generic[Item]):
             raise ProtocolError("malformed message on the line", peer=self._peer) from None
         return self._in_order(number, _cut(memoryview(said), _HEAD.size + 4 * count, sizes), is_ahead)
 
-    def arrived(self, frames: Frames) -> list[Item]:
+    def arrived(self, frames: Frames) -> list[Arrived]:
         """The messages that are next after one that has crossed zmq."""
         if not self._takes_messages:
-            return [item] if (item := self._read(frames)) is not None else []
+            return [self._read(frames)]
         if not frames or len(frames[0]) != _NUMBER.size:
             raise ProtocolError("a message without its number", peer=self._peer)
         return self._in_order(_NUMBER.unpack(frames[0])[0], frames[1:], False)
@@ -130,7 +122,10 @@ class Line(Generic[Item]):
         self.carrier.finish()
         return None if self._say([_HEAD.pack(self._num_sent, 0)]) else [_NUMBER.pack(self._num_sent)]
 
-    def _in_order(self, number: int, frames: Frames, is_ahead: bool) -> list[Item]:
+    def _read(self, frames: Frames) -> Arrived:
+        return decode_or_not(frames, peer=self._peer, max_bytes=self._max_bytes, carrier=self.carrier)
+
+    def _in_order(self, number: int, frames: Frames, is_ahead: bool) -> list[Arrived]:
         """The messages that are next after this one, or after the word (without frames) that it is there."""
         # Before a message is sent, all that the one before it lacked has followed.
         self._num_whole = max(self._num_whole, number - 1 if is_ahead else number)
@@ -138,7 +133,7 @@ class Line(Generic[Item]):
             if len(self._early) >= MAX_EARLY:
                 raise ProtocolError(f"message {self._num_received + 1} is missing", peer=self._peer)
             self._early[number] = frames
-        ready = list[Item]()
+        ready = list[Arrived]()
         while self._num_received <= self._num_whole:
             ready += [self._ahead] if self._ahead is not None else []
             self._ahead = None

@@ -13,10 +13,10 @@ import zmq
 from actors.errors import ProtocolError
 from actors.transport import curve
 from actors.transport.curve import LinkKeys
-from actors.transport.message import Message, decode, encode, error_answer, id_of
+from actors.transport.message import Message, Unreadable, decode_or_not, encode, error_answer
 from actors.transport.payload.attach import Attachments
-from actors.transport.payload.contract import Carrier, PayloadSettings
-from actors.transport.payload.line import Frames
+from actors.transport.payload.contract import PayloadSettings
+from actors.transport.payload.line import Arrived
 from actors.transport.rundir import RunDirectory
 from actors.transport.socket.zeromq import Socket, host_id, in_clear_text
 from actors.values import Address
@@ -43,7 +43,9 @@ class Inbox:
             curve.secure_server(self._socket.raw, keys)
         port = self._socket.raw.bind_to_random_port(f"tcp://{host}")
         self.address = Address(host_id(), ipc, f"tcp://{host}:{port}")
-        self._attachments = Attachments(payload, self._directory.path, self._read, takes_messages=in_clear_text(keys))
+        self._attachments = Attachments(
+            payload, self._directory.path, max_bytes=max_bytes, takes_messages=in_clear_text(keys)
+        )
         self._poller = zmq.Poller()
         self._poller.register(self._socket.raw, zmq.POLLIN)
         self._poller.register(self._attachments.fileno(), zmq.POLLIN)
@@ -82,43 +84,43 @@ class Inbox:
         """A `time.monotonic` value: until then it is not worth while to sleep, as a question lacks but its tensors."""
         return self._attachments.look_out_until
 
-    def from_lines(self) -> list[Question]:
+    def from_lines(self) -> Iterator[Question]:
         """All that has come over lines. What cannot be read is answered here."""
-        return self._attachments.look()
+        for sender, message in self._attachments.look():
+            yield from self._admitted(sender, message)
 
     def from_zmq(self) -> Iterator[Question]:
         """The next message in zmq, and those that were waiting for it. Only if `has_message`."""
         sender, *frames = self._socket.receive(num_copied=2)
         # A link that has given up its line sends messages without numbers: its line's end was there before them.
         yield from self.from_lines()
-        line = self._attachments.of(sender)
-        if line is None:
-            found = self._read(sender, None, frames)
-            yield from [found] if found is not None else []
-            return
+        line, peer = self._attachments.of(sender), sender.decode(errors="replace")
         try:
-            yield from line.arrived(frames)
+            if line is None:
+                messages = [decode_or_not(frames, peer=peer, max_bytes=self._max_bytes, carrier=None)]
+            else:
+                messages = line.arrived(frames)
         except ProtocolError as error:
             logger.warning("refused a message: %s", error)
+            return
+        for message in messages:
+            yield from self._admitted(sender, message)
 
-    def _read(self, sender: bytes, carrier: Carrier | None, frames: Frames) -> Question | None:
-        """None if it cannot be read, or has been here before."""
-        peer = sender.decode(errors="replace")
-        try:
-            question = decode(frames, peer=peer, max_bytes=self._max_bytes, carrier=carrier)
-            question = replace(question, via=carrier)
-        except Exception as error:  # a GPU without memory, say: those before and after it must not be lost
-            logger.warning("refused a message: %s", error)
-            self.answer(sender, error_answer(error, id_of(frames)))
-            return None
-        if question.id <= self._last_id.get(sender, 0):
-            logger.warning("dropped a duplicate of message %d from %s", question.id, peer)
-            return None
-        self._last_id[sender] = question.id
+    def _admitted(self, sender: bytes, message: Arrived) -> Iterator[Question]:
+        """The question, unless it cannot be read or has been here before."""
+        if isinstance(message, Unreadable):
+            logger.warning("refused a message: %s", message.error)
+            self.answer(sender, error_answer(message.error, message.id))
+            return
+        if message.id <= self._last_id.get(sender, 0):
+            logger.warning("dropped a duplicate of message %d from %s", message.id, sender.decode(errors="replace"))
+            return
+        self._last_id[sender] = message.id
         self._last_id.move_to_end(sender)
         if len(self._last_id) > MAX_REMEMBERED_LINKS:
             self._last_id.popitem(last=False)
-        return sender, question
+        line = self._attachments.of(sender)
+        yield sender, replace(message, via=line.carrier if line is not None else None)
 
     # -- answers ------------------------------------------------------------------------------------------------------
 

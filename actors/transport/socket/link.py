@@ -15,11 +15,11 @@ from actors.errors import InvalidInput, LinkTimeout, MoeClusterError, PeerLost
 from actors.transport import curve
 from actors.transport.contract import CUT_NOTICED_S, Link
 from actors.transport.curve import LinkKeys
-from actors.transport.message import Message, decode, encode
+from actors.transport.message import Message, decode_or_not, encode
 from actors.transport.payload.attach import attach
 from actors.transport.payload.choice import End
 from actors.transport.payload.contract import AUTO, Carrier, PayloadSettings, Way
-from actors.transport.payload.line import Frames, Line
+from actors.transport.payload.line import Arrived, Frames, Line
 from actors.transport.socket.zeromq import SPIN_ON_GPU_S, Socket, host_id, in_clear_text
 from actors.values import Address
 
@@ -30,10 +30,6 @@ _GONE = (
     | zmq.EVENT_MONITOR_STOPPED
     | curve.HANDSHAKE_FAILED
 )
-
-
-_Answer = Message | Exception
-"""Or why it cannot be read."""
 
 
 class SocketLink(Link):
@@ -54,8 +50,8 @@ class SocketLink(Link):
         on_this_host = address.host_id == host_id() and os.path.exists(address.ipc.removeprefix("ipc://"))
         self.kind = "socket/ipc" if on_this_host else "socket/tcp"
         self.max_bytes = self._max_bytes = max_bytes
-        self._line: Line[_Answer] | None = None
-        self._arrived: deque[_Answer] = deque()
+        self._line: Line | None = None
+        self._arrived: deque[Arrived] = deque()
         self._ended = ""
         self._is_soon = False
         """Whether the next answer may be here within `SPIN_ON_GPU_S`."""
@@ -84,7 +80,13 @@ class SocketLink(Link):
         end = End.told(hello.fields.get("end"), self.peer)
         clear = in_clear_text(keys)
         self._line = attach(
-            self, payload, end, self._read, on_one_host=on_this_host, takes_messages=clear, timeout_s=timeout_s
+            self,
+            payload,
+            end,
+            on_one_host=on_this_host,
+            max_bytes=self._max_bytes,
+            takes_messages=clear,
+            timeout_s=timeout_s,
         )
         if self._line is not None:
             self.kind += f"+{self._line.carrier.kind}"
@@ -147,11 +149,13 @@ class SocketLink(Link):
                     is_over = True
             if self._socket.raw in ready:
                 frames = self._socket.receive()
-                self._arrived += [self._read(None, frames)] if self._line is None else self._line.arrived(frames)
+                self._arrived += [self._read(frames)] if self._line is None else self._line.arrived(frames)
             elif is_over and not self._arrived:
                 self._abort_carrier()
                 raise self._lost(otherwise="the connection ended")
-            if not self._arrived and time.monotonic() >= deadline:
+            if self._arrived:  # also of a link that was cut while this was being read, for what it says of that
+                return self._handed_on(self._arrived.popleft())
+            if time.monotonic() >= deadline:
                 raise LinkTimeout("no answer before the deadline", peer=self.peer)
 
     def _poll(self, wait_s: float) -> dict[Any, int]:
@@ -164,18 +168,15 @@ class SocketLink(Link):
         self._is_soon = False
         return dict(self._poller.poll(max(0, int(wait_s * 1e3 + 0.999))))
 
-    def _read(self, carrier: Carrier | None, frames: Frames) -> _Answer:
-        try:
-            return decode(frames, peer=self.peer, max_bytes=self._max_bytes, carrier=carrier)
-        except Exception as error:  # a GPU without memory, say: those before and after it must not be lost
-            return error
+    def _read(self, frames: Frames) -> Arrived:
+        return decode_or_not(frames, peer=self.peer, max_bytes=self._max_bytes, carrier=None)
 
-    def _handed_on(self, answer: _Answer) -> Message:
+    def _handed_on(self, answer: Arrived) -> Message:
         if isinstance(answer, Message):
             return answer
         # What follows one that was lost would be read in the place of what is missing.
-        self.is_cut |= isinstance(answer, PeerLost)
-        raise answer
+        self.is_cut |= isinstance(answer.error, PeerLost)
+        raise answer.error
 
     def _abort_carrier(self) -> None:
         if self._line is not None:
