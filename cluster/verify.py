@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from actors.optim import OptimizerSettings
 from actors.reference import Reference
-from actors.trunk.model import DTYPES, ModelSource
+from actors.trunk.config import config_of
+from actors.trunk.source import DTYPES, ModelSource
 from actors.values import StepReport
 from cluster.config import ModelConfig, OptimizerConfig
 from cluster.jobs.batches import MicroBatch
@@ -108,7 +109,7 @@ def _directory(model: ModelConfig, dtype: str) -> Iterator[str]:
         yield model.path
         return
     with tempfile.TemporaryDirectory() as directory:
-        config = ModelSource(values=model.values).config()
+        config = config_of(ModelSource(values=model.values))
         torch.manual_seed(model.seed)
         AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).save_pretrained(Path(directory) / "model")
         yield f"{directory}/model"

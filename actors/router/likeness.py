@@ -13,7 +13,8 @@ from typing import Any
 from actors.differences import first_difference, leaves
 from actors.errors import InvalidInput
 from actors.moe.settings import GateSettings
-from actors.trunk.model import EXPERT_COUNTS, GATE_PARTS, ModelSource
+from actors.trunk.config import EXPERT_COUNTS, GATE_PARTS, config_of
+from actors.trunk.source import ModelSource
 
 Facts = Mapping[str, Any]
 """Path in a cluster's config -> value."""
@@ -26,7 +27,7 @@ def facts_of(source: ModelSource, gate: GateSettings) -> dict[str, Any]:
     left_out = {*EXPERT_COUNTS, *GATE_PARTS, *_ABOUT_FILES}
     facts: dict[str, Any] = {"router.dtype": source.dtype}
     facts |= {f"model.gate.{name}": value for name, value in asdict(gate).items()}
-    for name, value in leaves(source.config().to_dict()):
+    for name, value in leaves(config_of(source).to_dict()):
         if isinstance(value, _PLAIN) and name.rpartition(".")[2] not in left_out:
             facts[f"model.values.{name}"] = value
     return facts

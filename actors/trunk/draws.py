@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from actors.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from actors.trunk.layout import Layout
     from actors.trunk.model import Skeleton
 
 FILLS = frozenset(("normal_", "uniform_", "zero_", "fill_"))
@@ -86,16 +85,18 @@ def let_family_draw(skeleton: Skeleton, layer: int, parameters: Mapping[str, Ten
     skeleton.model._init_weights(module)
 
 
-def blank_experts(model: Layout, layer: int, num_experts: int, device: str = "cpu") -> dict[str, Tensor]:
-    """Parameters [num_experts, ...] of one layer, to be drawn."""
+def blank_experts(
+    shapes: Mapping[str, tuple[int, ...]], num_experts: int, dtype: torch.dtype, device: str = "cpu"
+) -> dict[str, Tensor]:
+    """Parameters [num_experts, ...] of one layer, to be drawn. `shapes`: of one expert's parts, by name."""
     return {
-        name: nn.Parameter(torch.zeros(num_experts, *shape, dtype=model.dtype, device=device))
-        for name, shape in model.layers[layer].shapes().items()
+        name: nn.Parameter(torch.zeros(num_experts, *shape, dtype=dtype, device=device))
+        for name, shape in shapes.items()
     }
 
 
 def _watched(skeleton: Skeleton, layer: int, num_experts: int) -> tuple[Draw, ...] | None:
-    parameters = blank_experts(skeleton, layer, num_experts, "meta")
+    parameters = blank_experts(skeleton.layers[layer].shapes(), num_experts, skeleton.dtype, "meta")
     with torch.no_grad(), _Watch(parameters) as watch:
         let_family_draw(skeleton, layer, parameters)
     return None if watch.is_lost else tuple(watch.seen)
@@ -104,7 +105,7 @@ def _watched(skeleton: Skeleton, layer: int, num_experts: int) -> tuple[Draw, ..
 @torch.no_grad()
 def _are_the_bits(draws: Sequence[Draw], skeleton: Skeleton, layer: int) -> bool:
     """Found by trying it on one expert: some of torch's initialisations do nothing on the meta device."""
-    ours, theirs = (blank_experts(skeleton, layer, 1) for _ in range(2))
+    ours, theirs = (blank_experts(skeleton.layers[layer].shapes(), 1, skeleton.dtype) for _ in range(2))
     with drawn_from(0):
         replay(draws, ours)
     with drawn_from(0):

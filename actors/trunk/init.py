@@ -29,7 +29,7 @@ def initial_experts(model: Layout, layer: int, groups: Sequence[int], group_size
 
 
 def _initial_group(model: Layout, layer: int, group: int, group_size: int, seed: int) -> dict[str, Tensor]:
-    parameters = blank_experts(model, layer, group_size)
+    parameters = blank_experts(model.layers[layer].shapes(), group_size, model.dtype)
     with drawn_from(seed, layer, group), torch.no_grad():
         if isinstance(model, ModelLayout):
             draws = model.layers[layer].draws

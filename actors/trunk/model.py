@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from actors.errors import CheckpointError, InvalidInput
+from actors.errors import CheckpointError
+from actors.trunk.config import config_of
 from actors.trunk.gates import fuse_gates
 from actors.trunk.latents import attend_to_latents
 from actors.trunk.norms import fuse_norms
@@ -49,80 +49,6 @@ ALL_EXPERTS_FUNCTIONS.register(REMOTE_EXPERTS, remote_experts)
 def is_experts(module: nn.Module) -> bool:
     """Whether it went through `use_experts_implementation`, which leaves these marks in every release since 5.17."""
     return hasattr(module, "is_concatenated") and hasattr(module, "is_transposed")
-
-
-def config_of(source: ModelSource) -> PretrainedConfig:
-    """Raises `CheckpointError` or `InvalidInput` that names what is wrong with it."""
-    config = _config_of_directory(Path(source.path)) if source.path else _config_of_values(dict(source.values or {}))
-    if getattr(config, "quantization_config", None):
-        raise CheckpointError(
-            "the checkpoint is quantised",
-            field="quantization_config",
-            remedy="convert it to bfloat16 first; quantised experts cannot be trained or moved",
-        )
-    if source.num_experts is not None:
-        set_num_experts(config, source.num_experts)
-    return config
-
-
-def _config_of_directory(path: Path) -> PretrainedConfig:
-    if not (path / "config.json").is_file():
-        raise CheckpointError(
-            "not a model directory: config.json is missing",
-            field="model.path",
-            value=str(path),
-            remedy="give a directory written by save_pretrained",
-        )
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise CheckpointError(
-            f"transformers cannot read its config: {error}", field="model.path", value=str(path)
-        ) from None
-
-
-def _config_of_values(values: dict[str, Any]) -> PretrainedConfig:
-    model_type = values.pop("model_type", None)
-    if model_type is None:
-        raise InvalidInput("is missing", field="model.values.model_type", remedy="for example deepseek_v3")
-    try:
-        return AutoConfig.for_model(model_type, **values)
-    except (ValueError, TypeError, KeyError) as error:
-        raise InvalidInput(
-            str(error), field="model.values", remedy="see the transformers config of this model_type"
-        ) from None
-
-
-EXPERT_COUNTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts", "num_moe_experts")
-"""Names of the number of experts in the configs of the families; some answer to several."""
-GATE_PARTS = ("n_group", "num_expert_group")
-"""Names of the number of contiguous parts that a gate chooses first."""
-
-
-def set_num_experts(config: PretrainedConfig, num_experts: int) -> None:
-    """In place. A gate's parts keep their size, so that there are more of them. `InvalidInput` if that cannot be."""
-    text = config.get_text_config()
-    counts = {name: value for name in EXPERT_COUNTS if isinstance(value := getattr(text, name, None), int)}
-    if not counts:
-        raise InvalidInput(
-            f"the number of experts of a {config.model_type} config is not known by name",
-            field="num_experts",
-            value=num_experts,
-        )
-    before = next(iter(counts.values()))
-    for name in GATE_PARTS:
-        parts = getattr(text, name, None)
-        if isinstance(parts, int) and parts > 1:
-            if num_experts * parts % before:
-                raise InvalidInput(
-                    f"the gate chooses among parts of {before // parts} experts",
-                    field="num_experts",
-                    value=num_experts,
-                    remedy=f"use a multiple of {before // parts}",
-                )
-            setattr(text, name, num_experts * parts // before)
-    for name in counts:
-        setattr(text, name, num_experts)
 
 
 @dataclass(frozen=True)
@@ -166,7 +92,7 @@ class Skeleton:
 
 
 def skeleton(source: ModelSource) -> Skeleton:
-    config = source.config()
+    config = config_of(source)
     dtype = DTYPES[source.dtype]
     model = meta_model(config, dtype)
     layers = tuple(ExpertLayer(name, module) for name, module in model.named_modules() if is_experts(module))
@@ -209,7 +135,7 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 def empty_trunk(source: ModelSource) -> PreTrainedModel:
     """A model without expert weights on the meta device, its experts modules bound to `remote_experts`."""
-    config = source.config()
+    config = config_of(source)
     trunk = meta_model(config, DTYPES[source.dtype])
     trunk.set_experts_implementation(REMOTE_EXPERTS)
     for module in trunk.modules():

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -29,9 +26,3 @@ class ModelSource:
     dtype: str = "float32"
     num_experts: int | None = None
     """Of every MoE layer, for a model that has grown; None: as its config says."""
-
-    def config(self) -> PretrainedConfig:
-        """transformers', which is imported for it."""
-        from actors.trunk.model import config_of
-
-        return config_of(self)

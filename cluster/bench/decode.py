@@ -9,12 +9,9 @@ decodes, see `cluster.bench.prompt`.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,15 +21,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from actors.errors import MoeClusterError
-from actors.expert.host import ExpertHost
-from actors.router.roster import Peer, Roster
 from actors.router.router import Router
-from actors.transport.local import LocalLink
-from actors.transport.payload.contract import AUTO, PayloadSettings
-from actors.transport.socket import SocketLink, SocketServer
-from actors.trunk.model import ModelSource, skeleton
-from actors.values import Address, Placement, Sampling
+from actors.trunk.config import config_of
+from actors.trunk.source import ModelSource
+from actors.values import Sampling
+from cluster.bench.hosts import TIMEOUT_S, apart, beside_hosts, in_process
 from cluster.bench.one_gpu import MODEL as TRAINED
+from cluster.bench.prompt import bench_prompt
 from cluster.bench.result import Report, Row, interleaved, rate_row
 from cluster.config import ClusterConfig
 
@@ -46,7 +41,6 @@ MODEL: dict[str, Any] = {
     "pad_token_id": None,
 }
 """That of `one_gpu`, but for its first layer, which has experts too: 3.6 B parameters."""
-TIMEOUT_S = 120.0
 WARMUPS = 4
 """Until every shape of batch that comes by, also those of its beginning, has been captured."""
 
@@ -73,8 +67,6 @@ def bench_decode(config: ClusterConfig, *, rounds: int) -> Report:
             torch.cuda.empty_cache()
             rows.append(bench_generate(ON_GPU, rounds, expert_device="cuda:1"))
         return Report("decode", rows)
-    from cluster.bench.prompt import bench_prompt
-
     return Report("decode", [bench_streams(config, ON_CPU, rounds), *bench_prompt(config, rounds)])
 
 
@@ -103,50 +95,12 @@ def bench_generate(
     return rate_row(case, "tokens/s", tokens, seconds["ours"], "generate", seconds["theirs"])
 
 
-@contextmanager
-def in_process(source: ModelSource, max_sessions: int, device: str, **more: Any) -> Iterator[Router]:
-    """A router and one expert host on one device."""
-    host = ExpertHost("expert-0", source, [0], group_size=skeleton(source).num_experts, device=device)
-    peers = {host.name: Peer(lambda: LocalLink(host.name, host.handle))}
-    placement = Placement(1, ((host.name,),), skeleton(source).num_experts)
-    roster = Roster(placement, peers)
-    router = Router(
-        source, roster, device=device, max_sessions=max_sessions, decode_batch=max_sessions, timeout_s=TIMEOUT_S, **more
-    )
-    try:
-        yield router
-    finally:
-        router.close()
-        host.close()
-
-
-@contextmanager
-def apart(source: ModelSource, max_sessions: int, device: str) -> Iterator[Router]:
-    """A router on the first GPU, and all experts in another process, on another `device`."""
-    num_experts = skeleton(source).num_experts
-    with _host_process(source, "expert-0", [0], num_experts, device) as address:
-        peers = {"expert-0": Peer(_opener("expert-0", address, PayloadSettings("nccl", "cuda:0")))}
-        roster = Roster(Placement(1, (("expert-0",),), num_experts), peers)
-        router = Router(
-            source,
-            roster,
-            device="cuda:0",
-            max_sessions=max_sessions,
-            decode_batch=max_sessions,
-            timeout_s=TIMEOUT_S,
-        )
-        try:
-            yield router
-        finally:
-            router.close()
-
-
 def _plain(
     source: ModelSource, dtype: torch.dtype, prompts_BS: Tensor, num_tokens: int, device: str
 ) -> Callable[[], None]:
     """transformers on weights that are drawn as ours are, though not the same."""
     with torch.device(device):
-        model: Any = AutoModelForCausalLM.from_config(source.config(), dtype=dtype).eval()
+        model: Any = AutoModelForCausalLM.from_config(config_of(source), dtype=dtype).eval()
     prompts_BS = prompts_BS.to(device)
 
     def run() -> None:
@@ -187,7 +141,7 @@ def _check(is_complete: bool) -> None:
 def bench_streams(config: ClusterConfig, extent: Extent, rounds: int) -> Row:
     values = {**dict(config.model.values or {}), "eos_token_id": None}
     source = ModelSource(config.model.path, None if config.model.path else values)
-    prompts_BS = extent.prompts(int(source.config().get_text_config().vocab_size))
+    prompts_BS = extent.prompts(int(config_of(source).get_text_config().vocab_size))
     with beside_hosts(source) as roster, ExitStack() as stack:
         routers = {}
         for batch in (extent.num_streams, 1):
@@ -207,64 +161,3 @@ def bench_streams(config: ClusterConfig, extent: Extent, rounds: int) -> Row:
     tokens = extent.num_streams * extent.num_tokens
     case = f"decode_{extent.num_streams}_streams"
     return rate_row(case, "tokens/s", tokens, seconds["together"], "the same in turns", seconds["in turns"])
-
-
-@contextmanager
-def beside_hosts(source: ModelSource) -> Iterator[Roster]:
-    """Half of the experts in each of two other processes; the cores that these leave are for a router's threads."""
-    names = ("expert-0", "expert-1")
-    placement = Placement(1, tuple((name,) for name in names), skeleton(source).num_experts // len(names))
-    threads = torch.get_num_threads()
-    with ExitStack() as stack:
-        peers = {
-            name: Peer(_opener(name, stack.enter_context(_host_process(source, name, [i], placement.group_size))))
-            for i, name in enumerate(names)
-        }
-        stack.callback(torch.set_num_threads, threads)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - len(names)))
-        yield Roster(placement, peers)
-
-
-def _opener(name: str, address: Address, payload: PayloadSettings = AUTO) -> Callable[[], SocketLink]:
-    return lambda: SocketLink(name, address, name="bench", max_bytes=1 << 28, timeout_s=TIMEOUT_S, payload=payload)
-
-
-@contextmanager
-def _host_process(
-    source: ModelSource, name: str, groups: Sequence[int], group_size: int, device: str = "cpu"
-) -> Iterator[Address]:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(source, name, groups, group_size, device, theirs), daemon=True)
-    process.start()
-    try:
-        if not ours.poll(TIMEOUT_S):
-            raise MoeClusterError(f"{name} did not start within {TIMEOUT_S:.0f} s")
-        yield ours.recv()
-    finally:
-        ours.close()
-        process.join(5.0)
-        if process.is_alive():
-            process.kill()
-
-
-def _serve(source: ModelSource, name: str, groups: Sequence[int], group_size: int, device: str, parent: Any) -> None:
-    """An expert host's process, until its parent closes the pipe or ends."""
-    payload = AUTO
-    if device == "cpu":
-        torch.set_num_threads(1)
-    else:
-        payload = PayloadSettings("nccl", device)
-    host = ExpertHost(name, source, groups, group_size=group_size, device=device)
-    server = SocketServer(name, host.handle, max_bytes=1 << 28, idle=host.idle, ready=host.ready, payload=payload)
-    server.start()
-    parent.send(server.address)
-    ended = threading.Event()
-    while not ended.is_set():
-        try:
-            if parent.poll(1.0):
-                parent.recv()
-        except (EOFError, OSError):
-            ended.set()
-    server.stop()
-    host.close()

@@ -24,6 +24,7 @@ from actors.router.roster import Peer, Roster
 from actors.router.router import Router
 from actors.transport.message import Message
 from actors.transport.socket import SocketLink, SocketServer
+from actors.trunk.config import config_of
 from actors.trunk.model import ModelSource, skeleton
 from actors.values import Address, Placement
 from cluster.bench.result import Row, interleaved, rate_row
@@ -64,7 +65,7 @@ def overlap_rows(config: ClusterConfig, *, rounds: int, delays_s: Sequence[float
     router has one and all experts the other."""
     source = ModelSource(config.model.path, config.model.values, config.model.seed, config.router.dtype)
     size = config.experts.group_size
-    vocab_size = int(source.config().get_text_config().vocab_size)
+    vocab_size = int(config_of(source).get_text_config().vocab_size)
     generator = torch.Generator().manual_seed(0)
     shape = (STEPS_A_ROUND, MICROBATCHES, SEQUENCES, LENGTH)
     batches = [list(batch) for batch in torch.randint(0, vocab_size, shape, generator=generator)]

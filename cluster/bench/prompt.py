@@ -17,7 +17,7 @@ from actors.errors import MoeClusterError
 from actors.router.router import Router
 from actors.trunk.model import ModelSource
 from actors.values import Sampling
-from cluster.bench.decode import TIMEOUT_S, beside_hosts
+from cluster.bench.hosts import TIMEOUT_S, beside_hosts
 from cluster.bench.result import Row, time_row
 from cluster.config import ClusterConfig
 

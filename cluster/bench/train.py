@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from actors.optim import OptimizerSettings
 from actors.reference import Reference
-from actors.trunk.model import ModelSource
+from actors.trunk.config import config_of
+from actors.trunk.source import ModelSource
 from cluster.bench.one_gpu import one_gpu_rows
 from cluster.bench.overlap import overlap_rows
 from cluster.bench.result import Report, interleaved, rate_row
@@ -35,7 +36,7 @@ def bench_train(config: ClusterConfig, *, rounds: int) -> Report:
     """The peer is the faster of transformers' two CPU paths, with as many threads as the machine has cores."""
     with tempfile.TemporaryDirectory() as directory:
         torch.manual_seed(0)
-        model_config = ModelSource(config.model.path, config.model.values).config()
+        model_config = config_of(ModelSource(config.model.path, config.model.values))
         AutoModelForCausalLM.from_config(model_config).save_pretrained(directory)
         on_disk = replace(config, model=replace(config.model, path=directory, values={}, tokenizer="bytes"))
         vocab_size = int(model_config.get_text_config().vocab_size)

@@ -16,6 +16,7 @@ from actors.router.routing import GATES_FILE
 from actors.transport.contract import Link
 from actors.transport.faulty import Fault, FaultyLink
 from actors.transport.message import Message
+from actors.trunk.config import config_of
 from actors.trunk.model import ModelSource
 from actors.values import Sampling
 from tests.families import save
@@ -66,7 +67,7 @@ def test_ours_in_place_of_mixtrals_changes_nothing(mixtral: ModelSource) -> None
 
 
 def test_ours_in_place_of_deepseeks_changes_nothing(deepseek: ModelSource) -> None:
-    own = deepseek.config()
+    own = config_of(deepseek)
     gate = {
         "kind": "deepseek",
         "num_groups": own.n_group,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from actors.trunk.model import ModelSource
-from cluster.bench.decode import Extent, bench_generate, in_process
+from cluster.bench.decode import Extent, bench_generate
+from cluster.bench.hosts import in_process
 from cluster.bench.prompt import beside_a_stream
 from tests.families import FAMILIES
 

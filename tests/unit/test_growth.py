@@ -17,6 +17,7 @@ from actors.expert.residency import Quarters
 from actors.moe.growth import closed_choice, closed_scores, fresh_rows, moved_share, perturbed, split
 from actors.moe.settings import GateSettings
 from actors.router.growing import check_growth, grown_settings
+from actors.trunk.config import config_of
 from actors.trunk.init import initial_experts
 from actors.trunk.model import ModelSource, skeleton
 from actors.values import Growth, Placement
@@ -237,7 +238,7 @@ class TestRefused:
 
     def test_a_config_whose_gate_has_parts(self) -> None:
         source = ModelSource(values={"model_type": "deepseek_v3", **FAMILIES["deepseek_v3"]}, num_experts=12)
-        assert source.config().n_group == 3
+        assert config_of(source).n_group == 3
         with pytest.raises(InvalidInput, match="a multiple of 4"):
             skeleton(ModelSource(values=source.values, num_experts=10))
 
