@@ -257,6 +257,8 @@ class Replica:
         if not self._is_paused:
             self._pause.enter_context(self.router.serving.pausing())
             self._is_paused = True
+        if question.fields.get("shut"):
+            self.router.serving.shut()
         return Message("ok")
 
     def _release(self, question: Message) -> Message:

@@ -198,6 +198,10 @@ class Replicas:
         finally:
             self.ask("release", {})
 
+    def shut(self) -> None:
+        """Inside `holding`: whoever dies, no replica serves until it is given a trunk."""
+        self.ask("hold", {"shut": True})
+
     def give_state(self, names: Sequence[str], tensors: Mapping[str, Tensor], ticket: Mapping[str, Any]) -> None:
         """All that a trunk is, to these replicas, who begin with it. Who does not take it is left out."""
         if not names:

@@ -232,7 +232,11 @@ class Router:
             self.saving.give(self.replicas.names)
 
     def replace_weights(self, path: str) -> None:
-        """Trunk and experts from another directory of the same architecture; optimizer moments start anew."""
+        """Trunk and experts from another directory of the same architecture; optimizer moments start anew.
+
+        After an error, or when this router dies, the weights may be of both. Requests wait then, here and at the other
+        routers, until it is called again at whichever leads, or `restore`.
+        """
         reader = CheckpointReader(path, self.learner.skeleton)
         with self.replicas.holding():
             self.saving.load(path, reader)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from actors.compress.settings import CompressionSettings
-from actors.errors import StepAborted
+from actors.errors import PeerLost, StepAborted
 from actors.moe.settings import BalanceSettings
 from actors.optim import OptimizerSettings
 from actors.router.links import Links
@@ -77,6 +77,7 @@ class Saving:
             state.version, state.run = saved.version, run
             state.training.links.connect(roster.peers)
             self._placing.place(roster)
+            state.serving.open()
 
     # -- replicas -----------------------------------------------------------------------------------------------------
 
@@ -92,6 +93,7 @@ class Saving:
             "version": state.version,
             "run": state.run,
             "num_experts": learner.skeleton.num_experts,
+            "shut": state.serving.is_shut,
             "optimizer": learner.settings.to_dict(),
         }
         state.replicas.give_state(names, {name: tensor.contiguous() for name, tensor in tensors.items()}, ticket)
@@ -105,6 +107,10 @@ class Saving:
         learner.take(tensors, OptimizerSettings(**ticket["optimizer"]), num_experts)
         learner.follow_rules(*rules_of(ticket))
         state.version, state.run = version, run
+        if ticket["shut"]:
+            state.serving.shut()
+        else:
+            state.serving.open()
 
     # -- model directories --------------------------------------------------------------------------------------------
 
@@ -113,10 +119,16 @@ class Saving:
         state = self._state
         with state.serving.stopped():
             state.serving.reach()
+            state.serving.shut()
+            state.replicas.shut()
             state.run += 1
             fields = {"path": path, "run": state.run}
-            state.requests.links.ask_all("load", fields, timeout_s=FILES_FACTOR * state.timeout_s)
+            links = state.requests.links
+            answers = links.ask_all("load", fields, timeout_s=FILES_FACTOR * state.timeout_s)
+            if lost := set(links) - set(answers):  # it may live, and be reached again with the weights of before
+                raise PeerLost("it was lost while weights were replaced", peer=", ".join(sorted(lost)))
             state.learner.load(path, reader)
+            state.serving.open()
 
     def export(self, directory: Path, links: Links) -> list[str]:
         """See `Router.export`. Nobody else asks over these links meanwhile."""

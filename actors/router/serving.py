@@ -208,6 +208,19 @@ class Serving:
         with self._gate.writing():
             yield
 
+    def shut(self) -> None:
+        """Weights are about to be of two models: forwards wait until `open`, whoever dies meanwhile. To be called
+        inside `pausing` or `stopped`."""
+        self._gate.shut()
+
+    def open(self) -> None:
+        """All weights belong together again."""
+        self._gate.open()
+
+    @property
+    def is_shut(self) -> bool:
+        return self._gate.is_shut
+
     # -- input --------------------------------------------------------------------------------------------------------
 
     def check_ids(self, ids_BS: Tensor, least: int = 2) -> None:

@@ -33,11 +33,12 @@ class VersionGate:
         self._readers = self._holds = 0
         self._writer_waits = 0
         self._writing = False
+        self._is_shut = False
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         with self._condition:
-            self._wait(lambda: not self._writing and (self._holds > 0 or not self._writer_waits))
+            self._wait(lambda: not self._writing and not self._is_shut and (self._holds > 0 or not self._writer_waits))
             self._readers += 1
         try:
             yield
@@ -49,7 +50,7 @@ class VersionGate:
     def hold(self) -> Hold:
         """No update until it ends. To be asked for by a thread that keeps nothing which a reader may wait for."""
         with self._condition:
-            self._wait(lambda: not self._writing and not self._writer_waits)
+            self._wait(lambda: not self._writing and not self._is_shut and not self._writer_waits)
             self._holds += 1
         return _GateHold(self)
 
@@ -78,6 +79,20 @@ class VersionGate:
             with self._condition:
                 self._writing = False
                 self._condition.notify_all()
+
+    def shut(self) -> None:
+        """Readers wait until `open`, also between one writer and the next. To be called while writing."""
+        with self._condition:
+            self._is_shut = True
+
+    def open(self) -> None:
+        with self._condition:
+            self._is_shut = False
+            self._condition.notify_all()
+
+    @property
+    def is_shut(self) -> bool:
+        return self._is_shut
 
     def _wait(self, free: Callable[[], bool]) -> None:
         if not self._condition.wait_for(free, self._timeout_s):

@@ -265,12 +265,20 @@ class Coordinator:
         self.jobs.require_idle("a model cannot be imported")
         if self.importing:
             raise FailedPrecondition(f"{self.importing} is being imported; wait for its end")
-        self.importing = directory
+        self.importing, self.health.notice = directory, ""
         self.health.is_pristine = False
         self._model.forget_load()
 
     def end_import(self) -> None:
         self.importing = ""
+
+    def give_up_weights(self, reason: str) -> None:
+        """They are of two models, for this reason: as if all were lost, if there is a checkpoint that brings them back.
+        Otherwise requests wait for another import."""
+        if self.health.can_restore:
+            self.placed(self.placement.without(self.placement.actors))
+        else:
+            self.health.notice = f"{reason}, the weights are of two models, and there is no checkpoint; import again"
 
     # --- Changes that are asked for ------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from actors.errors import InvalidInput, LinkTimeout, MoeClusterError, PeerLost
+from actors.errors import InvalidInput, MoeClusterError
 from actors.values import Growth, Placement
 from cluster.backend import (
     Checkpoint,
@@ -40,7 +40,7 @@ from cluster.control.model import ModelFacts
 from cluster.control.past import Past
 from cluster.errors import StartupError, Unavailable
 from cluster.fabric.attaching import check_same
-from cluster.fabric.calls import call, is_death
+from cluster.fabric.calls import call
 from cluster.fabric.checkpoints import Vault, num_experts_in, sentence, told
 from cluster.fabric.comeback import come_back
 from cluster.fabric.contacts import ExpertContact
@@ -66,8 +66,6 @@ LOOP = "the coordinator's loop"
 PING_EVERY_S = 2.0
 AGAIN_S = 2.0
 """After an attempt to come back that failed."""
-RETRY_S = 0.5
-"""After an import that an expert actor's death has cut off: until that has been noticed."""
 FIRST_RUN = 1
 """Of a router that starts from a checkpoint; the next job's is one more."""
 
@@ -326,49 +324,10 @@ class ControlWorker:
         return ModelDirectory(str(directory), tuple(files), size, self.status().version)
 
     def import_model(self, path: str, timeout_s: float) -> ClusterStatus:
-        """Checked here in full before the first weight is touched."""
         roots = [Path(root).resolve() for root in (self._config.storage.root, *self._config.storage.import_roots)]
         directory = _below(roots, path, "path")
-        with self._state.reading() as coordinator:
-            coordinator.jobs.require_idle("a model cannot be imported")
-        call(ROUTER, self._crew.router.check_same_architecture.remote(str(directory)), timeout_s)
-        with self._state.changing() as coordinator:
-            coordinator.begin_import(str(directory))
-        self._at.keeper.write_now()  # before it is true: whoever comes back must not take them for untouched
-        self._at.snapshots.forget()
-        try:
-            self._replace_weights(directory, timeout_s)
-        finally:
-            with self._state.changing() as coordinator:
-                coordinator.end_import()
-            self._at.keeper.write_now()  # before the first step: it must not be undone by importing once more
-        self._at.checkpoints.after_change()
+        self._at.imports.replace_weights(directory, timeout_s)
         return self.status()
-
-    def _replace_weights(self, directory: Path, timeout_s: float) -> None:
-        """Whoever dies in the middle leaves a mixture of both weights: it is done again with those that are there then.
-        After an error the weights may be of both."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            if not self._state.wait_for(_is_complete, max(0.0, deadline - time.monotonic())):
-                raise Unavailable(f"while {directory} was imported expert groups were lost; import it again")
-            leader = self._crew.leader
-            try:
-                left_s = max(0.001, deadline - time.monotonic())
-                call(ROUTER, self._crew.router.replace_weights.remote(str(directory)), left_s)
-            except (PeerLost, LinkTimeout):  # of an expert actor, which is replaced soon
-                if time.monotonic() + RETRY_S > deadline:
-                    raise
-                time.sleep(RETRY_S)
-                continue
-            except Unavailable as error:
-                if not is_death(error):
-                    raise
-                self._at.routers.after(leader, error)
-                continue
-            with self._state.reading() as coordinator:
-                if _is_complete(coordinator):  # otherwise what is missing comes back as it was before
-                    return
 
     def save_checkpoint(self, timeout_s: float) -> Checkpoint:
         """Steps wait for the copying alone. `StorageFull`, or `Unavailable` while another is written for too long."""
@@ -438,11 +397,6 @@ class ControlWorker:
                 desk.changes.switch(placement)
             case ActorLost():
                 pass
-
-
-def _is_complete(coordinator: Coordinator) -> bool:
-    """Every expert group is somewhere, and nothing comes from a checkpoint."""
-    return not coordinator.placement.missing and not coordinator.is_returning
 
 
 def _below(roots: Sequence[Path], path: str, field: str) -> Path:

@@ -19,6 +19,7 @@ from cluster.fabric.crew import Crew
 from cluster.fabric.draining import Draining
 from cluster.fabric.growing import Growing
 from cluster.fabric.guarded import Guarded
+from cluster.fabric.importing import Imports
 from cluster.fabric.jobs import JobThreads
 from cluster.fabric.journal import Keeper
 from cluster.fabric.pins import Pins
@@ -73,6 +74,7 @@ class Desk:
     jobs: JobThreads
     keeper: Keeper
     pins: Pins
+    imports: Imports
 
 
 def set_up(config: ClusterConfig, cluster: str, crew: Crew, control: Any, known: Known, journal: str) -> Desk:
@@ -97,6 +99,7 @@ def set_up(config: ClusterConfig, cluster: str, crew: Crew, control: Any, known:
         wanted = journal.wanted, journal.wanted_routers
         return not journal.is_empty or wanted != (experts.actors, config.router.actors) or bool(journal.leaving)
 
+    keeper = Keeper(known.vault.url, take, is_worth_it, journal)
     return Desk(
         state,
         changes,
@@ -110,8 +113,9 @@ def set_up(config: ClusterConfig, cluster: str, crew: Crew, control: Any, known:
         snapshots,
         recovery,
         JobThreads(state, crew, config.model, checkpoints, recovery, routers, snapshots),
-        Keeper(known.vault.url, take, is_worth_it, journal),
+        keeper,
         Pins(crew, config.router.max_pins),
+        Imports(state, crew, routers, checkpoints, snapshots, keeper),
     )
 
 

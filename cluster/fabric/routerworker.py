@@ -488,6 +488,11 @@ class RouterWorker:
     def replace_weights(self, path: str) -> None:
         self._router.replace_weights(path)
 
+    @ray.method(concurrency_group=CONTROL)
+    def is_between_models(self) -> bool:
+        """Whether weights have been replaced in part, and requests wait for the rest."""
+        return self._router.serving.is_shut
+
 
 def _tensors(batches: Sequence[MicroBatch]) -> list[Tensor]:
     import torch

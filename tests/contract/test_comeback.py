@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.exceptions import RayActorError
 
-from actors.errors import InvalidInput, PeerLost, StepAborted
+from actors.errors import InvalidInput, StepAborted
 from actors.values import Address, Course, Placement, StepReport
 from cluster.backend import Job, JobState
-from cluster.config import ClusterConfig, JobConfig, ModelConfig, StorageConfig
-from cluster.control.coordinator import Coordinator
+from cluster.config import ClusterConfig, JobConfig, ModelConfig
 from cluster.control.journal import Journal, Process
 from cluster.errors import Unavailable
 from cluster.fabric import comeback
-from cluster.fabric import control as control_module
 from cluster.fabric import crew as crew_module
 from cluster.fabric.attaching import check_same
 from cluster.fabric.comeback import find_survivors, import_again, link_keys_of
 from cluster.fabric.contacts import ExpertContact, RouterContact
-from cluster.fabric.control import ControlWorker
 from cluster.fabric.crew import Crew, Survivors
 from cluster.fabric.findings import Findings, on_their_way, tell_losses, weigh, worth_keeping
-from cluster.fabric.guarded import Guarded
 from cluster.fabric.standing import ExpertStanding, Following, RouterStanding
 from tests.unit.test_coordinator import MODEL
 from tests.unit.test_journal import JOURNAL
@@ -421,57 +415,3 @@ def test_a_front_may_be_anywhere() -> None:
 def test_any_other_difference_is_named(wanted: ClusterConfig, text: str) -> None:
     with pytest.raises(InvalidInput, match=text):
         check_same(CONFIG, wanted)
-
-
-@pytest.mark.parametrize("dies", ["nobody", "leader", "expert actor", "last copy"])
-def test_an_import_is_written_down_before_the_first_weight_is_touched(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dies: str
-) -> None:
-    """A coordinator that dies after it is not to be followed by one that takes the weights for the model's own, nor is
-    anybody else's death in the middle to leave half of them."""
-    told: list[object] = []
-    coordinator = Coordinator(MODEL, PLACEMENT)
-    worker: Any = object.__new__(ControlWorker)
-    worker._config = replace(CONFIG, storage=StorageConfig(root=str(tmp_path)))
-    death = Unavailable("the router is not there")
-    death.__cause__ = RayActorError()
-    answers = {
-        "nobody": ["replaced"],
-        "leader": [death, "replaced"],
-        "expert actor": [PeerLost("its process died", peer="expert-0"), "replaced"],
-        "last copy": ["replaced", "replaced"],
-    }[dies]
-    worker._crew = SimpleNamespace(
-        leader="router-0",
-        router=SimpleNamespace(
-            check_same_architecture=SimpleNamespace(remote=lambda path: "checked"),
-            replace_weights=SimpleNamespace(remote=lambda path: answers.pop(0)),
-        ),
-    )
-    worker._seat = SimpleNamespace(
-        state=Guarded(coordinator),
-        keeper=SimpleNamespace(write_now=lambda: told.append((coordinator.health.is_pristine, coordinator.importing))),
-        snapshots=SimpleNamespace(forget=lambda: told.append("forgotten")),
-        checkpoints=SimpleNamespace(after_change=lambda: told.append("saved")),
-        pins=SimpleNamespace(all=lambda: ()),
-        routers=SimpleNamespace(after=lambda leader, error: told.append(f"another leads after {leader}")),
-    )
-
-    def call(who: str, ref: Any, timeout_s: float) -> None:
-        if isinstance(ref, Exception):
-            raise ref
-        told.append(ref)
-        if dies == "last copy" and len(answers) == 1:
-            coordinator.is_returning = True  # what was loaded is what comes from a checkpoint now
-            threading.Timer(0.1, back).start()
-
-    def back() -> None:
-        with worker._seat.state.changing():
-            coordinator.is_returning = False
-
-    monkeypatch.setattr(control_module, "call", call)
-    monkeypatch.setattr(control_module, "RETRY_S", 0.01)
-    worker.import_model("model", 10.0)
-    again = {"leader": ["another leads after router-0"], "last copy": ["replaced"]}.get(dies, [])
-    written = (False, str(tmp_path / "model"))
-    assert told == ["checked", written, "forgotten", *again, "replaced", (False, ""), "saved"]

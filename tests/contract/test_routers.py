@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -12,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from actors.errors import NonFinite, StepAborted
+from actors.errors import MoeClusterError, NonFinite, PeerLost, StepAborted
 from actors.expert.exchange import Attempt
 from actors.moe.settings import BalanceSettings, GateSettings
 from actors.optim import OptimizerSettings
 from actors.router.steps import Update
 from actors.snapshots import Key, SavedState, Snapshot
 from actors.transport.contract import Link
-from actors.transport.faulty import FaultyLink
+from actors.transport.faulty import Fault, FaultyLink
 from actors.transport.message import Message
 from actors.trunk.model import ModelSource
 from actors.values import Growth, Sampling, StepReport
@@ -41,6 +42,7 @@ GATE = GateSettings(kind="top_k")
 """In float64; the family's own computes in float32, where a matrix product depends on how many tokens are in it."""
 OPTIMIZER = OptimizerSettings(eps=1e-4)
 """Sums in another order differ by 1e-16; with the usual eps AdamW makes 1e-8 of that where a gradient is all but 0."""
+WAIT_S = 20.0
 Between = Mapping[int, Callable[[], object]]
 
 
@@ -534,16 +536,57 @@ def test_a_leader_that_dies_in_a_growth_leaves_all_grown_or_nobody(source: Model
         group.agree()
 
 
-def test_a_leader_that_dies_in_an_import_is_made_up_for_by_the_next(source: ModelSource) -> None:
-    """Expert actors have the new weights then, and the heir's trunk is the old one."""
+@pytest.mark.parametrize("heir", ["router-1", "router-2"])
+@pytest.mark.parametrize("spared", ["router-1", "router-2"])
+def test_a_leader_that_dies_in_an_import_is_made_up_for_by_the_next(
+    source: ModelSource, heir: str, spared: str
+) -> None:
+    """Expert actors have the new weights then: whose trunk is the old one answers nobody until it has the new one."""
     armed: list[str] = []
-    with routers(source, 2, wrap_replica=lambda name, link: _LastPiece(link, armed)) as group:
+    with routers(source, 3, wrap_replica=lambda name, link: _LastPiece(link, armed)) as group:
         fresh = group.router.serving.logits(IDS)
         run(group)
-        armed.append("router-1")
+        armed.append(spared)
         with pytest.raises(Killed):
             group.router.replace_weights(str(source.path))
         group.seats["router-0"].kill()
-        group.promote("router-1")
+        group.promote(heir)
+        is_old = {name: router.serving.is_shut for name, router in group.living.items()}
+        assert is_old == {"router-1": spared == "router-1", "router-2": True}
+        with ThreadPoolExecutor(2) as pool:
+            asked = {name: pool.submit(router.serving.logits, IDS) for name, router in group.living.items()}
+            early, _ = wait(asked.values(), 0.2)
+            assert not any(asked[name] in early for name in asked if is_old[name])
+            group.router.replace_weights(str(source.path))
+            for answer in asked.values():
+                torch.testing.assert_close(answer.result(WAIT_S), fresh, rtol=1e-12, atol=1e-12)
+        group.agree()
+
+
+def test_an_expert_actor_that_is_lost_in_an_import_leaves_nobody_with_weights_of_both(source: ModelSource) -> None:
+    faults = [Fault("load", 1, "close")]
+
+    def wrap(actor: int, link: Link) -> Link:
+        return FaultyLink(link, faults if actor == 1 else [])
+
+    with routers(source, 2, wrap=wrap) as group:
+        fresh = group.router.serving.logits(IDS)
+        run(group)
+        with pytest.raises(PeerLost):
+            group.router.replace_weights(str(source.path))
+        faults.clear()  # of links that are opened from now on
+        assert all(router.serving.is_shut for router in group.living.values())
+        joined = group.add()
+        assert group.living[joined].serving.is_shut
         group.router.replace_weights(str(source.path))
-        torch.testing.assert_close(group.router.serving.logits(IDS), fresh, rtol=1e-12, atol=1e-12)
+        for router in group.living.values():
+            torch.testing.assert_close(router.serving.logits(IDS), fresh, rtol=1e-12, atol=1e-12)
+
+
+def test_an_import_that_fails_before_a_weight_is_touched_keeps_nobody_waiting(source: ModelSource) -> None:
+    with routers(source, 2) as group:
+        before = group.router.serving.logits(IDS)
+        with pytest.raises(MoeClusterError):
+            group.router.replace_weights("/nowhere")
+        for router in group.living.values():
+            torch.testing.assert_close(router.serving.logits(IDS), before, rtol=1e-12, atol=1e-12)

@@ -7,7 +7,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -170,26 +171,42 @@ def test_the_coordinator_and_the_leader_die_at_once(client: Client, alone: list[
 
 
 def test_both_die_in_an_import(client: Client, root: Path) -> None:
-    """Some expert actors have the new weights then, and the next leader's trunk is the old one: it is done again."""
+    """Some expert actors have the new weights then, and the next leader's trunk is the old one: it is done again, and
+    nobody is given an answer of both meanwhile."""
     scale(client, 2)
     client.import_model("same")
     expected = client.score("def main(").logprobs
     finish(client, client.submit_job(STEADY).id)
+    before = client.score("def main(").logprobs
     last = [actor for actor in client.status().actors if actor.role == "expert"][-1]
     victim, leader = coordinator(), next(iter(routers(client).values()))
     thread = threading.Thread(target=try_import, args=(client,), daemon=True)
-    os.kill(last.pid, signal.SIGSTOP)  # the import waits for it, and the others have loaded
-    thread.start()
-    wait_for_import(root)
-    time.sleep(0.3)
-    os.kill(leader.pid, signal.SIGKILL)
-    victim.kill()
-    os.kill(last.pid, signal.SIGCONT)
-    thread.join(WAIT_S)
-    wait_for_routers(client, 2)
+    is_over = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        readers = [pool.submit(scores, client, is_over) for _ in range(2)]
+        os.kill(last.pid, signal.SIGSTOP)  # the import waits for it, and the others have loaded
+        thread.start()
+        wait_for_import(root)
+        time.sleep(0.3)
+        os.kill(leader.pid, signal.SIGKILL)
+        victim.kill()
+        os.kill(last.pid, signal.SIGCONT)
+        thread.join(WAIT_S)
+        wait_for_routers(client, 2)
+        is_over.set()
+        answers = [answer for reader in readers for answer in reader.result(WAIT_S)]
+    assert answers
+    assert all(answer in (pytest.approx(before, rel=1e-9), pytest.approx(expected, rel=1e-9)) for answer in answers)
     assert leader.id not in routers(client)
     assert client.score("def main(").logprobs == pytest.approx(expected, rel=1e-9)
     assert json.loads(journal(root).read_text())["importing"] == ""
+
+
+def scores(client: Client, is_over: threading.Event) -> list[Sequence[float]]:
+    found = []
+    while not is_over.is_set():
+        found.append(client.score("def main(", timeout_s=WAIT_S).logprobs)
+    return found
 
 
 def try_import(client: Client) -> None:

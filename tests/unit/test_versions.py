@@ -70,3 +70,35 @@ def test_an_update_that_waits_comes_before_the_next_hold(pool: ThreadPoolExecuto
     after.result(WAIT_S)
     with gate.writing():
         assert not gate.is_awaited
+
+
+def test_who_writes_passes_a_gate_that_is_shut_and_who_reads_waits(pool: ThreadPoolExecutor) -> None:
+    gate = VersionGate(WAIT_S)
+    with gate.writing():
+        gate.shut()
+    read, entered = threading.Event(), threading.Event()
+
+    def reader() -> None:
+        entered.set()
+        with gate.reading():
+            read.set()
+
+    forward = pool.submit(reader)
+    assert entered.wait(WAIT_S)
+    with gate.writing():
+        pass
+    assert not read.wait(0.1)
+    gate.open()
+    forward.result(WAIT_S)
+    assert read.is_set()
+
+
+def test_no_hold_is_given_while_it_is_shut() -> None:
+    """It would keep out who is to open it."""
+    gate = VersionGate(0.05)
+    gate.shut()
+    with pytest.raises(MoeClusterError):
+        gate.hold()
+    with gate.writing():
+        gate.open()
+    gate.hold().end()
