@@ -89,6 +89,9 @@ class Vitals:
 
     time_s: float
     rss_bytes: dict[str, int]
+    own_bytes: dict[str, int]
+    """Without what is shared with others: the pages of Ray's object store, whose size is fixed, are in the other figure
+    of every process that has touched them once."""
     handles: dict[str, int]
     """Those that a calm cluster is judged by are without the connections that Ray keeps (`cluster.chaos.channels`)."""
     num_processes: int

@@ -303,12 +303,15 @@ def updates_missing(record: Record) -> int | None:
 def leaks(record: Record) -> dict[str, Any]:
     """Over both phases: processes and handles more than before under the same work, and what outlived the cluster."""
     pairs = list(record.calm.values())
-    slopes = _slopes(record)
+    resident = _slopes(record, lambda vitals: vitals.rss_bytes)
+    own = _slopes(record, lambda vitals: vitals.own_bytes)
     return {
         "processes": len(record.left_over) + sum(max(0, b.num_processes - a.num_processes) for a, b in pairs),
         "file_handles": sum(_grown(a, b) for a, b in pairs) if pairs else None,
-        "rss_slope_mb_per_min": sum(slopes.values()) if slopes else None,
-        "rss_slope_of_mb_per_min": slopes,
+        "rss_slope_mb_per_min": sum(resident.values()) if resident else None,
+        "rss_slope_of_mb_per_min": resident,
+        "own_slope_mb_per_min": sum(own.values()) if own else None,
+        "own_slope_of_mb_per_min": own,
         "file_handles_of": {
             phase: {name: (count, after.handles.get(name)) for name, count in before.handles.items()}
             for phase, (before, after) in record.calm.items()
@@ -325,6 +328,7 @@ def least_of(one: Vitals, other: Vitals) -> Vitals:
     return Vitals(
         max(one.time_s, other.time_s),
         _least(one.rss_bytes, other.rss_bytes),
+        _least(one.own_bytes, other.own_bytes),
         _least(one.handles, other.handles),
         min(one.num_processes, other.num_processes),
     )
@@ -338,7 +342,7 @@ def _grown(before: Vitals, after: Vitals) -> int:
     return sum(max(0, after.handles.get(name, 0) - count) for name, count in before.handles.items())
 
 
-def _slopes(record: Record) -> dict[str, float]:
+def _slopes(record: Record, memory: Callable[[Vitals], Mapping[str, int]]) -> dict[str, float]:
     """MB a minute of each process while faults could strike; the work differs by phase, so each phase has its own
     slope, and they are weighed by their time."""
     sums: dict[str, float] = defaultdict(float)
@@ -349,8 +353,8 @@ def _slopes(record: Record) -> dict[str, float]:
             continue
         seconds = span.end_s - span.start_s
         total_s += seconds
-        for name in set.intersection(*(set(v.rss_bytes) for v in seen)):
-            sums[name] += slope([(v.time_s / 60, v.rss_bytes[name] / MB) for v in seen]) * seconds
+        for name in set.intersection(*(set(memory(v)) for v in seen)):
+            sums[name] += slope([(v.time_s / 60, memory(v)[name] / MB) for v in seen]) * seconds
     return {name: value / total_s for name, value in sorted(sums.items())}
 
 

@@ -68,15 +68,15 @@ class ServiceProcess:
             if actor.role == "router":
                 with suppress(psutil.Error):
                     lasting["router"] = psutil.Process(actor.pid)
-        rss_bytes, handles = {}, {}
+        rss_bytes, own_bytes, handles = {}, {}, {}
         for name, process in lasting.items():
             if process is not None:
                 with suppress(psutil.Error):
-                    rss, num_handles = process.memory_info().rss, process.num_fds()
+                    memory, num_handles = process.memory_info(), process.num_fds()
                     life = self._life(name, process.pid)
-                    rss_bytes[life] = rss
+                    rss_bytes[life], own_bytes[life] = memory.rss, memory.rss - memory.shared
                     handles[life] = num_handles - num_channels(process.pid, connections, members)
-        return Vitals(time.time(), rss_bytes, handles, num_processes)
+        return Vitals(time.time(), rss_bytes, own_bytes, handles, num_processes)
 
     def _life(self, name: str, pid: int) -> str:
         """`router`, then `router 2`: memory and handles of two processes are not to be compared."""

@@ -248,7 +248,8 @@ def show(document: dict[str, Any]) -> None:
         _staleness_line(document["staleness"]),
         _loss_line(document),
         f"leaks: {leaks['processes']} processes, {_number(leaks['file_handles'])} file handles, "
-        f"{_number(leaks['rss_slope_mb_per_min'], '+.2f')} MB a minute (front, coordinator and router)",
+        f"{_number(leaks['rss_slope_mb_per_min'], '+.2f')} MB a minute (front, coordinator and router), "
+        f"{_number(leaks['own_slope_mb_per_min'], '+.2f')} without what is shared",
         *(f"PROBLEM: {problem}" for problem in document["problems"]),
     ):
         print_line(line)

@@ -212,9 +212,12 @@ def a_run() -> Record:
     ]
     record.expected = {0: (1, 2, 3), 1: (1, 2, 3)}
     record.ledger = (Entry(1, "actor_death", "expert-0", 12.0, 12.4, 14.0, 1.0, 1, 100, 2),)
-    before = Vitals(10, {"front": 0}, {"front": 40}, 20)
-    record.calm = {"training": (before, Vitals(20, {"front": 0}, {"front": 43}, 21))}
-    record.vitals = [Vitals(10.0 + n, {"front": 50_000_000 + n * 100_000}, {"front": 40}, 20) for n in range(11)]
+    before = Vitals(10, {"front": 0}, {"front": 0}, {"front": 40}, 20)
+    record.calm = {"training": (before, Vitals(20, {"front": 0}, {"front": 0}, {"front": 43}, 21))}
+    record.vitals = [
+        Vitals(10.0 + n, {"front": 50_000_000 + n * 100_000}, {"front": 20_000_000 + n * 50_000}, {"front": 40}, 20)
+        for n in range(11)
+    ]
     return record
 
 
@@ -403,16 +406,17 @@ def test_leaks() -> None:
     found = report.leaks(record)
     assert (found["processes"], found["file_handles"]) == (1, 3)
     assert found["rss_slope_mb_per_min"] == pytest.approx(6.0)
+    assert found["own_slope_of_mb_per_min"] == {"front": pytest.approx(3.0)}
     record.left_over = ["ray::ExpertWorker"]
     assert report.leaks(record)["processes"] == 2
     assert "outlived" in report.problems(record)[-1]
 
 
 def test_the_least_of_two_looks() -> None:
-    one = Vitals(1, {"front": 5, "router": 9}, {"front": 40, "router": 70}, 21)
-    other = Vitals(2, {"front": 6}, {"front": 39}, 22)
+    one = Vitals(1, {"front": 5, "router": 9}, {"front": 3, "router": 4}, {"front": 40, "router": 70}, 21)
+    other = Vitals(2, {"front": 6}, {"front": 2}, {"front": 39}, 22)
     least = report.least_of(one, other)
-    assert least == Vitals(2, {"front": 5, "router": 9}, {"front": 39, "router": 70}, 21)
+    assert least == Vitals(2, {"front": 5, "router": 9}, {"front": 2, "router": 4}, {"front": 39, "router": 70}, 21)
     assert not report.has_grown(one, least)
     assert report.has_grown(least, one), "a handle of the front"
     assert report.has_grown(one, replace(one, num_processes=22))
