@@ -257,8 +257,11 @@ class Replica:
         if not self._is_paused:
             self._pause.enter_context(self.router.serving.pausing())
             self._is_paused = True
-        if question.fields.get("shut"):
-            self.router.serving.shut()
+        if (shut := question.fields.get("shut")) is not None:
+            if shut:
+                self.router.serving.shut()
+            else:
+                self.router.serving.open()
         return Message("ok")
 
     def _release(self, question: Message) -> Message:

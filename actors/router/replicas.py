@@ -198,9 +198,9 @@ class Replicas:
         finally:
             self.ask("release", {})
 
-    def shut(self) -> None:
-        """Inside `holding`: whoever dies, no replica serves until it is given a trunk."""
-        self.ask("hold", {"shut": True})
+    def shut(self, is_shut: bool) -> None:
+        """Inside `holding`: whether, whoever dies, no replica serves until it is given a trunk."""
+        self.ask("hold", {"shut": is_shut})
 
     def give_state(self, names: Sequence[str], tensors: Mapping[str, Tensor], ticket: Mapping[str, Any]) -> None:
         """All that a trunk is, to these replicas, who begin with it. Who does not take it is left out."""

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from actors.compress.settings import CompressionSettings
-from actors.errors import InvalidInput, PeerLost
+from actors.errors import InvalidInput, PeerLost, StepAborted
 from actors.moe.fp8 import Payload
 from actors.moe.settings import BalanceSettings, GateSettings
 from actors.optim import OptimizerSettings
@@ -133,6 +133,7 @@ class Router:
     ) -> Course:
         """A new job: balance rules, optimizer settings and fresh moments, here and on every expert actor; and how the
         trunk's gradients travel between routers."""
+        self._require_one_model()
         state = self.state
         self.learner.follow_rules(balance or BalanceSettings(), compression or CompressionSettings())
         self.placing.reach_all()
@@ -158,6 +159,7 @@ class Router:
         A fault before the commit aborts the attempt everywhere and the same batch runs again, `max_step_retries` times.
         Raises `NonFinite` (nothing was changed), or the last fault when the retries are used up.
         """
+        self._require_one_model()
         for ids_BS in microbatches:
             self.serving.check_ids(ids_BS)
         if not microbatches:
@@ -182,6 +184,7 @@ class Router:
 
         `InvalidInput` if the model or its gate cannot have them.
         """
+        self._require_one_model()
         started = time.monotonic()
         self.expansion.prepare(growth, self.placement)
         self.placing.confirm()
@@ -202,6 +205,7 @@ class Router:
         """The newest version stays available to requests under this name (empty: `v` and the version), and keeps its
         outputs, until `keep_pins` leaves it out. It replaces a pin of the same name. `InvalidInput` where expert actors
         cannot keep one. `ttl_s`: only noted, for whoever looks after the cluster; 0: for ever."""
+        self._require_one_model()
         self.placing.reach_all()
         return self.pinning.pin(name or f"v{self.version}", self.version, self.peers, ttl_s)
 
@@ -218,6 +222,7 @@ class Router:
         Each is kept where it was made, until it is written or the next is taken. `for_peers`: as one that is kept in
         memory, beside the one for a checkpoint.
         """
+        self._require_one_model()
         self.placing.reach_all()
         return self.saving.take_snapshot(for_peers=for_peers)
 
@@ -235,17 +240,26 @@ class Router:
         """Trunk and experts from another directory of the same architecture; optimizer moments start anew.
 
         After an error, or when this router dies, the weights may be of both. Requests wait then, here and at the other
-        routers, until it is called again at whichever leads, or `restore`.
+        routers, until it is called again at whichever leads, or `restore`; steps, snapshots and the like are refused.
         """
         reader = CheckpointReader(path, self.learner.skeleton)
+        self.placing.reach_all()
+        names = self.replicas.names
         with self.replicas.holding():
+            if gone := set(names) - set(self.replicas.names):
+                raise PeerLost("it may go on answering with the trunk that it has", peer=", ".join(sorted(gone)))
             self.saving.load(path, reader)
             self.saving.give(self.replicas.names)
 
     def export(self, directory: Path) -> list[str]:
         """Writes the whole model as a Hugging Face directory. Steps wait meanwhile. Returns the file names."""
+        self._require_one_model()
         with self.quiet() as links:
             return self.saving.export(directory, links)
+
+    def _require_one_model(self) -> None:
+        if self.serving.is_shut:
+            raise StepAborted("an import was cut off, and the weights are of two models; it is to be repeated")
 
     # -- as the leader of others, and led by one ----------------------------------------------------------------------
 

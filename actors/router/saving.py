@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from actors.compress.settings import CompressionSettings
-from actors.errors import PeerLost, StepAborted
+from actors.errors import MoeClusterError, StepAborted
 from actors.moe.settings import BalanceSettings
 from actors.optim import OptimizerSettings
 from actors.router.links import Links
@@ -118,17 +118,30 @@ class Saving:
         """Trunk and experts; see `Router.replace_weights`."""
         state = self._state
         with state.serving.stopped():
-            state.serving.reach()
+            was_shut = state.serving.is_shut
+            state.replicas.shut(True)
             state.serving.shut()
-            state.replicas.shut()
             state.run += 1
             fields = {"path": path, "run": state.run}
-            links = state.requests.links
-            answers = links.ask_all("load", fields, timeout_s=FILES_FACTOR * state.timeout_s)
-            if lost := set(links) - set(answers):  # it may live, and be reached again with the weights of before
-                raise PeerLost("it was lost while weights were replaced", peer=", ".join(sorted(lost)))
+            try:
+                state.training.links.ask_all("load", fields, timeout_s=FILES_FACTOR * state.timeout_s)
+            except MoeClusterError:
+                if not was_shut and self._is_untouched():
+                    state.run -= 1
+                    state.replicas.shut(False)
+                    state.serving.open()
+                raise
             state.learner.load(path, reader)
             state.serving.open()
+
+    def _is_untouched(self) -> bool:
+        """Whether no expert actor has begun this run. It says so after all that it was asked before."""
+        state = self._state
+        try:
+            told = state.training.links.ask_all("status", {}, timeout_s=FILES_FACTOR * state.timeout_s)
+        except MoeClusterError:
+            return False
+        return all(answer.fields["run"] != state.run for answer in told.values())
 
     def export(self, directory: Path, links: Links) -> list[str]:
         """See `Router.export`. Nobody else asks over these links meanwhile."""

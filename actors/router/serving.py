@@ -181,6 +181,7 @@ class Serving:
 
         -> tells, after the forward, the least version of the experts that it used.
         """
+        self._gate.wait_until_open()
         with self._lock, self._gate.reading():
             self.reach()
             version = self._version()

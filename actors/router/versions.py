@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from actors.errors import MoeClusterError
+from actors.errors import MoeClusterError, StepAborted
 
 
 class Hold:
@@ -89,6 +89,12 @@ class VersionGate:
         with self._condition:
             self._is_shut = False
             self._condition.notify_all()
+
+    def wait_until_open(self) -> None:
+        """For readers that should not keep others waiting meanwhile. `StepAborted` if it stays shut for too long."""
+        with self._condition:
+            if not self._condition.wait_for(lambda: not self._is_shut, self._timeout_s):
+                raise StepAborted("weights were being replaced for too long, or that was cut off")
 
     @property
     def is_shut(self) -> bool:

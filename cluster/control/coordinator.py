@@ -94,9 +94,11 @@ class Coordinator:
         *,
         redundancy: int = 1,
         max_groups: int = 0,
+        importing: str = "",
     ) -> Coordinator:
         """After the death of the one before, at `since_s`, while the actors went on. `placement`: that in use; who of
-        it is dead is to be told with `actor_lost`.
+        it is dead is to be told with `actor_lost`. `importing`: an import was under way, and is to be brought to its
+        end.
 
         A job that ran goes on after the steps that the router says it has done. Where it cannot say so, as it is dead
         too, the job waits for the last checkpoint; without one it has failed.
@@ -104,6 +106,7 @@ class Coordinator:
         self = cls(model, placement, limits, redundancy=redundancy, max_groups=max_groups)
         self._model.version = standing.version
         self.health.is_pristine, self.health.can_restore = standing.is_pristine, standing.can_restore
+        self.importing = importing
         self._recall(past, after_death(past.jobs, standing), "the coordinator died meanwhile; ask for it again", now)
         reports = standing.reports
         self._disturbances.recall(reports[-1].time_s if reports else None, [report.seconds for report in reports])
@@ -255,30 +258,30 @@ class Coordinator:
         if num_parameters is not None:
             self._model.resize(placement.num_experts, num_parameters)
         self.placed(placement)
+        if self.health.mixed:
+            self.end_import()
         self._model.version = version
         self._model.forget_load()
         self.jobs.go_back(steps, message, now)
 
     def begin_import(self, directory: str) -> None:
         """Until `end_import` some weights may be of this directory and the others those of before, and no job begins.
-        `FailedPrecondition` while one is there, or another import."""
+        `FailedPrecondition` while one is there, another import, or a return to a checkpoint."""
         self.jobs.require_idle("a model cannot be imported")
-        if self.importing:
+        if self.importing and not self.health.mixed:
             raise FailedPrecondition(f"{self.importing} is being imported; wait for its end")
-        self.importing, self.health.notice = directory, ""
+        if self.is_returning:
+            raise FailedPrecondition("a checkpoint is being restored; wait for its end")
+        self.importing, self.health.mixed = directory, ""
         self.health.is_pristine = False
         self._model.forget_load()
 
-    def end_import(self) -> None:
-        self.importing = ""
+    def cut_off_import(self, reason: str) -> None:
+        """The weights are of two models, for this reason, until a checkpoint is restored or another import begins."""
+        self.health.mixed = reason
 
-    def give_up_weights(self, reason: str) -> None:
-        """They are of two models, for this reason: as if all were lost, if there is a checkpoint that brings them back.
-        Otherwise requests wait for another import."""
-        if self.health.can_restore:
-            self.placed(self.placement.without(self.placement.actors))
-        else:
-            self.health.notice = f"{reason}, the weights are of two models, and there is no checkpoint; import again"
+    def end_import(self) -> None:
+        self.importing = self.health.mixed = ""
 
     # --- Changes that are asked for ------------------------------------------------------------------------------
 
@@ -304,6 +307,8 @@ class Coordinator:
         actors may not hold so many groups."""
         if missing := self.placement.missing:
             raise FailedPrecondition(f"no actor holds {named(missing)} any more")
+        if self.importing:
+            raise FailedPrecondition(f"{self.importing} is being imported; wait for its end")
         self._fleet.require_answers()
         check_room(self.placement, num_experts, self._max_groups)
         self._model.expect(num_experts)

@@ -17,6 +17,8 @@ class Health:
         """Whether there is a checkpoint that what is lost can come back from."""
         self.is_pristine = True
         """The weights are still those of the model directory: no step and no import since."""
+        self.mixed = ""
+        """Why weights are of two models; empty if they are not."""
         self.notice = ""
         """What status is to say beside what is known here."""
         self.unsaved = ""
@@ -24,8 +26,8 @@ class Health:
 
     @property
     def is_ready(self) -> bool:
-        """Everything that a step needs is there once."""
-        return self._fleet.members.has_ready("router") and not self._fleet.groups_below(1)
+        """Everything that a step needs is there once, and belongs together."""
+        return self._fleet.members.has_ready("router") and not self._fleet.groups_below(1) and not self.mixed
 
     @property
     def is_whole(self) -> bool:
@@ -39,8 +41,9 @@ class Health:
 
     @property
     def can_return(self) -> bool:
-        """Something is lost that no living actor has, expert groups or the trunk, and it can be loaded again."""
-        if self._fleet.placement.missing:
+        """Expert groups are lost that no living actor has, or the trunk, or weights do not belong together, and all can
+        be loaded again."""
+        if self._fleet.placement.missing or self.mixed:
             return self.can_restore
         return self.is_router_lost and (self.can_restore or self.is_pristine)
 
@@ -68,6 +71,9 @@ class Health:
             return f"restoring {named(missing)} from the last checkpoint" + (f": {self.notice}" if self.notice else "")
         if missing:
             return f"no actor holds {named(missing)} any more"
+        if self.mixed:
+            remedy = "restoring the last checkpoint" if self.can_restore else "import it again"
+            return f"{self.mixed}: weights are of two models; {remedy}" + (f": {self.notice}" if self.notice else "")
         if silent := self._fleet.groups_below(1):
             return f"expert groups without a ready holder: {', '.join(map(str, silent))}"
         if not self._fleet.members.has_ready("router"):

@@ -19,7 +19,7 @@ from cluster.control.journal import Journal
 from cluster.control.model import ModelFacts
 from cluster.control.past import Past
 from cluster.errors import Unavailable
-from cluster.fabric.calls import call, is_death
+from cluster.fabric.calls import call
 from cluster.fabric.checkpoints import Vault, vault_url
 from cluster.fabric.crew import Crew, Survivors
 from cluster.fabric.desk import Known, Wanted
@@ -189,30 +189,6 @@ def link_keys_of(found: Survivors) -> LinkKeys | None:
     raise Unavailable("no actor tells the keys of the links")
 
 
-def import_again(found: Survivors, directory: str) -> str:
-    """An import was under way when the coordinator died. The leader may have ended it, or died as well, with some
-    expert actors at the new weights: it is repeated. -> why that could not be, so that the weights may be of both;
-    empty if they are those of the directory. `Unavailable` if the leader dies or freezes: the next one is to do it."""
-    leader, _ = found.routers[found.leader]
-    everybody = [handle for handle, _ in (*found.routers.values(), *found.experts.values())]
-    ref = leader.replace_weights.remote(directory)
-    while not ray.wait([ref], timeout=1.0)[0]:  # a large model takes minutes
-        _ping(everybody)
-        try:
-            call(found.leader, leader.ping.remote(), ANSWER_S)
-        except MoeClusterError as error:
-            raise Unavailable(f"{found.leader} does not answer while it imports {directory}: {error}") from error
-    try:
-        call(found.leader, ref, ANSWER_S)
-    except MoeClusterError as error:
-        if is_death(error):
-            raise
-        logger.error("the import of %s was cut off, and cannot be repeated: %s", directory, error)
-        return f"the import of {directory} was cut off by a death: {error}"
-    logger.warning("the import of %s was under way, and has been repeated", directory)
-    return ""
-
-
 def end_all(cluster: str) -> None:
     """Every actor of a cluster whose coordinator cannot do it any more."""
     for handle in _handles(cluster).values():
@@ -225,16 +201,13 @@ def come_back(config: ClusterConfig, cluster: str, crew: Crew, journal_name: str
     journal = read_journal(vault_url(config), journal_name)
     if journal is not None and journal.cluster != cluster:
         journal = None  # of a life before, which had nothing to do with these actors
-    found, mixed = find_survivors(cluster, journal, promote_timeout_s(config.router)), ""
+    found = find_survivors(cluster, journal, promote_timeout_s(config.router))
     if not found.leader and not found.experts:
         return None
-    if journal is not None and journal.importing and found.leader:
-        mixed = import_again(found, journal.importing)
-        found = find_survivors(cluster, journal, promote_timeout_s(config.router))
     keys = link_keys_of(found)
     origin, model = _facts(config, crew, found, journal)
     vault = Vault(config, origin)
-    findings = weigh(found, journal, model, config.experts.group_size, saved=bool(vault.all()), mixed=mixed)
+    findings = weigh(found, journal, model, config.experts.group_size, saved=bool(vault.all()))
     wanted = _wanted(config, found, journal)
     kept = worth_keeping(found, findings, wanted.experts)
     coordinator = _coordinator(config, model, findings, journal)
@@ -290,6 +263,7 @@ def _coordinator(config: ClusterConfig, model: ModelFacts, findings: Findings, j
         findings.since_s,
         redundancy=config.experts.redundancy,
         max_groups=config.experts.max_groups,
+        importing=journal.importing if journal else "",
     )
     tell_losses(coordinator, findings, now)
     return coordinator

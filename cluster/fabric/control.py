@@ -180,9 +180,12 @@ class ControlWorker:
             return
         coordinator, desk = known.coordinator, self._set_up(known)
         desk.snapshots.recall(coordinator.status().version)
+        importing = coordinator.importing
         may_lack_a_checkpoint = not coordinator.health.is_pristine and coordinator.jobs.waiting() is None
         self._sit_down(desk)
-        if may_lack_a_checkpoint:  # of a change, or of a job's end, right before the death
+        if importing:
+            desk.imports.go_on(importing)
+        elif may_lack_a_checkpoint:  # of a change, or of a job's end, right before the death
             desk.checkpoints.after_change()
 
     @property

@@ -34,18 +34,17 @@ class Findings:
     """Unix time at which the coordinator was last heard of."""
 
 
-def weigh(
-    found: Survivors, journal: Journal | None, model: ModelFacts, group_size: int, *, saved: bool, mixed: str = ""
-) -> Findings:
-    """`journal`: of this cluster, if it could be read. `saved`: whether there is a checkpoint. `mixed`: why the actors'
-    weights do not belong together, so that none can be kept; empty if they do."""
+def weigh(found: Survivors, journal: Journal | None, model: ModelFacts, group_size: int, *, saved: bool) -> Findings:
+    """`journal`: of this cluster, if it could be read. `saved`: whether there is a checkpoint."""
     placement = _placement(found, journal, model.num_experts // group_size, group_size)
     run, version = _position(found)
+    is_importing = journal is not None and bool(journal.importing)
+    due = None if is_importing else run  # an import begins another, at one after the other, and is to be repeated
     lost = {}
     for name in placement.actors:
         if name not in found.experts:
             lost[name] = "died while the coordinator was away"
-        elif flaw := mixed or _flaw(found.experts[name][1], placement, run, version):
+        elif flaw := _flaw(found.experts[name][1], placement, due, version):
             lost[name] = flaw
     heard_s = [expert.heard_s for _, expert in found.experts.values()]
     heard_s += [router.heard_s for _, router in found.routers.values()]
@@ -86,10 +85,11 @@ def _position(found: Survivors) -> tuple[int, int]:
     return max(((int(vitals["run"]), int(vitals["version"])) for vitals in all_vitals), default=(0, 0))
 
 
-def _flaw(expert: ExpertStanding, placement: Placement, run: int, version: int) -> str:
-    """Why it cannot hold what the placement says; empty if it can. The last commit may be on its way to it."""
+def _flaw(expert: ExpertStanding, placement: Placement, run: int | None, version: int) -> str:
+    """Why it cannot hold what the placement says; empty if it can. The last commit may be on its way to it. `run`: None
+    if any will do."""
     name, vitals = expert.contact.name, expert.vitals
-    if int(vitals["run"]) != run or not version - 1 <= int(vitals["version"]) <= version:
+    if run not in (None, int(vitals["run"])) or not version - 1 <= int(vitals["version"]) <= version:
         return f"is at version {vitals['version']} of run {vitals['run']}, the others at {version} of {run}"
     if missing := set(placement.held_by(name)) - set(vitals["groups"]):
         return f"does not hold expert groups {sorted(missing)}"

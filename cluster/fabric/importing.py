@@ -1,13 +1,14 @@
 """The weights of a model directory in place of all that the cluster has.
 
 A death in the middle leaves weights of two models, at expert actors and routers. Requests wait from before the first
-weight is replaced until all are, whoever leads by then (`Router.replace_weights`); what cannot be brought to its end is
-given up for the last checkpoint.
+weight is replaced until all are, whoever leads by then (`Router.replace_weights`). It is repeated with those that are
+there then, also by the next coordinator; what cannot be brought to its end is given up for the last checkpoint.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from cluster.fabric.crew import Crew
 from cluster.fabric.guarded import Guarded
 from cluster.fabric.journal import Keeper
 from cluster.fabric.options import ROUTER
+from cluster.fabric.recovery import LOAD_TIMEOUT_S
 from cluster.fabric.routers import Routers
 from cluster.fabric.snapshots import Snapshots
 
@@ -27,11 +29,10 @@ logger = logging.getLogger(__name__)
 
 RETRY_S = 0.5
 """After an expert actor's death: until that has been noticed."""
-ANSWER_S = 10.0
 
 
 class Imports:
-    """One at a time. `comeback.import_again` is for those that a coordinator's death cut off."""
+    """One at a time."""
 
     def __init__(
         self,
@@ -55,18 +56,37 @@ class Imports:
             coordinator.begin_import(str(directory))
         self._keeper.write_now()  # before it is true: whoever comes back must not take them for untouched
         self._snapshots.forget()
+        self._bring_to_its_end(directory, timeout_s)
+
+    def go_on(self, directory: str) -> None:
+        """With one that was under way when the coordinator before this one died: what came of it is not known."""
+        threading.Thread(target=self._go_on, args=(Path(directory),), name="import", daemon=True).start()
+
+    def _go_on(self, directory: Path) -> None:
+        try:
+            self._bring_to_its_end(directory, LOAD_TIMEOUT_S)
+            logger.warning("the import of %s was under way, and has been repeated", directory)
+        except MoeClusterError as error:
+            logger.error("the import of %s was under way, and cannot be repeated: %s", directory, error)
+        except Exception:
+            logger.exception("an import that was under way stumbled")
+
+    def _bring_to_its_end(self, directory: Path, timeout_s: float) -> None:
         try:
             self._replace(directory, timeout_s)
-        except MoeClusterError as error:
-            if self._may_be_mixed():
-                logger.error("the import of %s was cut off: %s", directory, error)
+        except Exception:
+            if self._is_cut_off():  # the journal says so until all belongs together again
                 with self._state.changing() as coordinator:
-                    coordinator.give_up_weights(f"the import of {directory} was cut off")
+                    coordinator.cut_off_import(f"the import of {directory} was cut off")
+            else:
+                self._end()
             raise
-        finally:
-            with self._state.changing() as coordinator:
-                coordinator.end_import()
-            self._keeper.write_now()  # before the first step: it must not be undone by importing once more
+        self._end()
+
+    def _end(self) -> None:
+        with self._state.changing() as coordinator:
+            coordinator.end_import()
+        self._keeper.write_now()  # before the first step: it must not be undone by importing once more
         self._checkpoints.after_change()
 
     def _replace(self, directory: Path, timeout_s: float) -> None:
@@ -93,10 +113,10 @@ class Imports:
                 if _is_complete(coordinator):  # otherwise what is missing comes back as it was before
                     return
 
-    def _may_be_mixed(self) -> bool:
-        """Whether weights of both are in use; also if nobody can tell."""
+    def _is_cut_off(self) -> bool:
+        """Whether weights of both are in use, when nobody works at it any more; also if nobody can tell."""
         try:
-            return bool(call(ROUTER, self._crew.router.is_between_models.remote(), ANSWER_S))
+            return bool(call(ROUTER, self._crew.router.is_between_models.remote(), LOAD_TIMEOUT_S))
         except MoeClusterError as error:
             logger.warning("the router that leads does not tell what came of an import: %s", error)
             return True

@@ -86,7 +86,8 @@ class Recovery:
 
     def _is_needed(self, coordinator: Coordinator) -> bool:
         """A router that has just joined may not have been heard of yet; it will lead."""
-        return coordinator.health.can_return and bool(coordinator.placement.missing or not self._crew.routers())
+        is_broken = coordinator.placement.missing or coordinator.health.mixed or not self._crew.routers()
+        return coordinator.health.can_return and bool(is_broken)
 
     def heal(self) -> None:
         """To be called often: begins where no job will."""
@@ -243,7 +244,7 @@ class Recovery:
             if coordinator.placement != before:
                 raise Unavailable("an actor died meanwhile")
             lost = coordinator.status().version - found.manifest.version
-            what = named(before.missing) if before.missing else "the router"
+            what = named(before.missing) if before.missing else coordinator.health.mixed or "the router"
             message = f"restored {sentence(found)} after the loss of {what}, {lost} steps run again"
             coordinator.restored(placement, found.manifest.version, steps, message, time.time(), num_parameters)
         self._snapshots.returned_to(found)

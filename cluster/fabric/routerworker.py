@@ -488,9 +488,10 @@ class RouterWorker:
     def replace_weights(self, path: str) -> None:
         self._router.replace_weights(path)
 
-    @ray.method(concurrency_group=CONTROL)
+    @ray.method(concurrency_group=TRAIN)
     def is_between_models(self) -> bool:
-        """Whether weights have been replaced in part, and requests wait for the rest."""
+        """After `replace_weights`, if it is under way: whether weights have been replaced in part, and requests wait
+        for the rest."""
         return self._router.serving.is_shut
 
 

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
 
 from actors.errors import InvalidInput, StepAborted
 from actors.values import Address, Course, Placement, StepReport
@@ -19,7 +18,7 @@ from cluster.errors import Unavailable
 from cluster.fabric import comeback
 from cluster.fabric import crew as crew_module
 from cluster.fabric.attaching import check_same
-from cluster.fabric.comeback import find_survivors, import_again, link_keys_of
+from cluster.fabric.comeback import find_survivors, link_keys_of
 from cluster.fabric.contacts import ExpertContact, RouterContact
 from cluster.fabric.crew import Crew, Survivors
 from cluster.fabric.findings import Findings, on_their_way, tell_losses, weigh, worth_keeping
@@ -292,40 +291,12 @@ def test_the_keys_are_those_of_any_actor_that_tells(monkeypatch: pytest.MonkeyPa
         told_by(router_0=SILENT, expert_0=SILENT, expert_1=SILENT)
 
 
-def test_an_import_that_was_cut_off_is_repeated_at_whoever_leads(monkeypatch: pytest.MonkeyPatch) -> None:
-    stage = Stage(monkeypatch, router_0=router(), expert_0=WHOLE[0][1], expert_1=WHOLE[1][1])
-    found = stage.find()
-    stage.calls.clear()
-    stage.waits = iter([False])
-    assert import_again(found, "/models/other") == ""
-    pings = [f"{name} ping" for name in ("router-0", "expert-0", "expert-1")]
-    assert stage.calls == ["router-0 replace_weights /models/other", *pings, "router-0 ping"]
-
-
-def test_a_leader_that_dies_in_it_leaves_it_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    stage = Stage(monkeypatch, router_0=router(), expert_0=WHOLE[0][1])
-    found = stage.find()
-    death = Unavailable("the router is not there")
-    death.__cause__ = RayActorError()
-    monkeypatch.setitem(FATES, "router-0", death)
-    monkeypatch.setattr(comeback.ray, "wait", lambda refs, **options: (refs, []))
-    with pytest.raises(Unavailable):
-        import_again(found, "/models/other")
-    monkeypatch.setattr(comeback.ray, "wait", lambda refs, **options: ([], refs))
-    stage.answers["router_0"] = SILENT
-    with pytest.raises(Unavailable, match="router-0 does not answer while it imports"):
-        import_again(found, "/models/other")
-
-
-def test_weights_of_both_models_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The import cannot be repeated: what is left comes from a checkpoint, or does not come back."""
-    stage = Stage(monkeypatch, router_0=router(), expert_0=WHOLE[0][1], expert_1=WHOLE[1][1])
-    monkeypatch.setitem(FATES, "router-0", InvalidInput("is gone", field="path"))
-    monkeypatch.setattr(comeback.ray, "wait", lambda refs, **options: (refs, []))
-    reason = import_again(stage.find(), "/models/other")
-    assert "the import of /models/other was cut off" in reason
-    lost = weigh(survivors(*WHOLE), JOURNAL, MODEL, 2, saved=True, mixed=reason).lost
-    assert lost == dict.fromkeys(("expert-0", "expert-1"), reason)
+def test_whom_an_import_had_reached_is_not_given_up() -> None:
+    """It is repeated at all of them."""
+    ahead = survivors(expert("expert-0", (0, 1), run=3), expert("expert-1", (0, 1, 2, 3)))
+    journal = replace(JOURNAL, importing="/models/other")
+    assert weigh(ahead, journal, MODEL, 2, saved=True).lost == {}
+    assert list(weigh(ahead, replace(JOURNAL, importing=""), MODEL, 2, saved=True).lost) == ["expert-0"]
 
 
 def test_a_crew_goes_on_with_those_that_were_found(monkeypatch: pytest.MonkeyPatch) -> None:

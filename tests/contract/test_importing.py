@@ -94,28 +94,33 @@ def test_it_is_written_down_before_the_first_weight_is_touched(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("is_mixed", [True, DEATH], ids=["said", "nobody can tell"])
-def test_weights_of_two_models_are_given_up_for_the_last_checkpoint(
-    monkeypatch: pytest.MonkeyPatch, is_mixed: object
+@pytest.mark.parametrize("can_restore", [True, False])
+def test_one_that_is_cut_off_leaves_weights_of_two_models(
+    monkeypatch: pytest.MonkeyPatch, is_mixed: object, can_restore: bool
 ) -> None:
+    """They come back from the last checkpoint, or another import is waited for."""
     stage = Stage(monkeypatch, [LOST] * 1000, is_mixed)
-    stage.coordinator.health.can_restore = True
+    coordinator = stage.coordinator
+    coordinator.health.can_restore = can_restore
     with pytest.raises(PeerLost):
         stage.imports.replace_weights(DIRECTORY, 0.2)
-    assert stage.coordinator.placement.missing == (0, 1, 2, 3)
-    assert stage.coordinator.health.can_return
-    assert stage.coordinator.importing == ""
-    assert "from the last checkpoint" in stage.coordinator.health.message()
+    assert coordinator.health.mixed == f"the import of {DIRECTORY} was cut off"
+    assert coordinator.importing == str(DIRECTORY), "the next coordinator is to know"
+    assert coordinator.health.can_return == can_restore
+    assert coordinator.placement == PLACEMENT
+    remedy = "restoring the last checkpoint" if can_restore else "import it again"
+    assert coordinator.health.message() == f"the import of {DIRECTORY} was cut off: weights are of two models; {remedy}"
+    assert not coordinator.status().ready
+    assert "saved" not in stage.told
 
 
-def test_without_a_checkpoint_the_status_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    stage = Stage(monkeypatch, [LOST] * 1000, is_mixed=True)
-    with pytest.raises(PeerLost):
-        stage.imports.replace_weights(DIRECTORY, 0.2)
-    assert stage.coordinator.placement == PLACEMENT
-    told = f"the import of {DIRECTORY} was cut off, the weights are of two models, and there is no checkpoint"
-    assert stage.coordinator.health.notice == f"{told}; import again"
-    stage.coordinator.begin_import(str(DIRECTORY))
-    assert stage.coordinator.health.notice == ""
+def test_another_import_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(monkeypatch, [InvalidInput("is gone", field="path"), "replaced"], is_mixed=True)
+    with pytest.raises(InvalidInput):
+        stage.imports.replace_weights(DIRECTORY, 10.0)
+    stage.imports.replace_weights(Path("/models/third"), 10.0)
+    assert (stage.coordinator.importing, stage.coordinator.health.mixed) == ("", "")
+    assert stage.told[-2:] == [(False, ""), "saved"]
 
 
 def test_what_fails_before_a_weight_is_touched_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,5 +129,20 @@ def test_what_fails_before_a_weight_is_touched_changes_nothing(monkeypatch: pyte
     with pytest.raises(InvalidInput):
         stage.imports.replace_weights(DIRECTORY, 10.0)
     assert stage.coordinator.placement == PLACEMENT
-    assert stage.coordinator.health.notice == ""
-    assert stage.told[-1] == (False, "")
+    assert stage.coordinator.health.mixed == ""
+    assert stage.told[-2:] == [(False, ""), "saved"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_next_coordinator_goes_on_with_it(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    answer = InvalidInput("is gone", field="path") if fails else "replaced"
+    stage = Stage(monkeypatch, [DEATH, answer], is_mixed=fails)
+    stage.coordinator.importing, stage.coordinator.health.is_pristine = str(DIRECTORY), False
+    before = set(threading.enumerate())
+    stage.imports.go_on(str(DIRECTORY))
+    for thread in set(threading.enumerate()) - before:
+        thread.join(20.0)
+        assert not thread.is_alive()
+    again = "another leads after router-0"
+    assert stage.told == ([again] if fails else [again, "replaced", (False, ""), "saved"])
+    assert bool(stage.coordinator.health.mixed) == fails

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from actors.errors import MoeClusterError, NonFinite, PeerLost, StepAborted
+from actors.errors import CheckpointError, MoeClusterError, NonFinite, PeerLost, StepAborted
 from actors.expert.exchange import Attempt
 from actors.moe.settings import BalanceSettings, GateSettings
 from actors.optim import OptimizerSettings
@@ -563,7 +564,9 @@ def test_a_leader_that_dies_in_an_import_is_made_up_for_by_the_next(
         group.agree()
 
 
-def test_an_expert_actor_that_is_lost_in_an_import_leaves_nobody_with_weights_of_both(source: ModelSource) -> None:
+def test_an_expert_actor_that_is_lost_in_an_import_leaves_nobody_with_weights_of_both(
+    source: ModelSource, tmp_path: Path
+) -> None:
     faults = [Fault("load", 1, "close")]
 
     def wrap(actor: int, link: Link) -> Link:
@@ -576,6 +579,16 @@ def test_an_expert_actor_that_is_lost_in_an_import_leaves_nobody_with_weights_of
             group.router.replace_weights(str(source.path))
         faults.clear()  # of links that are opened from now on
         assert all(router.serving.is_shut for router in group.living.values())
+        for refused in (
+            lambda: group.router.begin_run(OPTIMIZER),
+            lambda: step(group, 0),
+            lambda: group.router.grow(Growth(2 * group.router.placement.num_experts)),
+            lambda: group.router.pin("mixed"),
+            lambda: group.router.take_snapshot(),
+            lambda: group.router.export(tmp_path),
+        ):
+            with pytest.raises(StepAborted, match="weights are of two models"):
+                refused()
         joined = group.add()
         assert group.living[joined].serving.is_shut
         group.router.replace_weights(str(source.path))
@@ -583,10 +596,38 @@ def test_an_expert_actor_that_is_lost_in_an_import_leaves_nobody_with_weights_of
             torch.testing.assert_close(router.serving.logits(IDS), fresh, rtol=1e-12, atol=1e-12)
 
 
-def test_an_import_that_fails_before_a_weight_is_touched_keeps_nobody_waiting(source: ModelSource) -> None:
+def test_an_import_that_fails_before_a_weight_is_touched_keeps_nobody_waiting(
+    source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with routers(source, 2) as group:
         before = group.router.serving.logits(IDS)
-        with pytest.raises(MoeClusterError):
+        with pytest.raises(CheckpointError):
             group.router.replace_weights("/nowhere")
+        for host in group.local.hosts:  # which cannot read what the router can
+            monkeypatch.setattr(host.state.loader, "load", unreadable)
+        run_before = group.router.state.run
+        with pytest.raises(MoeClusterError, match="not on this node"):
+            group.router.replace_weights(str(source.path))
+        assert group.router.state.run == run_before
         for router in group.living.values():
             torch.testing.assert_close(router.serving.logits(IDS), before, rtol=1e-12, atol=1e-12)
+        run(group)
+
+
+def test_a_router_that_does_not_stop_to_answer_ends_an_import_before_it_begins(source: ModelSource) -> None:
+    def deaf(name: str, link: Link) -> Link:
+        return FaultyLink(link, [Fault("hold", 1, "close")])
+
+    with routers(source, 2) as group:
+        before = group.router.serving.logits(IDS)
+        group.wrap = deaf
+        group.router.replicas.add("router-1", group.open("router-1"))
+        with pytest.raises(PeerLost, match="router-1"):
+            group.router.replace_weights(str(source.path))
+        assert not group.router.serving.is_shut
+        torch.testing.assert_close(group.router.serving.logits(IDS), before, rtol=1e-12, atol=1e-12)
+        group.router.replace_weights(str(source.path))
+
+
+def unreadable(groups: Sequence[int], path: str) -> None:
+    raise CheckpointError("not on this node", field="model.path", value=path)

@@ -619,8 +619,32 @@ def test_during_an_import_no_job_begins_nor_another_import(coordinator: Coordina
         coordinator.begin_import("/models/b")
     job_id = coordinator.jobs.submit(SHORT, "a", 1.0).id
     assert coordinator.step(1.0) == []
+    with pytest.raises(FailedPrecondition, match="/models/a is being imported"):
+        coordinator.check_growth(16)
     coordinator.end_import()
     assert coordinator.step(1.0) == [StartJob(job_id, SHORT)]
+
+
+def test_weights_of_two_models_train_nobody_until_they_are_one_again(coordinator: Coordinator) -> None:
+    coordinator.health.can_restore = True
+    coordinator.begin_import("/models/a")
+    coordinator.cut_off_import("it was cut off")
+    job_id = coordinator.jobs.submit(SHORT, "a", 1.0).id
+    assert coordinator.step(1.0) == []
+    coordinator.is_returning = True
+    with pytest.raises(FailedPrecondition, match="a checkpoint is being restored"):
+        coordinator.begin_import("/models/b")
+    coordinator.restored(dataclasses.replace(coordinator.placement, epoch=2), 0, {}, "restored", 2.0)
+    coordinator.is_returning = False
+    assert (coordinator.importing, coordinator.health.mixed) == ("", "")
+    assert coordinator.step(2.0) == [StartJob(job_id, SHORT)]
+
+
+def test_a_return_in_the_middle_of_an_import_does_not_end_it(coordinator: Coordinator) -> None:
+    """An expert actor without a copy has died: the import is repeated when all are back."""
+    coordinator.begin_import("/models/a")
+    coordinator.restored(dataclasses.replace(coordinator.placement, epoch=2), 0, {}, "restored", 2.0)
+    assert coordinator.importing == "/models/a"
 
 
 # --- Long runs -----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from actors.errors import MoeClusterError
+from actors.errors import MoeClusterError, StepAborted
 from actors.router.versions import VersionGate
 
 WAIT_S = 20.0
@@ -88,7 +88,9 @@ def test_who_writes_passes_a_gate_that_is_shut_and_who_reads_waits(pool: ThreadP
     with gate.writing():
         pass
     assert not read.wait(0.1)
+    assert gate.is_shut
     gate.open()
+    gate.wait_until_open()
     forward.result(WAIT_S)
     assert read.is_set()
 
@@ -99,6 +101,8 @@ def test_no_hold_is_given_while_it_is_shut() -> None:
     gate.shut()
     with pytest.raises(MoeClusterError):
         gate.hold()
+    with pytest.raises(StepAborted, match="weights were being replaced"):
+        gate.wait_until_open()
     with gate.writing():
         gate.open()
     gate.hold().end()

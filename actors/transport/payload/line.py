@@ -106,6 +106,8 @@ class Line:
         return self._in_order(_NUMBER.unpack(frames[0])[0], frames[1:], False)
 
     def close(self) -> None:
+        self._early.clear()
+        self._ahead = None
         self._connection.close()
         self.carrier.close()
 

@@ -220,11 +220,15 @@ class PairCarrier(Carrier):
             raise ProtocolError(f"payload {place!r} where {self._num_taken} is due", peer=self._peer)
         if (ends := self._built()) is None:
             raise PeerLost("the way of its payloads has ended", peer=self._peer)
-        room = self._backend.room(shape, dtype)
-        if not dtype.is_floating_point:
-            # Should it never come, the device goes on with what is here. Where Triton does not work, an index out of
-            # range would end every computation of this process.
-            room.zero_()
+        try:
+            room = self._backend.room(shape, dtype)
+            if not dtype.is_floating_point:
+                # Should it never come, the device goes on with what is here. Where Triton does not work, an index out
+                # of range would end every computation of this process.
+                room.zero_()
+        except BaseException:  # no memory: what comes next would be taken for this
+            self.abort()
+            raise
         try:
             work = ends[1].recv([_bytes_of(room)], 1 - self._rank, 0)
             self._backend.settle(work, self._is_over.is_set)

@@ -176,7 +176,10 @@ class SocketLink(Link):
             return answer
         # What follows one that was lost would be read in the place of what is missing.
         self.is_cut |= isinstance(answer.error, PeerLost)
-        raise answer.error
+        try:
+            raise answer.error
+        finally:
+            del answer  # the error has this frame, which would keep the error, and with it this link
 
     def _abort_carrier(self) -> None:
         if self._line is not None:
