@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -200,6 +201,35 @@ def test_both_die_in_an_import(client: Client, root: Path) -> None:
     assert leader.id not in routers(client)
     assert client.score("def main(").logprobs == pytest.approx(expected, rel=1e-9)
     assert json.loads(journal(root).read_text())["importing"] == ""
+
+
+def test_an_import_that_cannot_end_waits_for_another(client: Client, root: Path) -> None:
+    """There is no checkpoint to go back to: who asks gets no answer of both models, but that of the next import."""
+    scale(client, 2)
+    client.import_model("same")
+    expected = client.score("def main(").logprobs
+    finish(client, client.submit_job(STEADY).id)
+    (doomed,) = root.rglob(Path(client.export_model("doomed").path).name)
+    last = [actor for actor in client.status().actors if actor.role == "expert"][-1]
+    leader = next(iter(routers(client).values()))
+    with ThreadPoolExecutor(2) as pool:
+        os.kill(last.pid, signal.SIGSTOP)  # the import waits for it, and the others have loaded
+        importing = pool.submit(client.import_model, "doomed")
+        wait_for_import(root)
+        time.sleep(0.3)
+        shutil.rmtree(doomed)
+        os.kill(leader.pid, signal.SIGKILL)
+        os.kill(last.pid, signal.SIGCONT)
+        with pytest.raises(MoeClusterError):
+            importing.result(WAIT_S)
+        status = client.status()
+        assert not status.ready
+        assert status.message.endswith("doomed was cut off: weights are of two models; import it again")
+        asked = pool.submit(client.score, "def main(", timeout_s=WAIT_S)
+        client.import_model("same")
+        assert asked.result(WAIT_S).logprobs == pytest.approx(expected, rel=1e-9)
+    wait_for_routers(client, 2)
+    assert client.status().ready
 
 
 def scores(client: Client, is_over: threading.Event) -> list[Sequence[float]]:
