@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -268,3 +268,20 @@ def test_the_device_has_a_deadline_for_a_payload(
     assert over.wait(SOON_S)
     with pytest.raises(PeerLost, match="stranger"):
         second.take(torch.float32, (QUARTER,), (4,))
+
+
+def test_without_memory_for_a_payload_the_next_one_is_not_taken_for_it(
+    on_device: tuple[PairCarrier, PairCarrier, OnDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, device = on_device
+
+    def full(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    assert first.put(torch.ones(QUARTER)) == (1,)
+    with monkeypatch.context() as patched:
+        patched.setattr(device, "room", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            second.take(torch.float32, (QUARTER,), (1,))
+    with pytest.raises(PeerLost, match="stranger"):
+        second.take(torch.float32, (QUARTER,), (2,))
