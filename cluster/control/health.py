@@ -71,13 +71,13 @@ class Health:
             return f"restoring {named(missing)} from the last checkpoint" + (f": {self.notice}" if self.notice else "")
         if missing:
             return f"no actor holds {named(missing)} any more"
-        if self.mixed:
-            remedy = "restoring the last checkpoint" if self.can_restore else "import it again"
-            return f"{self.mixed}: weights are of two models; {remedy}" + (f": {self.notice}" if self.notice else "")
         if silent := self._fleet.groups_below(1):
             return f"expert groups without a ready holder: {', '.join(map(str, silent))}"
         if not self._fleet.members.has_ready("router"):
             return self._message_without_router()
+        if self.mixed:
+            remedy = "restoring the last checkpoint" if self.can_restore else "import it again"
+            return f"{self.mixed}: weights are of two models; {remedy}" + (f": {self.notice}" if self.notice else "")
         return "; ".join(part for part in (self._degraded(), self.notice, self.unsaved) if part)
 
     def _degraded(self) -> str:

@@ -69,3 +69,15 @@ def test_other_routers_go_on() -> None:
     assert found.after_loss("router", ()) == "; the other routers go on"
     assert (found.is_router_lost, found.is_ready, found.is_whole) == (False, True, False)
     assert found.message() == "degraded: 1 of 2 routers are ready"
+
+
+def test_weights_of_two_models_come_back_from_a_checkpoint_or_another_import() -> None:
+    found, fleet = health()
+    found.mixed, found.is_pristine = "the import of m was cut off", False
+    assert (found.is_ready, found.is_whole, found.can_return) == (False, False, False)
+    assert found.message() == "the import of m was cut off: weights are of two models; import it again"
+    found.can_restore = True
+    assert found.can_return
+    assert found.message() == "the import of m was cut off: weights are of two models; restoring the last checkpoint"
+    kill(fleet, "r0")
+    assert found.message() == "the router died; bringing it back"
