@@ -228,6 +228,23 @@ class Coordinator:
         """Replaces the placement by a newer one."""
         self._fleet.place(placement)
 
+    def begin_switch(self, placement: Placement) -> None:
+        """As `placed`, for a placement whose copies have come but that the router has not been told of yet. A death
+        before `end_switch` or `take_back` leaves what is better of the two."""
+        self._fleet.begin_switch(placement)
+
+    def end_switch(self, used: Placement) -> None:
+        """The router and all holders use this placement, one of those that there were since `begin_switch`."""
+        self._fleet.end_switch(used)
+
+    def take_back(self) -> None:
+        """After a `begin_switch`, if any, that came to nothing: the placement before it again, as a newer one."""
+        self._fleet.take_back()
+
+    @property
+    def is_switching(self) -> bool:
+        return self._fleet.is_switching
+
     def grown(self, placement: Placement, num_parameters: int, now: float) -> bool:
         """The router and all holders have more experts, as this placement says, or no longer have them. -> whether the
         placement kept here is another, as actors died meanwhile, and the router has not heard of it."""
@@ -335,12 +352,10 @@ class Coordinator:
 
     def _lose(self, actor_id: str, now: float, reason: str, *, is_dead: bool) -> None:
         groups = self.placement.held_by(actor_id)
-        must_switch = is_dead and bool(groups)
         actor = self._members.lose(actor_id)
+        must_switch = is_dead and self._fleet.lose(actor_id)
         if actor is None and not must_switch:
             return
-        if must_switch:
-            self.placed(self.placement.without({actor_id}))
         role, job = actor.role if actor else "expert", self.jobs.active()
         placement = self.placement if must_switch else None
         self._decisions.append(ActorLost(actor_id, role, groups, job.id if job else None, reason, placement))

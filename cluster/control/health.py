@@ -33,7 +33,7 @@ class Health:
     def is_whole(self) -> bool:
         """Ready, with as many copies and routers as there are to be."""
         has_routers = self._fleet.members.count_ready("router") >= self.routers_wanted
-        return self.is_ready and has_routers and not self._fleet.groups_below(self._redundancy)
+        return self.is_ready and has_routers and not self._fleet.scarce_groups(self._redundancy)
 
     @property
     def is_router_lost(self) -> bool:
@@ -82,7 +82,7 @@ class Health:
 
     def _degraded(self) -> str:
         lacks = []
-        if scarce := self._fleet.groups_below(self._redundancy):
+        if scarce := self._fleet.scarce_groups(self._redundancy):
             have = "has" if len(scarce) == 1 else "have"
             lacks.append(f"{named(scarce)} {have} fewer than {self._redundancy} holders")
         if (count := self._fleet.members.count_ready("router")) < self.routers_wanted:

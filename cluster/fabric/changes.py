@@ -11,12 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from actors.errors import MoeClusterError
 from actors.values import Placement
 from cluster.backend import Rebalance
+from cluster.control.coordinator import Coordinator
 from cluster.control.ledger import Kind
 from cluster.control.rebalancing import Proposal, Stage, named
 from cluster.errors import FailedPrecondition, Unavailable
@@ -30,6 +31,8 @@ from cluster.placement.placement import ActorSlot
 logger = logging.getLogger(__name__)
 
 TURN_LOOK_S = 0.05
+NOTICED_S = 3.0
+"""An error may come before the death that is behind it is known."""
 LEFT_OFF_S = 10.0
 """For an actor to give up a group that is on its way to it."""
 
@@ -171,22 +174,47 @@ class Changes:
             for _, target, ref in arriving:
                 call(target, ref, _remaining(deadline))
             with self._state.changing() as coordinator:
-                coordinator.placed(stage.placement)
-            return self._adopt(stage.placement, deadline)
-        except MoeClusterError:
-            self._take_back(stage, before, arriving)
+                coordinator.begin_switch(stage.placement)
+            return self._switch_over(stage.placement, deadline)
+        except BaseException:
+            self._take_back(arriving)
             raise
+
+    def _switch_over(self, placement: Placement, deadline: float) -> float:
+        """Everybody uses it. A death meanwhile leaves another one of what has come and what was there: they use that
+        then, and the change has failed."""
+        waited = self._adopt_as_deaths_leave_it(deadline)
+        with self._state.reading() as coordinator:
+            left = coordinator.placement
+        if left != placement:
+            raise Unavailable("an actor died meanwhile; try again")
+        return waited
+
+    def _adopt_as_deaths_leave_it(self, deadline: float) -> float:
+        while True:
+            with self._state.reading() as coordinator:
+                placement = coordinator.placement
+            if placement.missing:
+                raise Unavailable(f"no actor holds {named(placement.missing)} any more")
+            try:
+                waited = self._adopt(placement, deadline)
+            except MoeClusterError:  # a death may be behind it that is not known here yet
+                if not self._state.wait_for(partial(_is_other, placement), NOTICED_S):
+                    raise
+                continue
+            with self._state.changing() as coordinator:
+                coordinator.end_switch(placement)
+            return waited
 
     def _adopt(self, placement: Placement, deadline: float) -> float:
         ref = self._crew.router.adopt.remote(placement, self._crew.contacts(placement))
         waited: float = call(ROUTER, ref, _remaining(deadline))
         return waited
 
-    def _take_back(self, stage: Stage, before: Placement, arriving: Sequence[tuple[int, str, Any]]) -> None:
-        """The placement before a switch that failed, as a newer one. Who died meanwhile has been taken out."""
+    def _take_back(self, arriving: Sequence[tuple[int, str, Any]]) -> None:
+        """What has come and is not used is given up."""
         with self._state.changing() as coordinator:
-            if coordinator.placement == stage.placement:
-                coordinator.placed(replace(before, epoch=stage.placement.epoch + 1))
+            coordinator.take_back()
             placement = coordinator.placement
         if not placement.missing:
             self.switch(placement)
@@ -204,6 +232,10 @@ class Changes:
                 call(target, ref, _remaining(deadline))
             except MoeClusterError as error:
                 logger.warning("%s was not told to give up group %d: %s", target, group, error)
+
+
+def _is_other(placement: Placement, coordinator: Coordinator) -> bool:
+    return coordinator.placement != placement
 
 
 def _remaining(deadline: float) -> float:

@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from actors.errors import MoeClusterError
-from cluster.backend import ActorStatus, JobEvent, JobState, OperationState, SamplingParams
+from cluster.backend import ActorStatus, ClusterStatus, JobEvent, JobState, OperationState, SamplingParams
 from cluster.config import BatchConfig, OptimizerConfig
+from cluster.errors import Unavailable
 from cluster.service.client import Client
 from tests.integration.test_coordinator_death import coordinator
 from tests.integration.test_resume import JOB, WAIT_S, config_in, finish, losses, running, watch_to
@@ -30,6 +31,8 @@ BATCH = BatchConfig(sequences=3, sequence_length=32, gradient_accumulation=4)
 STEADY = replace(JOB, optimizer=OptimizerConfig(lr=3e-3, eps=1e-4), batch=BATCH)
 LASTING = replace(STEADY, steps=100_000, optimizer=OptimizerConfig(lr=1e-3, eps=1e-4))
 """Until it is cancelled: it outlasts what a busy machine takes to start a router."""
+BACK_S = 2 * WAIT_S
+"""Two processes that import torch start one after the other."""
 SAMPLING = SamplingParams(max_tokens=120, temperature=0.8, top_p=0.95, seed=7)
 
 
@@ -48,14 +51,24 @@ def client(root: Path) -> Iterator[Client]:
 
 
 def routers(client: Client) -> dict[str, ActorStatus]:
-    actors = client.status().actors
-    return {actor.id: actor for actor in actors if actor.role == "router" and actor.state == "ready"}
+    return ready_routers(client.status())
+
+
+def ready_routers(status: ClusterStatus) -> dict[str, ActorStatus]:
+    return {actor.id: actor for actor in status.actors if actor.role == "router" and actor.state == "ready"}
 
 
 def wait_for_routers(client: Client, count: int) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while len(routers(client)) != count or not client.status().ready:
-        assert time.monotonic() < deadline, client.status()
+    deadline = time.monotonic() + BACK_S
+    while True:
+        found: ClusterStatus | Unavailable
+        try:
+            found = client.status()
+            if len(ready_routers(found)) == count and found.ready:
+                return
+        except Unavailable as error:  # the coordinator is on its way back
+            found = error
+        assert time.monotonic() < deadline, found
         time.sleep(0.1)
 
 
@@ -185,17 +198,19 @@ def test_both_die_in_an_import(client: Client, root: Path) -> None:
     is_over = threading.Event()
     with ThreadPoolExecutor(2) as pool:
         readers = [pool.submit(scores, client, is_over) for _ in range(2)]
-        os.kill(last.pid, signal.SIGSTOP)  # the import waits for it, and the others have loaded
-        thread.start()
-        wait_for_import(root)
-        time.sleep(0.3)
-        os.kill(leader.pid, signal.SIGKILL)
-        victim.kill()
-        os.kill(last.pid, signal.SIGCONT)
-        thread.join(WAIT_S)
-        wait_for_routers(client, 2)
-        is_over.set()
-        answers = [answer for reader in readers for answer in reader.result(WAIT_S)]
+        try:
+            os.kill(last.pid, signal.SIGSTOP)  # the import waits for it, and the others have loaded
+            thread.start()
+            wait_for_import(root)
+            time.sleep(0.3)
+            os.kill(leader.pid, signal.SIGKILL)
+            victim.kill()
+            os.kill(last.pid, signal.SIGCONT)
+            thread.join(WAIT_S)
+            wait_for_routers(client, 2)
+        finally:
+            is_over.set()
+        answers = [answer for reader in readers for answer in reader.result(BACK_S)]
     assert answers
     assert all(answer in (pytest.approx(before, rel=1e-9), pytest.approx(expected, rel=1e-9)) for answer in answers)
     assert leader.id not in routers(client)
@@ -219,10 +234,10 @@ def test_an_import_that_cannot_end_is_given_up_for_the_last_checkpoint(client: C
         shutil.rmtree(doomed)
         os.kill(leader.pid, signal.SIGKILL)
         os.kill(last.pid, signal.SIGCONT)
-        asked = pool.submit(client.score, "def main(", timeout_s=WAIT_S)
+        asked = pool.submit(client.score, "def main(", timeout_s=BACK_S)
         with pytest.raises(MoeClusterError):
-            importing.result(WAIT_S)
-        assert asked.result(WAIT_S).logprobs == pytest.approx(expected, rel=1e-9)
+            importing.result(BACK_S)
+        assert asked.result(BACK_S).logprobs == pytest.approx(expected, rel=1e-9)
     wait_for_routers(client, 2)
     assert leader.id not in routers(client)
     assert client.status().version == saved.version
@@ -232,7 +247,7 @@ def test_an_import_that_cannot_end_is_given_up_for_the_last_checkpoint(client: C
 def scores(client: Client, is_over: threading.Event) -> list[Sequence[float]]:
     found = []
     while not is_over.is_set():
-        found.append(client.score("def main(", timeout_s=WAIT_S).logprobs)
+        found.append(client.score("def main(", timeout_s=BACK_S).logprobs)
     return found
 
 

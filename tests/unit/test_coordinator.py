@@ -546,7 +546,9 @@ def test_missing_copies_are_proposed_when_an_actor_came() -> None:
     proposal = coordinator.rebalance(coordinator.actors())
     (stage,) = proposal.stages
     assert {(move.group, move.kind, move.target) for move in stage.copies} == {(g, "copy", "e2") for g in range(4)}
-    coordinator.placed(stage.placement)
+    coordinator.begin_switch(stage.placement)
+    assert "fewer than 2 holders" in coordinator.status().message, "what has come is not used yet"
+    coordinator.end_switch(stage.placement)
     status = coordinator.status()
     assert (status.message, status.placement_epoch) == ("", 3)
     assert status.copies == dict.fromkeys(range(4), ("e2",))

@@ -23,8 +23,7 @@ def health(redundancy: int = 1, routers: int = 1) -> tuple[Health, Fleet]:
 def kill(fleet: Fleet, actor: str) -> None:
     fleet.members.bury(actor)
     fleet.members.lose(actor)
-    if fleet.placement.held_by(actor):
-        fleet.place(fleet.placement.without({actor}))
+    fleet.lose(actor)
 
 
 @pytest.mark.parametrize("can_restore", [True, False])
