@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -32,7 +33,11 @@ class Accumulation:
 
     def __init__(self, learner: Learner, dispatcher: Dispatcher, in_flight: int) -> None:
         self._learner, self._dispatcher = learner, dispatcher
+        self._threads = ThreadPoolExecutor(MAX_IN_FLIGHT - 1, thread_name_prefix="in-flight")
         self.in_flight = in_flight
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False)
 
     @property
     def in_flight(self) -> int:
@@ -63,7 +68,8 @@ class Accumulation:
         """
         started = time.monotonic()
         num_slots = max(1, min(self._in_flight, len(parts)))
-        flight = Flight(self._dispatcher, num_slots, backward_alone=self._learner.device.type == "cuda")
+        backward_alone = self._learner.device.type == "cuda"
+        flight = Flight(self._dispatcher, num_slots, self._threads, backward_alone=backward_alone)
         losses: dict[int, tuple[float, float]] = {}
 
         def one(part: Part, around_backward: AbstractContextManager[None]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -102,12 +103,16 @@ class Baton:
 class Flight:
     """One run of passes through a dispatcher, at most `num_slots` of them at once.
 
+    `threads`: of the slots but the first, for this flight alone. They should outlive it: cuDNN's plans for attention
+    are a thread's own, and take 75 ms a micro-batch to make.
     `backward_alone`: autograd has one thread for all backwards of a CUDA device, so there only one of them can be under
     way, beside forwards of others. On the CPU each runs in the thread of its pass.
     """
 
-    def __init__(self, dispatcher: Dispatcher, num_slots: int, *, backward_alone: bool = False) -> None:
-        self._dispatcher, self._num_slots = dispatcher, num_slots
+    def __init__(
+        self, dispatcher: Dispatcher, num_slots: int, threads: ThreadPoolExecutor, *, backward_alone: bool = False
+    ) -> None:
+        self._dispatcher, self._num_slots, self._threads = dispatcher, num_slots, threads
         self._baton = Baton(num_slots)
         self._backward_alone = backward_alone and num_slots > 1
 
@@ -121,27 +126,21 @@ class Flight:
 
     def run(self, passes: Iterable[Callable[[], None]]) -> None:
         """All of them; a slot that is done with one takes the next. The first error ends all, and is raised when every
-        thread has ended: within the deadline of the question that is awaited, if one is."""
+        slot has ended: within the deadline of the question that is awaited, if one is."""
         todo = iter(passes)
         scene = _stream_of_this_thread()
-        others = [
-            threading.Thread(target=self._fly, args=(slot, todo, scene), name=f"in-flight-{slot}", daemon=True)
-            for slot in range(1, self._num_slots)
-        ]
-        self._dispatcher.while_away = self._while_away if others else nothing
-        started: list[threading.Thread] = []
+        self._dispatcher.while_away = self._while_away if self._num_slots > 1 else nothing
+        others: list[Future[None]] = []
         try:
-            for thread in others:
-                thread.start()
-                started.append(thread)
+            for slot in range(1, self._num_slots):
+                others.append(self._threads.submit(self._fly, slot, todo, scene))
             self._fly(0, todo, nullcontext)
         except BaseException as error:
             self._baton.leave(0, error)
             raise
         finally:
-            for thread in started:
-                while thread.is_alive():
-                    thread.join(LOOK_S)
+            while wait(others, LOOK_S).not_done:
+                pass
             self._dispatcher.while_away = nothing
         if self._baton.error is not None:
             raise self._baton.error

@@ -120,6 +120,7 @@ class Router:
 
     def close(self) -> None:
         self.state.training.links.close()
+        self.steps.accumulation.close()
         self.serving.close()
         self.replicas.close()
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,7 +32,8 @@ def fly(
 ) -> list[Event]:
     """Passes of two layers. -> (pass, stage) in the order of computation; threads dawdle at random."""
     away, done = dispatcher(), []
-    flight = Flight(away, num_slots, backward_alone=backward_alone)
+    threads = ThreadPoolExecutor(max(1, num_slots - 1))
+    flight = Flight(away, num_slots, threads, backward_alone=backward_alone)
 
     def stage(number: int, name: str) -> None:
         assert away.current == number, "what is computed now must be known"
@@ -55,7 +56,7 @@ def fly(
     try:
         flight.run(passes)
     finally:
-        assert not [t for t in threading.enumerate() if t.name.startswith("in-flight")]
+        threads.shutdown(wait=True)  # no slot is left that would wait for ever
         assert away.while_away is nothing
     return done
 
@@ -98,7 +99,7 @@ def test_the_first_error_ends_all(where: Event, backward_alone: bool) -> None:
 
 def test_those_that_wait_are_told_why() -> None:
     away, told = dispatcher(), []
-    flight = Flight(away, 2)
+    flight = Flight(away, 2, ThreadPoolExecutor(1))
 
     def waits() -> None:
         try:
