@@ -36,9 +36,12 @@ class Placing:
         return state.arrivals.bring(state.lock, group, owner, address, here, timeout_s)
 
     def leave_off(self, group: int) -> None:
-        """Gives up a group that is on its way here."""
-        with self._state.lock:
-            self._state.arrivals.drop(group)
+        """Gives up a group that is on its way here, or had come for a placement that nobody uses."""
+        state = self._state
+        with state.lock:
+            state.arrivals.drop(group)
+            if group in state.groups and not state.step.under_way:
+                state.holdings.hold([held for held in state.groups if held != group])
 
     def follow(self, peer: str, question: Message) -> Message:
         """One layer of a group for another actor, which gets every update of it from now on. In the exchange's

@@ -178,6 +178,8 @@ class Links(Mapping[str, Link]):
 
     def start(self, name: str, question: Message) -> Pending | None:
         """None if the actor is found lost, where that is rerouted."""
+        if name not in self._links:
+            raise PeerLost("there is no link to it any more", peer=name)
         try:
             return self._links[name].start(question)
         except PeerLost:

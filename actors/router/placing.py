@@ -81,10 +81,13 @@ class Placing:
         """Tells every expert actor, and uses it. Serving waits already. `births`: groups that the actors make."""
         state = self._state
         self._settled = False
-        fields = {**roster.fields(), "version": state.version, "run": state.run, **(births or {})}
+        fields = {**self._question(roster), **(births or {})}
         timeout_s = BIRTH_FACTOR * state.timeout_s if births else state.timeout_s
         answers = state.training.links.ask_all("place", fields, timeout_s, among=list(roster.peers))
         self._use(roster, {name: numbers(answer, "experts") for name, answer in answers.items()})
+
+    def _question(self, roster: Roster) -> dict[str, Any]:
+        return {**roster.fields(), "version": self._state.version, "run": self._state.run}
 
     def follow(self, roster: Roster, held: Mapping[str, list[int]]) -> None:
         """A replica's `adopt`: the expert actors have been told by the leader, and `held` is what they said. Serving
@@ -122,13 +125,19 @@ class Placing:
         new roster."""
         state = self._state
         deadline = time.monotonic() + state.timeout_s
-        while gone := state.training.reopen():
+        while gone := self._gone():
             # Right after a growth the coordinator may not have heard of it yet, and tell an earlier placement.
             if self._find_roster is None or time.monotonic() > deadline:
                 raise PeerLost("the actor is gone", peer=gone[0])
             self.adopt(self._find_roster(gone))
         state.last_commit.confirm()
         self._settle()
+
+    def _gone(self) -> list[str]:
+        """Those of the placement in use that cannot be reached. One that was forgotten when another placement was to be
+        switched to, in vain, has no link."""
+        without_link = [name for name in self.roster.peers if name not in self._state.training.links]
+        return [*self._state.training.reopen(), *without_link]
 
     def confirm(self) -> None:
         """The same, but whoever is gone is an error."""
@@ -144,9 +153,16 @@ class Placing:
 
     def _settle(self) -> None:
         """After a switch that failed: some actors may have a newer placement than the one in use."""
-        if not self._settled:
-            self._state.reopen()
-            self._switch_all(self.roster)
+        if self._settled:
+            return
+        links, peers = self._state.training.links, self.roster.peers
+        links.drop_closed(but=peers)
+        self._state.reopen()
+        for name in [name for name in links if name not in peers]:
+            with suppress(MoeClusterError):  # else who asked for the switch tells it
+                links.ask_all("place", self._question(self.roster), among=[name])
+        self._switch_all(self.roster)
+        links.connect(peers)
 
     def _take_over(self) -> None:
         """A step that a router before left half done is dropped by the expert actors."""

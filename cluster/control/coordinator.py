@@ -228,22 +228,32 @@ class Coordinator:
         """Replaces the placement by a newer one."""
         self._fleet.place(placement)
 
-    def begin_switch(self, placement: Placement) -> None:
-        """As `placed`, for a placement whose copies have come but that the router has not been told of yet. A death
-        before `end_switch` or `take_back` leaves what is better of the two."""
-        self._fleet.begin_switch(placement)
+    def begin_switch(self, after: Placement) -> None:
+        """Copies for this placement are on their way; each is told to `came`, and when all are there comes `switch`. A
+        death meanwhile leaves each group where it was or, if nobody of those lives, where it has come."""
+        self._fleet.begin_switch(after)
 
-    def end_switch(self, used: Placement) -> None:
-        """The router and all holders use this placement, one of those that there were since `begin_switch`."""
-        self._fleet.end_switch(used)
+    def came(self, group: int, actor: str) -> None:
+        """The group is there, whole, and follows every update."""
+        self._fleet.came(group, actor)
+
+    def switch(self) -> None:
+        """As `placed`, of what was begun; the router has not been told of it yet. `FailedPrecondition` if somebody has
+        died since."""
+        self._fleet.switch()
+
+    def in_use(self, used: Placement) -> None:
+        """What the router that leads says: with a placement of the change under way, that has come to its end."""
+        self._fleet.in_use(used)
 
     def take_back(self) -> None:
-        """After a `begin_switch`, if any, that came to nothing: the placement before it again, as a newer one."""
+        """A change that is under way, if one is, comes to nothing: the placement before it, as a newer one."""
         self._fleet.take_back()
 
     @property
-    def is_switching(self) -> bool:
-        return self._fleet.is_switching
+    def is_unsettled(self) -> bool:
+        """A change of placement is under way, and the router may or may not use what has come of it."""
+        return self._fleet.is_unsettled
 
     def grown(self, placement: Placement, num_parameters: int, now: float) -> bool:
         """The router and all holders have more experts, as this placement says, or no longer have them. -> whether the

@@ -22,44 +22,62 @@ class Fleet:
 
     @property
     def placement(self) -> Placement:
-        """To go on with. While a switch is under way, steps and requests may still use the one before."""
+        """To go on with. While a change is under way, steps and requests may still use the one before."""
         return self._placement
 
     @property
-    def is_switching(self) -> bool:
-        return self._switch is not None
+    def is_unsettled(self) -> bool:
+        """A change of placement is under way that has to do with what is in use."""
+        return self._switch is not None and self._placement.epoch != self._switch.before.epoch
 
     def place(self, placement: Placement) -> None:
         """Replaces the placement by a newer one, which everybody uses or will be told of."""
-        if placement.epoch <= self._placement.epoch:
-            raise InvalidInput("is not newer", field="placement.epoch", value=placement.epoch)
+        self._check_newer(placement)
         self._placement, self._switch = placement, None
         for actor in self.members.all():
             self.members.regroup(actor.id, placement.held_by(actor.id))
 
-    def begin_switch(self, placement: Placement) -> None:
-        """As `place`; until the switch ends or is taken back, the placement before is not forgotten."""
-        switch = Switch(self._placement, placement)
-        self.place(placement)
+    def begin_switch(self, after: Placement) -> None:
+        """Copies for this placement are on their way. Until it is `in_use`, or taken back, that of now counts."""
+        self._check_newer(after)
+        self._switch = Switch(self._placement, after)
+
+    def came(self, group: int, actor: str) -> None:
+        if self._switch is not None:
+            self._switch = self._switch.with_copy(group, actor)
+
+    def switch(self) -> None:
+        """All copies are there: as `place`, of what was begun. `FailedPrecondition` if somebody has died since."""
+        switch = self._switch
+        if switch is None or switch.gone or any(map(self.members.is_buried, switch.after.actors)):
+            raise FailedPrecondition("an actor died meanwhile; try again")
+        self.place(switch.after)
         self._switch = switch
 
-    def end_switch(self, used: Placement) -> None:
-        """Everybody uses this one, of those that there were since the switch began. Who died since is not in it."""
-        if self._switch is not None and used.epoch != self._placement.epoch:
-            self.place(replace(used.without(self._switch.gone), epoch=self._placement.epoch + 1))
+    def in_use(self, used: Placement) -> None:
+        """Who leads uses this one. If it is of the change under way, that has come to its end with it, but for those
+        who died since."""
+        switch = self._switch
+        if switch is None or used.epoch <= switch.before.epoch:
+            return
+        if used.epoch != self._placement.epoch:
+            self.place(replace(used.without(switch.gone), epoch=self._placement.epoch + 1))
         self._switch = None
 
     def take_back(self) -> None:
-        """A switch that is under way has failed: the placement before, without those who died since, as a newer one."""
-        if self._switch is not None:
+        """The change under way has come to nothing: the placement before it, without those who died since, as a newer
+        one if another was told."""
+        if self._switch is not None and self.is_unsettled:
             self.place(replace(self._switch.before, epoch=self._placement.epoch + 1))
+        self._switch = None
 
     def lose(self, actor_id: str) -> bool:
-        """It holds nothing any more: the first copies of its groups own them. -> whether it did hold something."""
+        """It holds nothing any more: the first copies of its groups own them. -> whether it did hold something, or was
+        about to."""
         switch = self._switch.without(actor_id) if self._switch is not None else None
         held = actor_id in self._placement.actors or switch != self._switch
         if held:
-            left = self._placement.without({actor_id}) if switch is None else switch.best
+            left = self._placement.without({actor_id}) if switch is None else switch.left
             self.place(replace(left, epoch=self._placement.epoch + 1))
             self._switch = switch
         return held
@@ -80,9 +98,13 @@ class Fleet:
         return self._below(self._placement, num_holders)
 
     def scarce_groups(self, num_holders: int) -> list[int]:
-        """The same; what a switch that is under way brings does not count yet: it may be taken back."""
+        """The same; what a change that is under way brings does not count yet: it may be taken back."""
         before = self._below(self._switch.before, num_holders) if self._switch is not None else []
         return sorted({*self.groups_below(num_holders), *before})
+
+    def _check_newer(self, placement: Placement) -> None:
+        if placement.epoch <= self._placement.epoch:
+            raise InvalidInput("is not newer", field="placement.epoch", value=placement.epoch)
 
     def _below(self, placement: Placement, num_holders: int) -> list[int]:
         ready_G = [sum(map(self.members.is_ready, held)) for held in placement.holders]

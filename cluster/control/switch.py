@@ -1,4 +1,4 @@
-"""A switch of placements that is under way, and what deaths leave of both."""
+"""A change of placement that is under way, and what deaths leave of what was there and what has come."""
 
 from __future__ import annotations
 
@@ -9,24 +9,39 @@ from actors.values import Placement
 
 @dataclass(frozen=True)
 class Switch:
-    """Every group is whole in both placements: copies that `after` asks for have come, and what it does without stays
-    until everybody uses it. Only then are the copies part of every commit."""
+    """Copies come first; when all are there everybody is told of `after`; and only when everybody uses it are they part
+    of every commit, and may go what it does without. Until then who dies is in neither placement any more."""
 
     before: Placement
     after: Placement
+    come: frozenset[tuple[int, str]] = frozenset()
+    """Group and actor: copies that are there, whole, and follow every update as long as who sends it lives."""
     gone: frozenset[str] = frozenset()
-    """Who died since; in neither placement any more."""
+    """Who died since it began."""
+
+    def with_copy(self, group: int, actor: str) -> Switch:
+        return replace(self, come=self.come | {(group, actor)})
 
     def without(self, actor: str) -> Switch:
         """The same if the actor is in neither placement."""
         if actor not in self.before.actors and actor not in self.after.actors:
             return self
-        lost = {actor}
-        return replace(
-            self, before=self.before.without(lost), after=self.after.without(lost), gone=self.gone | frozenset(lost)
-        )
+        return replace(self, before=_less(self.before, actor), after=_less(self.after, actor), gone=self.gone | {actor})
 
     @property
-    def best(self) -> Placement:
-        """The one to go on with: that after the switch, unless the one before has groups that it lacks."""
-        return self.before if len(self.before.missing) < len(self.after.missing) else self.after
+    def left(self) -> Placement:
+        """Each group where it was; if nobody of those lives, where it has come."""
+        holders = zip(self.before.holders, self.after.holders, strict=True)
+        come = self.come
+        return replace(
+            self.before,
+            holders=tuple(
+                was or tuple(actor for actor in to_be if (group, actor) in come)
+                for group, (was, to_be) in enumerate(holders)
+            ),
+        )
+
+
+def _less(placement: Placement, actor: str) -> Placement:
+    """Its epoch stays, by which it is known."""
+    return replace(placement, holders=tuple(tuple(a for a in held if a != actor) for held in placement.holders))

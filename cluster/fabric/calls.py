@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,6 +47,17 @@ def is_death(error: MoeClusterError) -> bool:
 def call(who: str, ref: Any, timeout_s: float) -> Any:
     with translated(who):
         return ray.get(ref, timeout=timeout_s)
+
+
+def as_they_come(refs: Sequence[Any], timeout_s: float) -> Iterator[int]:
+    """Indices of Ray calls in the order in which they end, with or without an error; those that have not in time come
+    last."""
+    todo = {ref: index for index, ref in enumerate(refs)}
+    deadline = time.monotonic() + timeout_s
+    while todo:
+        ready, _ = ray.wait(list(todo), timeout=max(0.0, deadline - time.monotonic()))
+        for ref in ready or list(todo):
+            yield todo.pop(ref)
 
 
 async def acall(who: str, ref: Any, timeout_s: float) -> Any:

@@ -11,17 +11,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from actors.errors import MoeClusterError
+from actors.errors import LinkTimeout, MoeClusterError, StepAborted
 from actors.values import Placement
 from cluster.backend import Rebalance
 from cluster.control.coordinator import Coordinator
 from cluster.control.ledger import Kind
 from cluster.control.rebalancing import Proposal, Stage, named
 from cluster.errors import FailedPrecondition, Unavailable
-from cluster.fabric.calls import call
+from cluster.fabric.calls import as_they_come, call, is_death
 from cluster.fabric.contacts import ExpertContact
 from cluster.fabric.crew import Crew
 from cluster.fabric.guarded import Guarded
@@ -31,6 +32,11 @@ from cluster.placement.placement import ActorSlot
 logger = logging.getLogger(__name__)
 
 TURN_LOOK_S = 0.05
+SWITCH_TIMEOUT_S = 3600.0
+"""Last resort, as of a step: whoever leads takes it in its turn. It is not asked for once the change's time is up, and
+from then on it is not known what is in use until the router says so."""
+PROMOTED_S = 120.0
+"""For another router to lead."""
 NOTICED_S = 3.0
 """An error may come before the death that is behind it is known."""
 LEFT_OFF_S = 10.0
@@ -38,6 +44,13 @@ LEFT_OFF_S = 10.0
 
 Report = Callable[[float, str], None]
 """(share that is done, what is being done); may raise to stop between two moves."""
+
+
+@dataclass(frozen=True)
+class _InUse:
+    placement: Placement
+    waited_s: float
+    """Of steps, for it."""
 
 
 def _silent(share: float, message: str) -> None: ...
@@ -130,15 +143,16 @@ class Changes:
         """The router uses the placement of now: a death may have changed it a moment ago."""
         with self._state.reading() as coordinator:
             placement = coordinator.placement
-        self._adopt(placement, deadline)
+        self._adopt(placement, _remaining(deadline))
 
     # -- a death ------------------------------------------------------------------------------------------------------
 
-    def without(self, gone: Sequence[str]) -> tuple[Placement, list[ExpertContact]]:
-        """The placement to go on with, asked by a router whose links to these actors broke.
+    def without(self, gone: Sequence[str], used: Placement) -> tuple[Placement, list[ExpertContact]]:
+        """The placement to go on with, asked by a router, which uses another, since its links to these actors broke.
 
         `Unavailable` if nobody else holds some of their groups.
         """
+        self._in_use(used)
         for name in gone:
             self.bury(name, "its links broke")
         with self._state.reading() as coordinator:
@@ -164,61 +178,108 @@ class Changes:
     def _carry_out_stage(self, stage: Stage, deadline: float) -> float:
         with self._state.reading() as coordinator:
             before = coordinator.placement
-        self._adopt(before, deadline)  # a death may have changed it a moment ago
+        self._adopt(before, _remaining(deadline))  # a death may have changed it a moment ago
         arriving: list[tuple[int, str, Any]] = []
+        with self._state.changing() as coordinator:
+            coordinator.begin_switch(stage.placement)
         try:
-            for move in stage.copies:
-                owner = self._crew.contact(before.owner(move.group))
-                ref = self._crew.handle(move.target).arrive.remote(move.group, owner, _remaining(deadline))
-                arriving.append((move.group, move.target, ref))
-            for _, target, ref in arriving:
-                call(target, ref, _remaining(deadline))
-            with self._state.changing() as coordinator:
-                coordinator.begin_switch(stage.placement)
-            return self._switch_over(stage.placement, deadline)
+            try:
+                self._bring(stage, before, arriving, deadline)
+                with self._state.changing() as coordinator:
+                    coordinator.switch()
+            except MoeClusterError:
+                self._use_what_deaths_left()
+                raise
+            left = self._use()
+            if left.placement != stage.placement:
+                raise Unavailable("an actor died meanwhile; try again")
+            return left.waited_s
         except BaseException:
-            self._take_back(arriving)
+            self._give_up(arriving)
             raise
 
-    def _switch_over(self, placement: Placement, deadline: float) -> float:
-        """Everybody uses it. A death meanwhile leaves another one of what has come and what was there: they use that
-        then, and the change has failed."""
-        waited = self._adopt_as_deaths_leave_it(deadline)
-        with self._state.reading() as coordinator:
-            left = coordinator.placement
-        if left != placement:
-            raise Unavailable("an actor died meanwhile; try again")
-        return waited
-
-    def _adopt_as_deaths_leave_it(self, deadline: float) -> float:
-        while True:
-            with self._state.reading() as coordinator:
-                placement = coordinator.placement
-            if placement.missing:
-                raise Unavailable(f"no actor holds {named(placement.missing)} any more")
-            try:
-                waited = self._adopt(placement, deadline)
-            except MoeClusterError:  # a death may be behind it that is not known here yet
-                if not self._state.wait_for(partial(_is_other, placement), NOTICED_S):
-                    raise
-                continue
+    def _bring(self, stage: Stage, before: Placement, arriving: list[tuple[int, str, Any]], deadline: float) -> None:
+        """All copies of the stage to where they are to be. `arriving`: is told which were begun."""
+        for move in stage.copies:
+            owner = self._crew.contact(before.owner(move.group))
+            ref = self._crew.handle(move.target).arrive.remote(move.group, owner, _remaining(deadline))
+            arriving.append((move.group, move.target, ref))
+        for index in as_they_come([ref for _, _, ref in arriving], _remaining(deadline)):
+            group, target, ref = arriving[index]
+            call(target, ref, _remaining(deadline))
             with self._state.changing() as coordinator:
-                coordinator.end_switch(placement)
-            return waited
+                coordinator.came(group, target)
+        if time.monotonic() >= deadline:
+            raise LinkTimeout("all copies have come, and there was no time left to use them", peer=ROUTER)
 
-    def _adopt(self, placement: Placement, deadline: float) -> float:
+    def _use_what_deaths_left(self) -> None:
+        """Copies that have come may be the only ones left of their groups."""
+        if self._state.wait_for(lambda coordinator: coordinator.is_unsettled, NOTICED_S):
+            with suppress(MoeClusterError):
+                self._use()
+
+    def _use(self) -> _InUse:
+        """Everybody uses the placement of now: that of the change, or what deaths meanwhile leave of what was there and
+        what has come. -> it, without those who have died since."""
+        try:
+            while True:
+                with self._state.reading() as coordinator:
+                    placement = coordinator.placement
+                if placement.missing:
+                    raise Unavailable(f"no actor holds {named(placement.missing)} any more")
+                if (told := self._told(placement)) is not None:
+                    break
+        except MoeClusterError:
+            with suppress(MoeClusterError):  # only who leads knows what came of it
+                self._in_use(call(ROUTER, self._crew.router.in_use.remote(), SWITCH_TIMEOUT_S))
+            raise
+        used, waited_s = told
+        return _InUse(self._in_use(used), waited_s)
+
+    def _told(self, placement: Placement) -> tuple[Placement, float] | None:
+        """What `_adopt` gives. None: it is to be done again with the placement of then."""
+        leader = self._crew.leader
+        try:
+            used, waited_s = self._adopt(placement, SWITCH_TIMEOUT_S)
+            if used.epoch < placement.epoch:
+                raise StepAborted(f"the router uses placement {used.epoch} and does not take {placement.epoch}")
+            return used, waited_s
+        except MoeClusterError as error:
+            # Who leads may have died, or somebody whose death is not known here yet.
+            if (is_death(error) or not leader) and self._another_leads(leader):
+                return None
+            if self._state.wait_for(partial(_is_other, placement), NOTICED_S):
+                return None
+            raise
+
+    def _in_use(self, used: Placement) -> Placement:
+        """As who leads says. -> the placement of now."""
+        with self._state.changing() as coordinator:
+            coordinator.in_use(used)
+            return coordinator.placement
+
+    def _another_leads(self, before: str) -> bool:
+        deadline = time.monotonic() + PROMOTED_S
+        while time.monotonic() < deadline and self._crew.routers():  # one that has died is in it until that is known
+            if self._crew.leader not in ("", before):
+                return True
+            time.sleep(TURN_LOOK_S)
+        return False
+
+    def _adopt(self, placement: Placement, timeout_s: float) -> tuple[Placement, float]:
+        """-> what is in use then, and for how long steps waited."""
         ref = self._crew.router.adopt.remote(placement, self._crew.contacts(placement))
-        waited: float = call(ROUTER, ref, _remaining(deadline))
-        return waited
+        used, waited = call(ROUTER, ref, timeout_s)
+        return used, waited
 
-    def _take_back(self, arriving: Sequence[tuple[int, str, Any]]) -> None:
-        """What has come and is not used is given up."""
+    def _give_up(self, arriving: Sequence[tuple[int, str, Any]]) -> None:
+        """What is not used of what was to come."""
         with self._state.changing() as coordinator:
             coordinator.take_back()
             placement = coordinator.placement
         if not placement.missing:
             self.switch(placement)
-        self._leave_off(arriving)
+        self._leave_off([each for each in arriving if each[1] not in placement.holders[each[0]]])
 
     def _leave_off(self, arriving: Sequence[tuple[int, str, Any]]) -> None:
         """Waited for: what is still on its way to an actor then would meet the next try to bring the group there."""

@@ -342,8 +342,8 @@ class ControlWorker:
 
     # -- asked by the router ------------------------------------------------------------------------------------------
 
-    def without(self, gone: Sequence[str]) -> tuple[Placement, list[ExpertContact]]:
-        return self._at.changes.without(gone)
+    def without(self, gone: Sequence[str], used: Placement) -> tuple[Placement, list[ExpertContact]]:
+        return self._at.changes.without(gone, used)
 
     def _ping(self) -> None:
         """Beside all else: loading takes minutes, in which nobody is asked how it is."""

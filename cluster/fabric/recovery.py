@@ -38,8 +38,8 @@ AGAIN_S = 2.0
 """After an attempt that failed, e.g. since another actor died."""
 NOTICED_S = 3.0
 """An error may come before the death that is behind it is known."""
-SWITCHED_S = 60.0
-"""For a switch of placements to end, or to be taken back, with the router's lane free for it."""
+SETTLED_S = 300.0
+"""For a change of placement to end, or to be taken back, while no step is in its way."""
 
 
 def load_experts(crew: Crew, placement: Placement, found: Found, run: int) -> None:
@@ -84,7 +84,7 @@ class Recovery:
         checkpoint."""
         if not isinstance(error, LinkError | StepAborted | Unavailable):
             return False
-        self._state.wait_for(lambda c: not c.is_switching, SWITCHED_S)  # what it leaves may lack groups
+        self._state.wait_for(lambda c: not c.is_unsettled, SETTLED_S)  # what it leaves may lack groups
         return self._state.wait_for(lambda c: c.health.can_restore and self._is_needed(c), NOTICED_S)
 
     def _is_needed(self, coordinator: Coordinator) -> bool:

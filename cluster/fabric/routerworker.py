@@ -244,7 +244,7 @@ class RouterWorker:
         return Roster(placement, {expert.name: self._peer(expert) for expert in experts})
 
     def _find_roster(self, gone: Sequence[str]) -> Roster:
-        ref = self._control.without.remote(list(gone))
+        ref = self._control.without.remote(list(gone), self._router.placement)
         return self._roster(*call(COORDINATOR, ref, self._config.router.request_timeout_s))
 
     @ray.method(concurrency_group=CONTROL)
@@ -253,9 +253,16 @@ class RouterWorker:
         self._router.cut(names)
 
     @ray.method(concurrency_group=TRAIN)
-    def adopt(self, placement: Placement, experts: Sequence[ExpertContact]) -> float:
-        """Another placement, between two steps: it takes its turn with them. -> seconds that they waited for it."""
-        return self._router.placing.adopt(self._roster(placement, experts))
+    def adopt(self, placement: Placement, experts: Sequence[ExpertContact]) -> tuple[Placement, float]:
+        """Another placement, between two steps: it takes its turn with them. -> that in use then, which is another if a
+        newer one was; seconds that they waited for it."""
+        waited_s = self._router.placing.adopt(self._roster(placement, experts))
+        return self._router.placement, waited_s
+
+    @ray.method(concurrency_group=TRAIN)
+    def in_use(self) -> Placement:
+        """The placement, between two steps."""
+        return self._router.placement
 
     @ray.method(concurrency_group=CONTROL)
     def prepare_growth(self, growth: Growth) -> None:

@@ -6,7 +6,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -317,6 +319,67 @@ def test_a_new_job_gives_up_what_is_on_its_way(source: ModelSource) -> None:
             local.router.placing.adopt(local.roster(Placement(2, held, 2)))
         assert local.router.train_step(BATCHES[0], lr=1e-2, clip_norm=1.0).step == len(BATCHES) + 1
         assert local.hosts[1].holdings.arriving == ()
+
+
+@pytest.mark.parametrize("links", ["local", "socket"])
+def test_who_had_taken_a_placement_that_another_refused_has_no_part_in_steps(
+    source: ModelSource, unmoved: Numbers, links: str
+) -> None:
+    """A new actor that has already placed what never came to be used; it can get the group again."""
+    with cluster(source, 2, links=links) as local:
+        name = local.add()
+
+        def refused() -> None:
+            local.arrive(0, "expert-0", name)
+            held = tuple((f"expert-{n}",) for n in (2, 1, 1, 1))  # group 1 is not on its way to anybody
+            with pytest.raises(InvalidInput, match="is not here"):
+                local.router.placing.adopt(local.roster(Placement(2, held, 2)))
+            assert name not in local.router.state.training.links
+            assert local.members[name].host.groups == ()
+
+        def again() -> None:
+            local.placement = replace(local.placement, epoch=9)
+            local.adopt("2", "0", "1", "1")
+
+        same(local, run(local, {1: refused, 3: again}), unmoved)
+        assert local.members[name].host.groups == (0,)
+
+
+def test_who_was_told_by_nobody_that_a_placement_is_not_used_gives_its_group_up(
+    source: ModelSource, unmoved: Numbers
+) -> None:
+    with cluster(source, 2) as local:
+        name = local.add()
+
+        def in_vain() -> None:
+            local.arrive(0, "expert-0", name)
+            fields: dict[str, Any] = {"epoch": 2, "holders": [[name], ["expert-0"], ["expert-1"], ["expert-1"]]}
+            question = Message("place", {**fields, "addresses": {}, "version": 1, "run": 1})
+            answer = local.members[name].host.handle("router", question)
+            assert answer.fields["experts"] == [0, 1], answer.fields
+            local.members[name].host.placing.leave_off(0)
+            assert local.members[name].host.groups == ()
+
+        def again() -> None:
+            local.placement = replace(local.placement, epoch=9)
+            local.adopt("2", "0", "1", "1")
+
+        same(local, run(local, {1: in_vain, 3: again}), unmoved)
+
+
+def test_an_actor_that_was_forgotten_in_a_switch_that_failed_is_asked_for_again(source: ModelSource) -> None:
+    """It died, and who was to have its groups did not have them."""
+    with cluster(source, 3, links="socket", redundancy=2, heals=True, timeout_s=1.0) as local:
+        run(local)
+        local.members["expert-0"].kill()
+        local.router.state.training.links["expert-0"].close()
+        without = local.placement.without({"expert-0"})
+        held = (("expert-1",),) * len(without.holders)
+        with pytest.raises(InvalidInput, match="is not here"):
+            local.router.placing.adopt(local.roster(Placement(without.epoch, held, 2)))
+        local.placement = replace(local.placement, epoch=without.epoch)
+        assert local.router.train_step(BATCHES[0], lr=1e-2, clip_norm=1.0).step == len(BATCHES) + 1
+        assert "expert-0" not in local.router.placement.actors
 
 
 def test_a_group_that_left_and_missed_a_step_is_not_taken_back(source: ModelSource) -> None:

@@ -62,7 +62,7 @@ class Crew:
     def _handle(self, name: str) -> Any:
         return SimpleNamespace(
             prepare_growth=SimpleNamespace(remote=lambda growth: lambda: None),
-            adopt=SimpleNamespace(remote=lambda placement, contacts: lambda: 0.0),
+            adopt=SimpleNamespace(remote=lambda placement, contacts: lambda: (placement, 0.0)),
             grow=SimpleNamespace(remote=lambda growth: lambda: self._grow(name)),
             standing=SimpleNamespace(remote=lambda: self._standing),
             facts=SimpleNamespace(remote=lambda num_experts: lambda: replace(MODEL, num_parameters=100 * num_experts)),

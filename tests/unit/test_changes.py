@@ -10,8 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError
 
-from actors.errors import PeerLost, StepAborted
+from actors.errors import LinkTimeout, PeerLost, StepAborted
 from actors.values import Placement
 from cluster.backend import GroupMove
 from cluster.control.coordinator import Coordinator
@@ -32,7 +33,13 @@ class Crew:
         self.done: list[str] = []
         self.used: list[Placement] = []
         self._arrive, self._adopt = arrive, adopt
-        self.router = SimpleNamespace(adopt=SimpleNamespace(remote=self._asked))
+        self.leader = "router-0"
+        self.router = SimpleNamespace(
+            adopt=SimpleNamespace(remote=self._asked), in_use=SimpleNamespace(remote=lambda: lambda: self.used[-1])
+        )
+
+    def routers(self) -> list[str]:
+        return ["router-0", "router-1"]
 
     def contacts(self, placement: object) -> list[str]:
         return []
@@ -40,18 +47,23 @@ class Crew:
     def contact(self, name: str) -> str:
         return name
 
+    def pid_of(self, name: str) -> int:
+        return 1
+
+    def end(self, names: list[str]) -> None: ...
+
     def handle(self, name: str) -> Any:
         return SimpleNamespace(
             arrive=SimpleNamespace(remote=lambda *args: self._arrive),
             leave_off=SimpleNamespace(remote=lambda groups: lambda: self.done.append(f"{name} gave up {groups}")),
         )
 
-    def _asked(self, placement: Placement, contacts: object) -> Callable[[], float]:
-        def adopt() -> float:
+    def _asked(self, placement: Placement, contacts: object) -> Callable[[], tuple[Placement, float]]:
+        def adopt() -> tuple[Placement, float]:
             seconds = self._adopt(placement)
             self.used.append(placement)
             self.done.append(f"used {placement.holders[0]}")
-            return seconds
+            return placement, seconds
 
         return adopt
 
@@ -59,6 +71,7 @@ class Crew:
 @pytest.fixture(autouse=True)
 def _without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(edge, "call", lambda who, ref, timeout_s: ref())
+    monkeypatch.setattr(edge, "as_they_come", lambda refs, timeout_s: range(len(refs)))
     monkeypatch.setattr(edge, "NOTICED_S", 0.5)
 
 
@@ -70,16 +83,18 @@ COPY = Proposal(AFTER, (Stage((GroupMove(0, "e0", "e1", 1),), AFTER),), 0.5, 1.0
 class Here:
     """Group 0 is copied from e0 to e1. `at_switch` is called when the router is told, and may raise."""
 
-    def __init__(self, at_switch: Callable[[Here], None], arrive: Callable[[], int] = lambda: 1) -> None:
-        self.coordinator = Coordinator(MODEL, BEFORE)
+    def __init__(
+        self, at_switch: Callable[[Here], None], arrive: Callable[[], int] = lambda: 1, before: Placement = BEFORE
+    ) -> None:
+        self.coordinator = Coordinator(MODEL, before)
         self.at_switch = at_switch
         crew: Any = Crew(arrive, self._adopt)
         self.crew: Crew = crew
         self.state = Guarded(self.coordinator)
-        self._changes = Changes(self.state, crew)
+        self.changes = Changes(self.state, crew)
 
-    def carry_out(self) -> float:
-        return self._changes.carry_out(COPY, time.monotonic() + 10.0)
+    def carry_out(self, change: Proposal = COPY, *, time_s: float = 10.0) -> float:
+        return self.changes.carry_out(change, time.monotonic() + time_s)
 
     def lose(self, name: str) -> None:
         with self.state.changing() as coordinator:
@@ -109,7 +124,7 @@ def test_all_use_what_has_come() -> None:
     here = Here(go_on)
     assert here.carry_out() == 0.25
     assert here.crew.used == [BEFORE, AFTER]
-    assert (here.coordinator.placement, here.coordinator.is_switching) == (AFTER, False)
+    assert (here.coordinator.placement, here.coordinator.is_unsettled) == (AFTER, False)
 
 
 def test_the_router_does_not_switch_and_nobody_died() -> None:
@@ -120,15 +135,13 @@ def test_the_router_does_not_switch_and_nobody_died() -> None:
     with pytest.raises(StepAborted):
         here.carry_out()
     assert here.coordinator.placement == replace(BEFORE, epoch=AFTER.epoch + 1)
-    assert (here.coordinator.is_switching, here.crew.done[1:]) == (False, ["e1 gave up [0]"])
+    assert (here.coordinator.is_unsettled, here.crew.done[1:]) == (False, ["e1 gave up [0]"])
 
 
 @pytest.mark.parametrize("is_known_at_once", [True, False])
 @pytest.mark.parametrize("victim", ["e0", "e1"])
-def test_after_a_death_the_holder_that_is_left_goes_on_before_anything_is_given_up(
-    victim: str, is_known_at_once: bool
-) -> None:
-    """A group on its way to an actor may be the only one left."""
+def test_after_a_death_the_holder_that_is_left_goes_on(victim: str, is_known_at_once: bool) -> None:
+    """What has come to an actor may be the only copy left."""
 
     def die(here: Here) -> None:
         here.at_switch = go_on
@@ -142,9 +155,9 @@ def test_after_a_death_the_holder_that_is_left_goes_on_before_anything_is_given_
     with pytest.raises(Unavailable, match="died meanwhile"):
         here.carry_out()
     left = ("e1",) if victim == "e0" else ("e0",)
-    assert [placement.holders[0] for placement in here.crew.used] == [("e0",), left]
-    assert here.crew.done == ["used ('e0',)", f"used {left}", "e1 gave up [0]"]
-    assert (here.coordinator.placement.holders[0], here.coordinator.is_switching) == (left, False)
+    given_up = [] if victim == "e0" else ["e1 gave up [0]"]
+    assert here.crew.done == ["used ('e0',)", f"used {left}", *given_up]
+    assert (here.coordinator.placement.holders[0], here.coordinator.is_unsettled) == (left, False)
 
 
 def test_the_owner_dies_and_what_came_of_the_group_is_not_whole() -> None:
@@ -161,4 +174,84 @@ def test_the_owner_dies_and_what_came_of_the_group_is_not_whole() -> None:
     here = Here(die)
     with pytest.raises(StepAborted):
         here.carry_out()
-    assert (here.coordinator.placement.missing, here.coordinator.is_switching) == ((0,), False)
+    assert (here.coordinator.placement.missing, here.coordinator.is_unsettled) == ((0,), False)
+
+
+def test_the_owner_dies_when_some_groups_have_come_and_others_have_not() -> None:
+    before = Placement(1, (("e0",), ("e0", "e2"), ("e2",), ("e2",)), 2)
+    after = Placement(2, (("e0", "e1"), ("e0", "e1"), ("e2",), ("e2",)), 2)
+    copies = (GroupMove(0, "e0", "e1", 1), GroupMove(1, "e0", "e1", 1))
+    change = Proposal(after, (Stage(copies, after),), 0.5, 1.0)
+
+    def arrive() -> int:
+        come.append(1)
+        if len(come) == 2:
+            here.lose("e0")
+            raise PeerLost("it broke", peer="e0")
+        return 1
+
+    come: list[int] = []
+    here = Here(go_on, arrive, before)
+    with pytest.raises(PeerLost):
+        here.carry_out(change)
+    assert here.coordinator.placement == Placement(2, (("e1",), ("e2",), ("e2",), ("e2",)), 2)
+    assert here.crew.used == [before, here.coordinator.placement]
+    assert here.crew.done[2:] == ["e1 gave up [1]"], "group 0 is in use"
+
+
+def test_another_router_leads_and_is_told() -> None:
+    """Who led may have died before or after it took the new placement over."""
+
+    def die(here: Here) -> None:
+        here.at_switch = go_on
+        here.crew.leader = ""
+        threading.Timer(0.1, setattr, [here.crew, "leader", "router-1"]).start()
+        raise Unavailable("router-0 is not there") from ActorDiedError()
+
+    here = Here(die)
+    assert here.carry_out() == 0.25
+    assert (here.coordinator.placement, here.coordinator.is_unsettled) == (AFTER, False)
+
+
+def test_nobody_leads_any_more() -> None:
+    def die(here: Here) -> None:
+        here.crew.leader, here.crew.routers = "", list  # type: ignore[method-assign]
+        raise Unavailable("router-0 is not there") from ActorDiedError()
+
+    here = Here(die)
+    with pytest.raises(Unavailable):
+        here.carry_out()
+    assert (here.coordinator.placement.holders, here.coordinator.is_unsettled) == (BEFORE.holders, False)
+
+
+def test_an_error_after_the_switch_does_not_take_it_back() -> None:
+    def fail(here: Here) -> None:
+        here.crew.used.append(AFTER)
+        raise StepAborted("of what came behind it")
+
+    here = Here(fail)
+    with pytest.raises(StepAborted):
+        here.carry_out()
+    assert (here.coordinator.placement, here.coordinator.is_unsettled) == (AFTER, False)
+    assert here.crew.done[1:] == [], "what is in use is not given up"
+
+
+def test_who_asks_says_what_is_in_use() -> None:
+    """The router has switched, and asks for a placement without the dead before its answer is known here."""
+
+    def ask(here: Here) -> None:
+        here.at_switch = go_on
+        placement, _ = here.changes.without(["e0"], AFTER)
+        assert placement.holders[0] == ("e1",), "of what it uses, not of what was there"
+
+    here = Here(ask)
+    with pytest.raises(Unavailable, match="died meanwhile"):
+        here.carry_out()
+    assert here.coordinator.placement.holders[0] == ("e1",)
+
+
+def test_copies_that_come_too_late_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Here(go_on, lambda: time.sleep(0.2) or 1)  # type: ignore[func-returns-value]
+    with pytest.raises(LinkTimeout, match="no time left"):
+        here.carry_out(time_s=0.1)
+    assert (here.coordinator.placement, here.crew.used) == (BEFORE, [BEFORE])

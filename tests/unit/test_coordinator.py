@@ -547,8 +547,9 @@ def test_missing_copies_are_proposed_when_an_actor_came() -> None:
     (stage,) = proposal.stages
     assert {(move.group, move.kind, move.target) for move in stage.copies} == {(g, "copy", "e2") for g in range(4)}
     coordinator.begin_switch(stage.placement)
+    coordinator.switch()
     assert "fewer than 2 holders" in coordinator.status().message, "what has come is not used yet"
-    coordinator.end_switch(stage.placement)
+    coordinator.in_use(stage.placement)
     status = coordinator.status()
     assert (status.message, status.placement_epoch) == ("", 3)
     assert status.copies == dict.fromkeys(range(4), ("e2",))
