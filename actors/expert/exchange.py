@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor
 
@@ -61,6 +62,8 @@ class Exchange:
         self.timeout_s = timeout_s
         self._addresses: dict[str, Address] = {}
         self._links: dict[str, Link] = {}
+        self._opened: WeakSet[Link] = WeakSet()
+        """For others, as long as they use them."""
         self._cut_off: set[str] = set()
         """Not asked anew: a frozen process still takes connections."""
         self._changed = threading.Condition()
@@ -99,8 +102,11 @@ class Exchange:
         self._addresses = dict(addresses)
 
     def open(self, peer: str, address: Address) -> Link:
-        """A link of the caller's own."""
-        return self._open_peer(peer, address)
+        """A link of the caller's own, which `cut` ends too."""
+        link = self._open_peer(peer, address)
+        with self._changed:
+            self._opened.add(link)
+        return link
 
     def cut(self, peers: Iterable[str]) -> None:
         """Every wait for these ends now. From any thread."""
@@ -108,6 +114,11 @@ class Exchange:
             self._cut_off.add(peer)
             if (link := self._links.get(peer)) is not None:
                 link.cut()
+            with self._changed:
+                opened = list(self._opened)
+            for link in opened:
+                if link.peer == peer:
+                    link.cut()
 
     def start(self, peer: str, question: Message) -> Pending:
         """`StepAborted` naming the peer if it cannot be reached."""

@@ -107,6 +107,8 @@ class Placing:
         born = [group for group in wanted if births is not None and group in births.source_of]
         if births is not None:
             give_birth(state.holdings, state.loader.fresh, state.group_size, births, born)
+        if lacking := [group for group in wanted if group not in state.holdings]:
+            raise StepAborted(f"group {lacking[0]} is not here: {state.name} never had it, or has given it up")
         self._await_arrivals([g for g in wanted if g in state.holdings.arriving and g not in born], version, run)
         state.holdings.hold(wanted)
         for group in wanted:

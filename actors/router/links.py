@@ -60,6 +60,17 @@ class Links(Mapping[str, Link]):
             if name not in self._links:
                 self._links[name] = peer.open()
 
+    def open_missing(self, peers: Mapping[str, Peer]) -> list[str]:
+        """To those of them that have no link. -> who cannot be reached."""
+        gone = []
+        for name in [name for name in peers if name not in self._links]:
+            try:
+                self._links[name] = peers[name].open()
+                self._peers[name] = peers[name]
+            except LinkError:
+                gone.append(name)
+        return gone
+
     def drop_closed(self, but: Mapping[str, Peer]) -> None:
         """Forgets the actors that are gone and not among these."""
         for name in [n for n, link in self._links.items() if link.closed and n not in but]:

@@ -57,9 +57,9 @@ class Placing:
         self._state.last_commit.confirm_without(roster)
         # What arrives needs the last update of who leaves, so nobody leaves before the switch.
         leaving = {n: p for n, p in self.roster.peers.items() if n in training.links and n not in roster.peers}
-        training.links.connect({**roster.peers, **leaving})
-        started = time.monotonic()
         with self.or_back():
+            training.links.connect({**roster.peers, **leaving})
+            started = time.monotonic()
             self._state.reopen()
             self._switch_all(roster)
         waited = time.monotonic() - started
@@ -134,10 +134,10 @@ class Placing:
         self._settle()
 
     def _gone(self) -> list[str]:
-        """Those of the placement in use that cannot be reached. One that was forgotten when another placement was to be
-        switched to, in vain, has no link."""
-        without_link = [name for name in self.roster.peers if name not in self._state.training.links]
-        return [*self._state.training.reopen(), *without_link]
+        """Those of the placement in use that cannot be reached. One that was forgotten in a switch to another, which
+        came to nothing, has no link."""
+        links = self._state.training.links
+        return [*links.open_missing(self.roster.peers), *self._state.training.reopen()]
 
     def confirm(self) -> None:
         """The same, but whoever is gone is an error."""
@@ -153,16 +153,18 @@ class Placing:
 
     def _settle(self) -> None:
         """After a switch that failed: some actors may have a newer placement than the one in use."""
-        if self._settled:
-            return
         links, peers = self._state.training.links, self.roster.peers
-        links.drop_closed(but=peers)
-        self._state.reopen()
-        for name in [name for name in links if name not in peers]:
-            with suppress(MoeClusterError):  # else who asked for the switch tells it
-                links.ask_all("place", self._question(self.roster), among=[name])
-        self._switch_all(self.roster)
-        links.connect(peers)
+        others = [name for name in links if name not in peers]
+        if not self._settled:
+            links.drop_closed(but=peers)
+            if gone := self._gone():
+                raise PeerLost("the actor is gone", peer=gone[0])
+            for name in others:
+                with suppress(MoeClusterError):  # else who asked for the switch tells it
+                    links.ask_all("place", self._question(self.roster), among=[name])
+            self._switch_all(self.roster)
+        if others:
+            links.connect(peers)
 
     def _take_over(self) -> None:
         """A step that a router before left half done is dropped by the expert actors."""

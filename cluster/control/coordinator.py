@@ -10,7 +10,7 @@ them is here; `health` says what they amount to.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from actors.values import Placement
@@ -245,6 +245,10 @@ class Coordinator:
     def in_use(self, used: Placement) -> None:
         """What the router that leads says: with a placement of the change under way, that has come to its end."""
         self._fleet.in_use(used)
+
+    def held(self, groups: Mapping[str, Collection[int]]) -> None:
+        """What actors say that they hold, where no router lives to say what is in use."""
+        self._fleet.held(groups)
 
     def take_back(self) -> None:
         """A change that is under way, if one is, comes to nothing: the placement before it, as a newer one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from actors.errors import InvalidInput
@@ -63,6 +64,13 @@ class Fleet:
         if used.epoch != self._placement.epoch:
             self.place(replace(used.without(switch.gone), epoch=self._placement.epoch + 1))
         self._switch = None
+
+    def held(self, groups: Mapping[str, Collection[int]]) -> None:
+        """As `in_use`, by what actors say that they hold: all of what everybody was told of, or they were not all told,
+        and what was there before is still there."""
+        placement = self._placement
+        if self.is_unsettled and all(set(placement.held_by(a)) <= set(groups.get(a, ())) for a in placement.actors):
+            self.in_use(placement)
 
     def take_back(self) -> None:
         """The change under way has come to nothing: the placement before it, without those who died since, as a newer

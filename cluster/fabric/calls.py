@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -49,15 +48,10 @@ def call(who: str, ref: Any, timeout_s: float) -> Any:
         return ray.get(ref, timeout=timeout_s)
 
 
-def as_they_come(refs: Sequence[Any], timeout_s: float) -> Iterator[int]:
-    """Indices of Ray calls in the order in which they end, with or without an error; those that have not in time come
-    last."""
-    todo = {ref: index for index, ref in enumerate(refs)}
-    deadline = time.monotonic() + timeout_s
-    while todo:
-        ready, _ = ray.wait(list(todo), timeout=max(0.0, deadline - time.monotonic()))
-        for ref in ready or list(todo):
-            yield todo.pop(ref)
+def ended(refs: Sequence[Any], timeout_s: float) -> list[Any]:
+    """Those of these Ray calls that have ended, with or without an error, when all have or the time is up."""
+    ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s)
+    return list(ready)
 
 
 async def acall(who: str, ref: Any, timeout_s: float) -> Any:

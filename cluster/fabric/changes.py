@@ -22,7 +22,7 @@ from cluster.control.coordinator import Coordinator
 from cluster.control.ledger import Kind
 from cluster.control.rebalancing import Proposal, Stage, named
 from cluster.errors import FailedPrecondition, Unavailable
-from cluster.fabric.calls import as_they_come, call, is_death
+from cluster.fabric.calls import call, ended, is_death
 from cluster.fabric.contacts import ExpertContact
 from cluster.fabric.crew import Crew
 from cluster.fabric.guarded import Guarded
@@ -35,8 +35,11 @@ TURN_LOOK_S = 0.05
 SWITCH_TIMEOUT_S = 3600.0
 """Last resort, as of a step: whoever leads takes it in its turn. It is not asked for once the change's time is up, and
 from then on it is not known what is in use until the router says so."""
-PROMOTED_S = 120.0
-"""For another router to lead."""
+PROMOTED_S = 600.0
+"""For another router to lead, as long as one lives that might."""
+LOOK_S = 0.2
+ANSWER_S = 10.0
+"""Of an actor that has nothing to wait for."""
 NOTICED_S = 3.0
 """An error may come before the death that is behind it is known."""
 LEFT_OFF_S = 10.0
@@ -168,6 +171,13 @@ class Changes:
             coordinator.actor_lost(name, time.time(), reason, silent_s=silent_s, pid=pid)
         self._crew.end([name])
 
+    def tell_of_a_death(self) -> None:
+        """Who leads, as `switch`; where a change is under way, it tells it, and learns by that what is in use."""
+        with self._state.reading() as coordinator:
+            placement, is_told = coordinator.placement, coordinator.is_unsettled
+        if not placement.missing and not is_told:
+            self.switch(placement)
+
     def switch(self, placement: Placement) -> None:
         """Without waiting: in the middle of a step the router notices by itself; between steps it need not."""
         with suppress(Unavailable):  # whoever leads next is told then
@@ -178,6 +188,8 @@ class Changes:
     def _carry_out_stage(self, stage: Stage, deadline: float) -> float:
         with self._state.reading() as coordinator:
             before = coordinator.placement
+        if before.epoch >= stage.placement.epoch:
+            raise Unavailable("an actor died meanwhile; try again")
         self._adopt(before, _remaining(deadline))  # a death may have changed it a moment ago
         arriving: list[tuple[int, str, Any]] = []
         with self._state.changing() as coordinator:
@@ -204,13 +216,31 @@ class Changes:
             owner = self._crew.contact(before.owner(move.group))
             ref = self._crew.handle(move.target).arrive.remote(move.group, owner, _remaining(deadline))
             arriving.append((move.group, move.target, ref))
-        for index in as_they_come([ref for _, _, ref in arriving], _remaining(deadline)):
-            group, target, ref = arriving[index]
-            call(target, ref, _remaining(deadline))
-            with self._state.changing() as coordinator:
-                coordinator.came(group, target)
-        if time.monotonic() >= deadline:
-            raise LinkTimeout("all copies have come, and there was no time left to use them", peer=ROUTER)
+        todo = list(arriving)
+        while todo:
+            come = ended([ref for _, _, ref in todo], min(LOOK_S, _remaining(deadline)))
+            failure = self._note([each for each in todo if each[2] in come])
+            if failure is not None:
+                raise failure
+            todo = [each for each in todo if each[2] not in come]
+            with self._state.reading() as coordinator:
+                if coordinator.is_unsettled:
+                    raise Unavailable("an actor died meanwhile; try again")
+            if time.monotonic() >= deadline:
+                raise LinkTimeout("no time was left to use what has come", peer=ROUTER)
+
+    def _note(self, come: Sequence[tuple[int, str, Any]]) -> MoeClusterError | None:
+        """Of what has ended. -> an error, if one of them has failed."""
+        failure: MoeClusterError | None = None
+        for group, target, ref in come:
+            try:
+                call(target, ref, ANSWER_S)
+            except MoeClusterError as error:
+                failure = failure or error
+            else:
+                with self._state.changing() as coordinator:
+                    coordinator.came(group, target)
+        return failure
 
     def _use_what_deaths_left(self) -> None:
         """Copies that have come may be the only ones left of their groups."""
@@ -220,21 +250,37 @@ class Changes:
 
     def _use(self) -> _InUse:
         """Everybody uses the placement of now: that of the change, or what deaths meanwhile leave of what was there and
-        what has come. -> it, without those who have died since."""
+        what has come. -> it."""
         try:
             while True:
                 with self._state.reading() as coordinator:
                     placement = coordinator.placement
                 if placement.missing:
                     raise Unavailable(f"no actor holds {named(placement.missing)} any more")
-                if (told := self._told(placement)) is not None:
-                    break
+                if (told := self._told(placement)) is None:
+                    continue
+                used, waited_s = told
+                with self._state.changing() as coordinator:
+                    if coordinator.placement.epoch == used.epoch:  # else another death: it is told what that leaves
+                        coordinator.in_use(used)
+                        return _InUse(used, waited_s)
         except MoeClusterError:
-            with suppress(MoeClusterError):  # only who leads knows what came of it
-                self._in_use(call(ROUTER, self._crew.router.in_use.remote(), SWITCH_TIMEOUT_S))
+            self._find_out()
             raise
-        used, waited_s = told
-        return _InUse(self._in_use(used), waited_s)
+
+    def _find_out(self) -> None:
+        """What is in use, after an error: only who leads knows. If nobody does any more, what the actors hold tells
+        whether the switch was over."""
+        try:
+            used = call(ROUTER, self._crew.router.in_use.remote(), SWITCH_TIMEOUT_S)
+            self._in_use(used)
+        except MoeClusterError as error:
+            logger.warning("no router says what is in use: %s", error)
+            with suppress(MoeClusterError):
+                asked = {contact.name: handle.vitals.remote() for contact, handle in self._crew.experts()}
+                held = {name: call(name, ref, ANSWER_S)["groups"] for name, ref in asked.items()}
+                with self._state.changing() as coordinator:
+                    coordinator.held(held)
 
     def _told(self, placement: Placement) -> tuple[Placement, float] | None:
         """What `_adopt` gives. None: it is to be done again with the placement of then."""

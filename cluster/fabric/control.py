@@ -396,8 +396,8 @@ class ControlWorker:
                 desk.jobs.start(job_id, config, start_step)
             case StopJob(job_id, _):
                 desk.jobs.stop(job_id)
-            case ActorLost(placement=Placement() as placement) if not placement.missing:
-                desk.changes.switch(placement)
+            case ActorLost(placement=Placement()):
+                desk.changes.tell_of_a_death()
             case ActorLost():
                 pass
 

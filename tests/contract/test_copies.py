@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from actors.errors import InvalidInput, LinkError, MoeClusterError, StepAborted
+from actors.errors import LinkError, MoeClusterError, StepAborted
 from actors.expert.exchange import Exchange
 from actors.optim import OptimizerSettings
 from actors.transport.contract import Link
@@ -315,7 +315,7 @@ def test_a_new_job_gives_up_what_is_on_its_way(source: ModelSource) -> None:
         local.arrive(0, "expert-0", "expert-1")
         local.router.begin_run(OptimizerSettings())
         held = tuple((f"expert-{n}",) for n in (1, 0, 1, 1))
-        with pytest.raises(InvalidInput, match="is not here"):
+        with pytest.raises(StepAborted, match="is not here"):
             local.router.placing.adopt(local.roster(Placement(2, held, 2)))
         assert local.router.train_step(BATCHES[0], lr=1e-2, clip_norm=1.0).step == len(BATCHES) + 1
         assert local.hosts[1].holdings.arriving == ()
@@ -332,7 +332,7 @@ def test_who_had_taken_a_placement_that_another_refused_has_no_part_in_steps(
         def refused() -> None:
             local.arrive(0, "expert-0", name)
             held = tuple((f"expert-{n}",) for n in (2, 1, 1, 1))  # group 1 is not on its way to anybody
-            with pytest.raises(InvalidInput, match="is not here"):
+            with pytest.raises(StepAborted, match="is not here"):
                 local.router.placing.adopt(local.roster(Placement(2, held, 2)))
             assert name not in local.router.state.training.links
             assert local.members[name].host.groups == ()
@@ -375,7 +375,7 @@ def test_an_actor_that_was_forgotten_in_a_switch_that_failed_is_asked_for_again(
         local.router.state.training.links["expert-0"].close()
         without = local.placement.without({"expert-0"})
         held = (("expert-1",),) * len(without.holders)
-        with pytest.raises(InvalidInput, match="is not here"):
+        with pytest.raises(StepAborted, match="is not here"):
             local.router.placing.adopt(local.roster(Placement(without.epoch, held, 2)))
         local.placement = replace(local.placement, epoch=without.epoch)
         assert local.router.train_step(BATCHES[0], lr=1e-2, clip_norm=1.0).step == len(BATCHES) + 1
@@ -386,7 +386,7 @@ def test_a_group_that_left_and_missed_a_step_is_not_taken_back(source: ModelSour
     with cluster(source, 2) as local:
         run(local, {1: lambda: local.adopt("1", "0", "1", "1")})
         held = tuple((f"expert-{n}",) for n in (0, 0, 1, 1))
-        with pytest.raises(InvalidInput, match="is not here"):
+        with pytest.raises(StepAborted, match="is not here"):
             local.router.placing.adopt(local.roster(Placement(9, held, 2)))
         assert local.router.serving.logits(IDS).isfinite().all()
 

@@ -18,7 +18,7 @@ from actors.transport.contract import Link
 from actors.transport.faulty import Fault, FaultyLink
 from actors.transport.message import Message
 from actors.trunk.model import ModelSource
-from actors.values import StepReport
+from actors.values import MAX_IN_FLIGHT, StepReport
 from tests.families import save
 from tests.local import LinkWrap, LocalCluster, cluster
 from tests.routers import routers_of
@@ -49,12 +49,15 @@ def run(
 ) -> list[StepReport]:
     local.router.begin_run(settings or OptimizerSettings(), balance)
     reports = [local.router.train_step(b, lr=1e-2, clip_norm=1.0, bias_speed=1e-3) for b in BATCHES]
-    no_thread_is_left()
+    every_slot_has_ended(local)
     return reports
 
 
-def no_thread_is_left() -> None:
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("in-flight")]
+def every_slot_has_ended(local: LocalCluster) -> None:
+    """All threads of the router's slots are free at once."""
+    threads, meeting = local.router.steps.accumulation._threads, threading.Barrier(MAX_IN_FLIGHT - 1)
+    for met in [threads.submit(meeting.wait, WAIT_S) for _ in range(MAX_IN_FLIGHT - 1)]:
+        met.result(WAIT_S)
 
 
 def numbers(reports: Sequence[StepReport]) -> list[StepReport]:
@@ -170,7 +173,7 @@ def test_a_fault_in_the_middle_changes_no_number(
         assert numbers(reports) == one_by_one[0]
 
 
-def test_every_thread_ends_when_a_step_cannot_be_made(source: ModelSource) -> None:
+def test_every_slot_ends_when_a_step_cannot_be_made(source: ModelSource) -> None:
     def wrap(actor: int, link: Link) -> Link:
         faults = [Fault("backward", n, "drop_answer") for n in range(1, 99)] if actor == 1 else []
         return FaultyLink(link, faults)
@@ -181,7 +184,7 @@ def test_every_thread_ends_when_a_step_cannot_be_made(source: ModelSource) -> No
         local.router.state.training.links.timeout_s = 0.3  # for what is to fail alone
         with pytest.raises((LinkError, StepAborted)):
             local.router.train_step(BATCHES[0], lr=1e-2, clip_norm=1.0)
-        no_thread_is_left()
+        every_slot_has_ended(local)
         assert local.router.version == 0
         assert torch.equal(local.router.serving.logits(IDS), before)
 
@@ -198,7 +201,7 @@ def test_a_non_finite_loss_of_one_ends_all(
             embedding[token] = float("nan")
         with pytest.raises(NonFinite, match="version 0"):
             local.router.train_step(BATCHES[0], lr=1e-2, clip_norm=1.0)
-        no_thread_is_left()
+        every_slot_has_ended(local)
         with torch.no_grad():
             embedding.copy_(kept)
         assert numbers(run(local)) == one_by_one[0]

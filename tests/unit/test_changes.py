@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,12 +32,19 @@ class Crew:
 
     def __init__(self, arrive: Callable[[], int], adopt: Callable[[Placement], float]) -> None:
         self.done: list[str] = []
+        self.held: dict[str, list[int]] = {}
         self.used: list[Placement] = []
         self._arrive, self._adopt = arrive, adopt
         self.leader = "router-0"
-        self.router = SimpleNamespace(
+        self._router = SimpleNamespace(
             adopt=SimpleNamespace(remote=self._asked), in_use=SimpleNamespace(remote=lambda: lambda: self.used[-1])
         )
+
+    @property
+    def router(self) -> Any:
+        if not self.leader:
+            raise Unavailable("no router leads")
+        return self._router
 
     def routers(self) -> list[str]:
         return ["router-0", "router-1"]
@@ -47,6 +55,12 @@ class Crew:
     def contact(self, name: str) -> str:
         return name
 
+    def experts(self) -> list[tuple[Any, Any]]:
+        def vitals(name: str) -> Any:
+            return SimpleNamespace(vitals=SimpleNamespace(remote=lambda: lambda: {"groups": self.held[name]}))
+
+        return [(SimpleNamespace(name=name), vitals(name)) for name in self.held]
+
     def pid_of(self, name: str) -> int:
         return 1
 
@@ -54,7 +68,7 @@ class Crew:
 
     def handle(self, name: str) -> Any:
         return SimpleNamespace(
-            arrive=SimpleNamespace(remote=lambda *args: self._arrive),
+            arrive=SimpleNamespace(remote=lambda *args: partial(self._arrive)),
             leave_off=SimpleNamespace(remote=lambda groups: lambda: self.done.append(f"{name} gave up {groups}")),
         )
 
@@ -71,7 +85,7 @@ class Crew:
 @pytest.fixture(autouse=True)
 def _without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(edge, "call", lambda who, ref, timeout_s: ref())
-    monkeypatch.setattr(edge, "as_they_come", lambda refs, timeout_s: range(len(refs)))
+    monkeypatch.setattr(edge, "ended", lambda refs, timeout_s: refs)
     monkeypatch.setattr(edge, "NOTICED_S", 0.5)
 
 
@@ -213,15 +227,19 @@ def test_another_router_leads_and_is_told() -> None:
     assert (here.coordinator.placement, here.coordinator.is_unsettled) == (AFTER, False)
 
 
-def test_nobody_leads_any_more() -> None:
+@pytest.mark.parametrize(("held_by_e1", "then"), [([0], AFTER.holders), ([], BEFORE.holders)])
+def test_nobody_leads_any_more(held_by_e1: list[int], then: object) -> None:
+    """What the actors hold tells whether the switch was over."""
+
     def die(here: Here) -> None:
         here.crew.leader, here.crew.routers = "", list  # type: ignore[method-assign]
         raise Unavailable("router-0 is not there") from ActorDiedError()
 
     here = Here(die)
+    here.crew.held = {"e0": [0], "e1": held_by_e1, "e2": [1, 2, 3]}
     with pytest.raises(Unavailable):
         here.carry_out()
-    assert (here.coordinator.placement.holders, here.coordinator.is_unsettled) == (BEFORE.holders, False)
+    assert (here.coordinator.placement.holders, here.coordinator.is_unsettled) == (then, False)
 
 
 def test_an_error_after_the_switch_does_not_take_it_back() -> None:
@@ -252,6 +270,41 @@ def test_who_asks_says_what_is_in_use() -> None:
 
 def test_copies_that_come_too_late_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     here = Here(go_on, lambda: time.sleep(0.2) or 1)  # type: ignore[func-returns-value]
-    with pytest.raises(LinkTimeout, match="no time left"):
+    with pytest.raises(LinkTimeout, match="no time was left"):
         here.carry_out(time_s=0.1)
     assert (here.coordinator.placement, here.crew.used) == (BEFORE, [BEFORE])
+
+
+def test_an_answer_that_a_death_has_overtaken_does_not_count() -> None:
+    """Who leads may have been told of that death too: it is asked again, and says then what it uses."""
+
+    def die(here: Here) -> None:
+        here.at_switch = go_on
+        here.lose("e2")
+
+    before = replace(BEFORE, holders=(("e0",), *(("e2", "e0"),) * 3))
+    after = replace(AFTER, holders=(("e0", "e1"), *before.holders[1:]))
+    here = Here(die, before=before)
+    with pytest.raises(Unavailable, match="died meanwhile"):
+        here.carry_out(Proposal(after, (Stage((GroupMove(0, "e0", "e1", 1),), after),), 0.5, 1.0))
+    assert here.crew.used[1:] == [after, here.coordinator.placement]
+    assert here.coordinator.placement.holders == (("e0",),) * 4
+
+
+def test_a_death_ends_the_wait_for_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a lost node nothing is heard: what was to come from there would be awaited for an hour."""
+    looks: list[int] = []
+
+    def nothing_yet(refs: list[Any], timeout_s: float) -> list[Any]:
+        looks.append(len(refs))
+        here.lose("e2")
+        return []
+
+    monkeypatch.setattr(edge, "ended", nothing_yet)
+    before = replace(BEFORE, holders=(("e0",), *(("e2", "e0"),) * 3))
+    after = replace(AFTER, holders=(("e0", "e1"), *before.holders[1:]))
+    here = Here(go_on, before=before)
+    with pytest.raises(Unavailable, match="died meanwhile"):
+        here.carry_out(Proposal(after, (Stage((GroupMove(0, "e0", "e1", 1),), after),), 0.5, 1.0))
+    assert looks == [1]
+    assert here.crew.used == [before, here.coordinator.placement]
