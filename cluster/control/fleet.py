@@ -62,7 +62,8 @@ class Fleet:
         if switch is None or used.epoch <= switch.before.epoch:
             return
         if used.epoch != self._placement.epoch:
-            self.place(replace(used.without(switch.gone), epoch=self._placement.epoch + 1))
+            newer = max(used.epoch, self._placement.epoch) + 1
+            self.place(replace(used.without(switch.gone), epoch=newer))
         self._switch = None
 
     def held(self, groups: Mapping[str, Collection[int]]) -> None:

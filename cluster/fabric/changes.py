@@ -287,9 +287,11 @@ class Changes:
         leader = self._crew.leader
         try:
             used, waited_s = self._adopt(placement, SWITCH_TIMEOUT_S)
-            if used.epoch < placement.epoch:
-                raise StepAborted(f"the router uses placement {used.epoch} and does not take {placement.epoch}")
-            return used, waited_s
+            if used.epoch == placement.epoch:
+                return used, waited_s
+            if self._state.wait_for(lambda coordinator: coordinator.placement.epoch >= used.epoch > placement.epoch, 0):
+                return None
+            raise StepAborted(f"the router uses placement {used.epoch} and does not take {placement.epoch}")
         except MoeClusterError as error:
             # Who leads may have died, or somebody whose death is not known here yet.
             if (is_death(error) or not leader) and self._another_leads(leader):

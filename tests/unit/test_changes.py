@@ -33,6 +33,7 @@ class Crew:
     def __init__(self, arrive: Callable[[], int], adopt: Callable[[Placement], float]) -> None:
         self.done: list[str] = []
         self.held: dict[str, list[int]] = {}
+        self.takes: Callable[[Placement], Placement] = lambda placement: placement
         self.used: list[Placement] = []
         self._arrive, self._adopt = arrive, adopt
         self.leader = "router-0"
@@ -77,7 +78,7 @@ class Crew:
             seconds = self._adopt(placement)
             self.used.append(placement)
             self.done.append(f"used {placement.holders[0]}")
-            return placement, seconds
+            return self.takes(placement), seconds
 
         return adopt
 
@@ -308,3 +309,14 @@ def test_a_death_ends_the_wait_for_copies(monkeypatch: pytest.MonkeyPatch) -> No
         here.carry_out(Proposal(after, (Stage((GroupMove(0, "e0", "e1", 1),), after),), 0.5, 1.0))
     assert looks == [1]
     assert here.crew.used == [before, here.coordinator.placement]
+
+
+@pytest.mark.parametrize("used", [-1, 7])
+def test_a_router_that_takes_another_placement_is_asked_once(used: int) -> None:
+    """The change ends, whatever that placement is."""
+    here = Here(go_on)
+    here.crew.takes = lambda placement: placement if placement == BEFORE else replace(placement, epoch=used)
+    with pytest.raises(StepAborted, match=f"uses placement {used} "):
+        here.carry_out()
+    assert len(here.crew.used) == 2
+    assert not here.coordinator.is_unsettled
