@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,10 +60,25 @@ class Holdings:
         self.free_places += 1
 
 
-def link(answer: Callable[[int], Message]) -> Any:
+class Asking:
     """To the group's owner, who is asked for one layer after the other."""
-    ask = lambda question, timeout_s: answer(question.fields["layer"])  # noqa: E731
-    return SimpleNamespace(peer="owner", call=ask, close=lambda: None)
+
+    peer = "owner"
+
+    def __init__(self, answer: Callable[[int], Message]) -> None:
+        self._answer, self.cut_off = answer, threading.Event()
+
+    def call(self, question: Message, timeout_s: float) -> Message:
+        return self._answer(question.fields["layer"])
+
+    def cut(self) -> None:
+        self.cut_off.set()
+
+    def close(self) -> None: ...
+
+
+def link(answer: Callable[[int], Message]) -> Any:
+    return Asking(answer)
 
 
 def unreachable(name: str, address: Address) -> Any:
@@ -104,6 +118,31 @@ def test_one_that_was_given_up_does_not_take_the_next_with_it() -> None:
         bring()
     assert holdings.written == [0, 1]
     assert arrivals.behind([5], 3, 1) == []
+
+
+def test_who_is_cut_off_is_waited_for_no_longer() -> None:
+    """Its node is gone: its connection stays open, and nothing comes."""
+    asked, other = threading.Event(), Asking(lambda layer: LAYER)
+
+    def nothing(layer: int) -> Message:
+        asked.set()
+        assert owner.cut_off.wait(WAIT_S)
+        raise LinkError("cut", peer="owner")
+
+    owner, holdings = Asking(nothing), Holdings()
+    other.peer = "another"
+    links: list[Any] = [owner, other]
+    as_holdings: Any = holdings
+    exchange = Exchange("expert-1", lambda name, address: links.pop(), timeout_s=1.0)
+    exchange.open("another", HERE)
+    arrivals = Arrivals(exchange, lambda: as_holdings)
+    with ThreadPoolExecutor(1) as pool:
+        brought = pool.submit(arrivals.bring, FairLock(), 5, "owner", HERE, HERE, 10 * WAIT_S)
+        assert asked.wait(WAIT_S)
+        exchange.cut(["owner"])
+        with pytest.raises(LinkError, match="cut"):
+            brought.result(WAIT_S)
+    assert not other.cut_off.is_set()
 
 
 def test_updates_of_a_group_that_nobody_waits_for_are_dropped() -> None:
