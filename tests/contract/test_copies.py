@@ -197,8 +197,16 @@ def test_who_gave_a_group_up_is_sent_no_more_of_it(
             link, unconfirmed = owner.followers._links[name]
             assert all(link.look(sent.pending.id, 20.0) for sent in unconfirmed)
 
-        between = {1: bring, 2: lambda: follower.placing.leave_off(0), 3: answered}
-        same(local, run(local, between), unmoved)
+        def give_up() -> None:
+            """When the update before, which nobody waits for, is done: it was wanted."""
+            deadline = time.monotonic() + 20.0
+            while not {(0, 2), (1, 2)} <= set(told):
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+            answered()
+            follower.placing.leave_off(0)
+
+        same(local, run(local, {1: bring, 2: give_up, 3: answered}), unmoved)
         assert owner.followers.groups == {1}
         answered()
         local.arrive(0, "expert-0", name)
