@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import msgpack
@@ -185,6 +186,22 @@ def test_an_asker_hears_at_once_that_its_question_could_not_be_read(on_tcp: bool
     assert link.call(Message("echo"), 5).op == "ok"
     link.close()
     server.stop()
+
+
+def test_a_server_may_be_stopped_by_several_at_once() -> None:
+    for _ in range(20):
+        server = SocketServer("peer", echo, max_bytes=MAX_BYTES)
+        server.start()
+        together = threading.Barrier(4)
+
+        def stop(server: SocketServer = server, together: threading.Barrier = together) -> None:
+            together.wait(5)
+            server.stop()
+
+        with ThreadPoolExecutor(4) as pool:
+            for stopping in [pool.submit(stop) for _ in range(4)]:
+                stopping.result(30)
+        assert not os.path.exists(server.address.ipc.removeprefix("ipc://"))
 
 
 def test_nobody_listens() -> None:

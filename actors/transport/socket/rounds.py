@@ -24,6 +24,8 @@ class Rounds(abc.ABC):
         self.address: Address = inbox.address
         self._inbox = inbox
         self._stop = threading.Event()
+        self._closing = threading.Lock()
+        self._is_closed = False
         self._thread = threading.Thread(target=self._run, name=f"{thread}-{name}", daemon=True)
 
     @abc.abstractmethod
@@ -34,11 +36,16 @@ class Rounds(abc.ABC):
         self._thread.start()
 
     def stop(self, timeout_s: float = 5.0) -> None:
+        """Any thread may, more than once and at the same time: each returns when it has stopped."""
         self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout_s)
-        self._release()
-        self._inbox.close()
+        with self._closing:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            if self._thread.is_alive():
+                self._thread.join(timeout_s)
+            self._release()
+            self._inbox.close()
 
     def _release(self) -> None:
         """What is to be closed before the inbox."""
