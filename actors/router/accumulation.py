@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
+import torch
+
 from actors.errors import InvalidInput, NonFinite, StepAborted
 from actors.expert.exchange import Attempt
 from actors.losses import token_losses
@@ -68,15 +70,14 @@ class Accumulation:
         """
         started = time.monotonic()
         num_slots = max(1, min(self._in_flight, len(parts)))
-        backward_alone = self._learner.device.type == "cuda"
-        flight = Flight(self._dispatcher, num_slots, self._threads, backward_alone=backward_alone)
+        flight = Flight(self._dispatcher, num_slots, self._threads)
         losses: dict[int, tuple[float, float]] = {}
 
         def one(part: Part, around_backward: AbstractContextManager[None]) -> None:
             if should_stop():
                 raise StepAborted("the step was given up")
             balance_share = part.share / num_microbatches
-            losses[part.number] = self._one(attempt, part, num_tokens, balance_share, flight, around_backward)
+            losses[part.number] = self._one(attempt, part, num_tokens, balance_share, around_backward)
 
         def each() -> Iterator[Callable[[], None]]:
             for part in parts:
@@ -98,7 +99,6 @@ class Accumulation:
         part: Part,
         num_tokens: int,
         balance_share: float,
-        flight: Flight,
         around_backward: AbstractContextManager[None],
     ) -> tuple[float, float]:
         """-> loss and balance loss of one part."""
@@ -117,6 +117,6 @@ class Accumulation:
             loss = loss + balance
         if not math.isfinite(own + own_balance):
             raise NonFinite(f"loss is {own + own_balance}", step=step)
-        with flight.backward(), around_backward:
+        with around_backward, torch.autograd.set_multithreading_enabled(False):  # in this thread, as a flight wants it
             loss.backward()
         return own, own_balance

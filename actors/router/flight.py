@@ -1,9 +1,10 @@
 """Passes of several micro-batches in flight: while the tokens of one are with the experts, the router computes another.
 
-transformers' forward and autograd's backward cannot be left in the middle, so every pass in flight has a thread. Only
-one computes at a time, who holds the baton, and it goes on only where a dispatcher would wait, once a layer and
-direction, always to the next slot in a fixed order. So everything happens in an order that does not depend on timing:
-gradients are added up micro-batch by micro-batch, as if there were no others in flight.
+transformers' forward and autograd's backward cannot be left in the middle, so every pass in flight has a thread, and
+both run in it: autograd's own thread of a CUDA device would be one for all of them. Only one computes at a time, who
+holds the baton, and it goes on only where a dispatcher would wait, once a layer and direction, always to the next slot
+in a fixed order. So everything happens in an order that does not depend on timing: gradients are added up micro-batch
+by micro-batch, as if there were no others in flight.
 
 Links are used by who holds the baton alone. An answer is awaited when the baton is back, after all others have had
 their turn.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,10 +37,6 @@ class Baton:
         self._turns = [threading.Condition(self._lock) for _ in range(num_slots)]
         self._holder = 0
         self._staying = set(range(num_slots))
-        self._alone: int | None = None
-        """Whose section it is that only one may be in."""
-        self._queueing: set[int] = set()
-        """For that section."""
         self.error: BaseException | None = None
         """What ended the first of those that failed."""
 
@@ -55,23 +52,6 @@ class Baton:
             self._give()
             self._wait(slot)
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """A section in which one slot may be, turns included; others that want to enter it let their turns pass."""
-        with self._lock:
-            slot = self._holder
-            self._queueing.add(slot)
-            if self._alone is not None:
-                self._give()
-                self._wait(slot)
-            self._queueing.discard(slot)
-            self._alone = slot
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._alone = None
-
     def leave(self, slot: int, error: BaseException | None = None) -> None:
         """It has no more turn. After an error nobody has."""
         with self._lock:
@@ -83,13 +63,10 @@ class Baton:
             elif self._holder == slot:
                 self._give()
 
-    def _may_go(self, slot: int) -> bool:
-        return slot in self._staying and (slot not in self._queueing or self._alone is None)
-
     def _give(self) -> None:
         num_slots = len(self._turns)
         following = [(self._holder + step) % num_slots for step in range(1, num_slots + 1)]
-        if (slot := next((s for s in following if self._may_go(s)), None)) is not None:
+        if (slot := next((s for s in following if s in self._staying), None)) is not None:
             self._holder = slot
             self._turns[slot].notify_all()
 
@@ -105,24 +82,11 @@ class Flight:
 
     `threads`: of the slots but the first, for this flight alone. They should outlive it: cuDNN's plans for attention
     are a thread's own, and take 75 ms a micro-batch to make.
-    `backward_alone`: autograd has one thread for all backwards of a CUDA device, so there only one of them can be under
-    way, beside forwards of others. On the CPU each runs in the thread of its pass.
     """
 
-    def __init__(
-        self, dispatcher: Dispatcher, num_slots: int, threads: ThreadPoolExecutor, *, backward_alone: bool = False
-    ) -> None:
+    def __init__(self, dispatcher: Dispatcher, num_slots: int, threads: ThreadPoolExecutor) -> None:
         self._dispatcher, self._num_slots, self._threads = dispatcher, num_slots, threads
         self._baton = Baton(num_slots)
-        self._backward_alone = backward_alone and num_slots > 1
-
-    @contextmanager
-    def backward(self) -> Iterator[None]:
-        """Around the backward of a pass."""
-        current = self._dispatcher.current
-        with self._baton.alone() if self._backward_alone else nullcontext():
-            self._dispatcher.current = current
-            yield
 
     def run(self, passes: Iterable[Callable[[], None]]) -> None:
         """All of them; a slot that is done with one takes the next. The first error ends all, and is raised when every
@@ -159,7 +123,6 @@ class Flight:
         self._baton.leave(slot, failure)
 
     def _while_away(self) -> None:
-        # Backward may run in a thread of autograd's: who holds the baton is known by what is computed, not by threads.
         current = self._dispatcher.current
         self._baton.pass_on()
         self._dispatcher.current = current

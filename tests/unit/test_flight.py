@@ -27,13 +27,12 @@ def fly(
     num_slots: int,
     num_passes: int,
     *,
-    backward_alone: bool = False,
     fails: Callable[[int, str], bool] = lambda number, stage: False,
 ) -> list[Event]:
     """Passes of two layers. -> (pass, stage) in the order of computation; threads dawdle at random."""
     away, done = dispatcher(), []
     threads = ThreadPoolExecutor(max(1, num_slots - 1))
-    flight = Flight(away, num_slots, threads, backward_alone=backward_alone)
+    flight = Flight(away, num_slots, threads)
 
     def stage(number: int, name: str) -> None:
         assert away.current == number, "what is computed now must be known"
@@ -48,9 +47,8 @@ def fly(
         away.current = number
         stage(number, "f0")
         stage(number, "f1")
-        with flight.backward():
-            stage(number, "b1")
-            stage(number, "b0")
+        stage(number, "b1")
+        stage(number, "b0")
 
     passes: list[Callable[[], None]] = [lambda n=n: one(n) for n in range(num_passes)]  # type: ignore[misc]
     try:
@@ -79,22 +77,10 @@ def test_a_slot_that_has_no_more_to_do_is_passed_over() -> None:
     assert fly(2, 3)[8:] == [(2, stage) for stage in ("f0", "f1", "b1", "b0")]
 
 
-@pytest.mark.parametrize("num_slots", [2, 3])
-def test_one_backward_at_a_time_beside_forwards_of_others(num_slots: int) -> None:
-    done = fly(num_slots, 6, backward_alone=True)
-    assert done == fly(num_slots, 6, backward_alone=True)
-    backwards = [event for event in done if event[1].startswith("b")]
-    assert backwards == [(n, stage) for n in range(6) for stage in ("b1", "b0")]
-    assert len(done) == 24
-    between = done[done.index((1, "b1")) : done.index((1, "b0"))]
-    assert any(name.startswith("f") for _, name in between), "a forward must go on meanwhile"
-
-
-@pytest.mark.parametrize("backward_alone", [False, True])
 @pytest.mark.parametrize("where", [(0, "f0"), (1, "f0"), (1, "f1"), (0, "b1"), (2, "b0"), (5, "f1")])
-def test_the_first_error_ends_all(where: Event, backward_alone: bool) -> None:
+def test_the_first_error_ends_all(where: Event) -> None:
     with pytest.raises(ValueError, match=f"{where[0]} {where[1]}"):
-        fly(3, 6, backward_alone=backward_alone, fails=lambda number, stage: (number, stage) == where)
+        fly(3, 6, fails=lambda number, stage: (number, stage) == where)
 
 
 def test_those_that_wait_are_told_why() -> None:
