@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from actors.expert.host import ExpertHost
 from actors.optim import OptimizerSettings
@@ -88,7 +88,7 @@ class TrainingRow(Row):
 
 def one_gpu_rows(rounds: int) -> list[Row]:
     """None where no GPU has room for both sides; with another GPU, that case too. At least `MIN_ROUNDS`."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < MIN_MEMORY_BYTES:
+    if not has_room():
         return []
     extents = {"one_gpu_3b": WHOLE, "two_gpu_3b": TWO_GPUS}
     found: list[Row] = []
@@ -96,6 +96,11 @@ def one_gpu_rows(rounds: int) -> list[Row]:
         found.append(train_both(case, extent, max(rounds, MIN_ROUNDS)))
         torch.cuda.empty_cache()
     return found
+
+
+def has_room() -> bool:
+    """Whether there is a GPU for two models of this size that are trained."""
+    return torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory >= MIN_MEMORY_BYTES
 
 
 def train_both(case: str, extent: Extent, rounds: int) -> TrainingRow:
@@ -128,14 +133,8 @@ def train_both(case: str, extent: Extent, rounds: int) -> TrainingRow:
 @contextmanager
 def side_by_side(extent: Extent) -> Iterator[tuple[Router, Reference]]:
     """A router with an expert host of this process, and plain transformers: the same weights on the same device."""
-    torch.manual_seed(0)
-    with torch.device(extent.device):  # drawn there: on a CPU that would take minutes
-        config = AutoConfig.for_model(**extent.values)
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, extent.dtype), experts_implementation="grouped_mm"
-        )
     with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory, save_original_format=False)
+        model = save_model(extent, directory)
         source = ModelSource(path=directory, dtype=extent.dtype)
         num_groups = int(skeleton(source).num_experts) // extent.group_size
         host = ExpertHost(
@@ -163,6 +162,18 @@ def side_by_side(extent: Extent) -> Iterator[tuple[Router, Reference]]:
     finally:
         router.close()
         host.close()
+
+
+def save_model(extent: Extent, directory: str) -> PreTrainedModel:
+    """With random weights. -> the model, on its device."""
+    torch.manual_seed(0)
+    with torch.device(extent.device):  # drawn there: on a CPU that would take minutes
+        config = AutoConfig.for_model(**extent.values)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, extent.dtype), experts_implementation="grouped_mm"
+        )
+    model.save_pretrained(directory, save_original_format=False)
+    return model
 
 
 def random_batches(extent: Extent, number: int) -> list[torch.Tensor]:

@@ -1,6 +1,6 @@
 """`split_cost`: training tokens a second of a router and its expert actors, against one process. `overlap_m2`: of two
 and three micro-batches in flight, against one after the other. With GPUs also `one_gpu_3b` and `two_gpu_3b`, of
-`cluster.bench.one_gpu`."""
+`cluster.bench.one_gpu`, and `overlap_3b_m2`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from actors.reference import Reference
 from actors.trunk.config import config_of
 from actors.trunk.source import ModelSource
 from cluster.bench.one_gpu import one_gpu_rows
-from cluster.bench.overlap import overlap_rows
+from cluster.bench.overlap import gpu_overlap_rows, overlap_rows
 from cluster.bench.result import Report, interleaved, rate_row
 from cluster.config import ClusterConfig, OptimizerConfig
 from cluster.fabric.launch import launched
@@ -56,10 +56,10 @@ def bench_train(config: ClusterConfig, *, rounds: int) -> Report:
     tokens = STEPS_A_ROUND * SEQUENCES * (LENGTH - 1)
     row = rate_row("split_cost", "tokens/s", tokens, seconds["ours"], f"transformers {peer}", seconds[peer])
     if not (rows := one_gpu_rows(rounds)):
-        logger.warning("no CUDA device with room for both sides: one_gpu_3b and two_gpu_3b are left out")
+        logger.warning("no CUDA device with room for both sides: one_gpu_3b, two_gpu_3b and overlap_3b are left out")
     elif len(rows) == 1:
         logger.warning("one CUDA device: two_gpu_3b is left out")
-    return Report("train", [row, *overlap_rows(config, rounds=rounds), *rows])
+    return Report("train", [row, *overlap_rows(config, rounds=rounds), *rows, *gpu_overlap_rows(rounds)])
 
 
 def _plain(directory: str, experts: str, batches: np.ndarray) -> Callable[[], None]:

@@ -55,7 +55,7 @@ def test_every_number_in_flight_trains_the_same_batches() -> None:
     tokens = 3 * 7
     with local_cluster(seed=0) as local:
         local.router.begin_run(OptimizerSettings())
-        rows = rows_of(local.router, batches, tokens, 0.01, rounds=2)
+        rows = rows_of("overlap", local.router, batches, tokens, 0.01, rounds=2)
         assert local.router.version == len(IN_FLIGHT) * 3, "two rounds and one to warm up"
     assert [row.case for row in rows] == ["overlap_m2_10ms", "overlap_m3_10ms"]
     assert all(row.value > 0 and row.ratio > 0 and row.rounds == 2 for row in rows)
