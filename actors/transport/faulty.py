@@ -12,6 +12,11 @@ from actors.transport.contract import Link
 from actors.transport.message import Message
 
 
+LOST_AFTER_S = 0.2
+"""How long an answer is waited for that the script keeps back: it will not come, and a short deadline for all others
+would strike where the script does not."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """Strikes the `nth` (from 1) question whose op is `op`."""
@@ -34,6 +39,8 @@ class FaultyLink(Link):
         self._script = tuple(script)
         self._seen: dict[str, int] = {}
         self._drop_answers: set[int] = set()
+        self._lost: set[int] = set()
+        """Questions that will have no answer."""
         self.struck: list[Fault] = []
 
     def _send(self, question: Message) -> None:
@@ -45,6 +52,8 @@ class FaultyLink(Link):
         if fault.kind == "close":
             self.close()
             raise PeerLost(f"closed by script at {fault.op} {fault.nth}", peer=self.peer)
+        if fault.kind in ("drop_question", "drop_answer"):
+            self._lost.add(question.id)
         if fault.kind == "drop_question":
             return None
         if fault.kind == "drop_answer":
@@ -59,6 +68,9 @@ class FaultyLink(Link):
     @property
     def pollables(self) -> tuple[Any, ...]:
         return self._inner.pollables
+
+    def wait(self, question_id: int, timeout_s: float) -> Message:
+        return super().wait(question_id, min(timeout_s, LOST_AFTER_S) if question_id in self._lost else timeout_s)
 
     def _receive(self, deadline: float) -> Message:
         if self.closed:

@@ -296,7 +296,7 @@ def test_a_step_that_runs_again_has_the_same_numbers(source: ModelSource, op: st
             return scripted[0]
         return link
 
-    with cluster(source, 2, links="socket", wrap=wrap, timeout_s=2.0) as local:
+    with cluster(source, 2, links="socket", wrap=wrap) as local:
         losses, weights = run_held(local, 2)
         assert len(scripted[0].struck) == 1
     torch.testing.assert_close(losses, expected[0], rtol=1e-9, atol=0)

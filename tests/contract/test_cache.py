@@ -153,7 +153,7 @@ def test_attempts_that_fail_leave_nothing(source: ModelSource) -> None:
 
     with cluster(source, 2) as plain:
         expected = numbers(plain)
-    with cluster(source, 2, links="socket", wrap=wrap, timeout_s=1.0, cache=CacheSettings(1)) as local:
+    with cluster(source, 2, links="socket", wrap=wrap, cache=CacheSettings(1)) as local:
         equal(numbers(local), expected)
         assert scripted[0].struck
 

@@ -305,7 +305,7 @@ def test_a_switch_that_fails_can_be_made_again(source: ModelSource, unmoved: Num
             return scripted[0]
         return link
 
-    with cluster(source, 2, links="socket", wrap=wrap, timeout_s=1.0) as local:
+    with cluster(source, 2, links="socket", wrap=wrap) as local:
 
         def switch() -> None:
             if op == "place":
@@ -377,7 +377,7 @@ def test_who_was_told_by_nobody_that_a_placement_is_not_used_gives_its_group_up(
 
 def test_an_actor_that_was_forgotten_in_a_switch_that_failed_is_asked_for_again(source: ModelSource) -> None:
     """It died, and who was to have its groups did not have them."""
-    with cluster(source, 3, links="socket", redundancy=2, heals=True, timeout_s=1.0) as local:
+    with cluster(source, 3, links="socket", redundancy=2, heals=True) as local:
         run(local)
         local.members["expert-0"].kill()
         local.router.state.training.links["expert-0"].close()

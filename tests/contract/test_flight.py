@@ -166,7 +166,7 @@ def test_a_fault_in_the_middle_changes_no_number(
             return scripted[0]
         return link
 
-    with cluster(source, 2, links="socket", wrap=wrap, timeout_s=1.0, in_flight=in_flight) as local:
+    with cluster(source, 2, links="socket", wrap=wrap, in_flight=in_flight) as local:
         reports = run(local)
         assert len(scripted[0].struck) == 1
         assert sum(report.retries for report in reports) == (kind != "duplicate")
@@ -181,7 +181,6 @@ def test_every_slot_ends_when_a_step_cannot_be_made(source: ModelSource) -> None
     with cluster(source, 2, links="socket", wrap=wrap, max_step_retries=1, in_flight=3) as local:
         local.router.begin_run(OptimizerSettings())
         before = local.router.serving.logits(IDS)
-        local.router.state.training.links.timeout_s = 0.3  # for what is to fail alone
         with pytest.raises((LinkError, StepAborted)):
             local.router.train_step(BATCHES[0], lr=1e-2, clip_norm=1.0)
         every_slot_has_ended(local)

@@ -289,7 +289,7 @@ def test_a_growth_that_fails_in_the_middle_has_not_been(
             return scripted[0]
         return link
 
-    with trained(source, links="socket", wrap=wrap, timeout_s=2.0) as local:
+    with trained(source, links="socket", wrap=wrap) as local:
         losses = train(local, 1)
         with pytest.raises(LinkError):
             local.router.grow(Growth(16))

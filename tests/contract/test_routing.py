@@ -89,7 +89,7 @@ def test_every_gate_learns_and_a_retried_step_chooses_the_same(deepseek: ModelSo
             return scripted[0]
         return link
 
-    disturbed = losses(deepseek, KINDS[name], links="socket", wrap=wrap, timeout_s=1.0)
+    disturbed = losses(deepseek, KINDS[name], links="socket", wrap=wrap)
     torch.testing.assert_close(disturbed, undisturbed, rtol=1e-9, atol=0)
     with cluster(deepseek, 2, gate=GateSettings(**KINDS[name])) as local:
         local.router.begin_run(OptimizerSettings())

@@ -48,7 +48,7 @@ def losses_with(source: ModelSource, faults: list[Fault], links: str = "socket")
             return scripted[0]
         return link
 
-    with cluster(source, 2, links=links, wrap=wrap, timeout_s=1.0) as local:
+    with cluster(source, 2, links=links, wrap=wrap) as local:
         local.router.begin_run(OptimizerSettings())
         reports = [local.router.train_step(b, lr=1e-2, clip_norm=1.0) for b in BATCHES]
         assert len(scripted[0].struck) == len(faults), "the script must have struck"
@@ -142,7 +142,6 @@ def test_retries_are_bounded_and_the_version_stays(source: ModelSource) -> None:
     with cluster(source, 2, links="socket", wrap=wrap, max_step_retries=2) as local:
         local.router.begin_run(OptimizerSettings())
         before = local.router.serving.logits(BATCHES[0][0])
-        local.router.state.training.links.timeout_s = 0.3  # for what is to fail alone
         with pytest.raises((LinkError, StepAborted)):
             local.router.train_step(BATCHES[0], lr=1e-2, clip_norm=1.0)
         assert local.router.version == 0

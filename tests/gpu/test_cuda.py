@@ -162,7 +162,7 @@ def test_a_group_moves_from_device_to_device(tmp_path: Path) -> None:
 
 
 def test_losses_with_several_in_flight_equal_those_of_one_after_the_other(tmp_path: Path) -> None:
-    """On the device one backward is under way at a time, beside forwards of others."""
+    """Each backward in its own thread, also on the device."""
     source = ModelSource(path=str(save("deepseek_v3", tmp_path / "m", torch.float32)))
     batches = [batch + BATCHES[0] for batch in BATCHES]
     found: dict[int, list[float]] = {}
