@@ -11,7 +11,6 @@ from actors.errors import LinkTimeout, PeerLost
 from actors.transport.contract import Link
 from actors.transport.message import Message
 
-
 LOST_AFTER_S = 0.2
 """How long an answer is waited for that the script keeps back: it will not come, and a short deadline for all others
 would strike where the script does not."""
