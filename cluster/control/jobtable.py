@@ -51,6 +51,11 @@ class JobRecord:
         self.job = dataclasses.replace(self.job, step=step)
         self.record("note", now, message=message)
 
+    def recall_end(self) -> None:
+        """Of all that was told of a job that is over, its last event is there again: those who watch it wait for it."""
+        job, ended_s = self.job, self.job.ended_s or 0.0
+        self._events.append(job.last_event, ended_s, "state", job.state, job.step, {}, job.error)
+
     def record(self, kind: str, now: float, metrics: Mapping[str, float] | None = None, message: str = "") -> None:
         number = self.job.last_event + 1
         self.job = dataclasses.replace(self.job, last_event=number)
@@ -95,6 +100,8 @@ class JobTable:
         elif recalled.message and not job.state.is_final:
             job = dataclasses.replace(job, state=JobState.QUEUED)
         record = self._keep(job)
+        if recalled.job.state.is_final:
+            record.recall_end()
         if recalled.message:
             record.record("note", now, message=recalled.message)
         for step, report in enumerate(recalled.reports, job.step + 1):

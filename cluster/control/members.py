@@ -17,6 +17,7 @@ class Members:
         self._actors: dict[str, ActorStatus] = {}
         self._last_seen_s: dict[str, float] = {}
         self._dead: set[tuple[str, int]] = set()
+        self._looked_s: float | None = None
 
     def seen(self, status: ActorStatus, now: float) -> None:
         """A report is a heartbeat. An actor that was taken for lost because of its silence is back with it."""
@@ -68,7 +69,12 @@ class Members:
         """Ids of ready actors from whom nothing came for longer than the timeout.
 
         Starting ones are exempt: loading a large model is silent for minutes, and who starts them watches the clock.
+        To be called often: after half the timeout without a call all count as heard, since this process stood still,
+        their reports unread, or the clock was set.
         """
+        if self._looked_s is not None and now - self._looked_s > self._timeout_s / 2:
+            self._last_seen_s = dict.fromkeys(self._last_seen_s, now)
+        self._looked_s = now
         return [
             actor.id
             for actor in self._actors.values()

@@ -295,6 +295,7 @@ def test_jobs_wait_until_every_group_has_a_ready_holder() -> None:
 def test_a_silent_actor_is_lost_and_the_running_job_told(coordinator: Coordinator) -> None:
     job_id = start(coordinator)
     beat(coordinator, 5.0, ["r0", "e0"])
+    assert coordinator.step(5.5) == []
     assert coordinator.step(10.0) == []
     decisions = coordinator.step(10.1)
     assert decisions == [ActorLost("e1", "expert", (2, 3), job_id, "silent for more than 10 s")]
@@ -303,6 +304,18 @@ def test_a_silent_actor_is_lost_and_the_running_job_told(coordinator: Coordinato
     assert (status.ready, status.message) == (False, "expert groups without a ready holder: 2, 3")
     assert kinds(coordinator, job_id)[-1] == ("note", "running")
     assert coordinator.step(11.0) == [], "told once"
+
+
+def test_a_coordinator_that_stood_still_blames_nobody(coordinator: Coordinator) -> None:
+    """Or whose clock was set: what the actors said meanwhile has not been read yet."""
+    start(coordinator)
+    assert coordinator.step(60.0) == []
+    beat(coordinator, 60.5, ["r0", "e0"])
+    assert coordinator.step(64.9) == []
+    assert coordinator.step(69.9) == []
+    (silent,) = coordinator.step(70.1)
+    assert isinstance(silent, ActorLost)
+    assert silent.actor_id == "e1"
 
 
 def test_a_silent_actor_comes_back_with_its_next_report(coordinator: Coordinator) -> None:
@@ -492,6 +505,7 @@ def test_silence_leaves_the_placement_as_it_is_until_death_is_certain() -> None:
     coordinator = make_double()
     job_id = start(coordinator)
     beat(coordinator, 5.0, ["r0", "e0"])
+    coordinator.step(5.5)
     (silent,) = coordinator.step(10.1)
     assert silent == ActorLost("e1", "expert", (0, 1, 2, 3), job_id, "silent for more than 10 s", None)
     status = coordinator.status()

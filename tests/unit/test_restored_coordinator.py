@@ -155,6 +155,13 @@ def test_with_the_router_dead_too_and_no_checkpoint_the_job_fails() -> None:
     assert "there is no checkpoint" in coordinator.jobs.get("job-2").error
 
 
+def test_who_watches_a_job_that_was_over_is_told_of_its_end() -> None:
+    for coordinator in (restored(), started(PAST, RUNNING)):
+        events, job = coordinator.jobs.events("job-1", 0, 10)
+        assert job == DONE
+        assert [(event.number, event.kind, event.state) for event in events] == [(DONE.last_event, "state", DONE.state)]
+
+
 def test_operations_that_were_under_way_have_failed() -> None:
     ended = Operation("operation-1", "x", "scale_experts", OperationState.SUCCEEDED, 2, 1.0, "", 1.0, 2.0)
     under_way = Operation("operation-2", "y", "scale_experts", OperationState.CANCELLING, 3, 0.5, "moved", 3.0)
