@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,6 +47,10 @@ class Seat:
         self.dead = True
         if self.server is not None:
             self.server.stop()
+        links, work = self.router.state.training.links, self.replica._work
+        links.cut(list(links))
+        if work is not None and work._thread is not threading.current_thread():
+            work.end()  # it may be in the middle of the very links that are closed now
         self.router.close()
 
 

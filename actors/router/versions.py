@@ -25,7 +25,8 @@ class Hold:
 
 
 class VersionGate:
-    """Readers (forwards of serving) share it with one writer (the commit), who goes first when both wait."""
+    """Readers (forwards of serving) share it with one writer (the commit), who goes first when both wait. Readers that
+    wait for too long get `StepAborted`: their requests may be tried again."""
 
     def __init__(self, timeout_s: float = 120.0) -> None:
         self._timeout_s = timeout_s
@@ -69,7 +70,7 @@ class VersionGate:
         with self._condition:
             self._writer_waits += 1
             try:
-                self._wait(lambda: not self._writing and not self._readers and not self._holds)
+                self._wait(lambda: not self._writing and not self._readers and not self._holds, MoeClusterError)
             finally:
                 self._writer_waits -= 1
             self._writing = True
@@ -100,9 +101,9 @@ class VersionGate:
     def is_shut(self) -> bool:
         return self._is_shut
 
-    def _wait(self, free: Callable[[], bool]) -> None:
+    def _wait(self, free: Callable[[], bool], too_long: type[MoeClusterError] = StepAborted) -> None:
         if not self._condition.wait_for(free, self._timeout_s):
-            raise MoeClusterError(f"a forward or an update did not end within {self._timeout_s:.0f} s")
+            raise too_long(f"a forward or an update did not end within {self._timeout_s:.0f} s")
 
 
 class _GateHold(Hold):

@@ -60,7 +60,7 @@ def test_an_update_that_waits_comes_before_the_next_hold(pool: ThreadPoolExecuto
     update, let_out = writer(gate, pool)
     until_awaited(gate)
     gate._timeout_s = 0.05
-    with pytest.raises(MoeClusterError, match="did not end"):
+    with pytest.raises(StepAborted, match="did not end"):
         gate.hold()
     gate._timeout_s = WAIT_S
     after = pool.submit(lambda: gate.hold().end())
