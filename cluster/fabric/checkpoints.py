@@ -143,6 +143,9 @@ class Checkpoints:
         """One was due while another was being written, and none has been taken since."""
         self._owed_from_s = math.inf
         """One failed: from then on (monotonic) it is made up for."""
+        self._owed_s = self._taken_s = self._saved_s = -math.inf
+        """Monotonic: when something came to be that an orderly end must not lose, when the last snapshot was taken, and
+        when the last one that is in a checkpoint was."""
         self._full = ""
         """Why the last one that was due could not be written; empty if there is room, as far as is known."""
         self._again_at_s, self._again_after_s = math.inf, AFTER_FAILURE_S
@@ -190,6 +193,24 @@ class Checkpoints:
         with self._course_lock:
             return self._course[1].version if self._course and self._course[0] == job_id else None
 
+    def owe(self) -> None:
+        """What is there now is to be in a checkpoint, also if everything ends in order before: `finish` sees to it."""
+        if self._every_steps:
+            self._owed_s = time.monotonic()
+
+    def finish(self, timeout_s: float) -> None:
+        """Everything ends: waits for what is being written, and writes what is owed."""
+        deadline = time.monotonic() + timeout_s
+        if not self._turn.acquire(timeout=timeout_s):
+            logger.warning("the checkpoint that is being written is given up after %.0f s", timeout_s)
+            return
+        self._turn.release()
+        if self._owed_s > self._saved_s:
+            try:
+                self.save(_remaining(deadline))
+            except Exception as error:  # of the storage, too: the end must come all the same
+                logger.warning("the end of all loses what is in no checkpoint: %s", error)
+
     def after_job(self) -> None:
         """It has ended: what it has come to, and that it need not be resumed."""
         if self._every_steps:
@@ -197,6 +218,7 @@ class Checkpoints:
 
     def after_change(self) -> None:
         """Of the model, by an import or a growth. In the background: a return to older ones would undo it."""
+        self.owe()
         threading.Thread(target=self.after_job, name="checkpoint", daemon=True).start()
 
     def look(self) -> None:
@@ -301,6 +323,7 @@ class Checkpoints:
 
     def _take(self, deadline: float) -> SnapshotTaken:
         self._is_owed = False  # what is due from here on is due after this one
+        self._taken_s = time.monotonic()
         taken: SnapshotTaken = call(ROUTER, self._crew.router.take_snapshot.remote(), _remaining(deadline))
         return taken
 
@@ -314,6 +337,7 @@ class Checkpoints:
         except MoeClusterError:
             store.discard(draft)
             raise
+        self._saved_s = self._taken_s
         self._owed_from_s = self._again_at_s = math.inf
         self._again_after_s = AFTER_FAILURE_S
         with self._state.changing() as coordinator:

@@ -66,6 +66,8 @@ LOOP = "the coordinator's loop"
 PING_EVERY_S = 2.0
 AGAIN_S = 2.0
 """After an attempt to come back that failed."""
+FINISH_S = 20.0
+"""For the last checkpoint, when all ends in order."""
 FIRST_RUN = 1
 """Of a router that starts from a checkpoint; the next job's is one more."""
 
@@ -208,6 +210,7 @@ class ControlWorker:
         if (desk := self._seat) is not None:
             desk.draining.stop()
             desk.jobs.stop_all()
+            desk.checkpoints.finish(FINISH_S)
             desk.keeper.close()
         self._crew.end_all()
 

@@ -67,6 +67,7 @@ class Growing:
                 price(grown.waited_s)
             with self._state.changing() as coordinator:
                 coordinator.operations.progress(operation.id, 1.0, _sentence(grown))
+            self._checkpoints.owe()
             return grown.waited_s
 
         try:

@@ -141,6 +141,7 @@ class JobThreads:
         return None
 
     def _end(self, report: Callable[[Coordinator, float], None]) -> None:
+        self._checkpoints.owe()  # whoever is told of the end must find it after the next start
         with self._state.changing() as coordinator:
             report(coordinator, time.time())
 

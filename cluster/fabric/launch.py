@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STOP_TIMEOUT_S = 10.0
+ASK_TIMEOUT_S = 10.0
+STOP_TIMEOUT_S = 30.0
+"""For the last checkpoint (`control.FINISH_S`), and the actors."""
 CALL_TIMEOUT_S = 60.0
 
 
@@ -42,12 +44,12 @@ class RunningCluster:
 
     def ask_expert(self, number: int) -> tuple[ExpertContact, Callable[[Message], Message]]:
         """Where expert actor `number` listens, and a function that asks it by a Ray call instead."""
-        contact, handle = call(COORDINATOR, self.control.experts.remote(), STOP_TIMEOUT_S)[number]
+        contact, handle = call(COORDINATOR, self.control.experts.remote(), ASK_TIMEOUT_S)[number]
         return contact, lambda question: call(contact.name, handle.handle.remote(question), CALL_TIMEOUT_S)
 
     def link_keys(self) -> LinkKeys | None:
         """What a link to an expert actor needs, where links are secured."""
-        keys: LinkKeys | None = call(COORDINATOR, self.control.link_keys.remote(), STOP_TIMEOUT_S)
+        keys: LinkKeys | None = call(COORDINATOR, self.control.link_keys.remote(), ASK_TIMEOUT_S)
         return keys
 
 

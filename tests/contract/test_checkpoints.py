@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,6 +44,8 @@ class Storage:
         self.saved: list[Manifest] = []
         self.discarded = 0
         self.fault: MoeClusterError | None = None
+        self.fault_now: MoeClusterError | None = None
+        """That of the checkpoint at hand: all of it meets the same."""
         self.go = threading.Event()
         self.go.set()
 
@@ -50,6 +53,7 @@ class Storage:
         return self
 
     def begin(self, version: int) -> Draft:
+        self.fault_now = self.fault
         return Draft(f"{self.url}/{version}", version)
 
     def manifest_of(self, taken: SnapshotTaken, job: Mapping[str, Any] | None, shards: tuple[Shard, ...]) -> Manifest:
@@ -87,9 +91,9 @@ class Crew:
 
     def _write(self, name: str) -> Shard:
         assert self.storage.go.wait(WAIT_S)
-        if self.storage.fault and name == "e1":
-            raise self.storage.fault
-        if self.storage.fault:
+        if (fault := self.storage.fault_now) and name == "e1":
+            raise fault
+        if fault:
             raise CheckpointError("the draft is gone")
         return Shard(name, 1, "0" * 64)
 
@@ -255,6 +259,49 @@ def test_any_checkpoint_makes_up_for_the_one_after_a_job() -> None:
     bench.checkpoints.save(WAIT_S)
     assert bench.coordinator.status().message == ""
     assert bench.checkpoints._again_at_s == math.inf
+
+
+def test_an_orderly_end_waits_for_what_is_being_written_and_writes_what_is_owed() -> None:
+    bench = Bench(2)
+    bench.storage.go.clear()
+    bench.step(1)
+    bench.step(2)
+    bench.step(3)
+    bench.checkpoints.owe()
+    with ThreadPoolExecutor(1) as pool:
+        finished = pool.submit(bench.checkpoints.finish, WAIT_S)
+        time.sleep(0.05)
+        assert not finished.done()
+        bench.storage.go.set()
+        finished.result(WAIT_S)
+    assert bench.written(2) == [2, 3]
+    bench.checkpoints.finish(WAIT_S)
+    assert bench.written(2) == [2, 3], "nothing is owed any more"
+
+
+@pytest.mark.parametrize("fault", [StorageFull("no room"), OSError("no such device")])
+def test_an_orderly_end_comes_whatever_is_wrong(fault: Exception) -> None:
+    bench = Bench(1)
+    bench.crew.fault = fault  # type: ignore[assignment]
+    bench.checkpoints.owe()
+    bench.checkpoints.finish(WAIT_S)
+    assert bench.crew.num_taken == 1
+    bench.crew.fault = None
+    bench.storage.go.clear()
+    bench.step(1)
+    bench.checkpoints.finish(0.05)
+    assert bench.storage.saved == []
+    bench.storage.go.set()
+    assert bench.written(1) == [1]
+
+
+def test_an_orderly_end_writes_nothing_where_nothing_is_owed() -> None:
+    for bench in (Bench(0), Bench(100)):
+        bench.step(1)
+        if not bench.checkpoints._every_steps:
+            bench.checkpoints.owe()
+        bench.checkpoints.finish(WAIT_S)
+        assert bench.crew.num_taken == 0
 
 
 def test_one_at_a_time() -> None:

@@ -99,6 +99,8 @@ class Crew:
     def contacts(self, placement: Placement) -> list[str]:
         return []
 
+    def owe(self) -> None: ...
+
     def after_change(self) -> None:
         self.saved += 1
 

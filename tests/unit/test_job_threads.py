@@ -29,12 +29,16 @@ class Around:
 
     def __init__(self, go_back: Callable[[], int | None]) -> None:
         self._go_back = go_back
+        self.num_owed = 0
 
     def is_needed_after(self, error: object) -> bool:
         return True
 
     def go_back(self, job_id: str, should_stop: object) -> int | None:
         return self._go_back()
+
+    def owe(self) -> None:
+        self.num_owed += 1
 
     def after_job(self) -> None: ...
 
@@ -49,8 +53,8 @@ class Bench:
         for name, role in (("r0", "router"), ("e0", "expert")):
             coordinator.actor_seen(ActorStatus(name, role, "n0", 1, "ready", device="cpu", version=0), 0.0)
         self.state = Guarded(coordinator)
-        around: Any = Around(go_back)
-        self.threads = JobThreads(self.state, around, ModelConfig(), around, around, around, around)
+        self.around = around = Around(go_back)
+        self.threads = JobThreads(self.state, around, ModelConfig(), around, around, around, around)  # type: ignore[arg-type]
 
     def run(self) -> Job:
         """One job, until its thread has ended."""
@@ -85,6 +89,12 @@ def test_an_end_that_nobody_believes_fails_the_job(monkeypatch: pytest.MonkeyPat
     assert "0 of 3 steps" in job.error
 
 
+def test_an_end_that_is_told_is_owed_to_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(monkeypatch, lambda: fail(PeerLost("gone", peer="e0")), lambda: None)
+    assert bench.run().state is JobState.FAILED
+    assert bench.around.num_owed == 1
+
+
 def test_nothing_is_reported_while_the_cluster_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the next start resumes it."""
     bench = Bench(monkeypatch, lambda: stop(), lambda: None)
@@ -94,3 +104,4 @@ def test_nothing_is_reported_while_the_cluster_ends(monkeypatch: pytest.MonkeyPa
         raise OSError("Ray is going away")
 
     assert bench.run().state is JobState.RUNNING
+    assert bench.around.num_owed == 0
