@@ -106,6 +106,7 @@ class Exchange:
         link = self._open_peer(peer, address)
         with self._changed:
             self._opened.add(link)
+        self._cut_if_late(link)
         return link
 
     def cut(self, peers: Iterable[str]) -> None:
@@ -131,9 +132,15 @@ class Exchange:
             if peer in self._cut_off:
                 raise PeerLost("it was cut off", peer=peer)
             self._links[peer] = self._open_peer(peer, self._addresses[peer])
+            self._cut_if_late(self._links[peer])
             return self._links[peer].start(question)
         except (KeyError, LinkError) as error:
             raise self._lost(peer, error) from error
+
+    def _cut_if_late(self, link: Link) -> None:
+        """`cut` may have come while it was being opened."""
+        if link.peer in self._cut_off:
+            link.cut()
 
     def settle(self, pending: Iterable[Pending]) -> None:
         """Waits until all of it is in the boxes of the others."""

@@ -119,6 +119,8 @@ class Links(Mapping[str, Link]):
                         # A frozen process still takes connections: who asks it anew waits in vain.
                         raise PeerLost("it was cut off", peer=name)
                     self._links[name] = self._peers[name].open()
+                    if link.is_cut:  # while it was being opened
+                        self._links[name].cut()
                 except LinkError:
                     gone.append(name)
         for name in gone if self._reroutes else ():
@@ -144,8 +146,8 @@ class Links(Mapping[str, Link]):
         """Every wait for these ends. From any thread."""
         self.relays.cut(names)
         for name in names:
-            if (link := self._links.get(name)) is not None:
-                link.cut()
+            while (link := self._links.get(name)) is not None and not link.is_cut:
+                link.cut()  # and the one that is in its place meanwhile
 
     def forget(self) -> None:
         """Nobody waits for the open questions any more."""

@@ -71,6 +71,8 @@ class Asking:
     def call(self, question: Message, timeout_s: float) -> Message:
         return self._answer(question.fields["layer"])
 
+    def start(self, question: Message) -> None: ...
+
     def cut(self) -> None:
         self.cut_off.set()
 
@@ -143,6 +145,23 @@ def test_who_is_cut_off_is_waited_for_no_longer() -> None:
         with pytest.raises(LinkError, match="cut"):
             brought.result(WAIT_S)
     assert not other.cut_off.is_set()
+
+
+@pytest.mark.parametrize("for_itself", [False, True])
+def test_who_is_cut_off_while_a_link_to_it_is_opened_is_not_waited_for(for_itself: bool) -> None:
+    owner = Asking(lambda layer: LAYER)
+
+    def opened_late(name: str, address: Address) -> Any:
+        exchange.cut(["owner"])
+        return owner
+
+    exchange = Exchange("expert-1", opened_late, timeout_s=1.0)
+    if for_itself:
+        exchange.connect({"owner": HERE})
+        exchange.start("owner", Message("layer", {"layer": 0}))
+    else:
+        exchange.open("owner", HERE)
+    assert owner.cut_off.is_set()
 
 
 def test_updates_of_a_group_that_nobody_waits_for_are_dropped() -> None:

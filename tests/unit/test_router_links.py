@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -105,6 +106,25 @@ def test_who_was_cut_off_is_not_opened_again(actors: Actors) -> None:
     links.close_some(["a", "unknown"])
     assert links.reopen() == ["a"]
     assert actors.opened == ["a"]
+
+
+def test_who_is_cut_off_while_its_link_is_opened_is_not_waited_for(actors: Actors) -> None:
+    links, peers = Links(timeout_s=1.0, reroutes=False), actors.peers("a")
+    open_link = peers["a"].open
+
+    def opened_late() -> Link:
+        link = open_link()
+        links.cut(["a"])
+        return link
+
+    links.connect(peers)
+    links.connect({"a": replace(peers["a"], open=opened_late)})
+    links.close_some(["a"])
+    links.reopen()
+    with pytest.raises(PeerLost, match="closed"):
+        links.start("a", Message("x"))
+    links.close_some(["a"])
+    assert links.reopen() == ["a"]
 
 
 def test_the_first_error_is_raised_after_all_were_asked(actors: Actors) -> None:
