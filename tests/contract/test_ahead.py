@@ -179,7 +179,7 @@ def asked(link: SocketLink, answers: list[Any], question: Message) -> threading.
 
 
 def has_been_read(server: SocketServer) -> bool:
-    return any(line._ahead is not None for line in server._inbox._attachments._lines.values())
+    return any(line._ahead is not None for line in list(server._inbox._attachments._lines.values()))
 
 
 def test_a_peer_that_stops_in_the_middle_keeps_nobody_else_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,9 +237,12 @@ def test_the_answer_may_go_ahead_too(monkeypatch: pytest.MonkeyPatch) -> None:
             assert torch.equal(found, LONG)
         with stuck(monkeypatch) as goes_on:
             pending = link.start(Message("x"))
-            assert not link.look(pending.id, 0.2)
             assert link._line is not None
-            assert link._line._ahead is not None
+            deadline = time.monotonic() + WAIT_S
+            while link._line._ahead is None:
+                assert not link.look(pending.id, 0.05)
+                assert time.monotonic() < deadline, "it does not go ahead"
+            assert not link.look(pending.id, 0.05)
             goes_on.set()
             assert torch.equal(pending.result(WAIT_S).tensors[0], LONG)
         link.close()

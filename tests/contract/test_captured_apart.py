@@ -177,7 +177,7 @@ def test_a_pass_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever holds the host's lock may be waiting for it, and see no link end."""
     with made() as local:
         host, (ours, theirs), (others, left) = local.hosts[0], FakeWay.pair(), FakeWay.pair()
-        monkeypatch.setattr(host.state.exchange, "timeout_s", 0.1)
+        monkeypatch.setattr(host.state.exchange, "timeout_s", 2.0)
         late, in_time = Brought(theirs), Brought(left)
         numbers = {end: arranged(host, brought).fields["pass"] for end, brought in ((ours, late), (others, in_time))}
         room_N = next(iter(host.playing._players.values())).passes[1].room_N
@@ -188,7 +188,7 @@ def test_a_pass_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
             Playing._wait(player)
         assert played(host, late, numbers[ours]).fields == {"played": True}
         with host.state.lock:
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 20  # the late one waits for 30 s
             while not theirs.is_over and time.monotonic() < deadline:
                 time.sleep(0.01)
         assert theirs.is_over

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -138,13 +139,15 @@ class TestHealthPort:
             yield front
 
     def test_it_answers_without_tls_and_token(self, front):
-        with grpc.insecure_channel(front.health_target) as channel:
+        with grpc.insecure_channel(front.health_target) as channel, ThreadPoolExecutor(1) as pool:
             health = health_pb2_grpc.HealthStub(channel)
             statuses = health.Watch(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
             while next(statuses).status != health_pb2.HealthCheckResponse.SERVING:
                 pass
-            run(front.stop(grace_s=0.5))
+            stopped = pool.submit(run, front.stop(grace_s=WAIT_S))
             assert next(statuses).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            statuses.cancel()
+            stopped.result(WAIT_S)
 
     @BY_NAME
     def test_nothing_else_is_there(self, front, path, method):

@@ -14,10 +14,10 @@ from cluster.backend import ActorStatus
 from cluster.config import ExpertsConfig
 from cluster.control.coordinator import Coordinator
 from cluster.control.model import ModelFacts
-from cluster.fabric import scaling as module
+from cluster.fabric import loops
 from cluster.fabric.changes import Changes
 from cluster.fabric.guarded import Guarded
-from cluster.fabric.scaling import Scaling
+from cluster.fabric.scaling import ROOM_LOOK_S, Scaling
 from cluster.placement.placement import ActorSlot, spread
 
 MODEL = ModelFacts("tiny", 1000, num_experts=8, num_moe_layers=2, top_k=2, max_positions=256, vocab_size=260)
@@ -54,8 +54,10 @@ class Crew:
 
 class Stage:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, redundancy: int) -> None:
-        """As many copies as `redundancy` says; two nodes are to carry them."""
-        monkeypatch.setattr(module, "ROOM_LOOK_S", 0.05)
+        """As many copies as `redundancy` says; two nodes are to carry them. Answers grow old with each look, however
+        long it takes."""
+        self.now_s = 0.0
+        monkeypatch.setattr(loops, "time", SimpleNamespace(monotonic=lambda: self.now_s))
         slots = ActorSlot("e0", "n0"), ActorSlot("e1", "n1")
         coordinator = Coordinator(MODEL, spread(8, 2, slots, redundancy=redundancy), redundancy=2)
         for name, node in (("e0", "n0"), ("e1", "n1")):
@@ -73,6 +75,7 @@ class Stage:
         deadline = time.monotonic() + WAIT_S
         while not is_enough():
             assert time.monotonic() < deadline
+            self.now_s += ROOM_LOOK_S / 16
             begun = time.monotonic()
             self.scaling.heal()
             assert time.monotonic() - begun < WAIT_S / 2, "all else of the loop has waited with it"

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from actors.errors import PeerLost
+from actors.router.batch import AHEAD
 from actors.transport.contract import Link
 from actors.transport.message import Message
 from tests.captured import BATCHES, agree, source, tokens
@@ -110,5 +111,6 @@ def test_streams_go_on(ends: Ends) -> None:
         ends.left = 1
 
     with made(ends) as local:
-        agree(local.router, tokens(local.router, at=16, then=end))
+        # So many that there are steps left when the first stream's reader is at its 16th, however late it reads.
+        agree(local.router, tokens(local.router, 16 + 2 * AHEAD, at=16, then=end))
         assert len(ends.peers) == 1

@@ -16,7 +16,7 @@ from actors.transport.socket import SocketLink, SocketServer
 
 MAX_BYTES = 1 << 24
 SHM = PayloadSettings("shm")
-WAIT_S = 5.0
+WAIT_S = 30.0
 
 
 def echo(peer: str, question: Message) -> Message:

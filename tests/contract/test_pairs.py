@@ -100,23 +100,37 @@ def carrier_of(link: SocketLink) -> PairCarrier:
 
 
 @pytest.mark.parametrize("how", ["killed", "cut"])
-def test_a_payload_that_will_not_come_is_not_waited_for(how: str) -> None:
-    tensor = torch.randn(QUARTER)
+def test_a_payload_that_will_not_come_is_not_waited_for(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor, waits = torch.randn(QUARTER), threading.Event()
+    ended_at: list[float] = []
     with child() as (process, said):
         pid = process.pid
         link = opened(Address(**json.loads(said)))
         assert torch.equal(link.call(Message("x", {}, (tensor,)), WAIT_S).tensors[0], tensor)
-        pending = link.start(Message("mute", {}, (tensor,)))  # the header of its answer comes, the payload does not
+        backend = carrier_of(link)._backend
+        settle = backend.settle
+
+        def noted(work: Any, is_over: Callable[[], bool]) -> None:
+            waits.set()
+            settle(work, is_over)
+
+        monkeypatch.setattr(backend, "settle", noted)
         end = link.cut if how == "cut" else lambda: os.kill(pid, signal.SIGKILL)
-        timer = threading.Timer(0.5, end)
-        timer.start()
-        started = time.monotonic()
+
+        def end_it() -> None:
+            assert waits.wait(WAIT_S)
+            ended_at.append(time.monotonic())
+            end()
+
+        ending = threading.Thread(target=end_it, daemon=True)
+        ending.start()
+        pending = link.start(Message("mute", {}, (tensor,)))  # the header of its answer comes, the payload does not
         with pytest.raises(PeerLost, match="payload did not come"):
             pending.result(WAIT_S)
         with pytest.raises(PeerLost, match="peer"):
             link.call(Message("x"), WAIT_S)
-        assert time.monotonic() - started < SOON_S
-        timer.join()
+        assert time.monotonic() - ended_at[0] < SOON_S
+        ending.join(WAIT_S)
         link.close()
     with child() as (_, said):  # another in its place
         link = opened(Address(**json.loads(said)))
@@ -254,7 +268,7 @@ def test_the_device_has_a_deadline_for_a_payload(
 ) -> None:
     """The host goes on, perhaps to wait for the device: nobody looks at the link then."""
     monkeypatch.setattr("actors.transport.payload.pair.LOOK_EVERY_S", 0.01)
-    monkeypatch.setattr("actors.transport.payload.pair.TAKE_TIMEOUT_S", 0.3)
+    timeout = "actors.transport.payload.pair.TAKE_TIMEOUT_S"
     first, second, device = on_device
     over = second.over
     assert over is not None
@@ -262,7 +276,10 @@ def test_the_device_has_a_deadline_for_a_payload(
         assert first.put(torch.ones(QUARTER)) == (number,)
         second.take(torch.float32, (QUARTER,), (number,))
         device.marks[-1].is_through = True
-        assert not over.wait(0.5), "what came in time ends nothing"
+        with monkeypatch.context() as patched:
+            patched.setattr(timeout, 0.3)
+            assert not over.wait(0.5), "what came in time ends nothing"
+    monkeypatch.setattr(timeout, 0.3)
     second.take(torch.float32, (QUARTER,), (3,))
     assert len(second._coming) == 1
     assert over.wait(SOON_S)

@@ -183,7 +183,15 @@ def test_a_batch_makes_a_step_between_chunks(monkeypatch: pytest.MonkeyPatch, ho
     with cluster(source(), decode_batch=4, prompt_chunk=CHUNK) as local:
         with closing(local.router.serving.generate(PROMPTS[0][:3], LONG, timeout_s=WAIT_S)) as other:
             next(other)
-            hooks.append(lambda run: happened.append("chunk"))
+            loop = local.router.serving._engine._loop
+
+            def read_on(run: PromptRun) -> None:
+                """Its row stands still while nobody reads many tokens."""
+                happened.append("chunk")
+                if not loop._batches[0].is_read:
+                    next(other)
+
+            hooks.append(read_on)
             generate(local, PROMPTS[1])
         between = happened[happened.index("chunk") : len(happened) - happened[::-1].index("chunk")]
         assert between == ["chunk", "step"] * 4 + ["chunk"]

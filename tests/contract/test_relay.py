@@ -278,8 +278,7 @@ def dies_in_backward(local: LocalCluster, name: str) -> None:
     def die(question: Message) -> Message:
         if not member.dead:
             threading.Thread(target=member.kill).start()
-            while not member.dead:
-                time.sleep(0.001)
+            assert member.servers[0]._stop.wait(20), "this answer is its last"
         return backward(question)
 
     member.host._handlers["backward"] = die
@@ -332,16 +331,15 @@ class Actor:
 
 @contextmanager
 def node(
-    num_relays: int = 1, timeout_s: float = 20.0, open_s: float = 20.0, keys: LinkKeys | None = None
+    num_relays: int = 1, open_a1_s: float = 20.0, keys: LinkKeys | None = None
 ) -> Iterator[tuple[list[Relay], list[Actor]]]:
-    """`open_s`: for a link to a neighbour to be opened."""
+    """`open_a1_s`: for a link to the second actor to be opened."""
 
     def open_neighbour(name: str, address: Address) -> Link:
-        return SocketLink(name, address, name="relay", max_bytes=MAX_BYTES, timeout_s=open_s)
+        timeout_s = open_a1_s if name == "a1" else 20.0
+        return SocketLink(name, address, name="relay", max_bytes=MAX_BYTES, timeout_s=timeout_s)
 
-    relays = [
-        Relay(f"a{n}", open_neighbour, max_bytes=MAX_BYTES, timeout_s=timeout_s, keys=keys) for n in range(num_relays)
-    ]
+    relays = [Relay(f"a{n}", open_neighbour, max_bytes=MAX_BYTES, timeout_s=20.0, keys=keys) for n in range(num_relays)]
     actors = [Actor(f"a{n}") for n in range(2)]
     for relay in relays:
         relay.start()
@@ -401,7 +399,7 @@ def test_who_asks_an_actor_that_hangs_waits_alone() -> None:
 
 def test_an_actor_that_cannot_be_reached_holds_up_nobody_else() -> None:
     """It takes connections, and says nothing: the link to it is being opened when others are asked."""
-    with node(open_s=0.5) as ((relay,), (first, second)), asking(relay) as link, second.held:
+    with node(open_a1_s=0.5) as ((relay,), (first, second)), asking(relay) as link, second.held:
         second._server._inbox.introduce = lambda sender, question: None  # type: ignore[method-assign]
         waiting = link.start(question_for([second.member]))
         assert link.call(question_for([first.member]), 20).op == "ok"
@@ -443,11 +441,14 @@ def test_what_a_neighbour_does_is_told_as_by_its_own_link(
         assert link.call(question_for([actors[0].member]), 20).op == "ok"
 
 
-def test_a_neighbour_has_a_deadline() -> None:
-    with node(timeout_s=0.3) as ((relay,), actors), asking(relay) as link:
+def test_a_neighbour_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    with node() as ((relay,), actors), asking(relay) as link:
         link.call(question_for(members_of(actors)), 20)
-        with actors[1].held, pytest.raises(LinkTimeout) as caught:
-            raise_if_failed(link.call(question_for(members_of(actors)), 20))
+        (asker,) = relay._askers.values()
+        with monkeypatch.context() as patch:
+            patch.setattr(asker, "_timeout_s", 2.0)
+            with actors[1].held, pytest.raises(LinkTimeout) as caught:
+                raise_if_failed(link.call(question_for(members_of(actors)), 20))
         assert caught.value.peer == "a1"
         assert raise_if_failed(link.call(question_for(members_of(actors)), 20)).op == "ok"
 

@@ -26,9 +26,10 @@ from cluster.errors import (
 )
 from cluster.service.client import MODEL_TIMEOUT_S, Client
 from tests.fakes.backend import GROUP_BYTES, PREPARE_S, STALL_S, MemoryBackend
-from tests.fakes.front import run, running_front
+from tests.fakes.front import run, running_front, until
 
 QUICK = JobConfig(steps=3)
+WAIT_S = 30.0
 
 
 @pytest.fixture
@@ -198,7 +199,7 @@ class TestInference:
         chunks = client.generate("ab", SamplingParams(max_tokens=100_000))
         next(chunks)
         chunks.close()
-        assert backend.generation_closed.wait(5.0)
+        assert backend.generation_closed.wait(WAIT_S)
 
     def test_a_client_that_never_reads_ends_the_generation_by_leaving(self, backend, client):
         """The stream is stuck in a full send window then, not in the backend."""
@@ -206,7 +207,7 @@ class TestInference:
         next(chunks)
         assert not backend.generation_closed.wait(0.3)
         chunks.close()
-        assert backend.generation_closed.wait(5.0)
+        assert backend.generation_closed.wait(WAIT_S)
 
     def test_the_backends_iterator_is_closed_and_not_left_to_the_garbage_collector(self):
         class Endless:
@@ -235,7 +236,7 @@ class TestInference:
             next(chunks)
             assert not backend.stream.closed.is_set()
             chunks.close()
-            assert backend.stream.closed.wait(5.0)
+            assert backend.stream.closed.wait(WAIT_S)
 
 
 class TestCluster:
@@ -275,9 +276,10 @@ class TestLoad:
             assert next(report for report in itertools.islice(reports, 20) if report.version == 3).window_steps == 2
 
     def test_its_reports_come_at_the_interval(self, client):
+        client.status()  # connects
         with closing(client.watch_load(0.3)) as reports:
-            next(reports)
             started = time.monotonic()
+            next(reports)
             assert len(list(itertools.islice(reports, 2))) == 2
             assert time.monotonic() - started > 0.5
 
@@ -285,13 +287,14 @@ class TestLoad:
         reports = client.watch_load(0.2)
         next(reports)
         backend.delays_s["load_report"] = 60.0
-        assert not backend.cancelled.wait(0.5), "the next report is being waited for by now"
+        assert backend.delayed.wait(WAIT_S), "the next report is being waited for"
+        assert not backend.cancelled.is_set()
         reports.close()
-        assert backend.cancelled.wait(5.0)
+        assert backend.cancelled.wait(WAIT_S)
 
     def test_it_outlasts_the_deadline_of_one_stream(self, client, monkeypatch):
-        monkeypatch.setattr("cluster.service.client.WATCH_STREAM_S", 0.3)
-        with closing(client.watch_load(0.2)) as reports:
+        monkeypatch.setattr("cluster.service.client.WATCH_STREAM_S", 1.5)
+        with closing(client.watch_load(0.5)) as reports:
             assert len(list(itertools.islice(reports, 5))) == 5
 
     def test_a_cluster_that_is_silent_is_not_waited_for_without_end(self, backend, client, monkeypatch):
@@ -316,7 +319,8 @@ class TestLoad:
             run(front.stop(grace_s=0.0))
             with running_front(backend, FrontConfig(port=front.port)):
                 finished(client)
-                assert next(report.version for report in reports) == 3
+                # Reports of the first front may still be unread.
+                assert next(report for report in itertools.islice(reports, 20) if report.version == 3)
 
     @pytest.mark.parametrize("interval_s", [0.1, 0.0, math.nan, 61.0])
     def test_the_interval_is_checked_before_it_is_sent(self, client, interval_s):
@@ -374,8 +378,8 @@ class TestRebalance:
         client.rebalance(dry_run=True)
         # gRPC rounds long deadlines up, to three digits
         assert backend.timeouts_s["rebalance"] == pytest.approx(MODEL_TIMEOUT_S, rel=0.01)
-        client.rebalance(dry_run=True, timeout_s=7.0)
-        assert 5.0 < backend.timeouts_s["rebalance"] < 7.1
+        client.rebalance(dry_run=True, timeout_s=40.0)
+        assert 20.0 < backend.timeouts_s["rebalance"] < 41.0
 
 
 @pytest.fixture
@@ -468,18 +472,18 @@ class TestScale:
         assert (caught.value.field, caught.value.remedy) == ("actors", "use 8 or fewer")
 
     def test_what_is_left_of_the_deadline_is_passed_on(self, backend, client):
-        client.scale(2, timeout_s=7.0)
-        assert 5.0 < backend.timeouts_s["scale"] < 7.1
+        client.scale(2, timeout_s=40.0)
+        assert 20.0 < backend.timeouts_s["scale"] < 41.0
 
 
 class TestGrow:
     def test_it_starts_at_once_and_is_idempotent_by_request_id(self, backend, client):
         growth = Growth(16, "fresh", 0.5, 3, 20)
-        started = client.grow(growth, request_id="same", timeout_s=7.0)
+        started = client.grow(growth, request_id="same", timeout_s=40.0)
+        assert 20.0 < backend.timeouts_s["grow"] < 41.0
         assert (started.state, started.kind, started.target) == (OperationState.RUNNING, "grow_model", 16)
         assert client.grow(growth, request_id="same").id == started.id
         assert backend.growths[0] == growth
-        assert backend.timeouts_s["grow"] > 5.0
         with pytest.raises(AlreadyExists, match="same"):
             client.grow(Growth(32), request_id="same")
 
@@ -562,16 +566,25 @@ class TestWatchOperation:
         list(client.watch_operation(operation.id))
         assert list(client.watch_operation(operation.id)) == [client.operation(operation.id)]
 
-    def test_it_is_silent_while_nothing_changes_and_outlasts_the_deadline_of_one_stream(
-        self, backend, client, monkeypatch
-    ):
-        monkeypatch.setattr("cluster.service.client.WATCH_STREAM_S", 0.5)
+    def test_it_is_silent_while_nothing_changes_and_outlasts_the_deadline_of_one_stream(self, backend, monkeypatch):
+        """Two streams in which nothing changes, and one that is as long as it takes."""
+        monkeypatch.setattr("cluster.service.client.WATCH_STREAM_S", 2.0)
         backend.is_stuck = True
-        timer = threading.Timer(1.2, setattr, (backend, "is_stuck", False))
-        timer.start()
-        changes = list(client.watch_operation(client.scale(2).id))
-        timer.join()
+        with running_front(backend) as front, Client(front.target) as client:
+            watch, deadlines_s = client._cluster.WatchOperation, []
+
+            def open_stream(request, timeout):
+                deadlines_s.append(timeout)
+                if len(deadlines_s) <= 2:
+                    return watch(request, timeout=timeout)
+                until(lambda: not front._interceptor._watches)  # what they still looked at would be shown to nobody
+                backend.is_stuck = False
+                return watch(request, timeout=WAIT_S)
+
+            monkeypatch.setattr(client._cluster, "WatchOperation", open_stream)
+            changes = list(client.watch_operation(client.scale(2).id))
         assert [change.progress for change in changes] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+        assert deadlines_s == [2.0, 2.0, 2.0]
 
     def test_one_look_has_a_deadline_of_its_own(self, backend, client):
         list(client.watch_operation(client.scale(2).id))
@@ -582,9 +595,10 @@ class TestWatchOperation:
         changes = client.watch_operation(client.scale(2).id)
         next(changes)
         backend.delays_s["operation"] = 60.0
-        assert not backend.cancelled.wait(0.3), "the next look is being waited for by now"
+        assert backend.delayed.wait(WAIT_S), "the next look is being waited for"
+        assert not backend.cancelled.is_set()
         changes.close()
-        assert backend.cancelled.wait(5.0)
+        assert backend.cancelled.wait(WAIT_S)
 
     def test_it_survives_a_front_that_is_replaced(self):
         backend = MemoryBackend()
@@ -696,14 +710,15 @@ class TestPins:
 
 class TestDeadlines:
     def test_a_late_call_ends_in_time_and_in_the_backend_too(self, backend, client):
+        client.status()  # connects
         backend.delays_s["score"] = 60.0
         with pytest.raises(LinkTimeout, match=r"127\.0\.0\.1"):
-            client.score("abc", timeout_s=0.2)
-        assert backend.cancelled.wait(5.0)
+            client.score("abc", timeout_s=2.0)
+        assert backend.cancelled.wait(WAIT_S)
 
     def test_what_is_left_is_passed_on(self, backend, client):
-        client.score("abc", timeout_s=7.0)
-        assert 5.0 < backend.timeouts_s["score"] < 7.1  # deadlines cross the wire on another clock
+        client.score("abc", timeout_s=40.0)
+        assert 20.0 < backend.timeouts_s["score"] < 41.0  # deadlines cross the wire on another clock
 
 
 class TestFailures:

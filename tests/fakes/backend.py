@@ -71,6 +71,8 @@ class MemoryBackend:
         """Method name -> the time it was given, last call."""
         self.cancelled = threading.Event()
         """A call was cancelled while it waited."""
+        self.delayed = threading.Event()
+        """A call has come that a delay makes slow."""
         self.generation_started = threading.Event()
         self.generation_closed = threading.Event()
         self.version = 0
@@ -359,7 +361,9 @@ class MemoryBackend:
         if pending := self.failures.get(method):
             raise pending.pop(0)
         try:
-            await asyncio.sleep(self.delays_s.get(method, 0.0))
+            if delay_s := self.delays_s.get(method, 0.0):
+                self.delayed.set()
+            await asyncio.sleep(delay_s)
         except asyncio.CancelledError:
             self.cancelled.set()
             raise

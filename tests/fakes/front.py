@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterator
+import time
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
@@ -30,6 +31,14 @@ def _loop() -> asyncio.AbstractEventLoop:
 def run(coroutine: Coroutine[Any, Any, Result], timeout_s: float = WAIT_S) -> Result:
     """Runs in the background loop and waits for the result here."""
     return asyncio.run_coroutine_threadsafe(coroutine, _loop()).result(timeout_s)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Waits here, while the loop goes on."""
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.01)
 
 
 @contextmanager

@@ -155,8 +155,11 @@ def test_the_router_does_not_switch_and_nobody_died() -> None:
 
 @pytest.mark.parametrize("is_known_at_once", [True, False])
 @pytest.mark.parametrize("victim", ["e0", "e1"])
-def test_after_a_death_the_holder_that_is_left_goes_on(victim: str, is_known_at_once: bool) -> None:
+def test_after_a_death_the_holder_that_is_left_goes_on(
+    victim: str, is_known_at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What has come to an actor may be the only copy left."""
+    monkeypatch.setattr(edge, "NOTICED_S", 10.0)
 
     def die(here: Here) -> None:
         here.at_switch = go_on

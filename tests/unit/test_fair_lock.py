@@ -64,9 +64,10 @@ def test_who_gives_up_waiting_is_passed_over() -> None:
             order.append(1)
 
     with ThreadPoolExecutor(2) as pool:
-        impatient = pool.submit(lock.acquire, 0.05)
+        impatient = pool.submit(lock.acquire, 2.0)
         until(1, lock)
         patient = pool.submit(use)
+        until(2, lock)
         assert impatient.result(WAIT_S) is False
         assert lock.num_waiting == 1
         assert not order
