@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from cluster.service.client import Client
-from tests.integration.test_copies import JOB, WAIT_S, text
+from tests.integration.test_copies import JOB, STREAM_S, text
 
 DRAIN_S = 90
 """The share of a pod's grace period in which its groups have to move away, in the overlay that has least of it."""
@@ -38,6 +38,6 @@ def streams(client: Client, count: int) -> Iterator[list[str]]:
     finally:
         stop.set()
         for thread in threads:
-            thread.join(WAIT_S)
+            thread.join(STREAM_S)
     assert not errors
     assert len(texts) >= count

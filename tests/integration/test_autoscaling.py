@@ -10,7 +10,7 @@ import pytest
 
 from cluster.serve import served
 from cluster.service.client import Client
-from tests.integration.test_copies import WAIT_S, config_in, text
+from tests.integration.test_copies import STREAM_S, WAIT_S, config_in, text
 
 pytestmark = pytest.mark.timeout(600)  # starting processes that import torch takes minutes on a busy machine
 
@@ -42,7 +42,7 @@ def test_waiting_requests_add_an_actor_and_idleness_takes_it_away(tmp_path: Path
         finally:
             stop.set()
             for thread in threads:
-                thread.join(WAIT_S)
+                thread.join(STREAM_S)
         wait_for_actors(client, 1)
         assert client.status().ready
         assert [entry.kind for entry in client.ledger().entries] == ["scale_up", "scale_down"]

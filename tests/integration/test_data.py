@@ -17,18 +17,20 @@ import ray
 
 from actors.errors import InvalidInput
 from cluster.config import BatchConfig, DataConfig
+from cluster.fabric import nodes
 from cluster.fabric.data import TURN_S, Pause, open_documents, open_tokens
 from cluster.jobs.batches import StepBatches
 from cluster.jobs.sources import TEXT_DOCUMENT_BYTES
 from cluster.jobs.tokenizer import ByteTokenizer
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(600)  # Ray alone takes minutes to start on a busy machine
 
 
 @pytest.fixture(scope="module", autouse=True)
 def local_ray() -> Iterator[None]:
     # "local": a new cluster, whatever else runs on the machine.
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    with nodes._patience(240.0):
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -18,13 +18,15 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from cluster.config import BatchConfig, DataConfig, EvalConfig, JobConfig
+from cluster.fabric import nodes
 from cluster.service.client import Client
 from tests.integration.requests import asking
 
 pytestmark = pytest.mark.timeout(600)
 WAIT_S = 150.0
+START_S = 240.0
 ORPHAN_TIMEOUT_S = 12.0
-GRACE_S = 30.0
+GRACE_S = 60.0
 """Requests that a front has begun when it is told to end may take so long."""
 OURS = ("ray::ControlWorker", "ray::RouterWorker", "ray::ExpertWorker")
 JOB = JobConfig(
@@ -46,7 +48,8 @@ def address() -> Iterator[str]:
         "gcs_server_port": 0,
         "dashboard_agent_listen_port": 0,
     }
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    with nodes._patience(START_S):
+        cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         yield str(cluster.address)
     finally:
@@ -61,7 +64,7 @@ class Services:
             "experts.group_size": 1,
             "ray.mode": "existing",
             "ray.address": address,
-            "ray.start_timeout_s": 120,
+            "ray.start_timeout_s": START_S,
             "front.port": 0,
             "storage.root": str(root),
         }

@@ -6,16 +6,25 @@ import asyncio
 import time
 from pathlib import Path
 
+import pytest
+
 from cluster.config import OptimizerConfig
 from cluster.configfile import find_config, load_cluster
 from cluster.fabric.launch import launched
+
+pytestmark = pytest.mark.timeout(600)  # starting processes that import torch takes minutes on a busy machine
 
 WAIT_S = 60.0
 
 
 def test_a_node_is_reached_over_the_relay_of_its_first_actor(tmp_path: Path) -> None:
     values = {"experts.actors": 2, "experts.group_size": 2, "ray.nodes": 1, "links.relay": "on"}
-    values |= {"model": "tiny", "storage.root": str(tmp_path), "checkpoint.every_steps": 0}
+    values |= {
+        "ray.start_timeout_s": 240.0,
+        "model": "tiny",
+        "storage.root": str(tmp_path),
+        "checkpoint.every_steps": 0,
+    }
     batch = [[token % 250 for token in range(n, n + 32)] for n in range(8)]
     with launched(load_cluster(find_config("local_cpu"), values)) as running:
         running.router.begin_run(OptimizerConfig())

@@ -17,13 +17,13 @@ import pytest
 
 from actors.errors import InvalidInput, MoeClusterError
 from actors.moe.settings import BalanceSettings
-from cluster.backend import JobEvent, JobState
+from cluster.backend import ActorStatus, JobEvent, JobState
 from cluster.config import BatchConfig, ClusterConfig, DataConfig, EvalConfig, JobConfig, OptimizerConfig
 from cluster.configfile import find_config, load_cluster
 from cluster.serve import served
 from cluster.service.client import Client
 
-pytestmark = pytest.mark.timeout(500)
+pytestmark = pytest.mark.timeout(600)  # starting processes that import torch takes minutes on a busy machine
 WAIT_S = 90.0
 STEPS = 60
 JOB = JobConfig(
@@ -42,6 +42,7 @@ def config_in(root: Path, **overrides: object) -> ClusterConfig:
         "experts.group_size": 1,
         "experts.actors": 2,
         "ray.nodes": 2,
+        "ray.start_timeout_s": 240.0,
         "router.dtype": "float64",
         "front.port": 0,
         "storage.root": str(root),
@@ -91,6 +92,14 @@ def watch_to(client: Client, job_id: str, step: int) -> list[JobEvent]:
     return seen
 
 
+def wait_for_the_checkpoint(client: Client, version: int) -> None:
+    """Of a job's end it is taken before the job is known to have ended, and written beside."""
+    deadline = time.monotonic() + WAIT_S
+    while version not in [checkpoint.version for checkpoint in client.checkpoints()]:
+        assert time.monotonic() < deadline, client.checkpoints()
+        time.sleep(0.1)
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> list[JobEvent]:
     with running(config_in(tmp_path_factory.mktemp("s"), **{"checkpoint.every_steps": 0})) as client:
@@ -100,18 +109,40 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> list[JobEvent]:
 VICTIM = """
 import sys
 from pathlib import Path
-from tests.integration.test_resume import JOB, config_in, running, watch_to
+import psutil
+from tests.integration.test_resume import JOB, config_in, freeze, running, watch_to_a_checkpoint
 with running(config_in(Path(sys.argv[1]))) as client:
-    job = client.submit_job(JOB, request_id="mine")
-    for event in watch_to(client, job.id, 40):
+    processes = psutil.Process().children(recursive=True)
+    seen = watch_to_a_checkpoint(client, client.submit_job(JOB, request_id="mine").id, 40)
+    freeze(processes)
+    for event in seen:
         print(event.kind, event.step, event.metrics.get("loss", 0.0).hex(), flush=True)
     print("far enough", flush=True)
     sys.stdin.read()
 """
 
 
+def watch_to_a_checkpoint(client: Client, job_id: str, step: int) -> list[JobEvent]:
+    """To this step, and until a checkpoint is there beside that of the job's begin."""
+    seen: list[JobEvent] = []
+    is_saved = False
+    for event in client.watch_job(job_id):
+        seen.append(event)
+        is_saved = is_saved or (event.step > 15 and any(saved.version >= 15 for saved in client.checkpoints()))
+        if event.step >= step and is_saved:
+            break
+    return seen
+
+
+def freeze(processes: Sequence[psutil.Process]) -> None:
+    """They do nothing more until they are killed, however long it takes to find all that are to be."""
+    for process in processes:
+        with suppress(psutil.Error):
+            process.suspend()
+
+
 def kill_everything(root: Path) -> dict[int, float]:
-    """A cluster in a process of its own, kill -9 of all of it after 40 steps. -> losses so far."""
+    """A cluster in a process of its own, kill -9 of all of it after 40 steps or some more. -> losses so far."""
     process = subprocess.Popen(
         [sys.executable, "-c", VICTIM, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -147,7 +178,7 @@ def test_after_kill_9_of_everything_the_job_goes_on_with_another_number_of_actor
         assert "resumed version" in events[0].message or any("resumed version" in e.message for e in events)
         same(events, unbroken)
         assert seen == pytest.approx({step: losses(unbroken)[step] for step in seen}, rel=1e-9)
-    # After the end there is nothing to resume, and the job is still known.
+    # An orderly end waits for the last checkpoint: there is nothing to resume, and the job is still known.
     with running(config_in(tmp_path)) as client:
         assert client.status().version == STEPS
         job = client.submit_job(JOB, request_id="mine")
@@ -161,17 +192,22 @@ def test_after_kill_9_of_everything_the_job_goes_on_with_another_number_of_actor
         pass
 
 
-def kill_an_expert_actor(client: Client) -> str:
-    victim = next(actor for actor in client.status().actors if actor.role == "expert" and actor.state == "ready")
-    os.kill(victim.pid, signal.SIGKILL)
-    return victim.id
+def an_expert_actor(client: Client) -> ActorStatus:
+    return next(actor for actor in client.status().actors if actor.role == "expert" and actor.state == "ready")
+
+
+def kill(actor: ActorStatus) -> str:
+    """To be found before the moment in which it is to die: on a busy machine asking takes as long as many steps."""
+    os.kill(actor.pid, signal.SIGKILL)
+    return actor.id
 
 
 def test_groups_without_a_copy_come_back_from_the_last_checkpoint(tmp_path: Path, unbroken: list[JobEvent]) -> None:
     with running(config_in(tmp_path)) as client:
+        actor = an_expert_actor(client)
         job = client.submit_job(JOB)
         watch_to(client, job.id, 25)
-        victim = kill_an_expert_actor(client)
+        victim = kill(actor)
         events = finish(client, job.id)
         same(events, unbroken)
         steps = [event.step for event in events if event.kind == "step"]
@@ -185,7 +221,8 @@ def test_groups_without_a_copy_come_back_from_the_last_checkpoint(tmp_path: Path
             time.sleep(0.1)
         assert client.status().version == STEPS
         # Without a job the cluster goes back by itself.
-        victim = kill_an_expert_actor(client)
+        wait_for_the_checkpoint(client, STEPS)
+        victim = kill(an_expert_actor(client))
         deadline = time.monotonic() + WAIT_S
         while victim in client.status().owners.values() or not client.status().ready or client.status().message:
             assert time.monotonic() < deadline
@@ -255,6 +292,14 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Smal
     disk.close()
 
 
+def fill_after(client: Client, job_id: str, step: int, disk: SmallDisk) -> None:
+    """With nothing else in between: the job goes on to its checkpoints meanwhile."""
+    for event in client.watch_job(job_id):
+        if event.step >= step:
+            disk.fill()
+            return
+
+
 def wait_for_message(client: Client, job_id: str, text: str) -> None:
     deadline = time.monotonic() + WAIT_S
     while text not in client.status().message:
@@ -267,8 +312,7 @@ def test_a_full_disk_pauses_the_job_and_nothing_else(
 ) -> None:
     with running(config_in(tmp_path, **{"checkpoint.url": f"file://{small_disk.folder}/here"})) as client:
         job = client.submit_job(JOB)
-        watch_to(client, job.id, 2)
-        small_disk.fill()
+        fill_after(client, job.id, 2, small_disk)
         wait_for_message(client, job.id, f"paused: no room for a checkpoint at {small_disk.folder}/here; waiting")
         step = client.get_job(job.id).step
         assert client.status().ready
@@ -279,9 +323,8 @@ def test_a_full_disk_pauses_the_job_and_nothing_else(
         same(events, unbroken)
         assert client.status().message == ""
         assert any("there is room again" in event.message for event in events)
-        filled = client.submit_job(JOB)
-        watch_to(client, filled.id, 2)
-        small_disk.fill()
+        filled = client.submit_job(replace(JOB, steps=100_000))  # until it is cancelled
+        fill_after(client, filled.id, 2, small_disk)
         wait_for_message(client, filled.id, "paused")
         client.cancel_job(filled.id)
         list(client.watch_job(filled.id))
