@@ -37,9 +37,8 @@ class FaultyLink(Link):
         )  # the peer has seen the ids before; from here on only this link uses the inner one
         self._script = tuple(script)
         self._seen: dict[str, int] = {}
-        self._drop_answers: set[int] = set()
         self._lost: set[int] = set()
-        """Questions that will have no answer."""
+        """Questions that will have no answer: those that are dropped, and those whose answer is."""
         self.struck: list[Fault] = []
 
     def _send(self, question: Message) -> None:
@@ -55,8 +54,6 @@ class FaultyLink(Link):
             self._lost.add(question.id)
         if fault.kind == "drop_question":
             return None
-        if fault.kind == "drop_answer":
-            self._drop_answers.add(question.id)
         if fault.kind == "delay":
             time.sleep(fault.delay_s)
         self._inner._send(question)
@@ -76,9 +73,8 @@ class FaultyLink(Link):
             raise PeerLost("the link is closed", peer=self.peer)
         while True:
             answer = self._inner._receive(deadline)
-            if answer.id not in self._drop_answers:
+            if answer.id not in self._lost:
                 return answer
-            self._drop_answers.discard(answer.id)
             if time.monotonic() > deadline:
                 raise LinkTimeout("no answer before the deadline", peer=self.peer)
 

@@ -31,7 +31,7 @@ _LOCK, _UNHELD = "lock", "lock.new"
 
 
 class RunDirectory:
-    """Of this process alone. More than one `remove` does nothing more, one after the other."""
+    """Of this process alone, for one thread at a time. More than one `remove` does nothing more."""
 
     def __init__(self) -> None:
         """`OSError` where the temporary folder cannot be written to."""
